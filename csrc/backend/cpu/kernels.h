@@ -1,0 +1,87 @@
+// The table of kernels one instruction set provides. Kernels are single-threaded; cpu_backend.cc splits the work.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "backend/backend.h"
+
+namespace fastserve::cpu {
+
+// Layout of a packed matrix: panels of `panel` outputs; inside a panel, for float32 [k][panel], for bfloat16
+// [k / 2][panel][2], so that one vector holds the same two inputs for neighbouring outputs. Both are zero-padded.
+struct PanelLayout {
+  DType dtype;
+  int64_t n, k;
+  int64_t panel;     // outputs of a panel
+  int64_t k_padded;  // k, rounded up to even for bfloat16
+  int64_t panels() const { return ceil_div(n, panel); }
+  int64_t panel_elements() const { return k_padded * panel; }
+};
+
+// Columns [first_panel, last_panel) of output = operand · weightᵀ (+ bias) (+ output).
+struct PanelGemm {
+  const PanelLayout* layout;
+  const void* weight;   // all panels
+  const void* operand;  // [m][ld_operand] as prepare_operand left it, or float32 input for float32 weights
+  int64_t ld_operand;
+  const float* bias;  // [n] padded, or null
+  float* output;      // [m][ld_output]
+  int64_t ld_output;
+  int64_t m;
+  int64_t first_panel, last_panel;
+  bool accumulate;
+};
+
+// A tile of queries that share one KV head of one job.
+struct AttentionTile {
+  const float* q;  // query i of head h: q + i * ld_q + h * head_dim
+  int64_t ld_q;
+  float* output;  // likewise
+  int64_t ld_output;
+  int64_t queries;  // consecutive positions
+  int64_t heads;    // query heads that share the KV head
+  int64_t head_dim, head_dim_padded;
+  int64_t position;  // of the first query
+  float scale;
+  const void* pool;      // element 0 of this layer and KV head in block 0
+  int64_t block_stride;  // elements from one block to the next
+  int64_t block_size, slots_padded;
+  const int32_t* table;
+  float* scratch;  // attention_scratch() floats, exclusive to the caller
+};
+
+// Floats of scratch for a tile of `vectors` = queries * heads query vectors.
+constexpr int64_t attention_scratch(int64_t vectors, int64_t head_dim_padded) {
+  return vectors * (kSegment + 16 + 3 * head_dim_padded + 2);
+}
+
+struct KernelTable {
+  const char* name;
+  int64_t panel;          // outputs of a weight panel
+  int64_t operand_bytes;  // of one element of a bfloat16 GEMM's operand
+  void (*pack_panel)(const PanelLayout&, const float* rows, int64_t count, int64_t first, void* panel);
+  void (*unpack_row)(const PanelLayout&, const void* weight, int64_t row, float* output, bool accumulate);
+  void (*prepare_operand)(const float* input, int64_t k, int64_t k_padded, void* output);
+  void (*gemm)(const PanelGemm&);
+  void (*rms_norm)(const float* x, const float* weight, float* y, int64_t width, float eps);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float* y, int64_t width, float eps);
+  void (*rotate)(float* head, const float* cos_sin, int64_t half);
+  void (*attention_f32)(const AttentionTile&);
+  void (*attention_bf16)(const AttentionTile&);
+  void (*activate)(Activation kind, float* x, const float* gate_product, int64_t width);
+};
+
+// Every instruction set this build has and this machine can run, best first.
+std::vector<const KernelTable*> supported_kernels();
+// The best one, or the one named by the environment variable FASTSERVE_ISA. Throws when that one is not available.
+const KernelTable& select_kernels();
+
+extern const KernelTable kPortableKernels;
+#ifdef FS_X86
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+extern const KernelTable kAvx512Bf16Kernels;
+#endif
+
+}  // namespace fastserve::cpu

@@ -1,0 +1,168 @@
+// One vector type per instruction set. Included once by each isa_*.cc, which defines FS_ISA, the namespace that keeps
+// the copies of every kernel apart. Nothing here may call an inline function of another header: the linker would be
+// free to keep the copy that was compiled for the widest instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace fastserve::cpu::FS_ISA {
+
+#if defined(__AVX512F__)
+
+constexpr int kWidth = 16;
+struct F32 {
+  __m512 v;
+};
+inline F32 set1(float x) { return {_mm512_set1_ps(x)}; }
+inline F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
+inline F32 load(const Bf16* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32 sub(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32 div(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32 round(F32 x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F32 abs(F32 x) { return {_mm512_abs_ps(x.v)}; }
+// x · 2^n for integral n in [-126, 127].
+inline F32 scale2(F32 x, F32 n) {
+  const __m512i exponent = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
+  return {_mm512_mul_ps(x.v, _mm512_castsi512_ps(exponent))};
+}
+// Splits 2 · kWidth bfloat16 values into those at even and at odd places.
+inline void load_pairs(const Bf16* p, F32& even, F32& odd) {
+  const __m512i both = _mm512_loadu_si512(p);
+  even.v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+  odd.v = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+constexpr int kWidth = 8;
+struct F32 {
+  __m256 v;
+};
+inline F32 set1(float x) { return {_mm256_set1_ps(x)}; }
+inline F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline void store(float* p, F32 x) { _mm256_storeu_ps(p, x.v); }
+inline F32 load(const Bf16* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+inline F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F32 div(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32 round(F32 x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F32 abs(F32 x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v)}; }
+inline F32 scale2(F32 x, F32 n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+  return {_mm256_mul_ps(x.v, _mm256_castsi256_ps(exponent))};
+}
+inline void load_pairs(const Bf16* p, F32& even, F32& odd) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  even.v = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+  odd.v = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+#else  // GCC and Clang vectors: SSE2, NEON or plain scalar code, without fused multiply-add
+
+constexpr int kWidth = 4;
+using Floats = float __attribute__((vector_size(16)));
+using Words = uint32_t __attribute__((vector_size(16)));
+using Ints = int32_t __attribute__((vector_size(16)));
+struct F32 {
+  Floats v;
+};
+inline F32 set1(float x) { return {Floats{x, x, x, x}}; }
+inline F32 load(const float* p) {
+  Floats v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return {v};
+}
+inline void store(float* p, F32 x) { __builtin_memcpy(p, &x.v, sizeof x.v); }
+inline F32 load(const Bf16* p) {
+  const Words wide = {p[0].bits, p[1].bits, p[2].bits, p[3].bits};
+  return {reinterpret_cast<Floats>(wide << 16)};
+}
+inline F32 add(F32 a, F32 b) { return {a.v + b.v}; }
+inline F32 sub(F32 a, F32 b) { return {a.v - b.v}; }
+inline F32 mul(F32 a, F32 b) { return {a.v * b.v}; }
+inline F32 div(F32 a, F32 b) { return {a.v / b.v}; }
+inline F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
+inline F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
+inline F32 fma(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }
+// Exact for |x| < 2^22, which covers every use.
+inline F32 round(F32 x) {
+  const F32 shift = set1(12582912.0f);  // 1.5 · 2^23: adding it leaves no room for a fraction
+  return sub(add(x, shift), shift);
+}
+inline F32 abs(F32 x) { return {reinterpret_cast<Floats>(reinterpret_cast<Words>(x.v) & 0x7fffffffu)}; }
+inline F32 scale2(F32 x, F32 n) {
+  const Ints exponent = (__builtin_convertvector(n.v, Ints) + 127) << 23;
+  return {x.v * reinterpret_cast<Floats>(exponent)};
+}
+inline void load_pairs(const Bf16* p, F32& even, F32& odd) {
+  Words both;
+  __builtin_memcpy(&both, p, sizeof both);
+  even.v = reinterpret_cast<Floats>(both << 16);
+  odd.v = reinterpret_cast<Floats>(both & 0xffff0000u);
+}
+
+#endif
+
+// Sum and maximum of the lanes, in a fixed order.
+inline float reduce_add(F32 x) {
+  alignas(64) float lane[kWidth];
+  store(lane, x);
+  for (int width = kWidth / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  }
+  return lane[0];
+}
+inline float reduce_max(F32 x) {
+  alignas(64) float lane[kWidth];
+  store(lane, x);
+  float best = lane[0];
+  for (int i = 1; i < kWidth; ++i) best = lane[i] > best ? lane[i] : best;
+  return best;
+}
+
+// e^x with a relative error below 2 ulp on [-87, 88]; arguments outside are clamped. Cody-Waite reduction and a
+// degree-6 Taylor-like polynomial (coefficients of Cephes' expf).
+inline F32 exp(F32 x) {
+  x = max(min(x, set1(88.0f)), set1(-87.0f));
+  const F32 n = round(mul(x, set1(1.44269504f)));
+  F32 r = fma(n, set1(-0.693359375f), x);
+  r = fma(n, set1(2.12194440e-4f), r);
+  F32 p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  p = fma(p, mul(r, r), add(r, set1(1.0f)));
+  return scale2(p, n);
+}
+
+inline float exp(float x) {
+  alignas(64) float lane[kWidth];
+  store(lane, exp(set1(x)));
+  return lane[0];
+}
+
+}  // namespace fastserve::cpu::FS_ISA

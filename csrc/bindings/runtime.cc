@@ -1,0 +1,227 @@
+#include "runtime/runtime.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+
+#include "bindings/arrays.h"
+#include "bindings/register.h"
+#include "model/dequantize.h"
+
+namespace py = pybind11;
+
+namespace fastserve {
+
+namespace {
+
+// Reads a fastserve.loaders.spec.ModelSpec.
+ModelSpec read_spec(const py::handle& spec) {
+  static const std::map<std::string, Activation> kActivations = {{"silu", Activation::kSilu},
+                                                                 {"gelu", Activation::kGelu},
+                                                                 {"gelu_tanh", Activation::kGeluTanh},
+                                                                 {"relu", Activation::kRelu}};
+  const auto number = [&](const char* name) { return spec.attr(name).cast<int64_t>(); };
+  const auto flag = [&](const char* name) { return spec.attr(name).cast<bool>(); };
+  const auto norm = spec.attr("norm").cast<std::string>();
+  const auto activation = kActivations.find(spec.attr("activation").cast<std::string>());
+  FS_CHECK(norm == "rms" || norm == "layer", "norm must be rms or layer, got '", norm, "'");
+  FS_CHECK(activation != kActivations.end(), "activation must be silu, gelu, gelu_tanh or relu");
+  return {.vocab_size = number("vocab_size"),
+          .hidden_size = number("hidden_size"),
+          .num_layers = number("num_layers"),
+          .num_heads = number("num_heads"),
+          .num_kv_heads = number("num_kv_heads"),
+          .head_dim = number("head_dim"),
+          .intermediate_size = number("intermediate_size"),
+          .max_position = number("max_position"),
+          .rms_norm = norm == "rms",
+          .norm_eps = spec.attr("norm_eps").cast<float>(),
+          .activation = activation->second,
+          .gated_mlp = flag("gated_mlp"),
+          .rope_inv_freq = spec.attr("rope_inv_freq").cast<std::vector<float>>(),
+          .rope_scale = spec.attr("rope_scale").cast<float>(),
+          .position_offset = number("position_offset"),
+          .parallel_residual = flag("parallel_residual"),
+          .qk_norm = flag("qk_norm"),
+          .qkv_bias = flag("qkv_bias"),
+          .out_bias = flag("out_bias"),
+          .mlp_bias = flag("mlp_bias"),
+          .tied_embeddings = flag("tied_embeddings")};
+}
+
+// Walks a flat array whose pieces belong to consecutive slots.
+template <class T>
+class Pieces {
+ public:
+  Pieces(const py::handle& plan, const char* name) : name_(name), array_(array_attribute<T>(plan, name)) {}
+  std::vector<T> take(int64_t count) {
+    FS_CHECK(count >= 0 && next_ + count <= array_.shape(0), "plan.", name_, " is too short");
+    const T* data = array_.data() + next_;
+    next_ += count;
+    return {data, data + count};
+  }
+
+ private:
+  const char* name_;
+  Array<T> array_;
+  int64_t next_ = 0;
+};
+
+std::vector<OpenedSlot> read_opened(const py::handle& plan) {
+  const auto opened = array_attribute<int32_t>(plan, "opened", 8);
+  const auto params = array_attribute<float>(plan, "opened_params", 6);
+  const auto seeds = array_attribute<uint64_t>(plan, "opened_seeds");
+  FS_CHECK(params.shape(0) == opened.shape(0) && seeds.shape(0) == opened.shape(0),
+           "plan.opened, opened_params and opened_seeds differ in length");
+  Pieces<int32_t> history(plan, "history"), bias_tokens(plan, "bias_tokens"), stop_tokens(plan, "stop_tokens");
+  Pieces<float> bias_values(plan, "bias_values");
+  std::vector<OpenedSlot> result(opened.shape(0));
+  for (size_t i = 0; i < result.size(); ++i) {
+    const int32_t* columns = opened.data(i, 0);
+    const float* floats = params.data(i, 0);
+    OpenedSlot& slot = result[i];
+    slot.slot = columns[0];
+    slot.prompt_length = columns[1];
+    slot.history = history.take(columns[2]);
+    slot.params = {.temperature = floats[0],
+                   .top_k = columns[3],
+                   .top_p = floats[1],
+                   .min_p = floats[2],
+                   .repetition_penalty = floats[3],
+                   .presence_penalty = floats[4],
+                   .frequency_penalty = floats[5],
+                   .logprobs = columns[4],
+                   .min_tokens = columns[5],
+                   .seed = seeds.at(i),
+                   .bias = {},
+                   .stop_tokens = stop_tokens.take(columns[7])};
+    const auto tokens = bias_tokens.take(columns[6]);
+    const auto values = bias_values.take(columns[6]);
+    for (size_t j = 0; j < tokens.size(); ++j) slot.params.bias.emplace_back(tokens[j], values[j]);
+  }
+  return result;
+}
+
+BatchPlan read_plan(const py::handle& plan, bool return_logits) {
+  BatchPlan result;
+  result.plan_id = plan.attr("plan_id").cast<int64_t>();
+  result.return_logits = return_logits;
+  const auto rows = array_attribute<int32_t>(plan, "rows", 4);
+  for (py::ssize_t i = 0; i < rows.shape(0); ++i) {
+    result.rows.push_back({rows.at(i, 0), rows.at(i, 1), rows.at(i, 2), rows.at(i, 3)});
+  }
+  const auto tokens = array_attribute<int32_t>(plan, "tokens");
+  result.tokens.assign(tokens.data(), tokens.data() + tokens.size());
+  const auto closed = array_attribute<int32_t>(plan, "closed");
+  result.closed.assign(closed.data(), closed.data() + closed.size());
+  result.opened = read_opened(plan);
+  const auto table = array_attribute<int32_t>(plan, "table", 3);
+  for (py::ssize_t i = 0; i < table.shape(0); ++i) {
+    result.table.push_back({table.at(i, 0), table.at(i, 1), table.at(i, 2)});
+  }
+  return result;
+}
+
+// (plan_id, tokens [S], logprobs [S], top_tokens [S, K], top_logprobs [S, K], logits [L, vocab] or None, seconds)
+py::tuple write_result(StepResult result, int64_t vocab_size) {
+  const auto count = static_cast<py::ssize_t>(result.sampled.size());
+  size_t alternatives = 0;
+  for (const Sampled& s : result.sampled) alternatives = std::max(alternatives, s.top.size());
+  std::vector<int32_t> tokens(count), top_tokens(count * alternatives, -1);
+  std::vector<float> logprobs(count), top_logprobs(count * alternatives, std::nanf(""));
+  for (py::ssize_t i = 0; i < count; ++i) {
+    const Sampled& s = result.sampled[i];
+    tokens[i] = s.token;
+    logprobs[i] = s.logprob;
+    for (size_t j = 0; j < s.top.size(); ++j) {
+      top_tokens[i * alternatives + j] = s.top[j].first;
+      top_logprobs[i * alternatives + j] = s.top[j].second;
+    }
+  }
+  const auto k = static_cast<py::ssize_t>(alternatives);
+  py::object logits = py::none();
+  if (!result.logits.empty()) {
+    const auto rows = static_cast<py::ssize_t>(result.logits.size() / vocab_size);
+    logits = to_array(std::move(result.logits), {rows, vocab_size});
+  }
+  return py::make_tuple(result.plan_id, to_array(std::move(tokens), {count}), to_array(std::move(logprobs), {count}),
+                        to_array(std::move(top_tokens), {count, k}), to_array(std::move(top_logprobs), {count, k}),
+                        logits, result.seconds);
+}
+
+// Keeps the vocabulary size beside the runtime, for shaping logits.
+struct PyRuntime {
+  PyRuntime(const py::handle& spec, const std::string& dtype, int64_t block_size, int64_t num_blocks,
+            int64_t max_tokens, int threads)
+      : model(read_spec(spec)), options{parse_dtype(dtype), block_size, num_blocks, max_tokens, threads} {
+    FS_CHECK(block_size > 0 && num_blocks > 0 && max_tokens > 0 && threads >= 0,
+             "block_size, num_blocks and max_tokens must be positive, threads not negative");
+    py::gil_scoped_release release;
+    runtime = std::make_unique<Runtime>(model, options);
+  }
+  ~PyRuntime() {
+    py::gil_scoped_release release;
+    runtime.reset();
+  }
+
+  ModelSpec model;
+  RuntimeOptions options;
+  std::unique_ptr<Runtime> runtime;
+};
+
+}  // namespace
+
+void register_runtime(py::module_& module) {
+  py::class_<PyRuntime>(module, "Runtime", "Executes batch plans in submission order on a thread of its own.")
+      .def(py::init<const py::handle&, const std::string&, int64_t, int64_t, int64_t, int>(), py::arg("spec"),
+           py::arg("dtype"), py::arg("block_size"), py::arg("num_blocks"), py::arg("max_tokens"), py::arg("threads"))
+      .def(
+          "load_tensor",
+          [](PyRuntime& self, const std::string& name, const std::string& type, const std::vector<int64_t>& shape,
+             const Array<uint8_t>& data) {
+            const SourceType source = parse_source_type(type);
+            const uint8_t* bytes = data.data();
+            const int64_t size = data.size();
+            py::gil_scoped_release release;
+            self.runtime->load_tensor(name, source, shape, bytes, size);
+          },
+          py::arg("name"), py::arg("dtype"), py::arg("shape"), py::arg("data").noconvert(),
+          "Stores one tensor, given as its bytes, under its canonical name.")
+      .def("finish_loading", [](PyRuntime& self) { self.runtime->finish_loading(); })
+      .def(
+          "submit",
+          [](PyRuntime& self, const py::handle& plan, bool logits) {
+            BatchPlan native = read_plan(plan, logits);
+            py::gil_scoped_release release;
+            self.runtime->submit(std::move(native));
+          },
+          py::arg("plan"), py::arg("logits") = false)
+      .def(
+          "poll",
+          [](PyRuntime& self, double seconds) -> py::object {
+            std::optional<StepResult> result;
+            {
+              py::gil_scoped_release release;
+              result = self.runtime->poll(seconds);
+            }
+            if (!result) return py::none();
+            if (result->error) std::rethrow_exception(result->error);
+            return write_result(std::move(*result), self.model.vocab_size);
+          },
+          py::arg("seconds"), "The oldest result, or None after `seconds`; negative waits as long as it takes.")
+      .def_property_readonly("instruction_set", [](const PyRuntime& self) { return self.runtime->instruction_set(); })
+      .def_property_readonly("threads", [](const PyRuntime& self) { return self.runtime->threads(); })
+      .def_property_readonly("weight_bytes", [](const PyRuntime& self) { return self.runtime->weight_bytes(); });
+
+  module.def(
+      "block_bytes",
+      [](const py::handle& spec, const std::string& dtype, int64_t block_size) {
+        return Runtime::kv_layout(read_spec(spec), parse_dtype(dtype), block_size).block_bytes();
+      },
+      py::arg("spec"), py::arg("dtype"), py::arg("block_size"), "Bytes of one KV block of a model.");
+}
+
+}  // namespace fastserve

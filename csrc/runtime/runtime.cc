@@ -1,0 +1,196 @@
+#include "runtime/runtime.h"
+
+#include <chrono>
+#include <utility>
+
+#include "backend/cpu/cpu_backend.h"
+#include "common/check.h"
+
+namespace fastserve {
+
+namespace {
+// The spec is checked before anything is sized by it.
+const ModelSpec& validated(const ModelSpec& spec) {
+  spec.validate();
+  return spec;
+}
+}  // namespace
+
+KvLayout Runtime::kv_layout(const ModelSpec& spec, DType dtype, int64_t block_size) {
+  return {dtype, spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size};
+}
+
+Runtime::Runtime(const ModelSpec& spec, const RuntimeOptions& options)
+    : spec_(validated(spec)),
+      options_(options),
+      backend_(make_cpu_backend(options.threads)),
+      weights_(spec_, options.dtype, *backend_),
+      pool_(kv_layout(spec_, options.dtype, options.block_size), options.num_blocks),
+      transformer_(spec_, weights_, *backend_, options.max_tokens) {
+  backend_->set_kv_pool(pool_.layout(), pool_.base(), pool_.num_blocks());
+  worker_ = std::thread([this] { work(); });
+}
+
+Runtime::~Runtime() {
+  {
+    std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  submitted_.notify_all();
+  worker_.join();
+}
+
+void Runtime::load_tensor(const std::string& name, SourceType type, const std::vector<int64_t>& shape, const void* data,
+                          int64_t bytes) {
+  FS_CHECK(!loaded_, "tensor '", name, "' comes after loading was finished");
+  weights_.load(name, type, shape, data, bytes);
+}
+
+void Runtime::finish_loading() {
+  weights_.check_complete();
+  loaded_ = true;
+}
+
+void Runtime::submit(BatchPlan plan) {
+  FS_CHECK(loaded_, "a plan was submitted before the weights were loaded");
+  {
+    std::lock_guard lock(mutex_);
+    plans_.push_back(std::move(plan));
+  }
+  submitted_.notify_one();
+}
+
+std::optional<StepResult> Runtime::poll(double seconds) {
+  std::unique_lock lock(mutex_);
+  const auto ready = [&] { return !results_.empty(); };
+  if (seconds < 0) {
+    finished_.wait(lock, ready);
+  } else if (!finished_.wait_for(lock, std::chrono::duration<double>(seconds), ready)) {
+    return std::nullopt;
+  }
+  StepResult result = std::move(results_.front());
+  results_.pop_front();
+  return result;
+}
+
+void Runtime::work() {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    submitted_.wait(lock, [&] { return stop_ || !plans_.empty(); });
+    if (stop_) return;
+    const BatchPlan plan = std::move(plans_.front());
+    plans_.pop_front();
+    lock.unlock();
+    StepResult result;
+    try {
+      result = execute(plan);
+    } catch (...) {
+      result.error = std::current_exception();
+    }
+    result.plan_id = plan.plan_id;
+    lock.lock();
+    results_.push_back(std::move(result));
+    finished_.notify_one();
+  }
+}
+
+StepResult Runtime::execute(const BatchPlan& plan) {
+  const auto begin = std::chrono::steady_clock::now();
+  validate(plan, slots_,
+           {spec_.vocab_size, spec_.max_position, options_.max_tokens, options_.block_size, options_.num_blocks});
+  apply_deltas(plan);
+
+  StepResult result;
+  if (!plan.rows.empty()) {
+    rows_.clear();
+    token_ids_.clear();
+    positions_.clear();
+    logit_tokens_.clear();
+    for (const PlanRow& row : plan.rows) {
+      const Slot& slot = slots_.at(row.slot);
+      const auto first = static_cast<int64_t>(token_ids_.size());
+      rows_.push_back({first, row.tokens, row.start, slot.table.data()});
+      for (int32_t i = 0; i < row.tokens; ++i) {
+        const int32_t token = plan.tokens[first + i];
+        token_ids_.push_back(token == -1 ? slot.last_sampled : token);
+        positions_.push_back(row.start + i + static_cast<int32_t>(spec_.position_offset));
+        if (i >= row.tokens - row.logits) logit_tokens_.push_back(static_cast<int32_t>(first + i));
+      }
+    }
+    float* logits = transformer_.forward(rows_, token_ids_, positions_, logit_tokens_);
+    if (plan.return_logits) {
+      for (size_t i = 0; i < logit_tokens_.size(); ++i) {
+        const float* row = logits + static_cast<int64_t>(i) * transformer_.ld_logits();
+        result.logits.insert(result.logits.end(), row, row + spec_.vocab_size);
+      }
+    }
+    sample_rows(plan, logits, result);
+  }
+  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  return result;
+}
+
+void Runtime::apply_deltas(const BatchPlan& plan) {
+  for (const int32_t slot : plan.closed) slots_.erase(slot);
+  for (const OpenedSlot& opened : plan.opened) {
+    Slot& slot = slots_[opened.slot];
+    slot.prompt_length = opened.prompt_length;
+    slot.params = opened.params;
+    for (size_t i = 0; i < opened.history.size(); ++i) {
+      if (static_cast<int64_t>(i) < opened.prompt_length) {
+        slot.counts.add_prompt(opened.history[i]);
+      } else {
+        slot.counts.add_output(opened.history[i]);
+      }
+    }
+  }
+  for (const TableEntry& entry : plan.table) {
+    auto& table = slots_.at(entry.slot).table;
+    if (entry.index == static_cast<int64_t>(table.size())) {
+      table.push_back(entry.block);
+    } else {
+      table[entry.index] = entry.block;
+    }
+  }
+}
+
+void Runtime::sample_rows(const BatchPlan& plan, float* logits, StepResult& result) {
+  struct Work {
+    const PlanRow* row;
+    Slot* slot;
+    float* logits;
+  };
+  std::vector<Work> work;
+  int64_t last_logits = -1;
+  for (const PlanRow& row : plan.rows) {
+    Slot& slot = slots_.at(row.slot);
+    slot.computed = int64_t{row.start} + row.tokens;
+    if (row.logits == 0) continue;
+    last_logits += row.logits;
+    work.push_back({&row, &slot, logits + last_logits * transformer_.ld_logits()});
+  }
+  result.sampled.resize(work.size());
+  std::vector<std::exception_ptr> errors(work.size());
+  auto body = [&](int64_t i) {
+    const auto& [row, slot, row_logits] = work[i];
+    const int64_t output_index = int64_t{row->start} + row->tokens - slot->prompt_length;
+    try {
+      result.sampled[i] =
+          sample({row_logits, static_cast<size_t>(spec_.vocab_size)}, slot->params, slot->counts, output_index);
+    } catch (...) {
+      errors[i] = std::current_exception();
+    }
+  };
+  backend_->parallel_for(
+      static_cast<int64_t>(work.size()),
+      [](void* context, int64_t i, int) { (*static_cast<decltype(body)*>(context))(i); }, &body);
+  for (const auto& error : errors) {
+    if (error) std::rethrow_exception(error);
+  }
+  for (size_t i = 0; i < work.size(); ++i) {
+    work[i].slot->last_sampled = result.sampled[i].token;
+    if (work[i].slot->params.needs_history()) work[i].slot->counts.add_output(result.sampled[i].token);
+  }
+}
+
+}  // namespace fastserve

@@ -1,0 +1,82 @@
+// Executes plans in submission order on a thread of its own.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "backend/backend.h"
+#include "model/spec.h"
+#include "model/transformer.h"
+#include "model/weights.h"
+#include "runtime/kv_pool.h"
+#include "runtime/plan.h"
+
+namespace fastserve {
+
+struct RuntimeOptions {
+  DType dtype;
+  int64_t block_size;
+  int64_t num_blocks;
+  int64_t max_tokens;  // of one plan
+  int threads;         // 0: one a core
+};
+
+class Runtime {
+ public:
+  Runtime(const ModelSpec& spec, const RuntimeOptions& options);
+  ~Runtime();
+  Runtime(const Runtime&) = delete;
+  Runtime& operator=(const Runtime&) = delete;
+
+  // Loading: every tensor once, then finish_loading(), which throws while some are missing. Not while plans run.
+  void load_tensor(const std::string& name, SourceType type, const std::vector<int64_t>& shape, const void* data,
+                   int64_t bytes);
+  void finish_loading();
+
+  // Queues a plan. Throws when loading is not finished.
+  void submit(BatchPlan plan);
+  // The oldest result not yet returned; waits up to `seconds` (negative: as long as it takes) and returns nothing then.
+  // A failed plan's result carries the error; one that did not pass validation has changed nothing.
+  std::optional<StepResult> poll(double seconds);
+
+  const char* instruction_set() const { return backend_->name(); }
+  int threads() const { return backend_->threads(); }
+  int64_t weight_bytes() const { return weights_.bytes(); }
+  static KvLayout kv_layout(const ModelSpec& spec, DType dtype, int64_t block_size);
+
+ private:
+  void work();
+  StepResult execute(const BatchPlan& plan);
+  void apply_deltas(const BatchPlan& plan);
+  void sample_rows(const BatchPlan& plan, float* logits, StepResult& result);
+
+  const ModelSpec spec_;
+  const RuntimeOptions options_;
+  std::unique_ptr<Backend> backend_;
+  Weights weights_;
+  KvPool pool_;
+  Transformer transformer_;
+  bool loaded_ = false;
+
+  // Touched by the worker only.
+  std::unordered_map<int32_t, Slot> slots_;
+  std::vector<Row> rows_;
+  std::vector<int32_t> token_ids_, positions_, logit_tokens_;
+
+  std::mutex mutex_;
+  std::condition_variable submitted_, finished_;
+  std::deque<BatchPlan> plans_;
+  std::deque<StepResult> results_;
+  bool stop_ = false;
+  std::thread worker_;
+};
+
+}  // namespace fastserve

@@ -1,0 +1,54 @@
+"""The native runtime, as csrc/bindings exposes it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .loaders.spec import ModelSpec
+from .types import BatchPlan
+
+class Error(RuntimeError): ...
+
+class Runtime:
+    def __init__(
+        self, spec: ModelSpec, dtype: str, block_size: int, num_blocks: int, max_tokens: int, threads: int
+    ) -> None: ...
+    def load_tensor(self, name: str, dtype: str, shape: Sequence[int], data: npt.NDArray[np.uint8]) -> None: ...
+    def finish_loading(self) -> None: ...
+    def submit(self, plan: BatchPlan, logits: bool = False) -> None: ...
+    # (plan_id, tokens, logprobs, top_tokens, top_logprobs, logits or None, seconds), or None after `seconds`
+    def poll(self, seconds: float) -> Any: ...
+    @property
+    def instruction_set(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def weight_bytes(self) -> int: ...
+
+class SamplingParams:
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logprobs: int
+    min_tokens: int
+    seed: int
+    bias: list[tuple[int, float]]
+    stop_tokens: list[int]
+
+def block_bytes(spec: ModelSpec, dtype: str, block_size: int) -> int: ...
+def instruction_sets() -> list[str]: ...
+def dequantize(dtype: str, data: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.float32]: ...
+def sample(
+    logits: npt.NDArray[np.float32], params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()
+) -> tuple[int, float, list[tuple[int, float]]]: ...
+def distribution(
+    logits: npt.NDArray[np.float32], params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()
+) -> npt.NDArray[np.float32]: ...
+def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...
+def uniform(seed: int, index: int) -> float: ...

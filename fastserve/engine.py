@@ -1,0 +1,171 @@
+"""The engine: jobs in, one iteration a step, tokens out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from operator import index
+
+from .config import SchedulerConfig
+from .cost import CostModel
+from .scheduler import Iteration, Scheduler
+from .types import Executor, FinishReason, InvalidRequest, Job, JobMetrics, JobUpdate, SamplingParams, StepResult
+
+__all__ = ["Engine", "Executor", "IterationRecord"]
+
+
+@dataclass(frozen=True, slots=True)
+class IterationRecord:
+    """What one iteration was, for timelines and statistics. Times are seconds on the engine's clock."""
+
+    plan_id: int
+    submitted: float
+    completed: float
+    seconds: float  # on the device
+    job_ids: tuple[str, ...]
+    levels: tuple[int, ...]  # of those jobs when it was planned; 0 for policies without levels
+    prefill_tokens: int
+    decode_tokens: int
+    waiting: int  # live jobs that were not in it
+    free_blocks: int
+
+
+class Engine:
+    """Runs jobs on an executor, one iteration at a time. Not thread-safe: one thread makes every call.
+
+    Raises InvalidRequest when the configuration names an unknown policy.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        executor: Executor,
+        cost: CostModel,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        on_iteration: Callable[[IterationRecord], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.scheduler = Scheduler(config, cost)
+        self._executor = executor
+        self._clock = clock
+        self._on_iteration = on_iteration
+        self._jobs_added = 0
+
+    def add_job(
+        self,
+        job_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        seed: int,
+        vocab_size: int,
+        eos_token_ids: Collection[int] = (),
+        priority: int = 0,
+        arrival: float | None = None,
+    ) -> Job:
+        """Queue one prompt for one output (`params.n` is the caller's business). `arrival` is on the engine's clock.
+
+        Raises InvalidRequest, before anything changes, for an empty prompt or one that fills the context, a token id
+        outside the vocabulary, an id in use, and a job that can never fit in the KV pool.
+        """
+        tokens = _checked_tokens("prompt", prompt, vocab_size)
+        if not tokens:
+            raise InvalidRequest("prompt", "must hold at least one token")
+        if len(tokens) >= self.config.max_model_len:
+            raise InvalidRequest(
+                "prompt",
+                f"has {len(tokens)} tokens; with room for one of output, the context of {self.config.max_model_len} "
+                f"tokens allows {self.config.max_model_len - 1}",
+            )
+        _checked_tokens("logit_bias", params.logit_bias, vocab_size)
+        stops = _checked_tokens("stop_token_ids", params.stop_token_ids, vocab_size)
+        now = self._clock()
+        job = Job(
+            job_id=job_id,
+            prompt=tokens,
+            params=params,
+            seed=seed,
+            arrival=now if arrival is None else arrival,
+            max_output=self._max_output(len(tokens), params.max_tokens),
+            stop_tokens=frozenset(stops if params.ignore_eos else [*stops, *eos_token_ids]),
+            index=self._jobs_added,
+            priority=priority,
+        )
+        job.metrics = JobMetrics(job.arrival)
+        self.scheduler.add(job, now)
+        self._jobs_added += 1
+        return job
+
+    def abort(self, job_id: str, reason: FinishReason = FinishReason.ABORT) -> bool:
+        """End a job in whatever state it is; False when it is unknown or has finished. It gets no further update."""
+        return self.scheduler.abort(job_id, self._clock(), reason)
+
+    def step(self, timeout: float | None = None) -> list[JobUpdate]:
+        """Keep the executor supplied, wait for one result and apply it.
+
+        Returns the jobs that got a token. Returns nothing when there is nothing to do, when `timeout` seconds (None:
+        no limit) passed without a result, and after an iteration in which no job reached its next token. Lets through
+        what the executor raises; the engine is of no use after that.
+        """
+        in_flight = self.scheduler.in_flight
+        while len(in_flight) < self.config.max_in_flight and (plan := self.scheduler.schedule(self._clock())):
+            self._executor.submit(plan)
+        if not in_flight or (result := self._executor.poll(timeout)) is None:
+            return []
+        iteration, now = in_flight[0], self._clock()
+        updates = self.scheduler.complete(result, now)
+        if self._on_iteration is not None:
+            self._on_iteration(_record(iteration, result, now))
+        return updates
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could do something: a job is live or a plan in flight."""
+        return bool(self.scheduler.jobs or self.scheduler.in_flight)
+
+    @property
+    def jobs(self) -> Collection[Job]:
+        """The live jobs, in order of arrival."""
+        return self.scheduler.jobs.values()
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError when a block, a slot or a job is lost, doubled or leaked. For tests; O(everything)."""
+        self.scheduler.check_integrity()
+
+    def _max_output(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        room = self.config.max_model_len - prompt_tokens
+        if max_tokens is not None:
+            return min(max_tokens, room)
+        # Until the context is full: the context that this KV pool can hold. An explicit max_tokens is never cut to it.
+        pool = self.config.num_blocks * self.config.block_size
+        return max(1, min(room, pool - prompt_tokens + 1))
+
+
+def _checked_tokens(name: str, tokens: Collection[int], vocab_size: int) -> list[int]:
+    """As plain integers. Raises InvalidRequest for what is not a token id of the vocabulary."""
+    try:
+        ids = [index(token) for token in tokens]
+    except TypeError as error:
+        raise InvalidRequest(name, f"must hold token ids, which are integers: {error}") from None
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        raise InvalidRequest(name, f"holds the token id {wrong}, and the vocabulary ends at {vocab_size - 1}")
+    return ids
+
+
+def _record(iteration: Iteration, result: StepResult, now: float) -> IterationRecord:
+    prefill = sum(row.tokens for row in iteration.rows if row.start < len(row.job.prompt))
+    return IterationRecord(
+        plan_id=iteration.plan_id,
+        submitted=iteration.scheduled,
+        completed=now,
+        seconds=result.seconds,
+        job_ids=tuple(row.job.job_id for row in iteration.rows),
+        levels=iteration.levels,
+        prefill_tokens=prefill,
+        decode_tokens=sum(row.tokens for row in iteration.rows) - prefill,
+        waiting=iteration.waiting,
+        free_blocks=iteration.free_blocks,
+    )

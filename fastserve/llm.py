@@ -1,0 +1,244 @@
+"""LLM: prompts in, answers out, in the calling thread."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+from .outputs import RequestOutput
+from .serving import LiveRequest, Message, Prompt, Request, ServingCore
+from .types import InvalidRequest, SamplingParams
+
+# Waits are cut to this many seconds, so that Ctrl-C is heard while the runtime works.
+_PATIENCE = 0.25
+
+
+class LLM(ServingCore):
+    """A model and an engine that runs while one of these methods does. A context manager; not thread-safe.
+
+    >>> llm = LLM("smollm2")
+    >>> llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=8))[0].outputs[0].text
+    """
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer every prompt; outputs come in the order of the prompts.
+
+        A prompt is text or a list of token ids; both may be mixed. `sampling_params` is for all prompts or one for
+        each. Raises InvalidRequest, naming the parameter and the prompt, before any of them starts.
+        """
+        return self._answer(self._requests(prompts, sampling_params), progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Continue one conversation, or each of several: lists of {"role": …, "content": …}. Raises InvalidRequest."""
+        several = bool(messages) and isinstance(messages[0], (list, tuple))
+        conversations = cast(Sequence[Sequence[Message]], messages if several else [messages])
+        params = _one_each(sampling_params, len(conversations))
+        requests = [
+            self._chat_request(conversation, each) for conversation, each in zip(conversations, params, strict=True)
+        ]
+        return self._answer(requests, progress)
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Like generate, but yields a request's answers so far whenever they grow; the last of each is `finished`.
+
+        Prompts are checked at once. Leaving the iterator early (closing it, an exception) aborts what is unfinished.
+        """
+        return self._stream(self._requests(prompts, sampling_params))
+
+    def stream_chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Like stream, for the next message of a conversation."""
+        return self._stream([self._chat_request(messages, sampling_params or SamplingParams())])
+
+    def replay(
+        self,
+        requests: Sequence[tuple[float, Prompt, SamplingParams]],
+        on_update: Callable[[RequestOutput], None] | None = None,
+        *,
+        request_ids: Sequence[str] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer requests that arrive over time: (seconds after the start, prompt, parameters), in any order.
+
+        An open loop: a request enters the engine when its time has come, however much work is left of others, and its
+        metrics count from that time. `on_update` sees each request whenever it grows. Outputs come in the order given.
+        Raises InvalidRequest, naming the parameter and the request, before the first arrival.
+        """
+        if request_ids is not None and len(request_ids) != len(requests):
+            raise InvalidRequest("request_ids", f"must be one for each of {len(requests)}, got {len(request_ids)}")
+        made = []
+        for i, (offset, prompt, params) in enumerate(requests):
+            with _naming(i, len(requests)):
+                if not 0 <= offset < math.inf:
+                    raise InvalidRequest("arrival", f"must be 0 or more seconds after the start, got {offset!r}")
+                made.append(self._request(prompt, params, request_id=request_ids[i] if request_ids else None))
+        self._check(made)
+        start = self._clock()
+        due = sorted(((start + requests[i][0], i) for i in range(len(made))), reverse=True)  # the next one is last
+        outputs: dict[str, RequestOutput] = {}
+        run = _Run(self)
+        try:
+            while due or run.unfinished:
+                while due and due[-1][0] <= self._clock():
+                    arrival, i = due.pop()
+                    run.add(made[i], arrival)
+                until_next = max(0.0, due[-1][0] - self._clock()) if due else _PATIENCE
+                if not self._has_work:
+                    time.sleep(until_next)
+                self._step(min(until_next, _PATIENCE))
+                for live in run.news():
+                    output = outputs[live.request.request_id] = live.output()
+                    if on_update is not None:
+                        on_update(output)
+        finally:
+            run.abandon()
+        return [outputs[request.request_id] for request in made]
+
+    def _requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[Request]:
+        prompts = _as_list(prompts)
+        params = _one_each(sampling_params, len(prompts))
+        requests = []
+        for i, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+            with _naming(i, len(prompts)):
+                requests.append(self._request(prompt, each))
+        return requests
+
+    def _answer(self, requests: list[Request], progress: bool) -> list[RequestOutput]:
+        run = _Run(self)
+        try:
+            run.add_all(requests)
+            with _progress_bar(len(requests), progress) as advance:
+                while run.unfinished:
+                    self._step(_PATIENCE)
+                    advance(sum(live.finished for live in run.news()))
+            return [live.output() for live in run.requests]
+        finally:
+            run.abandon()
+
+    def _stream(self, requests: list[Request]) -> Iterator[RequestOutput]:
+        self._check(requests)
+        return self._outputs(requests)
+
+    def _outputs(self, requests: list[Request]) -> Iterator[RequestOutput]:
+        run = _Run(self)
+        try:
+            run.add_all(requests)
+            while True:
+                yield from (live.output() for live in run.news())
+                if not run.unfinished:
+                    return
+                self._step(_PATIENCE)
+        finally:
+            run.abandon()
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        """Raise what adding them would raise: they are added, and taken back before any of them starts."""
+        run = _Run(self)
+        try:
+            run.add_all(requests)
+        finally:
+            run.abandon()
+
+
+class _Run:
+    """The requests of one call, and which of them have news. Several calls may share the engine (two streams)."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.requests: list[LiveRequest] = []
+        self.unfinished = 0
+        self._llm = llm
+        self._news: dict[str, LiveRequest] = {}
+
+    def add(self, request: Request, arrival: float | None = None) -> None:
+        self.requests.append(self._llm._add(request, self._hear, arrival))
+        self.unfinished += 1
+
+    def add_all(self, requests: Sequence[Request]) -> None:
+        """As having arrived together. Raises InvalidRequest, telling which request it is about."""
+        arrival = self._llm._clock()
+        for i, request in enumerate(requests):
+            with _naming(i, len(requests)):
+                self.add(request, arrival)
+
+    def news(self) -> list[LiveRequest]:
+        """The requests that grew or finished since this was last asked."""
+        news = list(self._news.values())
+        self._news.clear()
+        return news
+
+    def abandon(self) -> None:
+        """Whatever happened, leave nothing in the engine."""
+        for live in self.requests:
+            if not live.finished:
+                self._llm._abort(live.request.request_id)
+
+    def _hear(self, live: LiveRequest) -> None:
+        self._news[live.request.request_id] = live
+        self.unfinished -= live.finished
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One text or one list of token ids is one prompt; anything else is a list of prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) and all(hasattr(item, "__index__") for item in prompts):
+        return [cast(Sequence[int], prompts)]
+    return cast(Sequence[Prompt], prompts)
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InvalidRequest("sampling_params", f"must be one for all or one for each of {count}, got {len(params)}")
+    return params
+
+
+@contextmanager
+def _naming(index: int, count: int) -> Iterator[None]:
+    """Tell which of several requests an error is about."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if count == 1:
+            raise
+        message = str(error).removeprefix(f"{error.field}: ")
+        raise InvalidRequest(error.field, f"{message} (request {index + 1} of {count})") from None
+
+
+@contextmanager
+def _progress_bar(count: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of finished requests on standard error; yields what advances it."""
+    if not show:
+        yield lambda finished: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("requests", total=count)
+        yield lambda finished: bar.advance(task, finished)

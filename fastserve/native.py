@@ -1,0 +1,86 @@
+"""The native runtime as an Executor: loads a model into it, submits plans and waits for results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import _C
+from .config import RuntimeConfig
+from .loaders.spec import ModelError, ModelSource, ModelSpec
+from .types import BatchPlan, Float32Array, StepResult
+
+_FOREVER = -1.0
+
+
+def block_bytes(spec: ModelSpec, dtype: str, block_size: int) -> int:
+    """Bytes of one KV block, all layers of it."""
+    return _C.block_bytes(spec, dtype, block_size)
+
+
+def instruction_sets() -> list[str]:
+    """Instruction sets this build and this machine have, best first; the variable FASTSERVE_ISA forces one."""
+    return _C.instruction_sets()
+
+
+class NativeRuntime:
+    """Executes plans in submission order on a thread of its own, with a pool of `config.threads` for the arithmetic.
+
+    Raises ModelError when a tensor is missing, unknown or of the wrong shape.
+    """
+
+    def __init__(self, source: ModelSource, config: RuntimeConfig) -> None:
+        self._runtime = _C.Runtime(
+            source.spec,
+            config.dtype,
+            block_size=config.block_size,
+            num_blocks=config.num_blocks,
+            max_tokens=config.max_num_batched_tokens,
+            threads=config.threads,
+        )
+        try:
+            for tensor in source.tensors():
+                self._runtime.load_tensor(tensor.name, tensor.dtype, list(tensor.shape), tensor.data)
+            self._runtime.finish_loading()
+        except _C.Error as error:
+            raise ModelError(f"{source.name}: {error}") from error
+
+    @property
+    def instruction_set(self) -> str:
+        return self._runtime.instruction_set
+
+    @property
+    def threads(self) -> int:
+        return self._runtime.threads
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight matrices as held in memory."""
+        return self._runtime.weight_bytes
+
+    def submit(self, plan: BatchPlan) -> None:
+        """Queues a plan; raises _C.Error at `poll` when it does not fit the runtime's state."""
+        self._runtime.submit(plan)
+
+    def poll(self, timeout: float | None = None) -> StepResult | None:
+        """The oldest result not yet returned, or None after `timeout` seconds. The GIL is released meanwhile."""
+        answer = self._runtime.poll(_FOREVER if timeout is None else max(0.0, timeout))
+        return None if answer is None else _step_result(answer)[0]
+
+    def logits(self, plan: BatchPlan) -> tuple[StepResult, Float32Array]:
+        """Runs one plan, nothing else being in flight, and returns its logits too: [sum of the rows' logits, vocab]."""
+        self._runtime.submit(plan, logits=True)
+        result, logits = _step_result(self._runtime.poll(_FOREVER))
+        return result, logits
+
+
+def _step_result(answer: tuple[Any, ...]) -> tuple[StepResult, Any]:
+    plan_id, tokens, logprobs, top_tokens, top_logprobs, logits, seconds = answer
+    result = StepResult(
+        plan_id=plan_id,
+        tokens=tokens,
+        logprobs=logprobs,
+        top_tokens=top_tokens,
+        top_logprobs=top_logprobs,
+        seconds=seconds,
+    )
+    return result, logits

@@ -1,0 +1,79 @@
+"""Writing a BatchPlan: Python lists while it grows, arrays once at the end, because thirty rows a plan are too few to
+pay for an array operation each."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .types import BatchPlan, Job
+
+
+class PlanBuilder:
+    """Collects one plan. Calls for a slot come in the order close, open, grow, row."""
+
+    def __init__(self) -> None:
+        self._rows: list[int] = []
+        self._tokens: list[int] = []
+        self._opened: list[int] = []
+        self._opened_params: list[float] = []
+        self._opened_seeds: list[int] = []
+        self._history: list[int] = []
+        self._bias_tokens: list[int] = []
+        self._bias_values: list[float] = []
+        self._stop_tokens: list[int] = []
+        self._table: list[int] = []
+
+    def open(self, job: Job, slot: int) -> None:
+        """Tell the runtime all that sampling needs to know of the job. It has no tokens in flight."""
+        params = job.params
+        history = job.prompt + job.output if params.needs_history else []
+        stops = sorted(job.stop_tokens) if params.min_tokens else []
+        logprobs = -1 if params.logprobs is None else params.logprobs
+        self._opened += (
+            slot, len(job.prompt), len(history), max(0, params.top_k),
+            logprobs, params.min_tokens, len(params.logit_bias), len(stops),
+        )  # fmt: skip
+        self._opened_params += (
+            params.temperature, params.top_p, params.min_p,
+            params.repetition_penalty, params.presence_penalty, params.frequency_penalty,
+        )  # fmt: skip
+        self._opened_seeds.append(job.seed)
+        self._history += history
+        self._bias_tokens += params.logit_bias.keys()
+        self._bias_values += params.logit_bias.values()
+        self._stop_tokens += stops
+
+    def grow(self, slot: int, added: list[tuple[int, int]]) -> None:
+        """Blocks added to the slot's table, as (index, block)."""
+        for index, block in added:
+            self._table += (slot, index, block)
+
+    def row(self, job: Job, slot: int, start: int, tokens: int, logits: int) -> None:
+        """Compute positions start … start + tokens - 1 of the job."""
+        self._rows += (slot, start, tokens, logits)
+        self._tokens += _token_ids(job, start, start + tokens)
+
+    def build(self, plan_id: int, closed: list[int]) -> BatchPlan:
+        return BatchPlan(
+            plan_id=plan_id,
+            rows=np.array(self._rows, np.int32).reshape(-1, 4),
+            tokens=np.array(self._tokens, np.int32),
+            opened=np.array(self._opened, np.int32).reshape(-1, 8),
+            opened_params=np.array(self._opened_params, np.float32).reshape(-1, 6),
+            opened_seeds=np.array(self._opened_seeds, np.uint64),
+            history=np.array(self._history, np.int32),
+            bias_tokens=np.array(self._bias_tokens, np.int32),
+            bias_values=np.array(self._bias_values, np.float32),
+            stop_tokens=np.array(self._stop_tokens, np.int32),
+            closed=np.array(closed, np.int32),
+            table=np.array(self._table, np.int32).reshape(-1, 3),
+        )
+
+
+def _token_ids(job: Job, start: int, end: int) -> list[int]:
+    """Ids of tokens start … end - 1; -1 for one that is still being sampled, which can only be the last."""
+    prompt = len(job.prompt)
+    ids = job.prompt[start:end] if start < prompt else []
+    if end > prompt:
+        ids = ids + job.output[max(0, start - prompt) : end - prompt]
+    return ids + [-1] * (end - start - len(ids))

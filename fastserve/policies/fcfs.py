@@ -1,0 +1,38 @@
+"""First come, first served: run to completion, batched by the iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..types import Job
+from .base import Policy
+from .queue import JobQueue
+
+
+class FirstComeFirstServed(Policy):
+    """Jobs in order of arrival. A job is left out of an iteration only when those before it fill the batch.
+
+    Nobody knows how long an output will be, so the work ahead of a job is the least it can be: one iteration of every
+    job before it. It grows with every place in the queue, hence the latest arrival is the first to lose its blocks.
+    """
+
+    def __init__(self) -> None:
+        self._queue = JobQueue()
+
+    def add(self, job: Job, now: float) -> None:
+        self._queue.append(job, job.next_seconds)
+
+    def remove(self, job: Job) -> None:
+        self._queue.remove(job)
+
+    def on_service(self, job: Job, own_seconds: float, now: float) -> None:
+        self._queue.set_seconds(job, job.next_seconds)
+
+    def iter_best(self, now: float) -> Iterator[Job]:
+        return iter(self._queue)
+
+    def work_ahead(self, job: Job, now: float) -> float:
+        return self._queue.ahead(job)
+
+    def __len__(self) -> int:
+        return len(self._queue)

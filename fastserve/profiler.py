@@ -1,0 +1,157 @@
+"""Measuring the cost model: real iterations of many shapes, on whatever executor will serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle, islice
+from typing import Final
+
+import numpy as np
+
+from .config import SchedulerConfig
+from .cost import CostModel
+from .types import BatchPlan, Executor, StepResult
+
+Sample = tuple[list[tuple[int, int]], float]  # rows (start, tokens) of an iteration, and its seconds on the device
+
+_QUICK_SECONDS: Final = 0.4
+_FULL_SECONDS: Final = 20.0
+_CHUNKS: Final = 32  # of one prefill
+# temperature, top_p, min_p, repetition, presence and frequency penalty: greedy
+_GREEDY: Final = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+
+
+def measure(
+    executor: Executor,
+    config: SchedulerConfig,
+    *,
+    vocab_size: int,
+    full: bool = False,
+    model: str = "",
+    device: str = "",
+    version: str = "",
+    on_sample: Callable[[list[tuple[int, int]], float], None] | None = None,
+) -> CostModel:
+    """Run synthetic iterations within the limits of `config` and fit a cost model to their device seconds.
+
+    The executor must be idle; its slots and blocks are used from 0 on and given back. Quick mode spends about 0.4
+    seconds of device time, full mode up to 20 and reaches long contexts. An iteration is left out when, judged by those
+    before it, it would overrun: a slow machine is measured on small shapes. Raises what the executor raises.
+    """
+    bench = _Bench(executor, config, vocab_size, _FULL_SECONDS if full else _QUICK_SECONDS, on_sample)
+    decodes = 4 if full else 2  # of each shape, since one measurement may be disturbed
+    bench.warm_up()
+    for slots in (1, 2, 4, 8, 16, 32, 64) if full else (1, 8):
+        bench.batch(slots, decodes)
+    for chunk in (64, 256, 512) if full else (32,):
+        bench.one_job(chunk, decodes, grow=not full)
+    bench.close()
+    return CostModel.fit(bench.samples, model=model, device=device, version=version)
+
+
+class _Bench:
+    """Issues legal plans (positions in order, tables that grow) and keeps what they cost."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        config: SchedulerConfig,
+        vocab_size: int,
+        budget: float,
+        on_sample: Callable[[list[tuple[int, int]], float], None] | None,
+    ) -> None:
+        self.samples: list[Sample] = []
+        self._executor = executor
+        self._config = config
+        self._vocab_size = vocab_size
+        self._budget = budget
+        self._on_sample = on_sample
+        self._plan_id = 0
+        self._used_blocks = 0
+        self._tables: list[int] = []  # how many blocks each open slot has
+        self._computed: list[int] = []  # how many positions of each open slot are done
+        self._closed: list[int] = []
+
+    def warm_up(self) -> None:
+        """First iterations pay for page faults and lazy set-up, so they are not samples."""
+        self._open(1)
+        self._run(1)
+        self.samples.clear()
+
+    def batch(self, slots: int, decodes: int) -> None:
+        """Decodes of `slots` jobs (at most those that fit in an iteration) at short contexts."""
+        self._open(min(slots, self._config.max_num_seqs))
+        for _ in range(decodes):
+            self._run(1)
+
+    def one_job(self, chunk: int, decodes: int, *, grow: bool) -> None:
+        """One job's prefill in chunks (doubling, if they grow) to the longest context, then a few decodes there."""
+        self._open(1)
+        chunk = min(chunk, self._config.max_num_batched_tokens)
+        for _ in range(_CHUNKS):
+            if not self._run(chunk):
+                break
+            if grow:
+                chunk = min(2 * chunk, self._config.max_num_batched_tokens)
+        for _ in range(decodes):
+            self._run(1)
+
+    def close(self) -> None:
+        """Close every slot with a plan that has no rows."""
+        self._open(0)
+        self._submit(BatchPlan(plan_id=self._plan_id, closed=np.array(self._closed, np.int32)))
+
+    def _open(self, slots: int) -> None:
+        """Start over with `slots` empty jobs."""
+        self._closed += range(sum(1 for computed in self._computed if computed))
+        self._tables, self._computed, self._used_blocks = [0] * slots, [0] * slots, 0
+
+    def _run(self, tokens: int) -> bool:
+        """One iteration of `tokens` more tokens of every open job; False, and nothing run, where that is too much."""
+        config, jobs = self._config, len(self._computed)
+        rows = [(start, tokens) for start in self._computed]
+        ends = [start + tokens for start in self._computed]
+        tables = [-(-end // config.block_size) for end in ends]
+        added = [(slot, i) for slot in range(jobs) for i in range(self._tables[slot], tables[slot])]
+        if (
+            ends[0] > config.max_model_len
+            or jobs * tokens > config.max_num_batched_tokens
+            or self._used_blocks + len(added) > config.num_blocks
+            or self._spent() + self._expected(rows) > self._budget
+        ):
+            return False
+        new = [slot for slot in range(jobs) if not self._computed[slot]]
+        plan = BatchPlan(
+            plan_id=self._plan_id,
+            rows=np.array([(slot, start, count, 1) for slot, (start, count) in enumerate(rows)], np.int32),
+            tokens=np.fromiter(islice(cycle(range(self._vocab_size)), jobs * tokens), np.int32),
+            opened=np.array([(slot, 1, 0, 0, -1, 0, 0, 0) for slot in new], np.int32).reshape(-1, 8),
+            opened_params=np.array([_GREEDY for _ in new], np.float32).reshape(-1, 6),
+            opened_seeds=np.zeros(len(new), np.uint64),
+            closed=np.array(self._closed, np.int32),
+            table=np.array(
+                [(slot, i, self._used_blocks + block) for block, (slot, i) in enumerate(added)], np.int32
+            ).reshape(-1, 3),
+        )
+        self._closed = []
+        seconds = self._submit(plan).seconds
+        self._computed, self._tables = ends, tables
+        self._used_blocks += len(added)
+        self.samples.append((rows, seconds))
+        if self._on_sample is not None:
+            self._on_sample(rows, seconds)
+        return True
+
+    def _submit(self, plan: BatchPlan) -> StepResult:
+        self._executor.submit(plan)
+        self._plan_id += 1
+        while (result := self._executor.poll(None)) is None:
+            pass
+        return result
+
+    def _spent(self) -> float:
+        return sum(seconds for _, seconds in self.samples)
+
+    def _expected(self, rows: list[tuple[int, int]]) -> float:
+        """What the model so far says; at first, nothing is known and anything is allowed."""
+        return CostModel.fit(self.samples).iteration_seconds(rows) if self.samples else 0.0

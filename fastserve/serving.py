@@ -1,0 +1,380 @@
+"""A model, its runtime and the engine put together; requests go in, outputs come out. LLM and AsyncLLM build on it.
+
+    prompt ──_request──▶ Request ──_add──▶ Engine ──_step──▶ LiveRequest ──output──▶ RequestOutput
+                                           │ ▲
+                                    submit ▼ │ poll
+                                       NativeRuntime
+
+A request is `n` jobs of the engine; a job is followed by a Completion, which turns its tokens into text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from operator import index
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from .calibration import UNMEASURED, cost_model, device_name
+from .config import RuntimeConfig, SchedulerConfig
+from .cost import CostModel
+from .engine import Engine, IterationRecord
+from .loaders import open_model
+from .native import NativeRuntime, block_bytes
+from .outputs import Completion, RequestOutput
+from .policies import create_policy
+from .sizing import pool_blocks
+from .tokenizer import Tokenizer
+from .types import MAX_SEED, FinishReason, InvalidRequest, SamplingParams
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Prompt = str | Sequence[int]  # text, or token ids
+Message = Mapping[str, Any]  # role and content, as in OpenAI's API
+
+
+class EngineError(RuntimeError):
+    """The engine has stopped, because a plan failed or because it was closed. A new one can be started."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A prompt on its way in: turned into tokens, its seed drawn."""
+
+    request_id: str
+    prompt: str | None
+    token_ids: list[int]
+    params: SamplingParams
+    seed: int
+
+
+class LiveRequest:
+    """A request the engine works on: one job for each of its `n` answers. `on_news` is called when they grow or end."""
+
+    def __init__(self, request: Request, on_news: Callable[[LiveRequest], None]) -> None:
+        self.request = request
+        self.on_news = on_news
+        self.completions: list[Completion] = []
+
+    @property
+    def finished(self) -> bool:
+        return all(completion.job.finished for completion in self.completions)
+
+    def output(self) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.request.request_id,
+            prompt=self.request.prompt,
+            prompt_token_ids=self.request.token_ids,
+            outputs=[completion.output() for completion in self.completions],
+        )
+
+
+class ServingCore:
+    """What LLM and AsyncLLM share. `_add`, `_abort` and `_step` belong to one thread; the rest is for any."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        policy: str = "skip-join-mlfq",
+        dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        device: Literal["cpu", "cuda"] = "cpu",
+        threads: int = 0,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 32,
+        max_num_batched_tokens: int = 512,
+        block_size: int = 16,
+        kv_cache_memory: str | int | None = None,
+        seed: int = 0,
+        starvation_limit: float | None = 60.0,
+        num_levels: int = 12,
+        max_in_flight: int = 2,
+        skip_tokenizer: bool = False,
+        cost: CostModel | str | os.PathLike[str] | None = None,
+        on_iteration: Callable[[IterationRecord], None] | None = None,
+    ) -> None:
+        """Load `model`: smollm2, a .gguf file, a directory in Hugging Face layout, or a hub id.
+
+        policy           fcfs, mlfq or skip-join-mlfq
+        dtype            of computation and of the KV cache: bfloat16 or float32
+        device           cpu
+        threads          0: one a core
+        max_model_len    longest prompt + output, in tokens; None: the model's own limit
+        max_num_seqs     jobs in one iteration
+        max_num_batched_tokens  tokens in one iteration; longer prompts are prefilled in chunks
+        block_size       tokens in one block of the KV cache
+        kv_cache_memory  bytes, or text such as 512M; None: room for max_num_seqs full contexts, but at most a quarter
+                         of the memory available
+        seed             draws the seeds of requests that bring none
+        starvation_limit seconds after which the MLFQ moves a waiting job to its highest level; None: never
+        num_levels       of the MLFQ
+        max_in_flight    plans handed to the runtime ahead of their results; 2 keeps it busy while Python plans
+        skip_tokenizer   serve token-id prompts only
+        cost             a CostModel, or a file that `fastserve profile` wrote; None: remembered from an earlier start,
+                         else measured in half a second
+        on_iteration     called with an IterationRecord after every iteration, on the engine's thread
+
+        Raises InvalidRequest, naming the option, and ModelError, naming the file.
+        """
+        self._clock = time.monotonic
+        self._failure: EngineError | None = None
+        self._live: dict[str, LiveRequest] = {}
+        self._jobs: dict[str, tuple[LiveRequest, Completion]] = {}
+        self._seeds = random.Random(_checked_seed(seed))
+        self._numbers = itertools.count()
+
+        source = open_model(model)
+        self.model = model
+        self.spec = source.spec
+        # Both are checked before the weights are loaded; the pool's size takes the model's shape to know.
+        scheduling = SchedulerConfig(
+            policy=policy,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            max_model_len=_context_length(max_model_len, self.spec.max_position),
+            max_in_flight=max_in_flight,
+            num_levels=num_levels,
+            starvation_limit=starvation_limit,
+        )
+        create_policy(scheduling, UNMEASURED)
+        running = RuntimeConfig(
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            block_size=block_size,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        self._block_bytes = block_bytes(self.spec, dtype, block_size)
+        num_blocks = pool_blocks(
+            kv_cache_memory,
+            self._block_bytes,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_model_len=scheduling.max_model_len,
+        )
+        self._scheduling = replace(scheduling, num_blocks=num_blocks)
+        self._running = replace(running, num_blocks=num_blocks)
+
+        data = None if skip_tokenizer else source.tokenizer_data()
+        self.tokenizer = Tokenizer.from_data(data) if data is not None else None
+        runtime = NativeRuntime(source, self._running)
+        self._hardware = {"instruction_set": runtime.instruction_set, "threads": runtime.threads}
+        self._weights = {
+            "parameters": source.num_parameters,
+            "weights_dtype": source.weights_dtype,
+            "weight_bytes": runtime.weight_bytes,
+        }
+        self.cost = cost_model(
+            cost,
+            runtime,
+            self._scheduling,
+            vocab_size=self.spec.vocab_size,
+            model=f"{model} {source.num_parameters} {source.weights_dtype}",
+            device=device_name(device, dtype, runtime.instruction_set, runtime.threads),
+        )
+        self._engine: Engine | None = Engine(
+            self._scheduling, runtime, self.cost, clock=self._clock, on_iteration=on_iteration
+        )
+        self._start()
+
+    def _start(self) -> None:
+        """For subclasses: called once everything is in place."""
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What is served and with what, ready for JSON. Sizes are in bytes."""
+        config, running = self._scheduling, self._running
+        return {
+            "model": self.model,
+            "family": self.spec.family,
+            **self._weights,
+            "dtype": running.dtype,
+            "device": running.device,
+            **self._hardware,
+            "policy": config.policy,
+            "max_model_len": config.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "max_in_flight": config.max_in_flight,
+            "block_size": config.block_size,
+            "num_blocks": config.num_blocks,
+            "kv_cache_bytes": config.num_blocks * self._block_bytes,
+            "kv_cache_tokens": config.num_blocks * config.block_size,
+            "num_levels": config.num_levels,
+            "starvation_limit": config.starvation_limit,
+            "cost": asdict(self.cost),
+        }
+
+    # --- prompts in --------------------------------------------------------------------------------------------------
+
+    def _request(
+        self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, text: str | None = None
+    ) -> Request:
+        """Turn a prompt into a request. `text` is what to report as the prompt where `prompt` holds token ids.
+
+        Raises InvalidRequest when the prompt is neither text nor token ids, and when text is asked for or given and the
+        model has no tokenizer. What depends on the engine's limits is checked by `_add`.
+        """
+        if isinstance(prompt, str):
+            text, token_ids = prompt, self._need_tokenizer("prompt", "pass token ids").encode(prompt)
+        else:
+            token_ids = _token_ids(prompt)
+        if params.stop:
+            self._need_tokenizer("stop", "use stop_token_ids")
+        if request_id is None:
+            request_id = f"req-{next(self._numbers)}"
+        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
+        return Request(request_id=request_id, prompt=text, token_ids=token_ids, params=params, seed=seed)
+
+    def _chat_request(
+        self, messages: Sequence[Message], params: SamplingParams, *, request_id: str | None = None
+    ) -> Request:
+        """A conversation, written out by the model's chat template, as a request. Raises InvalidRequest."""
+        tokenizer = self._need_tokenizer("messages", "use generate with token ids")
+        text = tokenizer.apply_chat_template(messages)
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        return self._request(token_ids, params, request_id=request_id, text=text)
+
+    def _add(
+        self, request: Request, on_news: Callable[[LiveRequest], None], arrival: float | None = None
+    ) -> LiveRequest:
+        """Hand a request to the engine, as one job for each answer. `arrival` is on the clock time.monotonic.
+
+        Raises InvalidRequest with nothing changed, and EngineError when the engine has stopped.
+        """
+        engine = self._need_engine()
+        if request.request_id in self._live:
+            raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request that has not finished")
+        live = LiveRequest(request, on_news)
+        job_ids: list[str] = []
+        try:
+            for i in range(request.params.n):
+                job_id = request.request_id if request.params.n == 1 else f"{request.request_id}/{i}"
+                job = engine.add_job(
+                    job_id,
+                    request.token_ids,
+                    request.params,
+                    seed=derived_seed(request.seed, i),
+                    vocab_size=self.spec.vocab_size,
+                    eos_token_ids=self.spec.eos_token_ids,
+                    arrival=arrival,
+                )
+                job_ids.append(job_id)
+                live.completions.append(Completion(i, job, self.tokenizer))
+        except InvalidRequest:
+            for job_id in job_ids:
+                engine.abort(job_id)
+            raise
+        self._live[request.request_id] = live
+        self._jobs.update(zip(job_ids, ((live, completion) for completion in live.completions), strict=True))
+        return live
+
+    def _abort(self, request_id: str) -> bool:
+        """End a request in whatever state it is; False when it is unknown or has finished."""
+        live = self._live.get(request_id)
+        if live is None:
+            return False
+        for completion in live.completions:
+            if not completion.job.finished:
+                self._end(live, completion, FinishReason.ABORT)
+        live.on_news(live)
+        return True
+
+    # --- outputs out -------------------------------------------------------------------------------------------------
+
+    @property
+    def _has_work(self) -> bool:
+        return self._engine is not None and self._engine.has_work
+
+    def _step(self, timeout: float | None = None) -> None:
+        """Run the engine until one iteration is done, `timeout` seconds have passed, or there is nothing to do.
+
+        Requests that grew or ended hear of it. Raises EngineError when the engine has stopped.
+        """
+        engine = self._need_engine()
+        try:
+            updates = engine.step(timeout)
+        except Exception as error:
+            self._stop(EngineError(f"the engine stopped: {error}"))
+            raise EngineError(str(self._failure)) from error
+        changed: dict[str, LiveRequest] = {}
+        for update in updates:
+            live, completion = self._jobs[update.job.job_id]
+            stopped = completion.append(update.new_tokens)
+            if stopped or completion.job.finished:
+                self._end(live, completion, FinishReason.STOP)
+            changed[live.request.request_id] = live
+        for live in changed.values():
+            live.on_news(live)
+
+    def close(self) -> None:
+        """Give back the memory and the threads of the model. Requests still open are lost."""
+        self._stop(EngineError("the engine was closed"))
+        self._engine = None
+
+    def _stop(self, failure: EngineError) -> None:
+        self._failure = self._failure or failure
+        self._live.clear()
+        self._jobs.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _end(self, live: LiveRequest, completion: Completion, reason: FinishReason) -> None:
+        """Let go of a job, ending it for `reason` if it is still running."""
+        del self._jobs[completion.job.job_id]
+        self._need_engine().abort(completion.job.job_id, reason)
+        completion.finish()
+        if live.finished:
+            del self._live[live.request.request_id]
+
+    def _need_engine(self) -> Engine:
+        if self._engine is None or self._failure is not None:
+            raise EngineError(str(self._failure)) from self._failure
+        return self._engine
+
+    def _need_tokenizer(self, field: str, instead: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InvalidRequest(field, f"needs a tokenizer, and {self.model} was loaded without one; {instead}")
+        return self.tokenizer
+
+
+def derived_seed(seed: int, index: int) -> int:
+    """The seed of answer `index`: the request's own for the first, well-mixed others (SplitMix64) after it."""
+    if index == 0:
+        return seed
+    mixed = (seed + index * 0x9E3779B97F4A7C15) & MAX_SEED
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & MAX_SEED
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MAX_SEED
+    return mixed ^ (mixed >> 31)
+
+
+def _checked_seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise InvalidRequest("seed", f"must be an integer between 0 and 2^64 - 1, got {seed!r}")
+    return seed
+
+
+def _context_length(asked: int | None, limit: int) -> int:
+    if asked is not None and asked > limit:
+        raise InvalidRequest("max_model_len", f"must be at most {limit}, the model's longest context; got {asked}")
+    return limit if asked is None else asked
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    try:
+        return [index(token) for token in prompt]
+    except TypeError:
+        raise InvalidRequest("prompt", f"must be text or a list of token ids, got {prompt!r:.80}") from None

@@ -1,0 +1,73 @@
+"""How large the KV pool is when nobody says."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .config import parse_size
+from .types import InvalidRequest
+
+_MEMORY_SHARE = 4  # a default pool takes at most one part in this many of the memory that is free
+
+
+def pool_blocks(
+    kv_cache_memory: str | int | None, block_bytes: int, *, block_size: int, max_num_seqs: int, max_model_len: int
+) -> int:
+    """Blocks of a KV pool of `kv_cache_memory` bytes (or `512M`, `4G`), rounded down to whole blocks.
+
+    None: as many as `max_num_seqs` jobs of `max_model_len` tokens can fill, within a quarter of the memory available.
+    Raises InvalidRequest when not even one block fits, or when it is more than the machine has available.
+    """
+    available = available_memory()
+    if kv_cache_memory is not None:
+        size = parse_size("kv_cache_memory", kv_cache_memory)
+        if size < block_bytes:
+            raise InvalidRequest(
+                "kv_cache_memory", f"must hold at least one KV block of {block_bytes} bytes, got {kv_cache_memory!r}"
+            )
+        if available is not None and size > available:
+            raise InvalidRequest(
+                "kv_cache_memory",
+                f"must fit in the memory available, {available // 2**20}M, got {kv_cache_memory!r}",
+            )
+        return size // block_bytes
+    useful = max_num_seqs * -(-max_model_len // block_size)
+    if available is None:
+        return useful
+    return max(1, min(useful, available // _MEMORY_SHARE // block_bytes))
+
+
+def available_memory() -> int | None:
+    """Bytes this process could still take without swapping: what the machine has, within the container's limit.
+
+    None where the system does not tell.
+    """
+    limits = [limit for limit in (_machine_memory(), _cgroup_memory()) if limit is not None]
+    return max(0, min(limits)) if limits else None
+
+
+def _machine_memory() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+def _cgroup_memory() -> int | None:
+    """What a container's limit leaves, in cgroup v2 or v1; None without a limit."""
+    for folder, limit, used in (
+        (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            return int((folder / limit).read_text()) - int((folder / used).read_text())
+        except (OSError, ValueError):  # no such file, or the limit reads "max"
+            continue
+    return None

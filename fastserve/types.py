@@ -1,0 +1,295 @@
+"""The words of FastServe as data: jobs, sampling parameters, plans and results.
+
+Everything here is plain data shared by the layers above. Nothing in this module imports another FastServe module, a
+clock or a device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+UInt64Array = npt.NDArray[np.uint64]
+
+MAX_LOGPROBS = 20
+MAX_SEED = 2**64 - 1
+
+
+class InvalidRequest(ValueError):
+    """A request that cannot be served as asked; `field` names the option or parameter at fault."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+def _check(condition: bool, name: str, message: str) -> None:
+    if not condition:
+        raise InvalidRequest(name, message)
+
+
+def _check_real(name: str, value: float, low: float, high: float, range_text: str) -> None:
+    _check(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high,
+        name,
+        f"must be a number {range_text}, got {value!r}",
+    )
+
+
+def _check_int(name: str, value: int, low: int, high: int, range_text: str) -> None:
+    _check(
+        isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+        name,
+        f"must be an integer {range_text}, got {value!r}",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of a job are chosen. Names, defaults and meanings are vLLM's.
+
+    Raises InvalidRequest, naming the parameter, for a value outside its range.
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16  # None: until the context is full
+    min_tokens: int = 0  # end-of-sequence and stop tokens are masked before this many outputs
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0 or -1: the whole vocabulary
+    top_p: float = 1.0
+    min_p: float = 0.0  # keep tokens with at least this share of the most likely token's probability
+    repetition_penalty: float = 1.0  # over prompt and output; divides positive and multiplies negative logits
+    presence_penalty: float = 0.0  # over output only
+    frequency_penalty: float = 0.0  # over output only
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None  # this many alternatives a token; 0: the chosen token's only
+    seed: int | None = None  # None: drawn once, when the job is added
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        _check_int("n", self.n, 1, 128, "between 1 and 128")
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1, "of at least 1")
+        _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1, "of at least 0")
+        _check(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"must not exceed max_tokens ({self.max_tokens}), got {self.min_tokens}",
+        )
+        _check_real("temperature", self.temperature, 0.0, 100.0, "between 0 and 100")
+        _check_int("top_k", self.top_k, -1, 2**31 - 1, "of at least 1, or 0 or -1 for the whole vocabulary")
+        _check_real("top_p", self.top_p, 1e-9, 1.0, "above 0 and at most 1")
+        _check_real("min_p", self.min_p, 0.0, 1.0, "between 0 and 1")
+        _check_real("repetition_penalty", self.repetition_penalty, 1e-6, 100.0, "above 0 and at most 100")
+        _check_real("presence_penalty", self.presence_penalty, -2.0, 2.0, "between -2 and 2")
+        _check_real("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "between -2 and 2")
+        for token, bias in self.logit_bias.items():
+            _check_int("logit_bias", token, 0, 2**31 - 1, "of at least 0 as token id")
+            _check_real("logit_bias", bias, -100.0, 100.0, "between -100 and 100")
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0, MAX_SEED, "between 0 and 2^64 - 1")
+        stops = (self.stop,) if isinstance(self.stop, str) and self.stop else tuple(self.stop)
+        for text in stops:
+            _check(isinstance(text, str) and text != "", "stop", f"must hold non-empty strings, got {text!r}")
+        object.__setattr__(self, "stop", stops)
+        for token in self.stop_token_ids:
+            _check_int("stop_token_ids", token, 0, 2**31 - 1, "of at least 0")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether sampling looks at the tokens before the current one."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+class FinishReason(str, Enum):
+    """Why a job ended. The values are OpenAI's, plus `abort`."""
+
+    STOP = "stop"  # end-of-sequence, a stop token or a stop string
+    LENGTH = "length"  # max_tokens, or the context is full
+    ABORT = "abort"
+
+
+@dataclass(slots=True)
+class JobMetrics:
+    """When things happened to a job, in seconds on the engine's clock. Durations are wall-clock time of the job."""
+
+    arrival: float
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    finish: float | None = None
+    preemptions: int = 0  # iterations that left the job out although it could run and had run in the one before
+    recomputed_tokens: int = 0  # KV entries computed again because their blocks had been taken
+    prefill_seconds: float = 0.0  # in iterations that worked on its prompt
+    decode_seconds: float = 0.0  # in iterations that worked on its output
+    # queue time is what is left of the job's completion time
+
+    @property
+    def jct(self) -> float | None:
+        """Job completion time: arrival to last token."""
+        return None if self.finish is None else self.finish - self.arrival
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token, from arrival."""
+        return None if self.first_token is None else self.first_token - self.arrival
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """Time in which no iteration worked on the job."""
+        return None if self.jct is None else max(0.0, self.jct - self.prefill_seconds - self.decode_seconds)
+
+    def as_dict(self, output_tokens: int) -> dict[str, Any]:
+        """JSON form, with the derived values: jct, ttft, tpot, normalized_latency and queue_seconds."""
+        jct, ttft = self.jct, self.ttft
+        tpot = (jct - ttft) / (output_tokens - 1) if jct is not None and ttft is not None and output_tokens > 1 else None
+        return {
+            "arrival": self.arrival,
+            "first_scheduled": self.first_scheduled,
+            "first_token": self.first_token,
+            "finish": self.finish,
+            "jct": jct,
+            "ttft": ttft,
+            "tpot": tpot,
+            "normalized_latency": jct / output_tokens if jct is not None and output_tokens else None,
+            "preemptions": self.preemptions,
+            "recomputed_tokens": self.recomputed_tokens,
+            "queue_seconds": self.queue_seconds,
+            "prefill_seconds": self.prefill_seconds,
+            "decode_seconds": self.decode_seconds,
+        }
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities of one output position, under the model's unmodified distribution."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]  # most likely first
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One prompt and its output as the engine sees it. The engine owns it; everyone else reads.
+
+    Positions: token i of `prompt + output` has position i. `computed` counts the positions whose KV is in the job's
+    blocks or is being written by a plan in flight; `served` is the highest value it reached in a completed
+    iteration, so positions below `served` are recomputation and are never charged.
+    """
+
+    job_id: str
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    arrival: float
+    max_output: int  # output tokens at which the job ends: max_tokens, cut to the context
+    stop_tokens: frozenset[int]
+    index: int = 0  # arrival order, unique; ties in every policy break by it
+    priority: int = 0
+    output: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    computed: int = 0
+    served: int = 0
+    pending: int = 0  # output tokens being sampled by plans in flight
+    in_flight: int = 0  # plans in flight that hold a row of this job
+    slot: int | None = None  # the runtime's slot, while the job holds KV
+    next_seconds: float = 0.0  # modelled solo time of the whole remaining uncharged prefill, else of one decode
+    finish_reason: FinishReason | None = None
+    metrics: JobMetrics = field(default_factory=lambda: JobMetrics(0.0))
+
+    @property
+    def known(self) -> int:
+        """Tokens of prompt and output that exist, those being sampled included."""
+        return len(self.prompt) + len(self.output) + self.pending
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+def _empty(*shape: int) -> Int32Array:
+    return np.zeros(shape, np.int32)
+
+
+@dataclass(slots=True, kw_only=True)
+class BatchPlan:
+    """What one iteration does: a delta against what the runtime already knows, as flat arrays.
+
+    The runtime applies, in this order: `closed`, `opened`, `table`, then runs `rows`. A slot holds what sampling and
+    attention need of one job; it is a cache that can be rebuilt from the job at any time.
+    """
+
+    plan_id: int
+    # [R, 4]: slot, position of the first token, tokens, logits. The last `logits` tokens of the row produce logits
+    # and a row with logits > 0 samples one token, from its last ones.
+    rows: Int32Array = field(default_factory=lambda: _empty(0, 4))
+    # [sum of rows' tokens]: their ids; -1 means "the slot's last sampled token".
+    tokens: Int32Array = field(default_factory=lambda: _empty(0))
+    # [O, 8]: slot, prompt length, history length, top_k, logprobs (-1: none), min_tokens, bias entries, stop tokens
+    opened: Int32Array = field(default_factory=lambda: _empty(0, 8))
+    # [O, 6]: temperature, top_p, min_p, repetition, presence and frequency penalty
+    opened_params: Float32Array = field(default_factory=lambda: np.zeros((0, 6), np.float32))
+    opened_seeds: UInt64Array = field(default_factory=lambda: np.zeros(0, np.uint64))
+    # Concatenated over opened slots: prompt and output so far where penalties look at them, else nothing.
+    history: Int32Array = field(default_factory=lambda: _empty(0))
+    bias_tokens: Int32Array = field(default_factory=lambda: _empty(0))
+    bias_values: Float32Array = field(default_factory=lambda: np.zeros(0, np.float32))
+    stop_tokens: Int32Array = field(default_factory=lambda: _empty(0))  # masked until min_tokens are out
+    closed: Int32Array = field(default_factory=lambda: _empty(0))  # slots
+    table: Int32Array = field(default_factory=lambda: _empty(0, 3))  # [D, 3]: slot, index in its block table, block
+
+
+@dataclass(slots=True, kw_only=True)
+class StepResult:
+    """What came back from one plan. Sampled values are in the order of the rows with logits."""
+
+    plan_id: int
+    tokens: Int32Array  # [S]
+    logprobs: Float32Array  # [S]; NaN where not asked for
+    top_tokens: Int32Array  # [S, K], K the largest `logprobs` asked for in the batch; -1 where not asked for
+    top_logprobs: Float32Array  # [S, K]
+    seconds: float  # duration of the iteration on the device
+
+
+class Executor(Protocol):
+    """What runs plans: the native runtime, an MPI group or a simulator. Plans run in submission order."""
+
+    def submit(self, plan: BatchPlan) -> None:
+        """Queue one plan; returns at once."""
+
+    def poll(self, timeout: float | None) -> StepResult | None:
+        """Wait up to `timeout` seconds (None: as long as it takes) for the oldest plan's result.
+
+        Returns None when the time is up. Raises if the plan failed.
+        """
+
+
+@dataclass(slots=True)
+class JobUpdate:
+    """News of one job after an iteration."""
+
+    job: Job
+    new_tokens: list[int]
+
+    @property
+    def finished(self) -> bool:
+        return self.job.finished

@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+from toy import Toy
+
+from fastserve.cost import CostModel
+from fastserve.types import InvalidRequest, Job, SamplingParams, StepResult
+
+
+def rows(toy: Toy) -> list[list[tuple[int, int]]]:
+    """(start, tokens) of the rows of every plan so far."""
+    return [[(start, count) for _, start, count, _ in plan.rows.tolist()] for plan in toy.executor.plans]
+
+
+# --- the token budget -------------------------------------------------------------------------------------------------
+
+
+def test_a_long_prefill_does_not_stall_its_neighbours() -> None:
+    toy = Toy(policy="fcfs", max_num_seqs=4, max_num_batched_tokens=64, max_model_len=4096)
+    talkers = [toy.add(name, 1, 60) for name in "abc"]
+    toy.engine.step()
+    long = toy.add("long", 2048, 2)
+    while not long.output:
+        before = [len(job.output) for job in talkers]
+        toy.engine.step()
+        assert [len(job.output) for job in talkers] == [count + 1 for count in before]
+    assert [counts[-1] for counts in rows(toy)[1:3]] == [(0, 61), (61, 61)]
+    toy.run()
+    assert long.output == toy.expected(long)
+
+
+def test_a_prefill_of_higher_priority_leaves_decodes_their_token() -> None:
+    toy = Toy(CostModel(per_iteration=0, per_token=1), policy="mlfq", max_num_seqs=4, max_num_batched_tokens=16)
+    for name in "abc":
+        toy.add(name, 4, 10)
+    toy.engine.step()  # now all three decode, in level 1 or below
+    toy.add("urgent", 100, 1)
+    toy.engine.step()
+    assert toy.records[-1].job_ids == ("urgent", "a", "b", "c")
+    assert rows(toy)[-1] == [(0, 13), (4, 1), (4, 1), (4, 1)]
+
+
+def test_prefills_share_what_is_left_in_order_of_priority() -> None:
+    toy = Toy(policy="fcfs", max_num_seqs=4, max_num_batched_tokens=10)
+    for name, prompt in (("a", 1), ("b", 6), ("c", 8), ("d", 3)):
+        toy.add(name, prompt, 2)
+    toy.engine.step()
+    # "a" costs one token like a decode; "b" and "c" share nine; nothing is left for "d", which takes no row.
+    assert rows(toy) == [[(0, 1), (0, 6), (0, 3)]]
+
+
+def test_a_prefill_without_tokens_gives_its_row_to_a_decode() -> None:
+    toy = Toy(CostModel(per_iteration=0, per_token=1), policy="mlfq", max_num_seqs=3, max_num_batched_tokens=3)
+    talkers = [toy.add(name, 1, 9) for name in "abc"]
+    toy.engine.step()
+    toy.add("p", 20, 1)
+    toy.add("q", 20, 1)
+    toy.engine.step()
+    # "p" takes the one token that two decodes leave it; a row for "q" would have nothing to do.
+    assert toy.records[-1].job_ids == ("p", "a", "b")
+    assert rows(toy)[-1] == [(0, 1), (1, 1), (1, 1)]
+    toy.run()
+    assert [job.output for job in talkers] == [toy.expected(job) for job in talkers]
+
+
+def calls_to_schedule(waiting: int, policy: str) -> int:
+    """Function calls of one decision while `waiting` jobs wait behind a batch that runs."""
+    toy = Toy(policy=policy, max_num_seqs=8, max_num_batched_tokens=64, starvation_limit=1000.0)
+    for number in range(8):
+        toy.add(f"runs{number}", 1, 50)
+    toy.engine.step()
+    params, prompt = SamplingParams(), [1] * 90
+    for number in range(8, 8 + waiting):
+        waits = Job(str(number), prompt, params, 0, 0.0, 16, frozenset(), number)
+        toy.engine.scheduler.add(waits, 0.0)
+    calls = 0
+
+    def count(frame: FrameType, happening: str, argument: Any) -> None:
+        nonlocal calls
+        calls += happening in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        toy.engine.step()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "mlfq", "skip-join-mlfq"])
+def test_a_hundred_thousand_waiting_jobs_cost_no_more_than_a_thousand(policy: str) -> None:
+    few, many = calls_to_schedule(1_000, policy), calls_to_schedule(100_000, policy)
+    assert many <= few * 1.2
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_latest_arrival_loses_its_blocks_first() -> None:
+    toy = Toy(policy="fcfs", max_num_seqs=3, max_num_batched_tokens=64, block_size=4, num_blocks=6)
+    jobs = [toy.add(name, 7, 9) for name in "abc"]  # 2 blocks each at first, up to 4
+    toy.run()
+    assert [job.metrics.recomputed_tokens > 0 for job in jobs] == [False, True, True]
+    assert [job.output for job in jobs] == [toy.expected(job) for job in jobs]
+    finished = [job.metrics.finish for job in jobs]
+    assert finished == sorted(finished, key=lambda time: time or 0)
+
+
+def test_recomputation_is_not_charged() -> None:
+    toy = Toy(CostModel(per_iteration=0, per_token=1), num_blocks=3, block_size=4, max_num_seqs=1)
+    charged: dict[str, float] = {}
+    charge = toy.engine.scheduler.policy.on_service
+
+    def spy(job: Job, own_seconds: float, now: float) -> None:
+        charged[job.job_id] = charged.get(job.job_id, 0) + own_seconds
+        charge(job, own_seconds, now)
+
+    toy.engine.scheduler.policy.on_service = spy  # type: ignore[method-assign]
+    long = toy.add("long", 8, 5)
+    toy.engine.step()
+    short = toy.add("short", 6, 4)
+    toy.run()
+    assert long.metrics.recomputed_tokens == 8
+    assert charged == {"long": 8 + 4, "short": 6 + 3}
+    assert (long.output, short.output) == (toy.expected(long), toy.expected(short))
+
+
+def test_a_prefill_shrinks_to_the_blocks_there_are() -> None:
+    toy = Toy(policy="fcfs", max_num_seqs=2, max_num_batched_tokens=64, block_size=4, num_blocks=5)
+    toy.add("a", 7, 6)
+    b = toy.add("b", 16, 2)
+    toy.engine.step()
+    assert rows(toy) == [[(0, 7), (0, 12)]]
+    toy.run()
+    assert b.output == toy.expected(b)
+
+
+def test_a_preempted_job_keeps_its_blocks_while_nobody_needs_them() -> None:
+    toy = Toy(CostModel(per_iteration=0, per_token=1), max_num_seqs=1, starvation_limit=None)
+    long = toy.add("long", 8, 3)
+    toy.engine.step()
+    toy.add("short", 1, 3)
+    toy.run()
+    assert (long.metrics.preemptions, long.metrics.recomputed_tokens) == (1, 0)
+
+
+def test_a_job_that_can_never_fit_is_refused() -> None:
+    toy = Toy(block_size=4, num_blocks=5, max_model_len=100)
+    fits = toy.add("fits", 15, 6)  # the last token's KV is never held
+    with pytest.raises(InvalidRequest, match=r"max_tokens: .* need 6 KV blocks .* there are 5"):
+        toy.add("one more", 15, 7)
+    with pytest.raises(InvalidRequest, match=r"prompt: .* need 6 KV blocks"):
+        toy.add("prompt alone", 21, 1)
+    toy.run()
+    assert fits.output == toy.expected(fits)
+
+
+def test_the_context_ends_where_the_pool_does() -> None:
+    toy = Toy(block_size=4, num_blocks=5, max_model_len=100)
+    job = toy.add("a", 15, None)
+    toy.run()
+    assert len(job.output) == 6
+
+
+# --- plans in flight --------------------------------------------------------------------------------------------------
+
+
+def test_a_successor_plan_decodes_a_token_not_yet_known() -> None:
+    toy = Toy(max_in_flight=2)
+    job = toy.add("a", 3, 4)
+    toy.engine.step()
+    first, second = toy.executor.plans
+    assert first.tokens.tolist() == job.prompt and second.tokens.tolist() == [-1]
+    toy.run()
+    assert job.output == toy.expected(job)
+    assert len(toy.executor.plans) == 4  # nothing is computed past max_tokens
+
+
+def test_a_result_for_a_job_that_turned_out_finished_is_dropped() -> None:
+    toy = Toy(max_in_flight=2)
+    alone = toy.add("alone", [5, 6], 5)
+    toy.run()
+    job = toy.add("a", [5, 6], 30, stop_token_ids=alone.output[-1:])
+    expected = toy.expected(job)
+    while not job.finished:
+        toy.engine.step()
+        toy.engine.check_integrity()
+    free = toy.engine.scheduler.blocks.free_blocks
+    assert toy.engine.has_work and free < toy.config.num_blocks  # its successor plan is still out
+    assert toy.engine.step() == []
+    assert not toy.engine.has_work and toy.engine.scheduler.blocks.free_blocks == toy.config.num_blocks
+    assert job.output == expected == alone.output and len(toy.executor.plans) == 5 + 5 + 1
+
+
+def test_a_job_in_flight_is_no_victim() -> None:
+    toy = Toy(policy="fcfs", max_in_flight=2, max_num_seqs=2, block_size=2, num_blocks=8, max_num_batched_tokens=16)
+    jobs = [toy.add("a", 5, 11), toy.add("b", 5, 11)]
+    toy.run()  # ToyExecutor and check_integrity would notice
+    assert jobs[0].metrics.recomputed_tokens == 0 < jobs[1].metrics.recomputed_tokens
+    assert [job.output for job in jobs] == [toy.expected(job) for job in jobs]
+
+
+def test_slots_are_used_again() -> None:
+    toy = Toy(policy="fcfs", max_num_seqs=2)
+    for number in range(10):
+        toy.add(str(number), 2, 2)
+    toy.run()
+    assert {slot for plan in toy.executor.plans for slot in plan.opened[:, 0].tolist()} == {0, 1}
+
+
+def test_a_result_that_belongs_to_no_plan_is_refused() -> None:
+    toy = Toy()
+    toy.add("a", 3)
+    scheduler = toy.engine.scheduler
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    toy.executor.submit(plan)
+    result = toy.executor.poll(None)
+    assert result is not None
+    result.plan_id += 1
+    with pytest.raises(RuntimeError, match="matches no plan"):
+        scheduler.complete(result, 1.0)
+
+
+def test_a_result_without_a_plan_is_refused() -> None:
+    none, reals = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    result = StepResult(plan_id=1, tokens=none, logprobs=reals, top_tokens=none, top_logprobs=reals, seconds=0.0)
+    with pytest.raises(RuntimeError, match="matches no plan"):
+        Toy().engine.scheduler.complete(result, 0.0)
+
+
+def test_integrity_notices_a_leak() -> None:
+    toy = Toy()
+    toy.add("a", 3)
+    toy.engine.step()
+    toy.engine.scheduler.blocks.grow(99, 1)
+    with pytest.raises(RuntimeError, match="a block belongs to no job"):
+        toy.engine.check_integrity()
+
+
+# --- what the runtime is told -----------------------------------------------------------------------------------------
+
+
+def test_a_plan_tells_the_runtime_all_about_a_job_once() -> None:
+    toy = Toy()
+    toy.add(
+        "a", [5, 6, 7], 9, seed=2**64 - 1, top_k=-1, top_p=0.5, temperature=0.25, min_tokens=2, logprobs=3,
+        repetition_penalty=1.5, presence_penalty=-0.5, logit_bias={8: 1.5, 9: -2.0}, stop_token_ids=[11, 10],
+    )  # fmt: skip
+    toy.add("b", [1], 9, min_p=0.125, top_k=4)
+    toy.engine.step()
+    toy.engine.step()
+    plan, later = toy.executor.plans
+    assert plan.opened.tolist() == [[1, 1, 0, 4, -1, 0, 0, 0], [0, 3, 3, 0, 3, 2, 2, 2]][::-1]
+    assert plan.opened_params.tolist() == [[0.25, 0.5, 0, 1.5, -0.5, 0], [1, 1, 0.125, 1, 0, 0]]
+    assert plan.opened_seeds.tolist() == [2**64 - 1, 0]
+    assert plan.history.tolist() == [5, 6, 7]
+    assert (plan.bias_tokens.tolist(), plan.bias_values.tolist()) == ([8, 9], [1.5, -2.0])
+    assert plan.stop_tokens.tolist() == [10, 11]
+    assert len(plan.table) == 2
+    assert len(later.opened) == len(later.history) == len(later.table) == 0
+    assert {a.dtype.name for a in (plan.rows, plan.tokens, plan.opened, plan.table, plan.closed)} == {"int32"}
+
+
+def test_a_job_opened_again_brings_its_output_as_history() -> None:
+    toy = Toy(policy="fcfs", max_num_seqs=2, block_size=4, num_blocks=5, max_num_batched_tokens=16)
+    toy.add("a", 7, 9)
+    b = toy.add("b", 6, 9, presence_penalty=0.5)
+    toy.run()
+    again = [plan for plan in toy.executor.plans[1:] if len(plan.opened)]
+    assert again and len(again[0].history) > 6
+    assert again[0].history.tolist() == (b.prompt + b.output)[: len(again[0].history)]
+    assert b.output == toy.expected(b)

@@ -1,0 +1,229 @@
+"""A model small enough to reason about: its next token is a hash of everything it should have looked at.
+
+ToyExecutor is an honest paged executor. It writes token ids into a pool of blocks through the block tables it was told,
+reads them back through the same tables, and hashes what it *read*, so a wrong table, a lost or doubled block, a wrong
+start, a wrong token or a wrong parameter gives other tokens. `expected_output` computes the same by plain recursion on
+a list, with no pool, plan or scheduler.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fastserve.config import SchedulerConfig
+from fastserve.cost import CostModel
+from fastserve.engine import Engine, IterationRecord
+from fastserve.types import BatchPlan, Job, SamplingParams, StepResult
+
+VOCAB = 61
+POISON = -7
+EOS = 3
+
+
+def toy_token(context: list[int], prompt_length: int, seed: int, params: tuple[object, ...], masked: set[int]) -> int:
+    """The token after `context`. `masked` must not come out."""
+    key = repr((context, prompt_length, seed, params)).encode()
+    token = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") % VOCAB
+    while token in masked:
+        token = (token + 1) % VOCAB
+    return token
+
+
+def sampling_key(params: SamplingParams) -> tuple[object, ...]:
+    """What a runtime is told of the parameters, rounded as it is told."""
+    reals = (
+        params.temperature, params.top_p, params.min_p,
+        params.repetition_penalty, params.presence_penalty, params.frequency_penalty,
+    )  # fmt: skip
+    bias = [(token, float(np.float32(value))) for token, value in params.logit_bias.items()]
+    return max(0, params.top_k), params.min_tokens, [float(np.float32(value)) for value in reals], bias
+
+
+def expected_output(prompt: list[int], params: SamplingParams, seed: int, max_model_len: int) -> list[int]:
+    """The job's tokens, by the definition."""
+    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
+    output: list[int] = []
+    room = max_model_len - len(prompt)
+    while len(output) < min(room, math.inf if params.max_tokens is None else params.max_tokens):
+        masked = stops if len(output) < params.min_tokens else set()
+        token = toy_token(prompt + output, len(prompt), seed, sampling_key(params), masked)
+        output.append(token)
+        if token in stops:
+            break
+    return output
+
+
+@dataclass
+class _Slot:
+    prompt_length: int
+    seed: int
+    key: tuple[object, ...]
+    min_tokens: int
+    stops: set[int]
+    logprobs: int
+    history: list[int] | None
+    table: list[int] = field(default_factory=list)
+    length: int = 0  # positions written
+    last_sampled: int | None = None
+
+
+def bare_job(index: int, next_seconds: float, arrival: float = 0.0) -> Job:
+    """A job for a policy to look at."""
+    job = Job(str(index), [1], SamplingParams(), 0, arrival, 16, frozenset(), index)
+    job.next_seconds = next_seconds
+    return job
+
+
+class Clock:
+    """Time that moves only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class ToyExecutor:
+    """Runs plans on the toy model, checks every rule of a plan, and moves the clock by the cost model's time."""
+
+    def __init__(self, config: SchedulerConfig, cost: CostModel, clock: Clock | None = None) -> None:
+        self.clock = clock or Clock()
+        self.plans: list[BatchPlan] = []
+        self._config = config
+        self._cost = cost
+        self._pool = np.full((config.num_blocks, config.block_size), POISON)
+        self._slots: dict[int, _Slot] = {}
+        self._results: deque[StepResult] = deque()
+
+    def submit(self, plan: BatchPlan) -> None:
+        self.plans.append(plan)
+        assert len(plan.rows) <= self._config.max_num_seqs
+        assert len(plan.tokens) <= self._config.max_num_batched_tokens
+        for slot in plan.closed.tolist():
+            self._pool[self._slots.pop(slot).table] = POISON
+        self._open(plan)
+        owners = {block: slot for slot, state in self._slots.items() for block in state.table}
+        for slot, index, block in plan.table.tolist():
+            assert block not in owners, f"block {block} of slot {owners[block]} given to slot {slot}"
+            owners[block] = slot
+            assert index == len(self._slots[slot].table)
+            self._slots[slot].table.append(block)
+        self._results.append(self._run(plan))
+        assert len(self._results) <= self._config.max_in_flight
+
+    def poll(self, timeout: float | None) -> StepResult | None:
+        assert self._results, "nothing to wait for"
+        result = self._results.popleft()
+        self.clock.now += result.seconds
+        return result
+
+    def _open(self, plan: BatchPlan) -> None:
+        history, bias, stops = (iter(a.tolist()) for a in (plan.history, plan.bias_tokens, plan.stop_tokens))
+        values = iter(plan.bias_values.tolist())
+        for row, reals, seed in zip(
+            plan.opened.tolist(), plan.opened_params.tolist(), plan.opened_seeds.tolist(), strict=True
+        ):
+            slot, prompt_length, past, top_k, logprobs, min_tokens, biases, masked = row
+            assert slot not in self._slots
+            biased = [(next(bias), next(values)) for _ in range(biases)]
+            self._slots[slot] = _Slot(
+                prompt_length=prompt_length,
+                seed=seed,
+                key=(top_k, min_tokens, reals, biased),
+                min_tokens=min_tokens,
+                stops={next(stops) for _ in range(masked)},
+                logprobs=logprobs,
+                history=[next(history) for _ in range(past)] if past else None,
+            )
+        assert all(next(rest, None) is None for rest in (history, bias, values, stops))
+
+    def _run(self, plan: BatchPlan) -> StepResult:
+        tokens = iter(plan.tokens.tolist())
+        sampled: list[tuple[int, int]] = []
+        assert len(set(plan.rows[:, 0].tolist())) == len(plan.rows), "one row a slot"
+        for slot, start, count, logits in plan.rows.tolist():
+            state = self._slots[slot]
+            assert start == state.length and count > 0
+            for position in range(start, start + count):
+                token = next(tokens)
+                if token == -1:
+                    assert state.last_sampled is not None
+                    token = state.last_sampled
+                self._write(state, position, token)
+            state.length += count
+            if logits:
+                sampled.append((self._sample(state), state.logprobs))
+        assert next(tokens, None) is None
+        rows = [(start, count) for _, start, count, _ in plan.rows.tolist()]
+        width = max([0, *(logprobs for _, logprobs in sampled)])
+        top = np.full((len(sampled), width), -1, np.int32)
+        for i, (token, logprobs) in enumerate(sampled):
+            top[i, : max(0, logprobs)] = [(token + k) % VOCAB for k in range(max(0, logprobs))]
+        return StepResult(
+            plan_id=plan.plan_id,
+            tokens=np.array([token for token, _ in sampled], np.int32),
+            logprobs=np.array([-float(token) if k >= 0 else np.nan for token, k in sampled], np.float32),
+            top_tokens=top,
+            top_logprobs=-top.astype(np.float32),
+            seconds=self._cost.iteration_seconds(rows),
+        )
+
+    def _write(self, state: _Slot, position: int, token: int) -> None:
+        block = state.table[position // self._config.block_size]
+        self._pool[block, position % self._config.block_size] = token
+
+    def _sample(self, state: _Slot) -> int:
+        context = self._pool[state.table].reshape(-1)[: state.length].tolist()
+        masked = state.stops if state.length - state.prompt_length < state.min_tokens else set()
+        if state.history is not None:
+            assert state.history == context, "penalties would look at other tokens"
+        token = toy_token(context, state.prompt_length, state.seed, state.key, masked)
+        state.last_sampled = token
+        if state.history is not None:
+            state.history.append(token)
+        return token
+
+
+class Toy:
+    """An engine on the toy executor, with its clock and its record of iterations."""
+
+    def __init__(self, cost: CostModel | None = None, **options: object) -> None:
+        self.config = SchedulerConfig(**options)  # type: ignore[arg-type]
+        self.cost = cost or CostModel.constant(1.0)
+        self.clock = Clock()
+        self.records: list[IterationRecord] = []
+        self.executor = ToyExecutor(self.config, self.cost, self.clock)
+        self.engine = Engine(self.config, self.executor, self.cost, clock=self.clock, on_iteration=self.records.append)
+
+    def add(
+        self, name: str, prompt: int | list[int], max_tokens: int | None = 4, *, seed: int = 0, **params: object
+    ) -> Job:
+        """A job with the given prompt, or one of that many tokens; it ignores EOS unless told otherwise."""
+        tokens = [(7 * i + len(name)) % VOCAB for i in range(prompt)] if isinstance(prompt, int) else prompt
+        params.setdefault("ignore_eos", True)
+        sampling = SamplingParams(max_tokens=max_tokens, **params)  # type: ignore[arg-type]
+        return self.engine.add_job(name, tokens, sampling, seed=seed, vocab_size=VOCAB, eos_token_ids=(EOS,))
+
+    def run(self, steps: int = 10_000) -> None:
+        """Step until there is nothing to do, checking the books after every step."""
+        for _ in range(steps):
+            if not self.engine.has_work:
+                assert self.engine.scheduler.blocks.free_blocks == self.config.num_blocks
+                return
+            self.engine.step()
+            self.engine.check_integrity()
+        raise AssertionError(f"not done after {steps} steps")
+
+    def expected(self, job: Job) -> list[int]:
+        return expected_output(job.prompt, job.params, job.seed, self.config.max_model_len)
+
+    @property
+    def ran(self) -> str:
+        """Who ran in each iteration: `a+b c` is a and b in the first, c in the second."""
+        return " ".join("+".join(record.job_ids) for record in self.records)
