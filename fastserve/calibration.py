@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 from .config import SchedulerConfig
@@ -18,49 +19,67 @@ UNMEASURED = CostModel.constant(0.01)
 _COSTLESS_POLICIES = frozenset({"fcfs"})
 
 
-def cost_model(
-    cost: CostModel | str | os.PathLike[str] | None,
-    executor: Executor,
-    config: SchedulerConfig,
-    *,
-    vocab_size: int,
-    model: str,
-    device: str,
-) -> CostModel:
-    """The cost model given, or read from the file given, or remembered from an earlier start, or measured now.
+class Calibration:
+    """Where the cost model of one model on one device comes from. The executor must be idle."""
 
-    A remembered profile counts only for the same model, device and version of FastServe. Raises InvalidRequest when a
-    file that was asked for cannot be read; a remembered one that is damaged is measured again.
-    """
-    if isinstance(cost, CostModel):
-        return cost
-    if cost is not None:
-        return CostModel.load(cost)
-    if config.policy in _COSTLESS_POLICIES:
-        return UNMEASURED
-    path = profile_path(model, device)
-    known = _remembered(path, model, device)
-    if known is not None:
-        return known
-    measured = measure(executor, config, vocab_size=vocab_size, model=model, device=device, version=__version__)
-    with contextlib.suppress(OSError):  # a read-only home costs half a second at every start, not the start itself
-        measured.save(path)
-    return measured
+    def __init__(
+        self, executor: Executor, config: SchedulerConfig, *, vocab_size: int, model: str, device: str
+    ) -> None:
+        self._executor = executor
+        self._config = config
+        self._vocab_size = vocab_size
+        self._model = model
+        self._device = device
+
+    def cost_model(self, cost: CostModel | str | os.PathLike[str] | None) -> CostModel:
+        """The one given, or read from the file given, or remembered from an earlier start, or measured roughly.
+
+        A remembered profile counts only for the same model, device and version of FastServe; a damaged one is measured
+        again. Raises InvalidRequest when the file given cannot be read.
+        """
+        if isinstance(cost, CostModel):
+            return cost
+        if cost is not None:
+            return CostModel.load(cost)
+        if self._config.policy in _COSTLESS_POLICIES:
+            return UNMEASURED
+        path = profile_path(self._model, self._device)
+        remembered = self._remembered(path)
+        if remembered is not None:
+            return remembered
+        measured = self.measure(full=False)
+        with contextlib.suppress(OSError):  # a read-only home costs half a second at every start, not the start itself
+            measured.save(path)
+        return measured
+
+    def measure(
+        self, *, full: bool, on_sample: Callable[[list[tuple[int, int]], float], None] | None = None
+    ) -> CostModel:
+        """Run real iterations, for up to twenty seconds if `full`, else half a second."""
+        return measure(
+            self._executor,
+            self._config,
+            vocab_size=self._vocab_size,
+            full=full,
+            model=self._model,
+            device=self._device,
+            version=__version__,
+            on_sample=on_sample,
+        )
+
+    def _remembered(self, path: Path) -> CostModel | None:
+        if not path.exists():
+            return None
+        try:
+            profile = CostModel.load(path)
+        except InvalidRequest:
+            return None
+        return profile if profile.belongs_to(model=self._model, device=self._device, version=__version__) else None
 
 
 def device_name(device: str, dtype: str, instruction_set: str, threads: int) -> str:
     """What a profile was measured on, in words: processor, instruction set, compute type and threads."""
     return f"{device} {_processor()} {instruction_set} {dtype} {threads} threads"
-
-
-def _remembered(path: Path, model: str, device: str) -> CostModel | None:
-    if not path.exists():
-        return None
-    try:
-        profile = CostModel.load(path)
-    except InvalidRequest:
-        return None
-    return profile if profile.belongs_to(model=model, device=device, version=__version__) else None
 
 
 def _processor() -> str:

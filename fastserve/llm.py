@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
+from .cost import CostModel
 from .outputs import RequestOutput
-from .serving import LiveRequest, Message, Prompt, Request, ServingCore
+from .serving import EngineError, LiveRequest, Message, Prompt, Request, ServingCore
 from .types import InvalidRequest, SamplingParams
 
 # Waits are cut to this many seconds, so that Ctrl-C is heard while the runtime works.
@@ -57,7 +58,7 @@ class LLM(ServingCore):
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Like generate, but yields a request's answers so far whenever they grow; the last of each is `finished`.
 
         Prompts are checked at once. Leaving the iterator early (closing it, an exception) aborts what is unfinished.
@@ -66,7 +67,7 @@ class LLM(ServingCore):
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Like stream, for the next message of a conversation."""
         return self._stream([self._chat_request(messages, sampling_params or SamplingParams())])
 
@@ -113,6 +114,19 @@ class LLM(ServingCore):
             run.abandon()
         return [outputs[request.request_id] for request in made]
 
+    def profile(
+        self, *, full: bool = True, on_sample: Callable[[list[tuple[int, int]], float], None] | None = None
+    ) -> CostModel:
+        """Measure how long iterations take here, by running some: up to twenty seconds if `full`, else half a second.
+
+        For a new LLM: raises EngineError once it has served a request. `on_sample` sees the rows (start, tokens) and
+        the seconds of each iteration.
+        """
+        if next(self._numbers) > 0:
+            raise EngineError("profiling takes an engine that has served no request")
+        self._need_engine()
+        return self._calibration.measure(full=full, on_sample=on_sample)
+
     def _requests(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -138,19 +152,21 @@ class LLM(ServingCore):
         finally:
             run.abandon()
 
-    def _stream(self, requests: list[Request]) -> Iterator[RequestOutput]:
+    def _stream(self, requests: list[Request]) -> Generator[RequestOutput, None, None]:
         self._check(requests)
         return self._outputs(requests)
 
-    def _outputs(self, requests: list[Request]) -> Iterator[RequestOutput]:
+    def _outputs(self, requests: list[Request]) -> Generator[RequestOutput, None, None]:
         run = _Run(self)
         try:
             run.add_all(requests)
             while True:
-                yield from (live.output() for live in run.news())
-                if not run.unfinished:
+                if news := run.news():
+                    yield from (live.output() for live in news)
+                elif run.unfinished:
+                    self._step(_PATIENCE)
+                else:
                     return
-                self._step(_PATIENCE)
         finally:
             run.abandon()
 

@@ -28,6 +28,9 @@ from .types import BatchPlan, FinishReason, InvalidRequest, Job, JobUpdate, Step
 # How many prefills, in batches, a decision passes over once the token budget is gone, looking for decodes behind them.
 _PASSED_OVER: Final = 4
 
+# Blocks that every running job should find free when it grows, before another job is let in.
+_HEADROOM: Final = 2
+
 
 class Row(NamedTuple):
     """One job's part in an iteration: positions start … start + tokens - 1."""
@@ -137,7 +140,7 @@ class Scheduler:
             order[job] = rank
             if not self._runnable(job):
                 continue
-            remaining = job.known - job.computed
+            remaining = _remaining(job)
             if remaining == 1:
                 decodes.append(job)
                 while prefills and wanted - (last := _remaining(prefills[-1])) >= budget - len(decodes):
@@ -159,39 +162,58 @@ class Scheduler:
     ) -> Iterator[tuple[Job, int]]:
         """Members that have room in the KV pool, and for how many tokens; the caller takes the room before going on.
 
+        A job may take the blocks of those it outranks, the one that runs latest (largest ENST) first. A job without
+        blocks starts only where it can stay: with room for all its known tokens after what the jobs before it will need
+        soon. Starting it earlier would have it robbed at once, and compute the same prefill over and over. Once one job
+        could not start, none behind it does, so small jobs do not keep a large one out.
+
         Why there is no deadlock and no livelock: with nothing in flight, the best job can take the blocks of every
         other, and `add` made sure that it fits alone, so each iteration advances the best job. It stays the best until
         it has got *new* work done, because policies charge recomputation nothing and leave an uncharged job in its
         place; jobs promoted meanwhile queue behind it. So every turn at the front ends in progress that is kept as
-        tokens, even if its KV is lost. A job that is short ends the plan: with nothing in flight, those behind it hold
-        no blocks any more and could not run either; otherwise, blocks of theirs come free only if they pause.
+        tokens, even if its KV is lost. With plans in flight, a job that needs the blocks of jobs in flight ends the
+        plan, so that those pause and can be robbed in the next.
         """
+        blocks = self.blocks
         victims: list[Job] | None = None
         lost: set[Job] = set()
+        first, may_start, owed = True, True, 0
         for job in members:
-            if job in lost:
+            starts = job.slot is None and not first
+            if job in lost or (starts and not may_start):
                 continue
             remaining = _remaining(job)
             tokens = 1 if remaining == 1 else min(remaining, prefill_tokens)
-            while not self.blocks.can_grow(job.index, job.computed + tokens):
+            needed = blocks.blocks_for(job.computed + tokens) - blocks.held(job.index)
+            to_be_had = blocks.blocks_for(job.known) + owed if starts else needed
+            if to_be_had > blocks.free_blocks:
+                outranked = [other for other in self._holders if order.get(other, math.inf) > order[job]]
+                idle = sum(blocks.held(other.index) for other in outranked if not other.in_flight)
+                if to_be_had > blocks.free_blocks + idle:
+                    if to_be_had <= blocks.free_blocks + sum(blocks.held(other.index) for other in outranked):
+                        return
+                    if starts:
+                        may_start = False
+                        continue
                 if victims is None:
                     victims = self._by_work_ahead(order, now)
-                # A job of higher priority than this one is no victim for those still to come either.
-                while victims and order.get(victims[-1], math.inf) <= order[job]:
-                    victims.pop()
-                if not victims:
-                    tokens = self.blocks.capacity(job.index) - job.computed
-                    break
-                self._release(victims[-1])
-                lost.add(victims.pop())
-            if tokens <= 0:
-                return
+                while victims and needed > blocks.free_blocks:
+                    victim = victims.pop()
+                    # One of higher priority than this job is no victim for those still to come either.
+                    if order.get(victim, math.inf) > order[job]:
+                        self._release(victim)
+                        lost.add(victim)
+                tokens = min(tokens, blocks.capacity(job.index) - job.computed)
+                if tokens <= 0:
+                    continue
             if remaining > 1:
                 prefill_tokens -= tokens
             yield job, tokens
+            first = False
+            owed += blocks.blocks_for(job.known) + _HEADROOM - blocks.held(job.index)
 
     def _by_work_ahead(self, order: dict[Job, int], now: float) -> list[Job]:
-        """Jobs whose blocks could be taken, the one that runs latest (largest ENST) last."""
+        """Jobs whose blocks could be taken, the one that runs latest last."""
         idle = [job for job in self._holders if not job.in_flight]
         idle.sort(key=lambda job: (self.policy.work_ahead(job, now), order.get(job, math.inf), job.index))
         return idle

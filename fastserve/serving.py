@@ -20,7 +20,7 @@ from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from .calibration import UNMEASURED, cost_model, device_name
+from .calibration import UNMEASURED, Calibration, device_name
 from .config import RuntimeConfig, SchedulerConfig
 from .cost import CostModel
 from .engine import Engine, IterationRecord
@@ -171,14 +171,14 @@ class ServingCore:
             "weights_dtype": source.weights_dtype,
             "weight_bytes": runtime.weight_bytes,
         }
-        self.cost = cost_model(
-            cost,
+        self._calibration = Calibration(
             runtime,
             self._scheduling,
             vocab_size=self.spec.vocab_size,
             model=f"{model} {source.num_parameters} {source.weights_dtype}",
             device=device_name(device, dtype, runtime.instruction_set, runtime.threads),
         )
+        self.cost = self._calibration.cost_model(cost)
         self._engine: Engine | None = Engine(
             self._scheduling, runtime, self.cost, clock=self._clock, on_iteration=on_iteration
         )
@@ -337,8 +337,8 @@ class ServingCore:
         del self._jobs[completion.job.job_id]
         self._need_engine().abort(completion.job.job_id, reason)
         completion.finish()
-        if live.finished:
-            del self._live[live.request.request_id]
+        if live.finished:  # of several answers that end in one iteration, the first to come here finds all finished
+            self._live.pop(live.request.request_id, None)
 
     def _need_engine(self) -> Engine:
         if self._engine is None or self._failure is not None:

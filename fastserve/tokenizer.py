@@ -51,11 +51,11 @@ class Tokenizer:
         return self._template_text is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Raises InvalidRequest for text that is not valid Unicode."""
+        """Token ids of `text`. Raises InvalidRequest (`prompt`) for text that is not valid Unicode."""
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:
-            raise InvalidRequest("prompt", f"must be valid Unicode text: {error.reason}") from error
+        except (TypeError, UnicodeEncodeError) as error:  # not a string, or one with lone surrogates
+            raise InvalidRequest("prompt", "must be valid Unicode text") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -136,7 +136,7 @@ def _from_gguf(keys: Mapping[str, Any], add_bos: bool) -> Backend:
     if kind not in ("gpt2", "llama"):
         raise ModelError(f"tokenizer.ggml.model {kind!r} is not supported; supported: gpt2, llama")
     tokens = _texts(keys, "tokens")
-    types = _numbers(keys, "token_type", len(tokens)) if "tokenizer.ggml.token_type" in keys else [1] * len(tokens)
+    types = _numbers(keys, "token_type", len(tokens)) if "tokenizer.ggml.token_type" in keys else [1.0] * len(tokens)
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise ModelError("tokenizer.ggml.tokens holds the same token twice")
@@ -195,7 +195,7 @@ def _byte_level_bpe(keys: Mapping[str, Any], vocab: dict[str, int]) -> Backend:
 
 
 def _sentencepiece_bpe(
-    keys: Mapping[str, Any], vocab: dict[str, int], tokens: list[str], types: list[float]
+    keys: Mapping[str, Any], vocab: dict[str, int], tokens: list[str], types: Sequence[float]
 ) -> Backend:
     """SentencePiece's BPE stores scores instead of merges: two pieces merge if their union is one, best score first."""
     scores = _numbers(keys, "scores", len(tokens))

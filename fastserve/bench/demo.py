@@ -41,6 +41,8 @@ SETTINGS: dict[str, Any] = {
     "kv_cache_memory": "512M",
 }
 
+_EQUAL_SPEED = 1.15  # runs whose tokens/s differ by more were disturbed by something
+
 
 def run_policy(model: str, policy: str, trace: Sequence[TraceJob], seed: int, console: Console) -> PolicyRun:
     """Replay the trace in real time under one policy. Raises InvalidRequest and ModelError as LLM does."""
@@ -56,15 +58,15 @@ def run_policy(model: str, policy: str, trace: Sequence[TraceJob], seed: int, co
     with LLM(model, policy=policy, seed=seed, on_iteration=on_iteration, **SETTINGS) as llm:
         if llm.tokenizer is None:
             raise ModelError(f"{model} has no tokenizer; the demo needs one, and a chat template")
-        prompts = [llm.tokenizer.encode_chat([{"role": "user", "content": job.prompt}]) for job in trace]
+        prompts = [llm.tokenizer.encode_chat(job.messages) for job in trace]
         llm.generate(prompts[0], replace(trace[0].params, max_tokens=8))  # warm up: pages, threads, caches
         iterations.clear()
-        asked = {job.name: job for job in trace}
+        titles = {job.name: job.title for job in trace}
 
         def on_update(output: RequestOutput) -> None:
             if output.finished:
                 answer, jct = output.outputs[0], output.metrics.jct or 0.0
-                view.finished(jct, asked[output.request_id].prompt, answer.text, len(answer.token_ids))
+                view.finished(jct, titles[output.request_id], answer.text, len(answer.token_ids))
 
         with view:
             outputs = llm.replay(
@@ -131,6 +133,12 @@ def report(runs: Sequence[PolicyRun], console: Console) -> list[str]:
     console.print(compare_policies(runs))
     for run in runs[1:]:
         console.print(f"[bold]{escape(verdict(runs[0], run))}[/]")
+        speeds = runs[0].tokens_per_second, run.tokens_per_second
+        if max(speeds) > _EQUAL_SPEED * min(speeds):
+            console.print(
+                f"[yellow]Mind that the machine was not equally fast: {speeds[0]:.0f} tokens/s under {runs[0].policy}, "
+                f"{speeds[1]:.0f} under {run.policy}. Run it again with the machine to itself.[/]"
+            )
     for kind in sorted({job.kind for job in runs[-1].jobs}):
         job = next(job for job in runs[-1].jobs if job.kind == kind)
         words = " ".join(job.text.split())

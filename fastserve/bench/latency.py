@@ -73,7 +73,9 @@ def run(
         at_least(option, value, low)
     if not batch_sizes:
         raise InvalidRequest("batch_size", "needs at least one value")
-    options = {"max_num_seqs": max(batch_sizes), "max_model_len": input_len + output_len, **options}
+    rows = max(batch_sizes)
+    fitting = {"max_num_seqs": rows, "max_num_batched_tokens": max(512, rows), "max_model_len": input_len + output_len}
+    options = {**fitting, **options}
     if max(batch_sizes) > options["max_num_seqs"]:
         raise InvalidRequest("batch_size", f"must be at most max_num_seqs ({options['max_num_seqs']})")
     record: list[Iteration] = []

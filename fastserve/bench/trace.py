@@ -201,8 +201,14 @@ class TraceJob:
     name: str
     kind: Kind
     arrival: float
-    prompt: str  # the user's message, before the chat template
+    title: str  # the prompt in short
+    messages: tuple[dict[str, str], ...]  # the conversation so far, before the chat template
     params: SamplingParams
+
+    @property
+    def prompt(self) -> str:
+        """What the user asks."""
+        return self.messages[-1]["content"]
 
 
 def demo_trace(seed: int = 0) -> list[TraceJob]:
@@ -228,11 +234,16 @@ def demo_trace(seed: int = 0) -> list[TraceJob]:
 def _job(name: str, kind: Kind, arrival: float, text: str, draw: random.Random) -> TraceJob:
     if kind == "question":
         params = SamplingParams(temperature=0.0, max_tokens=QUESTION_TOKENS)
-        return TraceJob(name, kind, arrival, f"{text} Answer in one short sentence.", params)
+        return TraceJob(name, kind, arrival, text, _messages("Answer in one short sentence.", text), params)
     params = SamplingParams(
         temperature=0.8,
         top_p=0.95,
         max_tokens=draw.randint(*STORY_TOKENS),
         seed=draw.randrange(2**32),
     )
-    return TraceJob(name, kind, arrival, f"Write a long and vivid story about {text}.", params)
+    messages = _messages("You tell long and vivid stories.", f"Tell me a story about {text}.")
+    return TraceJob(name, kind, arrival, f"A story about {text}", messages, params)
+
+
+def _messages(system: str, user: str) -> tuple[dict[str, str], ...]:
+    return {"role": "system", "content": system}, {"role": "user", "content": user}

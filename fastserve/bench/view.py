@@ -27,15 +27,18 @@ class TraceView:
         self._tokens = 0  # of finished jobs
         self._began = self._ended = 0.0  # on the engine's clock
         self._progress = Progress(
-            TextColumn("[bold]{task.description:<15}[/]"),
-            BarColumn(bar_width=28),
+            TextColumn("[bold]{task.description}[/]"),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("jobs [dim]·[/] {task.fields[running]:>2} running [dim]·[/] {task.fields[waiting]:>3} waiting"),
-            TextColumn("[dim]·[/] {task.fields[rate]:>3.0f} tokens/s [dim]·[/]"),
+            TextColumn(
+                "[dim]·[/] {task.fields[running]} running [dim]·[/] {task.fields[waiting]:>3} waiting [dim]·[/]"
+            ),
+            TextColumn("{task.fields[rate]:>3.0f} tokens/s"),
             TimeElapsedColumn(),
             console=console,
+            expand=True,
         )
-        self._task = self._progress.add_task(policy, total=jobs, running=0, waiting=0, rate=0.0)
+        self._task = self._progress.add_task(f"{policy:<14}", total=jobs, running=0, waiting=0, rate=0.0)
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self._render)
 
     def __enter__(self) -> TraceView:
@@ -60,11 +63,11 @@ class TraceView:
         rate = sum(tokens for _, tokens in self._recent) / _WINDOW
         self._progress.update(self._task, running=len(iteration.job_ids), waiting=iteration.waiting, rate=rate)
 
-    def finished(self, jct: float, prompt: str, text: str, tokens: int) -> None:
-        """Note a finished job: its completion time in seconds, its prompt and its answer of so many tokens."""
+    def finished(self, jct: float, title: str, text: str, tokens: int) -> None:
+        """Note a finished job: its completion time in seconds, what it asked and its answer of so many tokens."""
         self._progress.advance(self._task)
         self._tokens += tokens
-        self._answers.append((jct, prompt, " ".join(text.split())))
+        self._answers.append((jct, title, " ".join(text.split())))
 
     def refresh(self) -> None:
         """Draw now; it happens by itself four times a second."""
@@ -78,6 +81,6 @@ class TraceView:
         answers.add_column(no_wrap=True, overflow="ellipsis", ratio=2)
         answers.add_column(no_wrap=True, overflow="ellipsis", ratio=3, style="italic")
         answers.expand = True
-        for jct, prompt, text in self._answers:
-            answers.add_row(f"{jct:6.2f} s", Text(prompt), Text(text))
+        for jct, title, text in self._answers:
+            answers.add_row(f"{jct:6.2f} s", Text(title), Text(text))
         return Group(self._progress, Text(), answers)

@@ -6,6 +6,7 @@ heads that are not hidden / heads wide, partial rotation, rope scalings.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
 
 _LLAMA3 = _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 _YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=24)
+_WHOLE_HEAD = _rope("default", partial_rotary_factor=1.0)
 
 CASES = [
     Case("gpt2", "tied", _gpt2(3)),
@@ -78,9 +80,7 @@ CASES = [
     Case("qwen3", "gqa", _llama(4, 2, head_dim=16)),
     Case("qwen3", "odd-tied-bias", _llama(3, 1, head_dim=8, tie_word_embeddings=True, attention_bias=True)),
     Case("gpt_neox", "parallel", _neox(3)),
-    Case(
-        "gpt_neox", "sequential", _neox(4, use_parallel_residual=False, **_rope("default", partial_rotary_factor=1.0))
-    ),
+    Case("gpt_neox", "sequential", _neox(4, use_parallel_residual=False, **_WHOLE_HEAD)),
     Case("gpt_neox", "no-bias-tied", _neox(2, attention_bias=False, tie_word_embeddings=True, hidden_act="gelu_new")),
 ]
 GGUF_CASES = [
@@ -96,7 +96,7 @@ Quantization = gguf.GGMLQuantizationType
 
 
 def build(case: Case, seed: int = 0) -> PreTrainedModel:
-    """The model in float32, every parameter random: weights wide enough that logits differ clearly, and no bias zero."""
+    """The model in float32, every parameter random: weights wide enough for clear logits, and no bias zero."""
     config = AutoConfig.for_model(case.family, vocab_size=VOCAB_SIZE, bos_token_id=1, eos_token_id=2, **case.options)
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
@@ -112,10 +112,14 @@ def build(case: Case, seed: int = 0) -> PreTrainedModel:
 
 def save(case: Case, directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shards: int = 1) -> Any:
     """Write the model in Hugging Face layout and return it, in float32 with the values as stored."""
-    model = build(case, seed).to(dtype)
-    size = sum(tensor.nbytes for tensor in model.state_dict().values())
-    model.save_pretrained(directory, max_shard_size=size if shards == 1 else size // shards)
-    return model.float()
+    model = build(case, seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+    stored = copy.deepcopy(model).to(dtype)  # not the returned one: this rounds the rotary frequencies too
+    size = sum(tensor.nbytes for tensor in stored.state_dict().values())
+    stored.save_pretrained(directory, max_shard_size=size if shards == 1 else size // shards)
+    return model
 
 
 def logits(model: PreTrainedModel, tokens: list[int]) -> np.ndarray:

@@ -90,3 +90,8 @@ def _mlp(spec: ModelSpec, w: Mapping[str, Array], x: Array) -> Array:
     act = _ACTIVATIONS[spec.activation]
     inner = act(_linear(w, "gate", x)) * _linear(w, "up", x) if spec.gated_mlp else act(_linear(w, "up", x))
     return _linear(w, "down", inner)
+
+
+def tolerance(expected: Array) -> float:
+    """How far a float32 run of a two-layer model may be off: some tens of roundings of its largest logit."""
+    return float(64 * np.finfo(np.float32).eps * np.abs(expected).max())

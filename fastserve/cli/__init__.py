@@ -1,0 +1,5 @@
+"""The `fastserve` command."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,69 @@
+"""`fastserve info`: what a model is, without loading its weights."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .options import JsonOption, ModelArgument
+
+_BLOCK = 16
+
+
+def info(model: ModelArgument, as_json: JsonOption = False) -> None:
+    """Show a model's shape, what it takes to serve it, and what this machine offers.
+
+    fastserve info smollm2
+    """
+    description = describe(model)
+    if as_json:
+        print(json.dumps(description, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{model}", show_header=False, title_justify="left", box=None)
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in description.items():
+        table.add_row(name.replace("_", " "), _readable(name, value))
+    Console().print(table)
+
+
+def describe(model: str) -> dict[str, Any]:
+    """JSON-ready. Raises ModelError when the model cannot be opened."""
+    from ..loaders import open_model
+    from ..native import block_bytes, instruction_sets
+
+    source = open_model(model)
+    spec, tokenizer = source.spec, source.tokenizer_data()
+    return {
+        "model": model,
+        "family": spec.family,
+        "parameters": source.num_parameters,
+        "weights_dtype": source.weights_dtype,
+        "context": spec.max_position,
+        "vocabulary": spec.vocab_size,
+        "layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "heads": spec.num_heads,
+        "kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "intermediate_size": spec.intermediate_size,
+        "tied_embeddings": spec.tied_embeddings,
+        "tokenizer": tokenizer is not None,
+        "chat_template": tokenizer is not None and tokenizer.chat_template is not None,
+        "eos_token_ids": list(spec.eos_token_ids),
+        "kv_bytes_per_token": {dtype: block_bytes(spec, dtype, _BLOCK) // _BLOCK for dtype in ("bfloat16", "float32")},
+        "instruction_sets": instruction_sets(),
+    }
+
+
+def _readable(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{each:,} ({key})" for key, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) else str(value)

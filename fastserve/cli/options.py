@@ -1,0 +1,141 @@
+"""Options that several commands share: each is written once, and added to a command by `takes`.
+
+A default of None means "not given": the value is left out, and the Python API's default holds. `show_default` tells the
+reader what that is; a test compares them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from ..types import InvalidRequest
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", help="smollm2, a .gguf file, a directory in Hugging Face layout, or a hub id."),
+]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="smollm2, a .gguf file, a directory in Hugging Face layout, or a hub id.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+def _option(panel: str, kind: Any, default: str | bool, help: str, *names: str, **more: Any) -> Any:
+    return Annotated[kind, typer.Option(*names, help=help, show_default=default, rich_help_panel=panel, **more)]
+
+
+_engine = functools.partial(_option, "Engine")
+_sampling = functools.partial(_option, "Sampling")
+
+HARDWARE: dict[str, Any] = {
+    "dtype": _engine(str | None, "bfloat16", "Type of computation and KV cache: bfloat16 or float32."),
+    "device": _engine(str | None, "cpu", "Where to run: cpu."),
+    "threads": _engine(int | None, "0", "Threads; 0 is one a core."),
+    "max_model_len": _engine(int | None, "the model's", "Longest prompt + output, in tokens."),
+    "max_num_seqs": _engine(int | None, "32", "Jobs in one iteration."),
+    "max_num_batched_tokens": _engine(
+        int | None, "512", "Tokens in one iteration; longer prompts are prefilled in chunks."
+    ),
+    "block_size": _engine(int | None, "16", "Tokens in one block of the KV cache."),
+    "kv_cache_memory": _engine(
+        str | None,
+        "room for max-num-seqs full contexts, at most a quarter of free memory",
+        "Size of the KV cache, such as 512M or 4G.",
+    ),
+}
+SCHEDULING: dict[str, Any] = {
+    "policy": _engine(str | None, "skip-join-mlfq", "Who runs next: fcfs, mlfq or skip-join-mlfq."),
+    "starvation_limit": _engine(
+        str | None, "60", "Seconds after which the MLFQ moves a waiting job to its highest level; none: never."
+    ),
+    "num_levels": _engine(int | None, "12", "Levels of the MLFQ."),
+    "cost": _engine(
+        Path | None, "measured once and remembered", "Cost profile to schedule by, as `fastserve profile` writes it."
+    ),
+}
+SEED: dict[str, Any] = {"seed": _engine(int | None, "0", "Of the sampling; equal seeds give equal answers.")}
+ENGINE = {**SCHEDULING, **HARDWARE}
+
+SAMPLING: dict[str, Any] = {
+    "max_tokens": _sampling(int | None, False, "Longest answer, in tokens."),
+    "min_tokens": _sampling(int | None, "0", "Shortest answer: nothing ends it before."),
+    "temperature": _sampling(float | None, False, "Randomness; 0 always takes the most likely token."),
+    "top_k": _sampling(int | None, "0", "Choose among this many most likely tokens; 0 is all."),
+    "top_p": _sampling(float | None, False, "Choose among the likeliest tokens that share this probability."),
+    "min_p": _sampling(
+        float | None, "0", "Drop tokens less likely than this share of the likeliest one's probability."
+    ),
+    "repetition_penalty": _sampling(float | None, "1", "Above 1 discourages tokens of the prompt and the answer."),
+    "presence_penalty": _sampling(float | None, "0", "Above 0 discourages tokens that are in the answer."),
+    "frequency_penalty": _sampling(float | None, "0", "Above 0 discourages tokens the more, the more often they came."),
+    "stop": _sampling(list[str] | None, False, "End the answer before this text. Repeatable."),
+    "stop_token_ids": _sampling(
+        list[int] | None, False, "End the answer at this token. Repeatable.", "--stop-token-id", metavar="ID"
+    ),
+    "ignore_eos": _sampling(bool | None, False, "Go on after the end-of-sequence token.", "--ignore-eos"),
+}
+# What an InvalidRequest calls a field, where that is the name of an option.
+OPTION_NAMES = {
+    **{name: f"--{name.replace('_', '-')}" for name in (*ENGINE, *SEED, *SAMPLING, "n", "model", "chat", "prompt")},
+    **{name: f"--{name.replace('_', '-')}" for name in ("prompts_file", "prompt_token_ids", "input_len", "output_len")},
+    **{name: f"--{name.replace('_', '-')}" for name in ("num_prompts", "batch_size", "warmup", "iterations")},
+    "stop_token_ids": "--stop-token-id",
+}
+
+
+def takes(**groups: Mapping[str, Any]) -> Callable[[Command], Command]:
+    """Give a command the options of each group; it gets those that were given as one dict, named like the group."""
+
+    def add(command: Command) -> Command:
+        own = inspect.signature(command)
+        hints = get_type_hints(command, include_extras=True)
+        kept = [
+            parameter.replace(annotation=hints[name])
+            for name, parameter in own.parameters.items()
+            if name not in groups
+        ]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for options in groups.values()
+            for name, annotation in options.items()
+        ]
+
+        @functools.wraps(command)
+        def collect(**values: Any) -> Any:
+            for group, options in groups.items():
+                given = {name: values.pop(name) for name in options}
+                values[group] = {name: value for name, value in given.items() if value not in (None, [])}
+            return command(**values)
+
+        signature = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in kept] + added)
+        collect.__signature__ = signature  # type: ignore[attr-defined]
+        collect.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+        del collect.__wrapped__  # typer would look through it, at the signature without the groups
+        return collect  # type: ignore[return-value]
+
+    return add
+
+
+def engine_options(given: dict[str, Any]) -> dict[str, Any]:
+    """As LLM takes them. Raises InvalidRequest for a starvation limit that is neither a number nor `none`."""
+    limit = given.get("starvation_limit")
+    if limit is None:
+        return given
+    try:
+        seconds = None if limit.lower() == "none" else float(limit)
+    except ValueError:
+        raise InvalidRequest("starvation_limit", f"must be a number of seconds or none, got {limit!r}") from None
+    return {**given, "starvation_limit": seconds}

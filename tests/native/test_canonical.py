@@ -1,0 +1,89 @@
+"""A row's result depends on its own tokens and positions and on nothing else (DESIGN, "Preemption is invisible")."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import VOCAB, Driver, SyntheticModel, gpt_spec, llama_spec, neox_spec, plan, whole
+
+from fastserve.native import instruction_sets
+
+SPECS = {
+    "llama": llama_spec(),
+    "qwen3": llama_spec(qk_norm=True, num_kv_heads=3),
+    "mqa": llama_spec(num_heads=7, num_kv_heads=1, head_dim=16, rope_inv_freq=(1.0, 0.3, 0.1)),
+    "gpt2": gpt_spec(),
+    "neox": neox_spec(),
+}
+
+
+def _tokens(count: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCAB, count).tolist()
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("name", SPECS)
+def test_logits_equal_a_plain_decoder(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSERVE_ISA", isa)
+    source, tokens = SyntheticModel(SPECS[name]), _tokens(600, seed=1)  # three segments of attention
+    np.testing.assert_allclose(whole(source, tokens), reference.logits(source, tokens), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SPECS)
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_no_bit_depends_on_batch_chunks_blocks_or_threads(name: str, dtype: str, isa: str, data: st.DataObject) -> None:
+    source = SyntheticModel(SPECS[name])
+    sequences = [_tokens(data.draw(st.integers(1, 560)), seed=index) for index in range(data.draw(st.integers(1, 9)))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTSERVE_ISA", isa)
+        driver = Driver(
+            source,
+            sequences,
+            dtype=dtype,
+            block_size=data.draw(st.sampled_from([1, 3, 16, 48])),
+            threads=data.draw(st.integers(1, 3)),
+            seed=data.draw(st.integers(0, 99)),
+        )
+        left = {slot: len(tokens) for slot, tokens in enumerate(sequences)}
+        while left:
+            running = data.draw(st.lists(st.sampled_from(sorted(left)), min_size=1, unique=True))
+            sizes = st.one_of(st.integers(1, 20), st.integers(1, 600))
+            chunks = {slot: min(left[slot], data.draw(sizes)) for slot in running}
+            driver.step(chunks)
+            left = {slot: left[slot] - chunks.get(slot, 0) for slot in left if left[slot] > chunks.get(slot, 0)}
+        for slot, tokens in enumerate(sequences):
+            assert np.array_equal(driver.all_logits(slot), whole(source, tokens, dtype=dtype))
+
+
+def test_garbage_in_a_recycled_block_reaches_nobody() -> None:
+    """One job's NaN must not leak into the next holder of its blocks through a slot that is not yet written."""
+    spec = llama_spec(num_layers=1)
+    clean = SyntheticModel(spec)
+
+    class Poisoned(SyntheticModel):
+        """Token 0 embeds to NaN."""
+
+        def tensors(self):  # type: ignore[no-untyped-def]
+            for tensor in super().tensors():
+                if tensor.name == "token_embedding.weight":
+                    values = tensor.data.view(np.float32).copy().reshape(tensor.shape)
+                    values[0] = np.nan
+                    tensor = tensor._replace(data=values.view(np.uint8).reshape(-1))
+                yield tensor
+
+    driver = Driver(Poisoned(spec), [[0] * 20])
+    runtime = driver.runtime
+    runtime.submit(plan(1, [(0, 0, 20, 0)], [0] * 20, opened=[(0, 20)], table=[(0, 0, 0), (0, 1, 1)]))
+    runtime.poll()
+    tokens = _tokens(18, seed=3)
+    tokens = [max(1, token) for token in tokens]
+    _, logits = runtime.logits(
+        plan(2, [(1, 0, 18, 18)], tokens, opened=[(1, 18)], table=[(1, 0, 1), (1, 1, 0)], closed=[0])
+    )
+    assert np.array_equal(logits, whole(clean, tokens))

@@ -1,0 +1,45 @@
+"""How far logits may lie from a float32 reference, derived from the unit of rounding and the reference's own sensitivity.
+
+Every value that enters a matrix product is rounded, with a relative error spread evenly over ±u, hence of variance u²/3
+in each of the two factors; a float32 chain of K additions adds K·u₃₂²/3. All of it acts on the products w·x, so it moves
+the logits as independent relative noise of that variance on the weights would. How much that is depends on the model
+(norms, how peaked attention is), so the reference is asked: its logits under weight noise of a known small size, in
+float64, give the deviation per unit of noise for each token. Deviations are close to normal, and the largest of N is
+about √(2 ln N) standard deviations. The result is doubled, for what the account leaves out: K and V are rounded once
+more as they are stored, and normal is only nearly true.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+
+UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
+_NOISE = 2.0**-12
+
+
+def logits_tolerance(
+    model: Any, tokens: list[int], dtypes: list[str], longest_sum: int, *, samples: int = 4
+) -> dict[str, np.ndarray]:
+    """[tokens, 1] bounds for each dtype. model: a transformers model; longest_sum: the largest K of its products;
+    samples: how often noise is drawn."""
+    exact = copy.deepcopy(model).double()
+    ids, generator = torch.tensor([tokens]), torch.Generator().manual_seed(0)
+    deviations = []
+    with torch.no_grad():
+        reference = exact(ids).logits[0]
+        original = {name: parameter.clone() for name, parameter in exact.named_parameters()}
+        for _ in range(samples):
+            for name, parameter in exact.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(original[name] * (1 + _NOISE * noise))
+            deviations.append((exact(ids).logits[0] - reference).numpy() / _NOISE)
+    per_noise = np.sqrt(np.mean(np.square(deviations), axis=(0, 2)))[:, None]
+    largest = np.sqrt(2 * np.log(reference.numel()))
+    return {
+        dtype: 2 * largest * per_noise * np.sqrt(2 / 3 * UNIT[dtype] ** 2 + longest_sum / 3 * UNIT["float32"] ** 2)
+        for dtype in dtypes
+    }

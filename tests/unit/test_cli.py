@@ -1,0 +1,335 @@
+"""The `fastserve` command: what it prints, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy_llm
+from toy import expected_output
+from toy_llm import ALPHABET, CONTEXT, ToySource, ToyWorld
+
+import fastserve.loaders
+from fastserve import LLM, SamplingParams
+from fastserve.cli import main
+from fastserve.cli.options import ENGINE, OPTION_NAMES, SAMPLING, SEED
+from fastserve.cost import CostModel
+
+COMMANDS = ["generate", "chat", "info", "profile", "version", "bench", "bench latency", "bench throughput"]
+GREEDY = ["--temperature", "0", "--ignore-eos"]
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> ToyWorld:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(fastserve.loaders, "open_model", lambda model: ToySource())
+    return toy_llm.enter(monkeypatch)
+
+
+class Shell:
+    """Runs commands in this process; an exit code other than the expected one fails the test."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *words: str, code: int = 0) -> str:
+        assert main(words) == code
+        printed = self._capsys.readouterr()
+        self.errors = printed.err
+        return printed.out
+
+
+@pytest.fixture
+def shell(world: ToyWorld, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(capsys)
+
+
+def answer(prompt: list[int], seed: int, max_tokens: int) -> list[int]:
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=max_tokens)
+    return expected_output(prompt, params, seed, CONTEXT)
+
+
+def ids(text: str) -> list[int]:
+    return [ALPHABET.index(character) for character in text]
+
+
+def as_text(tokens: list[int]) -> str:
+    return "".join(ALPHABET[token] for token in tokens if ALPHABET[token] != "<")
+
+
+def seeds(seed: int) -> Iterator[int]:
+    import random
+
+    source = random.Random(seed)
+    while True:
+        yield source.getrandbits(64)
+
+
+# --- help ----------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command(shell: Shell) -> None:
+    for words in ([], ["--help"], ["-h"]):
+        text = shell(*words)
+        assert all(command in text for command in COMMANDS if " " not in command)
+    assert all(each in shell("bench", "--help") for each in ("latency", "throughput"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(shell: Shell, command: str) -> None:
+    assert f"Usage: fastserve {command}" in " ".join(shell(*command.split(), "--help").split())
+
+
+def test_the_defaults_that_help_shows_are_the_apis() -> None:
+    """Options are left out when not given, so what help says of them could be wrong."""
+    engine = inspect.signature(LLM).parameters
+    sampling = inspect.signature(SamplingParams).parameters
+    for options, parameters in (({**ENGINE, **SEED}, engine), (SAMPLING, sampling)):
+        for name, annotation in options.items():
+            shown, default = annotation.__metadata__[0].show_default, parameters[name].default
+            if shown and default is not None:
+                assert type(default)(shown) == default, name
+
+
+def test_every_engine_option_of_the_api_is_an_option() -> None:
+    missing = inspect.signature(LLM).parameters.keys() - {*ENGINE, *SEED}
+    assert missing == {"model", "max_in_flight", "skip_tokenizer", "on_iteration"}
+
+
+def test_version(shell: Shell) -> None:
+    assert shell("version") == shell("--version") == f"fastserve {fastserve.__version__}\n"
+
+
+# --- generate ------------------------------------------------------------------------------------------------------
+
+
+def test_generate_json_is_one_object(shell: Shell) -> None:
+    words = ["--prompt", "abc", "--prompt-token-ids", "4, 5", "--max-tokens", "7", "--seed", "3", "--policy", "mlfq"]
+    result = json.loads(shell("generate", "--model", "some/model", *words, *GREEDY, "--json"))
+    assert list(result) == ["model", "policy", "results"]
+    assert (result["model"], result["policy"]) == ("some/model", "mlfq")
+    assert [each["prompt"] for each in result["results"]] == ["abc", [4, 5]]
+    for each, prompt, seed in zip(result["results"], (ids("abc"), [4, 5]), seeds(3), strict=False):
+        assert list(each) == ["prompt", "text", "token_ids", "finish_reason", "metrics"]
+        assert each["token_ids"] == answer(prompt, seed, 7)
+        assert (each["text"], each["finish_reason"]) == (as_text(each["token_ids"]), "length")
+        assert each["metrics"]["jct"] >= each["metrics"]["ttft"] > 0 == each["metrics"]["preemptions"]
+
+
+def test_several_answers_are_several_results(shell: Shell) -> None:
+    words = ["--prompt", "ab", "--n", "3", "--max-tokens", "4", "--json"]
+    results = json.loads(shell("generate", *words))["results"]
+    assert [each["prompt"] for each in results] == ["ab"] * 3
+
+
+def test_one_answer_is_printed_as_it_is(shell: Shell) -> None:
+    text = shell("generate", "--prompt", "abc", "--max-tokens", "7", *GREEDY)
+    assert text == as_text(answer(ids("abc"), next(seeds(0)), 7)) + "\n"
+
+
+def test_prompts_come_from_flags_files_and_standard_input(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("first\n\nsecond line\n")
+    output = shell("generate", "--prompts-file", str(file), "--prompt", "x", "--max-tokens", "2")
+    assert re.findall(r"^=== (.*)$", output, re.MULTILINE) == ["1/3: x", "2/3: first", "3/3: second line"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two lines\nin one prompt".replace("\n", " ") + "\n"))
+    (only,) = json.loads(shell("generate", "--max-tokens", "2", "--json"))["results"]
+    assert only["prompt"] == "two lines in one prompt"
+
+
+def test_chat_flag_applies_the_template(shell: Shell) -> None:
+    words = ["--max-tokens", "5", *GREEDY, "--json"]
+    (asked,) = json.loads(shell("generate", "--chat", "--prompt", "hi", *words))["results"]
+    assert asked["prompt"] == "hi"
+    assert asked["token_ids"] == answer(ids("uhiZa"), next(seeds(0)), 5)
+
+
+def test_sampling_options_reach_the_job(shell: Shell) -> None:
+    whole = as_text(answer(ids("abc"), next(seeds(0)), 12))
+    words = ["--prompt", "abc", "--max-tokens", "12", *GREEDY]
+    assert shell("generate", *words, "--stop", whole[4:6], "--stop", "never") == whole[: whole.index(whole[4:6])] + "\n"
+    token = answer(ids("abc"), next(seeds(0)), 12)[5]
+    (result,) = json.loads(shell("generate", *words, "--stop-token-id", str(token), "--json"))["results"]
+    assert (result["finish_reason"], result["token_ids"][-1]) == ("stop", token)
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("foo", "No such command 'foo'"),
+        ("bench", "Missing command"),
+        ("generate --polcy fcfs", r"No such option: --polcy.*--policy.*Try: fastserve generate --help"),
+        ("generate --prompt a --max-tokens many", "--max-tokens.*valid integer"),
+        ("generate --prompt a --policy lifo", "--policy: must be one of fcfs, mlfq, skip-join-mlfq; got 'lifo'"),
+        ("generate --prompt a --max-tokens -1", "--max-tokens: must be an integer of at least 1, got -1"),
+        ("generate --prompt a --temperature nan", "--temperature: must be a number between 0 and 100, got nan"),
+        ("generate --prompt a --top-p 0", "--top-p: must be a number above 0"),
+        ("generate --prompt a --n 0", "--n: must be an integer between 1 and 128, got 0"),
+        ("generate --prompt a --kv-cache-memory lots", "--kv-cache-memory: must be a size such as 512M"),
+        ("generate --prompt a --starvation-limit soon", "--starvation-limit: must be a number of seconds or none"),
+        ("generate --prompt a --cost /no/such.json", "--cost: cannot read /no/such.json"),
+        ("generate --prompt a --device cuda", "--device: this build has no CUDA backend"),
+        ("generate", '--prompt: is missing; give one with --prompt "…"'),
+        ("generate --prompt=", "--prompt: must hold at least one token"),
+        ("generate --prompt-token-ids 1,x", "--prompt-token-ids: must be integers such as 504,3575,282; got '1,x'"),
+        ("generate --prompt-token-ids 61", "--prompt: holds the token id 61, and the vocabulary ends at 60"),
+        ("generate --prompt-token-ids 1 --chat", "--chat: needs prompts that are text"),
+        ("generate --prompts-file /no/such/file", "--prompts-file: cannot read /no/such/file"),
+        ("bench latency --output-len 0", "--output-len: must be an integer of at least 2, got 0"),
+        ("bench latency --batch-size 0", "--batch-size: must be an integer of at least 1, got 0"),
+        ("profile", "Missing argument 'MODEL'"),
+    ],
+)
+def test_an_error_is_one_line_and_code_2(shell: Shell, words: str, message: str) -> None:
+    assert shell(*words.split(), code=2) == ""
+    assert shell.errors.startswith("fastserve: ") and shell.errors.count("\n") == 1
+    assert re.search(message, shell.errors), shell.errors
+
+
+def test_a_job_that_never_fits_is_refused(shell: Shell) -> None:
+    words = ["--prompt", "abc", "--max-tokens", "200", "--kv-cache-memory", "4K", "--block-size", "8"]
+    shell("generate", *words, code=2)
+    assert re.search(r"--max-tokens: a prompt of 3 tokens and up to 200 .* need 26 KV blocks", shell.errors)
+
+
+def test_a_model_that_does_not_exist_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("info", "profile", "generate --prompt a --model", "chat --model", "bench latency --model"):
+        assert main([*command.split(), "/no/such/model.gguf"]) == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith("fastserve: /no/such/model.gguf: no such file") and errors.count("\n") == 1
+
+
+def test_other_failures_are_one_line_and_code_1(shell: Shell, world: ToyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.fail_at = 0
+    shell("generate", "--prompt", "a", "--policy", "fcfs", code=1)
+    assert shell.errors == "fastserve: the engine stopped: the device is gone\n"
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(LLM, "generate", broken)
+    world.fail_at = None
+    shell("generate", "--prompt", "a", code=1)
+    assert shell.errors == "fastserve: ZeroDivisionError: a bug (FASTSERVE_DEBUG=1 shows where)\n"
+    monkeypatch.setenv("FASTSERVE_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["generate", "--prompt", "a"])
+
+
+def test_names_in_errors_are_names_of_options(shell: Shell) -> None:
+    texts = [shell(*command.split(), "--help") for command in COMMANDS]
+    shown = set(re.findall(r"--[a-z][a-z-]*", " ".join(texts)))
+    assert set(OPTION_NAMES.values()) <= shown
+
+
+# --- chat ----------------------------------------------------------------------------------------------------------
+
+
+def test_chat_remembers_and_resets(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[dict[str, str]]] = []
+    stream_chat = LLM.stream_chat
+
+    def spy(self: LLM, messages: Any, params: Any) -> Any:
+        asked.append(list(messages))
+        return stream_chat(self, messages, params)
+
+    monkeypatch.setattr(LLM, "stream_chat", spy)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\nyo\n/help\n/reset\nhi\n/exit\nnever\n"))
+    answers = shell("chat", "--system", "be", "--max-tokens", "4", "--ignore-eos").splitlines()
+    assert [[message["role"] for message in messages] for messages in asked] == [
+        ["system", "user"],
+        ["system", "user", "assistant", "user"],
+        ["system", "user"],
+    ]
+    assert asked[1][2]["content"] == answers[0] and len(answers) == 3
+    assert "/reset" in shell.errors
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+    stream_chat = LLM.stream_chat
+
+    def interrupted(self: LLM, messages: Any, params: Any) -> Any:
+        stream = stream_chat(self, messages, params)
+        if len(messages) > 1:
+            yield from stream
+            return
+        try:
+            yield next(stream)
+            yield next(stream)
+            raise KeyboardInterrupt
+        finally:
+            stream.close()
+            closed.append(not self._live)
+
+    monkeypatch.setattr(LLM, "stream_chat", interrupted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nyo\n"))
+    answers = shell("chat", "--max-tokens", "8", "--ignore-eos").splitlines()
+    assert closed == [True]
+    assert len(answers[0]) <= 2 < len(answers[1])
+    assert "stopped" in shell.errors and "8 tokens" in shell.errors
+
+
+def test_a_conversation_that_grew_too_long_is_not_the_end(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a" * 300 + "\nhi\n"))
+    assert len(shell("chat", "--max-tokens", "4", "--ignore-eos").splitlines()) == 1
+    assert "/reset starts over" in shell.errors
+
+
+def test_chat_needs_a_template(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy_llm, "TEMPLATE", None)
+    shell("chat", code=2)
+    assert shell.errors == "fastserve: --model: smollm2 has no chat template; use: fastserve generate --model smollm2\n"
+
+
+# --- the other commands --------------------------------------------------------------------------------------------
+
+
+def test_info(shell: Shell) -> None:
+    result = json.loads(shell("info", "toy", "--json"))
+    assert (result["family"], result["vocabulary"], result["context"]) == ("toy", 61, CONTEXT)
+    assert result["kv_bytes_per_token"]["float32"] == 2 * result["kv_bytes_per_token"]["bfloat16"]
+    assert (result["tokenizer"], result["chat_template"], result["eos_token_ids"]) == (True, True, [3])
+    table = shell("info", "toy")
+    assert re.search(r"vocabulary +61", table) and re.search(r"tokenizer +yes", table)
+
+
+def test_profile_writes_what_cost_reads(shell: Shell, tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    printed = shell("profile", "toy", "--quick", "--output", str(file), "--json")
+    cost = CostModel.load(file)
+    assert json.loads(printed) == json.loads(file.read_text())
+    assert cost.decode_seconds(1) == pytest.approx(1.01, rel=0.05)  # the toy takes 1 s an iteration, 0.01 s a token
+    shell("generate", "--prompt", "a", "--cost", str(file))
+    assert re.search("prompt tokens.*prefill.*context.*decode", shell("profile", "toy", "--quick"))
+
+
+def test_bench_prints_json(shell: Shell) -> None:
+    lengths = ["--input-len", "8", "--output-len", "4", "--json"]
+    latency = json.loads(shell("bench", "latency", "--batch-size", "1", "--batch-size", "2", *lengths))
+    assert [each["batch_size"] for each in latency["results"]] == [1, 2]
+    throughput = json.loads(shell("bench", "throughput", "--num-prompts", "5", "--policy", "fcfs", *lengths))
+    assert (throughput["output_tokens"], throughput["engine"]["policy"]) == (20, "fcfs")
+
+
+def test_a_real_model_from_another_process() -> None:
+    words = ["generate", "--prompt", "The capital of France is", "--max-tokens", "4", "--json", *GREEDY]
+    options = ["--kv-cache-memory", "64M", "--dtype", "float32", "--policy", "fcfs"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastserve", *words, *options], capture_output=True, text=True, check=True
+    )
+    (result,) = json.loads(done.stdout)["results"]
+    assert result["text"].startswith(" Paris") and len(result["token_ids"]) == 4

@@ -1,0 +1,116 @@
+"""LLM and AsyncLLM on the toy executor: a vocabulary of single characters, time that is counted, not spent."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from toy import EOS, VOCAB, Clock, ToyExecutor
+
+from fastserve import async_llm, llm, serving
+from fastserve.config import RuntimeConfig, SchedulerConfig
+from fastserve.cost import CostModel
+from fastserve.loaders.spec import ModelSpec, TokenizerData
+
+CONTEXT = 256
+# Token 3 ends a sequence; every other one is a letter or a digit.
+ALPHABET = "ab <cdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456"[:VOCAB]
+TEMPLATE = "{% for message in messages %}{{ message.role[0] }}{{ message.content }}Z{% endfor %}a"
+
+SPEC = ModelSpec(
+    family="toy",
+    vocab_size=VOCAB,
+    hidden_size=8,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    intermediate_size=8,
+    max_position=CONTEXT,
+    norm="rms",
+    norm_eps=1e-5,
+    activation="silu",
+    gated_mlp=True,
+    eos_token_ids=(EOS,),
+)
+
+
+def _tokenizer_json() -> str:
+    vocab = {character: i for i, character in enumerate(ALPHABET) if character not in " <"}
+    vocab |= {"Ġ": ALPHABET.index(" "), "</s>": EOS}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    return tokenizer.to_str()
+
+
+class ToySource:
+    name = "toy"
+    spec = SPEC
+    weights_dtype = "f32"
+    num_parameters = 0
+
+    def tokenizer_data(self) -> TokenizerData | None:
+        return TokenizerData(json=_tokenizer_json(), chat_template=TEMPLATE)
+
+
+class ToyRuntime(ToyExecutor):
+    """Fails at plan `fail_at`, if that is set."""
+
+    instruction_set = "toy"
+    threads = 1
+    weight_bytes = 0
+    fail_at: int | None = None
+
+    def submit(self, plan: Any) -> None:
+        if self.fail_at is not None and len(self.plans) >= self.fail_at:
+            raise RuntimeError("the device is gone")
+        super().submit(plan)
+
+
+class ToyWorld:
+    """The runtimes that were made, and the clock they share with the engine."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.runtimes: list[ToyRuntime] = []
+        self.fail_at: int | None = None
+
+    def runtime(self, source: ToySource, config: RuntimeConfig) -> ToyRuntime:
+        limits = SchedulerConfig(
+            max_num_seqs=config.max_num_batched_tokens,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            block_size=config.block_size,
+            num_blocks=config.num_blocks,
+            max_in_flight=2,
+        )
+        runtime = ToyRuntime(limits, CostModel(per_iteration=1.0, per_token=0.01), self.clock)
+        runtime.fail_at = self.fail_at
+        self.runtimes.append(runtime)
+        return runtime
+
+    def llm(self, **options: Any) -> llm.LLM:
+        return llm.LLM("toy", **{"kv_cache_memory": "1M", **options})
+
+    def async_llm(self, **options: Any) -> async_llm.AsyncLLM:
+        return async_llm.AsyncLLM("toy", **{"kv_cache_memory": "1M", **options})
+
+    def sleep(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @property
+    def plans(self) -> list[Any]:
+        return self.runtimes[-1].plans
+
+
+def enter(monkeypatch: pytest.MonkeyPatch) -> ToyWorld:
+    """From here on, every model is the toy."""
+    world = ToyWorld()
+    monkeypatch.setattr(serving, "open_model", lambda model: ToySource())
+    monkeypatch.setattr(serving, "NativeRuntime", world.runtime)
+    monkeypatch.setattr(serving, "time", SimpleNamespace(monotonic=world.clock))
+    monkeypatch.setattr(llm, "time", SimpleNamespace(sleep=world.sleep))
+    return world
