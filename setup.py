@@ -40,9 +40,12 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
         definitions = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.run([cmake_program, "-S", ROOT, "-B", self.cmake_dir, "-G", "Ninja", *definitions], check=True)
         jobs = [f"-j{self.parallel}"] if self.parallel else []
-        subprocess.run([cmake_program, "--build", self.cmake_dir, "--target", "_C", *jobs], check=True)
+        try:
+            subprocess.run([cmake_program, "-S", ROOT, "-B", self.cmake_dir, "-G", "Ninja", *definitions], check=True)
+            subprocess.run([cmake_program, "--build", self.cmake_dir, "--target", "_C", *jobs], check=True)
+        except subprocess.CalledProcessError:
+            raise SystemExit("csrc/ did not build; the reason is above") from None
 
 
 setup(ext_modules=[Extension("fastserve._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

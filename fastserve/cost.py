@@ -31,6 +31,10 @@ Rows = Sequence[tuple[int, int]]  # (position of the first token, tokens) of eac
 _FORMAT = "fastserve-cost-1"
 _COEFFICIENTS = ("per_iteration", "per_row", "per_token", "per_read", "per_pair")
 
+# Below this context attention costs too little to be told from the rest, and what noise makes of it would be
+# extrapolated with the square of the context.
+_TELLING_CONTEXT = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
@@ -89,7 +93,8 @@ class CostModel:
     ) -> CostModel:
         """The non-negative model with the least squared *relative* error on (rows, measured seconds) samples.
 
-        Relative, because a scheduler compares decodes with decodes as often as prefills with prefills.
+        Relative, because a scheduler compares decodes with decodes as often as prefills with prefills. Without a
+        context of 256 or more among the samples, attention (per_read and per_pair) is left out.
         Raises InvalidRequest without samples or when a measured time is not above 0.
         """
         measured = list(samples)
@@ -99,9 +104,11 @@ class CostModel:
             if not rows or not 0 < seconds < math.inf:
                 raise InvalidRequest("samples", f"an iteration of {len(rows)} rows cannot take {seconds!r} seconds")
         seconds_ = np.array([seconds for _, seconds in measured])
-        features = np.array([_features(rows) for rows, _ in measured]) / seconds_[:, None]
+        longest = max(start + tokens for rows, _ in measured for start, tokens in rows)
+        names = _COEFFICIENTS if longest >= _TELLING_CONTEXT else _COEFFICIENTS[:3]
+        features = np.array([_features(rows)[: len(names)] for rows, _ in measured]) / seconds_[:, None]
         coefficients = _non_negative_least_squares(features, np.ones(len(measured)))
-        named = dict(zip(_COEFFICIENTS, map(float, coefficients), strict=True))
+        named = dict(zip(names, map(float, coefficients), strict=True))
         return cls(**named, model=model, device=device, version=version)
 
     def belongs_to(self, *, model: str, device: str, version: str) -> bool:

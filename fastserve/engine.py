@@ -10,7 +10,17 @@ from operator import index
 from .config import SchedulerConfig
 from .cost import CostModel
 from .scheduler import Iteration, Scheduler
-from .types import Executor, FinishReason, InvalidRequest, Job, JobMetrics, JobUpdate, SamplingParams, StepResult
+from .types import (
+    MAX_SEED,
+    Executor,
+    FinishReason,
+    InvalidRequest,
+    Job,
+    JobMetrics,
+    JobUpdate,
+    SamplingParams,
+    StepResult,
+)
 
 __all__ = ["Engine", "Executor", "IterationRecord"]
 
@@ -79,6 +89,8 @@ class Engine:
                 f"has {len(tokens)} tokens; with room for one of output, the context of {self.config.max_model_len} "
                 f"tokens allows {self.config.max_model_len - 1}",
             )
+        if not 0 <= seed <= MAX_SEED:
+            raise InvalidRequest("seed", f"must be between 0 and {MAX_SEED}, got {seed}")
         _checked_tokens("logit_bias", params.logit_bias, vocab_size)
         stops = _checked_tokens("stop_token_ids", params.stop_token_ids, vocab_size)
         now = self._clock()
@@ -100,7 +112,9 @@ class Engine:
 
     def abort(self, job_id: str, reason: FinishReason = FinishReason.ABORT) -> bool:
         """End a job in whatever state it is; False when it is unknown or has finished. It gets no further update."""
-        return self.scheduler.abort(job_id, self._clock(), reason)
+        aborted = self.scheduler.abort(job_id, self._clock(), reason)
+        self._settle()
+        return aborted
 
     def step(self, timeout: float | None = None) -> list[JobUpdate]:
         """Keep the executor supplied, wait for one result and apply it.
@@ -118,11 +132,12 @@ class Engine:
         updates = self.scheduler.complete(result, now)
         if self._on_iteration is not None:
             self._on_iteration(_record(iteration, result, now))
+        self._settle()
         return updates
 
     @property
     def has_work(self) -> bool:
-        """Whether a step could do something: a job is live or a plan in flight."""
+        """Whether a step would do something. False: every job has ended, and the executor holds nothing of any."""
         return bool(self.scheduler.jobs or self.scheduler.in_flight)
 
     @property
@@ -133,6 +148,15 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise RuntimeError when a block, a slot or a job is lost, doubled or leaked. For tests; O(everything)."""
         self.scheduler.check_integrity()
+
+    def _settle(self) -> None:
+        """When the last job has left, wait for the plan without rows that closes its slot; it takes no time."""
+        if self.has_work or (plan := self.scheduler.schedule(self._clock())) is None:
+            return
+        self._executor.submit(plan)
+        while (result := self._executor.poll(None)) is None:
+            pass
+        self.scheduler.complete(result, self._clock())
 
     def _max_output(self, prompt_tokens: int, max_tokens: int | None) -> int:
         room = self.config.max_model_len - prompt_tokens

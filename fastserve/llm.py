@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import cast
 
 from .cost import CostModel
@@ -127,6 +130,10 @@ class LLM(ServingCore):
         self._need_engine()
         return self._calibration.measure(full=full, on_sample=on_sample)
 
+    def _step(self, timeout: float | None = None) -> None:
+        with _uninterrupted():
+            super()._step(timeout)
+
     def _requests(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -189,8 +196,9 @@ class _Run:
         self._news: dict[str, LiveRequest] = {}
 
     def add(self, request: Request, arrival: float | None = None) -> None:
-        self.requests.append(self._llm._add(request, self._hear, arrival))
-        self.unfinished += 1
+        with _uninterrupted():
+            self.requests.append(self._llm._add(request, self._hear, arrival))
+            self.unfinished += 1
 
     def add_all(self, requests: Sequence[Request]) -> None:
         """As having arrived together. Raises InvalidRequest, telling which request it is about."""
@@ -207,13 +215,31 @@ class _Run:
 
     def abandon(self) -> None:
         """Whatever happened, leave nothing in the engine."""
-        for live in self.requests:
-            if not live.finished:
-                self._llm._abort(live.request.request_id)
+        with _uninterrupted():
+            for live in self.requests:
+                if not live.finished:
+                    self._llm._abort(live.request.request_id)
 
     def _hear(self, live: LiveRequest) -> None:
         self._news[live.request.request_id] = live
         self.unfinished -= live.finished
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C within is raised at the end. In the middle, it would lose an iteration's result and with it the engine."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if caught:
+        handler(*caught[0])
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

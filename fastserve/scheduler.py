@@ -103,13 +103,17 @@ class Scheduler:
     # --- what to run -------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> BatchPlan | None:
-        """The next iteration, or None when no job can run now."""
+        """The next iteration, or None when no job can run now.
+
+        When the last job has left, one plan without rows closes the slots that are still open, and the executor is as
+        it was at the start.
+        """
         members, order, prefill_tokens = self._choose(now)
         plan = PlanBuilder()
         rows: list[Row] = []
         for job, tokens in self._with_blocks(members, order, prefill_tokens, now):
             rows.append(self._grant(plan, job, tokens, now))
-        if not rows:
+        if not rows and (self.in_flight or not self._closed):
             return None
         running = {row.job for row in rows}
         for job, *_ in self._last_rows:

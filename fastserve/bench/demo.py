@@ -21,17 +21,18 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from ..loaders.spec import ModelError
+from ..policies import POLICIES
 from ..types import InvalidRequest, JobMetrics
 from .plots import plot_runs
 from .runs import Iteration, JobRun, PolicyRun, different_jobs, job_spans
 from .tables import compare_policies
-from .trace import BURSTS, TraceJob, demo_trace
+from .trace import BURSTS, QUESTIONS, STORIES, TraceJob, demo_trace
 from .view import TraceView
 
 if TYPE_CHECKING:
     from ..outputs import RequestOutput
 
-POLICIES = ("fcfs", "skip-join-mlfq")
+DEFAULT_POLICIES = ("fcfs", "skip-join-mlfq")
 # Four slots for twenty jobs a burst: scheduling matters where slots are scarce. The KV pool holds every job of the
 # trace, so that a preempted job keeps its place.
 SETTINGS: dict[str, Any] = {
@@ -41,6 +42,7 @@ SETTINGS: dict[str, Any] = {
     "kv_cache_memory": "512M",
 }
 
+SAMPLES = (QUESTIONS[0], STORIES[0])  # whose answers are printed
 _EQUAL_SPEED = 1.15  # runs whose tokens/s differ by more were disturbed by something
 
 
@@ -139,8 +141,7 @@ def report(runs: Sequence[PolicyRun], console: Console) -> list[str]:
                 f"[yellow]Mind that the machine was not equally fast: {speeds[0]:.0f} tokens/s under {runs[0].policy}, "
                 f"{speeds[1]:.0f} under {run.policy}. Run it again with the machine to itself.[/]"
             )
-    for kind in sorted({job.kind for job in runs[-1].jobs}):
-        job = next(job for job in runs[-1].jobs if job.kind == kind)
+    for job in (job for job in runs[-1].jobs if any(sample in job.prompt for sample in SAMPLES)):
         words = " ".join(job.text.split())
         excerpt = words if len(words) <= 300 else f"{words[:300].rsplit(' ', 1)[0]} …"
         console.print(Padding(f"[dim]{escape(job.prompt)}[/]\n[italic]{escape(excerpt)}[/]", (1, 2, 0, 2)))
@@ -156,6 +157,8 @@ def report(runs: Sequence[PolicyRun], console: Console) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
+    from ..serving import EngineError
+
     options = _parse(arguments)
     console = Console(stderr=options.json)
     if find_spec("matplotlib") is None:
@@ -172,9 +175,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = [run_policy(options.model, policy, trace, options.seed, console) for policy in options.policy]
         different = report(runs, console)
         plot_runs(runs, options.out, title)
-    except (InvalidRequest, ModelError, OSError) as error:
+    except (InvalidRequest, ModelError, EngineError, OSError) as error:
         console.print(f"[red]{escape(str(error))}[/]")
         return 2
+    except KeyboardInterrupt:
+        return 130
     console.print(f"Who ran when: [bold]{escape(str(options.out))}[/]", highlight=False)
     if options.json:
         result = {
@@ -189,16 +194,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m fastserve.bench.demo", description="Compare policies on a burst.")
-    parser.add_argument("--model", default="smollm2", help="a model with a chat template (default: smollm2)")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastserve.bench.demo", description="One trace of jobs under several policies, side by side."
+    )
+    parser.add_argument("--model", default="smollm2", help="with a chat template (default: smollm2)")
     parser.add_argument(
-        "--policy", action="append", help="repeatable, the baseline first (default: fcfs, skip-join-mlfq)"
+        "--policy",
+        action="append",
+        choices=list(POLICIES),
+        help=f"repeatable, the baseline first (default: {' and '.join(DEFAULT_POLICIES)})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the trace and its sampling (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("demo.png"), help="where the plot goes (default: demo.png)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON; everything else goes to stderr")
     options = parser.parse_args(arguments)
-    options.policy = options.policy or list(POLICIES)
+    options.policy = options.policy or list(DEFAULT_POLICIES)
     return options
 
 

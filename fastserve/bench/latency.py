@@ -76,7 +76,7 @@ def run(
     rows = max(batch_sizes)
     fitting = {"max_num_seqs": rows, "max_num_batched_tokens": max(512, rows), "max_model_len": input_len + output_len}
     options = {**fitting, **options}
-    if max(batch_sizes) > options["max_num_seqs"]:
+    if rows > options["max_num_seqs"]:
         raise InvalidRequest("batch_size", f"must be at most max_num_seqs ({options['max_num_seqs']})")
     record: list[Iteration] = []
     llm = LLM(model, on_iteration=record.append, seed=seed, **options)

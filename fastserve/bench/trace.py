@@ -14,7 +14,7 @@ from ..types import SamplingParams
 
 Kind = Literal["question", "story"]
 
-BURSTS = (0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0)  # seconds at which a burst begins
+BURSTS = (0.0, 2.25, 4.5, 6.75, 9.0, 11.25, 13.5, 15.75)  # seconds at which a burst begins
 BURST_SECONDS = 1.0  # its jobs arrive within this time, in shuffled order
 QUESTION_TOKENS = 40  # most tokens of an answer
 STORY_TOKENS = (150, 400)  # a story's limit is drawn from this range

@@ -54,7 +54,9 @@ class TraceView:
         self._live.stop()
 
     def iteration(self, iteration: Iteration) -> None:
-        """Note an iteration that completed."""
+        """Note an iteration that completed; one outside the context is none of this run."""
+        if not self._live.is_started:
+            return
         now = self._ended = iteration.completed
         self._began = self._began or iteration.submitted
         self._recent.append((now, iteration.decode_tokens))

@@ -53,8 +53,8 @@ def _engine(model: str, dtype: str, blocks: int, **options: Any) -> Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
         ),
     )
-    # A prefill costs a hundred times what a decode does at most: jobs land on several levels.
-    return Engine(config, runtime, CostModel.constant(0.01))
+    # A prefill costs up to thirty decodes: jobs land on several levels.
+    return Engine(config, runtime, CostModel(per_iteration=0.01, per_token=0.001))
 
 
 def _prompt(index: int, length: int) -> list[int]:

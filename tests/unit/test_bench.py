@@ -238,6 +238,7 @@ class ClockworkLLM:
     seed: int
     max_model_len: int = 64
     max_num_seqs: int = 8
+    max_num_batched_tokens: int = 512
     now: float = 0.0
     spec = SimpleNamespace(vocab_size=97)
     info = SimpleNamespace()

@@ -24,7 +24,7 @@ def test_each_step_is_one_iteration() -> None:
     ]
     assert list(toy.engine.jobs) == [job]
     assert [update.finished for update in toy.engine.step()] == [True]
-    assert not toy.engine.has_work and list(toy.engine.jobs) == []
+    assert list(toy.engine.jobs) == []
     assert job.finish_reason is FinishReason.LENGTH
 
 
@@ -35,6 +35,15 @@ def on(kind: type[ToyExecutor], params: SamplingParams) -> tuple[Engine, ToyExec
     engine = Engine(config, executor, cost, clock=clock)
     engine.add_job("a", [1, 2], params, seed=0, vocab_size=VOCAB)
     return engine, executor
+
+
+def test_an_idle_executor_holds_nothing() -> None:
+    toy = Toy()
+    for name in "abc":
+        toy.add(name, 3, 2)
+    toy.run()
+    assert not toy.executor._slots
+    assert len(toy.executor.plans[-1].rows) == 0 and len(toy.records) == len(toy.executor.plans) - 1
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -51,6 +60,7 @@ def on(kind: type[ToyExecutor], params: SamplingParams) -> tuple[Engine, ToyExec
         ({"prompt": [1] * 30}, "max_tokens: .* need 6 KV blocks"),
         ({"params": SamplingParams(logit_bias={VOCAB: 1.0})}, f"logit_bias: holds the token id {VOCAB}"),
         ({"params": SamplingParams(stop_token_ids=[99])}, "stop_token_ids: holds the token id 99"),
+        ({"seed": 2**64}, "seed: must be between 0 and"),
         ({"job_id": "fine"}, "job_id: 'fine' is in use"),
     ],
 )
@@ -253,7 +263,8 @@ def test_a_step_that_times_out_changes_nothing() -> None:
     engine, executor = on(Slow, SamplingParams(max_tokens=1))
     assert engine.step(timeout=0.25) == [] and engine.has_work
     assert [update.finished for update in engine.step()] == [True]
-    assert len(executor.plans) == 1 and isinstance(executor, Slow) and executor.asked == [0.25, None]
+    assert isinstance(executor, Slow) and executor.asked[:2] == [0.25, None]
+    assert [len(plan.rows) for plan in executor.plans] == [1, 0]
 
 
 def test_what_the_executor_raises_gets_through() -> None:

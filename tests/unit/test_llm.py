@@ -331,6 +331,19 @@ def test_an_error_in_a_callback_leaves_nothing_behind(world: ToyWorld) -> None:
     assert output.outputs[0].token_ids == expected(ids("abc"), GREEDY, 5)
 
 
+def test_ctrl_c_while_the_engine_waits_costs_it_nothing(world: ToyWorld) -> None:
+    with world.llm(policy="fcfs") as llm:
+        world.runtimes[-1].interrupt_at = 4
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["abc", "b"], GREEDY)
+        outputs = llm.generate(["abc", "b"], GREEDY)
+        assert llm._engine is not None
+        llm._engine.check_integrity()
+        assert not llm._has_work
+    for output in outputs:
+        assert output.outputs[0].token_ids == expected(output.prompt_token_ids, GREEDY, 5)
+
+
 def test_the_cost_model_is_measured_once_and_remembered(
     world: ToyWorld, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:

@@ -191,7 +191,7 @@ def test_a_successor_plan_decodes_a_token_not_yet_known() -> None:
     assert first.tokens.tolist() == job.prompt and second.tokens.tolist() == [-1]
     toy.run()
     assert job.output == toy.expected(job)
-    assert len(toy.executor.plans) == 4  # nothing is computed past max_tokens
+    assert len(toy.records) == 4  # nothing is computed past max_tokens
 
 
 def test_a_result_for_a_job_that_turned_out_finished_is_dropped() -> None:
@@ -207,7 +207,7 @@ def test_a_result_for_a_job_that_turned_out_finished_is_dropped() -> None:
     assert toy.engine.has_work and free < toy.config.num_blocks  # its successor plan is still out
     assert toy.engine.step() == []
     assert not toy.engine.has_work and toy.engine.scheduler.blocks.free_blocks == toy.config.num_blocks
-    assert job.output == expected == alone.output and len(toy.executor.plans) == 5 + 5 + 1
+    assert job.output == expected == alone.output and len(toy.records) == 5 + 5 + 1
 
 
 def test_a_job_in_flight_is_no_victim() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastserve import async_llm, llm, serving
 from fastserve.config import RuntimeConfig, SchedulerConfig
 from fastserve.cost import CostModel
 from fastserve.loaders.spec import ModelSpec, TokenizerData
+from fastserve.types import StepResult
 
 CONTEXT = 256
 # Token 3 ends a sequence; every other one is a letter or a digit.
@@ -58,12 +60,20 @@ class ToySource:
 
 
 class ToyRuntime(ToyExecutor):
-    """Fails at plan `fail_at`, if that is set."""
+    """Fails at plan `fail_at`, and is interrupted while waiting for `interrupt_at`, if those are set."""
 
     instruction_set = "toy"
     threads = 1
     weight_bytes = 0
     fail_at: int | None = None
+    interrupt_at: int | None = None
+
+    def poll(self, timeout: float | None) -> StepResult | None:
+        result = super().poll(timeout)
+        if self.interrupt_at is not None and len(self.plans) >= self.interrupt_at:
+            self.interrupt_at = None
+            signal.raise_signal(signal.SIGINT)
+        return result
 
     def submit(self, plan: Any) -> None:
         if self.fail_at is not None and len(self.plans) >= self.fail_at:

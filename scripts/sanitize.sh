@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Runs the native tests against a build with sanitizers: scripts/sanitize.sh [address,undefined|thread]
+# The build lies in build/sanitize-*; the package is copied beside it, so that the ordinary build stays as it is.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+kind=${1:-address,undefined}
+folder=$PWD/build/sanitize-${kind//,/-}
+python=$PWD/.venv/bin/python
+case $kind in
+  *address*) runtimes=(libasan.so libubsan.so) ;;
+  thread) runtimes=(libtsan.so) ;;
+  *) echo "unknown sanitizer '$kind': address,undefined or thread" >&2; exit 2 ;;
+esac
+
+"$(dirname "$python")/cmake" -S . -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+  -DFASTSERVE_SANITIZE="$kind" -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
+  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$folder/module" > "$folder.log" 2>&1 || { cat "$folder.log"; exit 1; }
+"$(dirname "$python")/cmake" --build "$folder" --target _C >> "$folder.log" 2>&1 || { cat "$folder.log"; exit 1; }
+
+rm -rf "$folder/package"
+mkdir -p "$folder/package"
+cp -r fastserve tests pyproject.toml "$folder/package"
+rm -f "$folder"/package/fastserve/_C*.so
+cp "$folder"/module/_C*.so "$folder/package/fastserve"
+cd "$folder/package"
+
+preload=$(for name in "${runtimes[@]}"; do "${CXX:-g++}" -print-file-name="$name"; done | paste -sd' ')
+export ASAN_OPTIONS=detect_leaks=0  # the interpreter itself leaks on purpose
+export TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0"
+LD_PRELOAD=$preload PYTHONPATH=$PWD "$python" -m pytest -q -p no:cacheprovider \
+  tests/native/test_runtime.py tests/native/test_preemption.py tests/native/test_canonical.py -k "not neox and not qwen3"
