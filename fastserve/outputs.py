@@ -40,6 +40,19 @@ class RequestOutput:
         return all(output.finished for output in self.outputs)
 
     @property
+    def text(self) -> str:
+        """Of the first answer, as are token_ids and finish_reason: for the usual case of one."""
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.outputs[0].finish_reason
+
+    @property
     def metrics(self) -> JobMetrics:
         """Of the request as a whole: from its arrival to the last token of its last answer.
 

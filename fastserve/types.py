@@ -6,7 +6,6 @@ clock or a device.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -38,7 +37,7 @@ def _check(condition: bool, name: str, message: str) -> None:
 
 def _check_real(name: str, value: float, low: float, high: float, range_text: str) -> None:
     _check(
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high,
+        isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and low <= value <= high,
         name,
         f"must be a number {range_text}, got {value!r}",
     )
@@ -46,7 +45,7 @@ def _check_real(name: str, value: float, low: float, high: float, range_text: st
 
 def _check_int(name: str, value: int, low: int, high: int, range_text: str) -> None:
     _check(
-        isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+        isinstance(value, (int, np.integer)) and not isinstance(value, bool) and low <= value <= high,
         name,
         f"must be an integer {range_text}, got {value!r}",
     )
@@ -160,7 +159,9 @@ class JobMetrics:
     def as_dict(self, output_tokens: int) -> dict[str, Any]:
         """JSON form, with the derived values: jct, ttft, tpot, normalized_latency and queue_seconds."""
         jct, ttft = self.jct, self.ttft
-        tpot = (jct - ttft) / (output_tokens - 1) if jct is not None and ttft is not None and output_tokens > 1 else None
+        tpot = None
+        if jct is not None and ttft is not None and output_tokens > 1:
+            tpot = (jct - ttft) / (output_tokens - 1)
         return {
             "arrival": self.arrival,
             "first_scheduled": self.first_scheduled,

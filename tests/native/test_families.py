@@ -1,4 +1,4 @@
-"""Every family against `transformers`, on tiny random models: logits within the derived tolerance, same greedy tokens."""
+"""Every family against `transformers`, on tiny random models: logits within tolerance, the same greedy tokens."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def _check(model: Any, source: ModelSource, dtypes: list[str]) -> None:
     expected, bounds = models.logits(model, PROMPT), logits_tolerance(model, PROMPT, dtypes, longest)
     for dtype in dtypes:
         difference = np.abs(whole(source, PROMPT, dtype=dtype) - expected)
-        assert (difference <= bounds[dtype]).all(), f"{dtype}: up to {(difference / bounds[dtype]).max():.2f} × the bound"
+        worst = (difference / bounds[dtype]).max()
+        assert worst <= 1, f"{dtype}: up to {worst:.2f} × the bound"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -69,9 +70,12 @@ def test_gguf_model(case: Case, kind: str, tmp_path: Path) -> None:
     model = models.save_gguf(case, path, quantization=Quantization[kind])
     source = open_model(str(path))
     _check(model, source, ["float32"])
-    assert _greedy(source, PROMPT, 30) == model.generate(
-        torch.tensor([PROMPT]), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0
-    )[0, len(PROMPT) :].tolist()
+    assert (
+        _greedy(source, PROMPT, 30)
+        == model.generate(
+            torch.tensor([PROMPT]), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0, len(PROMPT) :].tolist()
+    )
 
 
 @pytest.mark.parametrize("isa", instruction_sets())

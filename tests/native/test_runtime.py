@@ -71,7 +71,7 @@ def test_a_bad_plan_is_refused_and_changes_nothing(
 def test_wrong_array_types_are_refused_at_submit() -> None:
     bad = plan(1, [], [])
     bad.rows = np.zeros((0, 4), np.int64)  # type: ignore[assignment]
-    with pytest.raises(_C.Error, match="plan.rows"):
+    with pytest.raises(_C.Error, match=r"plan\.rows"):
         _runtime().submit(bad)
 
 
@@ -139,5 +139,5 @@ def test_block_bytes_of_smollm2() -> None:
 
 def test_unknown_instruction_set_lists_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTSERVE_ISA", "mmx")
-    with pytest.raises(_C.Error, match="FASTSERVE_ISA is 'mmx'; this machine runs: .*portable"):
+    with pytest.raises(_C.Error, match=r"FASTSERVE_ISA is 'mmx'; this machine runs: .*portable"):
         _runtime()

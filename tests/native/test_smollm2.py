@@ -93,8 +93,8 @@ def test_logits_within_the_derived_tolerance(source: ModelSource, oracle: Any, p
         expected = oracle(torch.tensor([tokens])).logits[0].numpy()
     bounds = logits_tolerance(oracle, tokens, ["float32", "bfloat16"], source.spec.intermediate_size, samples=1)
     for dtype, bound in bounds.items():
-        difference = np.abs(whole(source, tokens, dtype=dtype) - expected)
-        assert (difference <= bound).all(), f"{dtype}: up to {(difference / bound).max():.2f} × the bound"
+        worst = (np.abs(whole(source, tokens, dtype=dtype) - expected) / bound).max()
+        assert worst <= 1, f"{dtype}: up to {worst:.2f} × the bound"
 
 
 def test_logits_do_not_depend_on_batch_or_chunks(source: ModelSource, prompts: list[list[int]]) -> None:

@@ -1,10 +1,10 @@
-"""How far logits may lie from a float32 reference, derived from the unit of rounding and the reference's own sensitivity.
+"""How far logits may lie from a float32 reference: derived from the unit of rounding and the reference's sensitivity.
 
-Every value that enters a matrix product is rounded, with a relative error spread evenly over ±u, hence of variance u²/3
-in each of the two factors; a float32 chain of K additions adds K·u₃₂²/3. All of it acts on the products w·x, so it moves
-the logits as independent relative noise of that variance on the weights would. How much that is depends on the model
-(norms, how peaked attention is), so the reference is asked: its logits under weight noise of a known small size, in
-float64, give the deviation per unit of noise for each token. Deviations are close to normal, and the largest of N is
+Every value that enters a matrix product is rounded, with a relative error spread evenly over ±u, hence of variance
+u²/3 in each of the two factors; a float32 chain of K additions adds K·u₃₂²/3. All of it acts on the products w·x, so it
+moves the logits as independent relative noise of that variance on the weights would. How much that is depends on the
+model (norms, how peaked attention is), so the reference is asked: its logits under weight noise of a known small size,
+in float64, give the deviation per unit of noise for each token. Deviations are close to normal, and the largest of N is
 about √(2 ln N) standard deviations. The result is doubled, for what the account leaves out: K and V are rounded once
 more as they are stored, and normal is only nearly true.
 """
