@@ -80,7 +80,8 @@ $(STAMPS)/model: | $(STAMPS)/venv
 # torch is spelled exactly so, and alone: any other spelling may bring gigabytes of CUDA packages with it.
 $(STAMPS)/dev: pyproject.toml | $(STAMPS)/install
 	@echo "installing torch and the development tools"
-	@$(PIP) install torch==2.13.0 \
-	  || { [ -z "$${CI:-}" ] && echo "torch 2.13.0 is not to be had here: tests that compare with it will be skipped" >&2; }
-	@$(PIP) install --no-build-isolation -e '.[dev]'
+	@if $(PIP) install torch==2.13.0; then extras=dev,oracle; \
+	elif [ -n "$${CI:-}" ]; then exit 1; \
+	else extras=dev; echo "torch 2.13.0 is not to be had here: tests that compare with it will be skipped" >&2; fi; \
+	$(PIP) install --no-build-isolation -e ".[$$extras]"
 	@touch $@
