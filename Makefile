@@ -34,8 +34,10 @@ demo: setup  ## A real model under FCFS and skip-join MLFQ, side by side
 test: setup-dev lint  ## Linters and the tests (under 15 minutes on two cores)
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: setup-dev lint  ## Linters and all tests, slow ones too (under 60 minutes)
+test-all: setup-dev lint  ## Linters, all tests, and native ones under sanitizers (under 60 minutes)
 	$(BIN)/python -m pytest
+	scripts/sanitize.sh address,undefined
+	scripts/sanitize.sh thread
 
 lint: $(STAMPS)/dev build  ## ruff, mypy --strict and clang-format, changing nothing
 	$(BIN)/ruff check .

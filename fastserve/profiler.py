@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import cycle, islice
 from typing import Final
 
@@ -17,6 +18,9 @@ Sample = tuple[list[tuple[int, int]], float]  # rows (start, tokens) of an itera
 _QUICK_SECONDS: Final = 0.4
 _FULL_SECONDS: Final = 20.0
 _CHUNKS: Final = 32  # of one prefill
+# Other programs can only make an iteration slower, so each is run this often and its fastest time counts: a profile
+# taken on a busy machine is kept, and schedules by it for a long time.
+_REPEATS: Final = 2
 # temperature, top_p, min_p, repetition, presence and frequency penalty: greedy
 _GREEDY: Final = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 
@@ -39,7 +43,7 @@ def measure(
     before it, it would overrun: a slow machine is measured on small shapes. Raises what the executor raises.
     """
     bench = _Bench(executor, config, vocab_size, _FULL_SECONDS if full else _QUICK_SECONDS, on_sample)
-    decodes = 4 if full else 2  # of each shape, since one measurement may be disturbed
+    decodes = 4 if full else 1  # of each shape
     bench.warm_up()
     for slots in (1, 2, 4, 8, 16, 32, 64) if full else (1, 8):
         bench.batch(slots, decodes)
@@ -65,6 +69,7 @@ class _Bench:
         self._config = config
         self._vocab_size = vocab_size
         self._budget = budget
+        self._spent = 0.0
         self._on_sample = on_sample
         self._plan_id = 0
         self._used_blocks = 0
@@ -99,7 +104,7 @@ class _Bench:
     def close(self) -> None:
         """Close every slot with a plan that has no rows."""
         self._open(0)
-        self._submit(BatchPlan(plan_id=self._plan_id, closed=np.array(self._closed, np.int32)))
+        self._submit(BatchPlan(plan_id=0, closed=np.array(self._closed, np.int32)))
 
     def _open(self, slots: int) -> None:
         """Start over with `slots` empty jobs."""
@@ -117,12 +122,12 @@ class _Bench:
             ends[0] > config.max_model_len
             or jobs * tokens > config.max_num_batched_tokens
             or self._used_blocks + len(added) > config.num_blocks
-            or self._spent() + self._expected(rows) > self._budget
+            or self._spent + _REPEATS * self._expected(rows) > self._budget
         ):
             return False
         new = [slot for slot in range(jobs) if not self._computed[slot]]
         plan = BatchPlan(
-            plan_id=self._plan_id,
+            plan_id=0,  # numbered as it is submitted
             rows=np.array([(slot, start, count, 1) for slot, (start, count) in enumerate(rows)], np.int32),
             tokens=np.fromiter(islice(cycle(range(self._vocab_size)), jobs * tokens), np.int32),
             opened=np.array([(slot, 1, 0, 0, -1, 0, 0, 0) for slot in new], np.int32).reshape(-1, 8),
@@ -134,7 +139,10 @@ class _Bench:
             ).reshape(-1, 3),
         )
         self._closed = []
-        seconds = self._submit(plan).seconds
+        again = BatchPlan(plan_id=0, rows=plan.rows, tokens=plan.tokens)  # the same positions, computed over
+        times = [self._submit(each).seconds for each in (plan, *[again] * (_REPEATS - 1))]
+        self._spent += sum(times)
+        seconds = min(times)
         self._computed, self._tables = ends, tables
         self._used_blocks += len(added)
         self.samples.append((rows, seconds))
@@ -143,14 +151,11 @@ class _Bench:
         return True
 
     def _submit(self, plan: BatchPlan) -> StepResult:
-        self._executor.submit(plan)
+        self._executor.submit(replace(plan, plan_id=self._plan_id))
         self._plan_id += 1
         while (result := self._executor.poll(None)) is None:
             pass
         return result
-
-    def _spent(self) -> float:
-        return sum(seconds for _, seconds in self.samples)
 
     def _expected(self, rows: list[tuple[int, int]]) -> float:
         """What the model so far says; at first, nothing is known and anything is allowed."""

@@ -6,6 +6,7 @@ from toy import VOCAB, ToyExecutor
 from fastserve.config import SchedulerConfig
 from fastserve.cost import CostModel
 from fastserve.profiler import measure
+from fastserve.types import StepResult
 
 TRUE = CostModel(per_iteration=0.01, per_row=2e-4, per_token=1e-3, per_read=1e-6, per_pair=2e-8)
 
@@ -38,6 +39,24 @@ def test_quick_mode_is_quick_and_close() -> None:
     assert seconds_of(executor) < 0.45
     for rows in ([(0, 1)], [(0, 64)], [(20, 1)] * 8, [(0, 512)]):
         assert found.iteration_seconds(rows) == pytest.approx(TRUE.iteration_seconds(rows), rel=0.1)
+
+
+class Disturbed(ToyExecutor):
+    """Other programs make every other iteration three times as long."""
+
+    def poll(self, timeout: float | None) -> StepResult | None:
+        result = super().poll(timeout)
+        if result is not None and result.plan_id % 2:
+            result.seconds *= 3
+        return result
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_busy_machine_is_measured_as_if_it_were_idle(full: bool) -> None:
+    config = SchedulerConfig(num_blocks=512)
+    found = measure(Disturbed(config, TRUE), config, vocab_size=VOCAB, full=full)
+    for rows in ([(0, 1)], [(0, 64)], [(20, 1)] * 8):
+        assert found.iteration_seconds(rows) == pytest.approx(TRUE.iteration_seconds(rows), rel=0.15)
 
 
 @pytest.mark.parametrize(
