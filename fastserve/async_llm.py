@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from .outputs import RequestOutput
-from .serving import EngineError, LiveRequest, Message, Prompt, Request, ServingCore
-from .types import InvalidRequest, SamplingParams
+from .outputs import LiveRequest, Request, RequestOutput
+from .serving import EngineError, Message, Prompt, ServingCore
+from .types import SamplingParams
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -49,6 +49,10 @@ class _Stream:
             self._changed.set()
 
 
+def _given(params: SamplingParams | None) -> SamplingParams:
+    return SamplingParams() if params is None else params
+
+
 class AsyncLLM(ServingCore):
     """A model served to asyncio code. Every method may be called from any thread.
 
@@ -75,7 +79,7 @@ class AsyncLLM(ServingCore):
         Closing the iterator, or cancelling the task that waits for it, aborts the request. Raises InvalidRequest, here
         or when iteration starts, and EngineError when the engine has stopped.
         """
-        return self._outputs(self._request(prompt, sampling_params or SamplingParams(), request_id=request_id))
+        return self._outputs(self._request(prompt, _given(sampling_params), request_id=request_id))
 
     def chat(
         self,
@@ -84,7 +88,7 @@ class AsyncLLM(ServingCore):
         request_id: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Like generate, for the next message of a conversation."""
-        return self._outputs(self._chat_request(messages, sampling_params or SamplingParams(), request_id=request_id))
+        return self._outputs(self._chat_request(messages, _given(sampling_params), request_id=request_id))
 
     def abort(self, request_id: str) -> None:
         """End a request: its stream closes with finish_reason "abort". Nothing happens when it is unknown or done."""
@@ -93,6 +97,8 @@ class AsyncLLM(ServingCore):
 
     def shutdown(self) -> None:
         """Stop the engine after its current iteration and free the model. Open streams end with EngineError."""
+        if self._inherited:  # the thread is the other process's, and so is the lock it may have held
+            return super().close()
         with self._gate:
             self._stopping = True
             self._commands.put(lambda: None)
@@ -129,6 +135,7 @@ class AsyncLLM(ServingCore):
 
     def _send(self, command: Callable[[], None]) -> None:
         """Have the engine's thread run a command between two iterations. Raises EngineError when it has ended."""
+        self._check_process()
         with self._gate:
             if self._stopping or self._failure is not None:
                 raise EngineError(str(self._failure or "the engine was closed")) from self._failure
@@ -166,7 +173,7 @@ class AsyncLLM(ServingCore):
 
         try:
             self._add(request, on_news, arrival)
-        except (InvalidRequest, EngineError) as error:
+        except Exception as error:  # `_add` has taken everything back: it is this request's trouble and nobody else's
             stream.put(error)
         else:
             self._streams[request.request_id] = stream

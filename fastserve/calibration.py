@@ -31,25 +31,32 @@ class Calibration:
         self._model = model
         self._device = device
 
+    @property
+    def path(self) -> Path:
+        """Where the profile is remembered."""
+        return profile_path(self._model, self._device)
+
     def cost_model(self, cost: CostModel | str | os.PathLike[str] | None) -> CostModel:
         """The one given, or read from the file given, or remembered from an earlier start, or measured roughly.
 
         A remembered profile counts only for the same model, device and version of FastServe; a damaged one is measured
-        again. Raises InvalidRequest when the file given cannot be read.
+        again. Raises InvalidRequest when the file given cannot be read, or
+        what is given is neither.
         """
         if isinstance(cost, CostModel):
             return cost
-        if cost is not None:
+        if isinstance(cost, (str, os.PathLike)):
             return CostModel.load(cost)
+        if cost is not None:
+            raise InvalidRequest("cost", f"must be a CostModel or the file of one, got {cost!r}")
         if self._config.policy in _COSTLESS_POLICIES:
             return UNMEASURED
-        path = profile_path(self._model, self._device)
-        remembered = self._remembered(path)
+        remembered = self._remembered(self.path)
         if remembered is not None:
             return remembered
         measured = self.measure(full=False)
         with contextlib.suppress(OSError):  # a read-only home costs half a second at every start, not the start itself
-            measured.save(path)
+            measured.save(self.path)
         return measured
 
     def measure(

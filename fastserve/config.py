@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from decimal import Decimal
+from numbers import Integral, Real
+from typing import Any, Literal
 
 from .types import InvalidRequest
 
@@ -13,21 +17,44 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def parse_size(option: str, text: str | int) -> int:
     """Bytes from `512M`, `4G`, `1.5GiB` or a plain number. Units are binary. Raises InvalidRequest."""
-    if isinstance(text, int):
-        size = text
+    given: Any = text
+    if isinstance(given, str):
+        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:i?B)?\s*", given, re.IGNORECASE)
+        size = int(Decimal(match[1]) * _UNITS[match[2].upper()]) if match else None
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-        if match is None:
-            raise InvalidRequest(option, f"must be a size such as 512M or 4G, got {text!r}")
-        size = int(float(match[1]) * _UNITS[match[2].upper()])
+        size = int(given) if _is_integer(given) else None
+    if size is None:
+        raise InvalidRequest(option, f"must be a size such as 512M or 4G, or a whole number of bytes, got {text!r}")
     if size <= 0:
         raise InvalidRequest(option, f"must be larger than 0, got {text!r}")
     return size
 
 
-def _at_least(option: str, value: float, low: float) -> None:
-    if not value >= low:
+def check_integer(option: str, value: Any, low: int, high: int) -> int:
+    """`value` as a plain integer between `low` and `high`. Raises InvalidRequest, naming the option."""
+    if not _is_integer(value):
+        raise InvalidRequest(option, f"must be an integer between {low} and {high}, got {value!r}")
+    if value < low:
         raise InvalidRequest(option, f"must be at least {low}, got {value}")
+    if value > high:
+        raise InvalidRequest(option, f"must be at most {high}, got {value}")
+    return int(value)
+
+
+def _is_integer(value: object) -> bool:
+    """Python's or NumPy's, but neither True nor False."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_limits(config: object, limits: Mapping[str, tuple[int, int]]) -> None:
+    for option, (low, high) in limits.items():
+        object.__setattr__(config, option, check_integer(option, getattr(config, option), low, high))
+
+
+# Far above what serves anybody, and far below what overflows a 32-bit index or takes the machine's memory by a typo.
+_BLOCK_SIZE = (1, 2**16)
+_BLOCKS = (1, 2**31 - 1)
+_BATCHED_TOKENS = (1, 2**20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +72,36 @@ class SchedulerConfig:
     starvation_limit: float | None = 60.0  # a job left waiting this long is promoted to level 0; None: never
 
     def __post_init__(self) -> None:
-        for option in ("max_num_seqs", "block_size", "num_blocks", "max_model_len", "max_in_flight", "num_levels"):
-            _at_least(option, getattr(self, option), 1)
+        if not isinstance(self.policy, str):
+            raise InvalidRequest("policy", f"must be the name of a policy, got {self.policy!r}")
+        _check_limits(
+            self,
+            {
+                "max_num_seqs": (1, 2**16),
+                "max_num_batched_tokens": _BATCHED_TOKENS,
+                "block_size": _BLOCK_SIZE,
+                "num_blocks": _BLOCKS,
+                "max_model_len": (1, 2**30),
+                "max_in_flight": (1, 64),
+                "num_levels": (1, 40),
+            },
+        )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidRequest(
                 "max_num_batched_tokens",
                 f"must be at least max_num_seqs ({self.max_num_seqs}), so that every row of an iteration can decode; "
                 f"got {self.max_num_batched_tokens}",
             )
-        if self.num_levels > 40:
-            raise InvalidRequest("num_levels", f"must be at most 40, got {self.num_levels}")
-        if self.starvation_limit is not None and not self.starvation_limit > 0:
-            raise InvalidRequest("starvation_limit", f"must be above 0 or none, got {self.starvation_limit}")
+        object.__setattr__(self, "starvation_limit", _checked_limit(self.starvation_limit))
+
+
+def _checked_limit(seconds: Any) -> float | None:
+    if seconds is None:
+        return None
+    number = isinstance(seconds, Real) and not isinstance(seconds, bool)
+    if not (number and 0 < seconds < math.inf):
+        raise InvalidRequest("starvation_limit", f"must be above 0 seconds, or none, got {seconds!r}")
+    return float(seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,4 +122,12 @@ class RuntimeConfig:
             raise InvalidRequest("device", f"must be cpu or cuda, got {self.device!r}")
         if self.device == "cuda":
             raise InvalidRequest("device", "this build has no CUDA backend; use --device cpu")
-        _at_least("threads", self.threads, 0)
+        _check_limits(
+            self,
+            {
+                "threads": (0, 1024),
+                "block_size": _BLOCK_SIZE,
+                "num_blocks": _BLOCKS,
+                "max_num_batched_tokens": _BATCHED_TOKENS,
+            },
+        )

@@ -72,6 +72,14 @@ class CostModel:
         """Solo time of one token that attends to `context` positions, its own included."""
         return self.prefill_seconds(context - 1, 1)
 
+    def prefill_charge(self, start: int, end: int) -> float:
+        """What a prompt's positions start … end - 1 add to the solo time of its prefill, start having been charged.
+
+        The chunks of a prompt add up to its whole prefill in one iteration, however it is cut: only the first pays for
+        the reading of the weights, since how many chunks there are is the doing of the job's neighbours.
+        """
+        return self.prefill_seconds(0, end) - self.prefill_seconds(0, start)
+
     def iteration_seconds(self, rows: Rows) -> float:
         """Time of one iteration over `rows`, which share the reading of the weights."""
         shared = self.per_iteration * (len(rows) - 1)

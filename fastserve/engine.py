@@ -9,7 +9,8 @@ from operator import index
 
 from .config import SchedulerConfig
 from .cost import CostModel
-from .scheduler import Iteration, Scheduler
+from .planning import Iteration
+from .scheduler import Scheduler
 from .types import (
     MAX_SEED,
     Executor,
@@ -78,7 +79,8 @@ class Engine:
         """Queue one prompt for one output (`params.n` is the caller's business). `arrival` is on the engine's clock.
 
         Raises InvalidRequest, before anything changes, for an empty prompt or one that fills the context, a token id
-        outside the vocabulary, an id in use, and a job that can never fit in the KV pool.
+        outside the vocabulary, an id in use, min_tokens where every token is a stop token, and a job that can never
+        fit in the KV pool.
         """
         tokens = _checked_tokens("prompt", prompt, vocab_size)
         if not tokens:
@@ -93,6 +95,12 @@ class Engine:
             raise InvalidRequest("seed", f"must be between 0 and {MAX_SEED}, got {seed}")
         _checked_tokens("logit_bias", params.logit_bias, vocab_size)
         stops = _checked_tokens("stop_token_ids", params.stop_token_ids, vocab_size)
+        stop_tokens = frozenset(stops if params.ignore_eos else [*stops, *eos_token_ids])
+        if params.min_tokens > 0 and sum(token < vocab_size for token in stop_tokens) == vocab_size:
+            raise InvalidRequest(
+                "min_tokens",
+                f"must be 0 when every one of the {vocab_size} tokens stops the output; got {params.min_tokens}",
+            )
         now = self._clock()
         job = Job(
             job_id=job_id,
@@ -101,7 +109,7 @@ class Engine:
             seed=seed,
             arrival=now if arrival is None else arrival,
             max_output=self._max_output(len(tokens), params.max_tokens),
-            stop_tokens=frozenset(stops if params.ignore_eos else [*stops, *eos_token_ids]),
+            stop_tokens=stop_tokens,
             index=self._jobs_added,
             priority=priority,
         )
@@ -119,9 +127,9 @@ class Engine:
     def step(self, timeout: float | None = None) -> list[JobUpdate]:
         """Keep the executor supplied, wait for one result and apply it.
 
-        Returns the jobs that got a token. Returns nothing when there is nothing to do, when `timeout` seconds (None:
-        no limit) passed without a result, and after an iteration in which no job reached its next token. Lets through
-        what the executor raises; the engine is of no use after that.
+        Returns the jobs that got a token, and those that failed, without one. Returns nothing when there is nothing to
+        do, when `timeout` seconds (None: no limit) passed without a result, and after an iteration in which no job
+        reached its next token. Lets through what the executor raises; the engine is of no use after that.
         """
         in_flight = self.scheduler.in_flight
         while len(in_flight) < self.config.max_in_flight and (plan := self.scheduler.schedule(self._clock())):

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
+from pathlib import Path
 from types import FrameType
-from typing import cast
+from typing import Any, cast
 
 from .cost import CostModel
-from .outputs import RequestOutput
-from .serving import EngineError, LiveRequest, Message, Prompt, Request, ServingCore
+from .outputs import LiveRequest, Request, RequestOutput
+from .serving import EngineError, Message, Prompt, ServingCore
 from .types import InvalidRequest, SamplingParams
 
 # Waits are cut to this many seconds, so that Ctrl-C is heard while the runtime works.
 _PATIENCE = 0.25
+_LATEST_ARRIVAL = 1e7  # seconds of a replay: four months, and within what the system can sleep
 
 
 class LLM(ServingCore):
@@ -49,12 +51,14 @@ class LLM(ServingCore):
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Continue one conversation, or each of several: lists of {"role": …, "content": …}. Raises InvalidRequest."""
-        several = bool(messages) and isinstance(messages[0], (list, tuple))
+        given: Any = messages
+        several = isinstance(given, (list, tuple)) and bool(given) and isinstance(given[0], (list, tuple))
         conversations = cast(Sequence[Sequence[Message]], messages if several else [messages])
         params = _one_each(sampling_params, len(conversations))
-        requests = [
-            self._chat_request(conversation, each) for conversation, each in zip(conversations, params, strict=True)
-        ]
+        requests = []
+        for i, (conversation, each) in enumerate(zip(conversations, params, strict=True)):
+            with _naming(i, len(conversations)):
+                requests.append(self._chat_request(conversation, each))
         return self._answer(requests, progress)
 
     def stream(
@@ -72,7 +76,8 @@ class LLM(ServingCore):
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> Generator[RequestOutput, None, None]:
         """Like stream, for the next message of a conversation."""
-        return self._stream([self._chat_request(messages, sampling_params or SamplingParams())])
+        (params,) = _one_each(sampling_params, 1)
+        return self._stream([self._chat_request(messages, params)])
 
     def replay(
         self,
@@ -92,8 +97,7 @@ class LLM(ServingCore):
         made = []
         for i, (offset, prompt, params) in enumerate(requests):
             with _naming(i, len(requests)):
-                if not 0 <= offset < math.inf:
-                    raise InvalidRequest("arrival", f"must be 0 or more seconds after the start, got {offset!r}")
+                _check_offset(offset)
                 made.append(self._request(prompt, params, request_id=request_ids[i] if request_ids else None))
         self._check(made)
         start = self._clock()
@@ -116,6 +120,11 @@ class LLM(ServingCore):
         finally:
             run.abandon()
         return [outputs[request.request_id] for request in made]
+
+    @property
+    def profile_path(self) -> Path:
+        """The file in which this model's cost profile on this machine is remembered, where there is one."""
+        return self._calibration.path
 
     def profile(
         self, *, full: bool = True, on_sample: Callable[[list[tuple[int, int]], float], None] | None = None
@@ -215,6 +224,8 @@ class _Run:
 
     def abandon(self) -> None:
         """Whatever happened, leave nothing in the engine."""
+        if self._llm._inherited:  # nothing runs in a fork, and its requests are still the other process's
+            return
         with _uninterrupted():
             for live in self.requests:
                 if not live.finished:
@@ -242,21 +253,33 @@ def _uninterrupted() -> Iterator[None]:
         handler(*caught[0])
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+def _as_list(prompts: Any) -> Sequence[Prompt]:
     """One text or one list of token ids is one prompt; anything else is a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
+    # An array is as good as a list.
+    listed = isinstance(prompts, Sequence) or getattr(prompts, "ndim", 0) > 0
+    if not listed or isinstance(prompts, (bytes, bytearray)):
+        raise InvalidRequest("prompts", f"must be text, a list of token ids or a list of those, got {prompts!r:.80}")
     if len(prompts) and all(hasattr(item, "__index__") for item in prompts):
         return [cast(Sequence[int], prompts)]
     return cast(Sequence[Prompt], prompts)
 
 
-def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+def _one_each(params: Any, count: int) -> Sequence[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+        raise InvalidRequest("sampling_params", f"must be SamplingParams or a list of them, got {params!r:.80}")
     if len(params) != count:
         raise InvalidRequest("sampling_params", f"must be one for all or one for each of {count}, got {len(params)}")
     return params
+
+
+def _check_offset(seconds: Any) -> None:
+    number = isinstance(seconds, Real) and not isinstance(seconds, bool)
+    if not (number and 0 <= seconds <= _LATEST_ARRIVAL):
+        raise InvalidRequest("arrival", f"must be 0 to {_LATEST_ARRIVAL:.0f} seconds after the start, got {seconds!r}")
 
 
 @contextmanager
@@ -268,7 +291,7 @@ def _naming(index: int, count: int) -> Iterator[None]:
         if count == 1:
             raise
         message = str(error).removeprefix(f"{error.field}: ")
-        raise InvalidRequest(error.field, f"{message} (request {index + 1} of {count})") from None
+        raise InvalidRequest(error.field, f"{message} (request {index + 1} of {count})", index) from None
 
 
 @contextmanager

@@ -6,10 +6,11 @@ from typing import Any
 
 from . import _C
 from .config import RuntimeConfig
-from .loaders.spec import ModelError, ModelSource, ModelSpec
-from .types import BatchPlan, Float32Array, StepResult
+from .loaders.spec import ModelError, ModelSource, ModelSpec, WeightTensor
+from .types import BatchPlan, Float32Array, InvalidRequest, StepResult
 
 _FOREVER = -1.0
+_SLICE_BYTES = 16 * 2**20  # of a file, resident at a time while loading
 
 
 def block_bytes(spec: ModelSpec, dtype: str, block_size: int) -> int:
@@ -25,24 +26,38 @@ def instruction_sets() -> list[str]:
 class NativeRuntime:
     """Executes plans in submission order on a thread of its own, with a pool of `config.threads` for the arithmetic.
 
-    Raises ModelError when a tensor is missing, unknown or of the wrong shape.
+    Raises ModelError when a tensor is missing, unknown or of the wrong shape, and InvalidRequest when the system does
+    not give what the configuration asks for.
     """
 
     def __init__(self, source: ModelSource, config: RuntimeConfig) -> None:
-        self._runtime = _C.Runtime(
-            source.spec,
-            config.dtype,
-            block_size=config.block_size,
-            num_blocks=config.num_blocks,
-            max_tokens=config.max_num_batched_tokens,
-            threads=config.threads,
-        )
+        try:
+            self._runtime = _C.Runtime(
+                source.spec,
+                config.dtype,
+                block_size=config.block_size,
+                num_blocks=config.num_blocks,
+                max_tokens=config.max_num_batched_tokens,
+                threads=config.threads,
+            )
+        except _C.Error as error:  # too many threads, or an instruction set this machine lacks
+            raise InvalidRequest("runtime", str(error)) from error
         try:
             for tensor in source.tensors():
-                self._runtime.load_tensor(tensor.name, tensor.dtype, list(tensor.shape), tensor.data)
+                self._load(tensor)
             self._runtime.finish_loading()
         except _C.Error as error:
             raise ModelError(f"{source.name}: {error}") from error
+
+    def _load(self, tensor: WeightTensor) -> None:
+        """Load a tensor in slices of whole rows, so that little of its file is resident at a time."""
+        rows, size = tensor.shape[0], tensor.data.nbytes
+        slice_rows = rows if len(tensor.shape) == 1 else max(1, _SLICE_BYTES * rows // max(1, size))
+        for first in range(0, rows, slice_rows):
+            begin, end = (min(row, rows) * size // rows for row in (first, first + slice_rows))
+            self._runtime.load_tensor(tensor.name, tensor.dtype, list(tensor.shape), tensor.data[begin:end], first)
+            if tensor.release is not None:
+                tensor.release(end)
 
     @property
     def instruction_set(self) -> str:
@@ -74,7 +89,7 @@ class NativeRuntime:
 
 
 def _step_result(answer: tuple[Any, ...]) -> tuple[StepResult, Any]:
-    plan_id, tokens, logprobs, top_tokens, top_logprobs, logits, seconds = answer
+    plan_id, tokens, logprobs, top_tokens, top_logprobs, logits, seconds, errors = answer
     result = StepResult(
         plan_id=plan_id,
         tokens=tokens,
@@ -82,5 +97,6 @@ def _step_result(answer: tuple[Any, ...]) -> tuple[StepResult, Any]:
         top_tokens=top_tokens,
         top_logprobs=top_logprobs,
         seconds=seconds,
+        errors=errors,
     )
     return result, logits

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from .tokenizer import IncrementalDetokenizer, Tokenizer
-from .types import FinishReason, Job, JobMetrics, TokenLogprobs
+from .types import FinishReason, Job, JobMetrics, SamplingParams, TokenLogprobs
 
 
 @dataclass(slots=True, kw_only=True)
@@ -16,7 +16,8 @@ class CompletionOutput:
     index: int  # which of the request's `n`
     text: str  # without the stop string or stop token, unless include_stop_str_in_output
     token_ids: list[int]  # up to and including the token that ended it
-    finish_reason: str | None  # stop, length or abort; None while it grows
+    finish_reason: str | None  # stop, length, abort or error; None while it grows
+    error: str | None = None  # why, where finish_reason is error
     stop_reason: str | int | None  # the stop string or the stop token id; None for end-of-sequence and otherwise
     logprobs: list[TokenLogprobs] | None  # one for each of token_ids, where asked for
     metrics: JobMetrics
@@ -115,6 +116,7 @@ class Completion:
             text=self._text.text if self._text is not None else "",
             token_ids=self._token_ids.copy(),
             finish_reason=reason.value if reason is not None else None,
+            error=self.job.error,
             stop_reason=matched if matched is not None else self._stop_token(),
             logprobs=logprobs,
             metrics=replace(self.job.metrics),
@@ -130,3 +132,35 @@ class Completion:
             last = self._token_ids[-1]
             return last if last in self.job.params.stop_token_ids else None
         return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A prompt on its way in: turned into tokens, its seed drawn."""
+
+    request_id: str
+    prompt: str | None
+    token_ids: list[int]
+    params: SamplingParams
+    seed: int
+
+
+class LiveRequest:
+    """A request the engine works on: one job for each of its `n` answers. `on_news` is called when they grow or end."""
+
+    def __init__(self, request: Request, on_news: Callable[[LiveRequest], None]) -> None:
+        self.request = request
+        self.on_news = on_news
+        self.completions: list[Completion] = []
+
+    @property
+    def finished(self) -> bool:
+        return all(completion.job.finished for completion in self.completions)
+
+    def output(self) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.request.request_id,
+            prompt=self.request.prompt,
+            prompt_token_ids=self.request.token_ids,
+            outputs=[completion.output() for completion in self.completions],
+        )

@@ -3,9 +3,33 @@ pay for an array operation each."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
 
 from .types import BatchPlan, Job
+
+
+class Row(NamedTuple):
+    """One job's part in an iteration: positions start … start + tokens - 1."""
+
+    job: Job
+    start: int
+    tokens: int
+    samples: bool  # whether it ends at the job's last token, and so samples the next one
+
+
+@dataclass(slots=True, frozen=True)
+class Iteration:
+    """A plan in flight."""
+
+    plan_id: int
+    scheduled: float
+    rows: list[Row]
+    levels: tuple[int, ...]
+    waiting: int  # live jobs that are not in it
+    free_blocks: int
 
 
 class PlanBuilder:

@@ -82,6 +82,7 @@ class _Bench:
         self._open(1)
         self._run(1)
         self.samples.clear()
+        self._spent = 0.0
 
     def batch(self, slots: int, decodes: int) -> None:
         """Decodes of `slots` jobs (at most those that fit in an iteration) at short contexts."""
@@ -122,7 +123,7 @@ class _Bench:
             ends[0] > config.max_model_len
             or jobs * tokens > config.max_num_batched_tokens
             or self._used_blocks + len(added) > config.num_blocks
-            or self._spent + _REPEATS * self._expected(rows) > self._budget
+            or (self.samples and self._spent + _REPEATS * self._expected(rows) > self._budget)
         ):
             return False
         new = [slot for slot in range(jobs) if not self._computed[slot]]

@@ -15,42 +15,25 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final, NamedTuple
+from operator import itemgetter
+from typing import Final
 
 from .config import SchedulerConfig
 from .cost import CostModel
 from .kv import BlockManager
-from .planning import PlanBuilder
+from .planning import Iteration, PlanBuilder, Row
 from .policies import create_policy
 from .types import BatchPlan, FinishReason, InvalidRequest, Job, JobUpdate, StepResult, TokenLogprobs
 
 # How many prefills, in batches, a decision passes over once the token budget is gone, looking for decodes behind them.
 _PASSED_OVER: Final = 4
 
-# Blocks that every running job should find free when it grows, before another job is let in.
+# Blocks that every job that holds some should find free when it grows, before another job is let in.
 _HEADROOM: Final = 2
 
-
-class Row(NamedTuple):
-    """One job's part in an iteration: positions start … start + tokens - 1."""
-
-    job: Job
-    start: int
-    tokens: int
-    samples: bool  # whether it ends at the job's last token, and so samples the next one
-
-
-@dataclass(slots=True, frozen=True)
-class Iteration:
-    """A plan in flight."""
-
-    plan_id: int
-    scheduled: float
-    rows: list[Row]
-    levels: tuple[int, ...]
-    waiting: int  # live jobs that are not in it
-    free_blocks: int
+# A job's blocks may be taken once it was charged this many times what computing them again would cost. With 8, traces
+# finish later than under fcfs. Where a decode costs less than 16 prefilled tokens, as on a CPU, few jobs repay in time.
+_REPAYMENT: Final = 16.0
 
 
 class Scheduler:
@@ -64,7 +47,8 @@ class Scheduler:
         self.blocks = BlockManager(config.num_blocks, config.block_size)
         self.jobs: dict[str, Job] = {}
         self.in_flight: deque[Iteration] = deque()
-        self._holders: dict[Job, None] = {}  # jobs with a slot, finished ones with a plan in flight included
+        # Jobs with a slot, finished ones with a plan in flight included, and what each was charged since it got it.
+        self._holders: dict[Job, float] = {}
         self._free_slots: list[int] = []
         self._num_slots = 0
         self._closed: list[int] = []  # slots to close in the next plan
@@ -95,9 +79,7 @@ class Scheduler:
         job = self.jobs.get(job_id)
         if job is None:
             return False
-        self._finish(job, reason, now)
-        if not job.in_flight:
-            self._release(job)
+        self._end(job, reason, now)
         return True
 
     # --- what to run -------------------------------------------------------------------------------------------------
@@ -108,10 +90,10 @@ class Scheduler:
         When the last job has left, one plan without rows closes the slots that are still open, and the executor is as
         it was at the start.
         """
-        members, order, prefill_tokens = self._choose(now)
+        members, prefill_tokens = self._choose(now)
         plan = PlanBuilder()
         rows: list[Row] = []
-        for job, tokens in self._with_blocks(members, order, prefill_tokens, now):
+        for job, tokens in self._with_blocks(members, prefill_tokens):
             rows.append(self._grant(plan, job, tokens, now))
         if not rows and (self.in_flight or not self._closed):
             return None
@@ -128,30 +110,26 @@ class Scheduler:
         self._closed = []
         return batch
 
-    def _choose(self, now: float) -> tuple[list[Job], dict[Job, int], int]:
-        """The jobs that get a row, best first; the rank of every job looked at; and the tokens left for prefills.
+    def _choose(self, now: float) -> tuple[list[Job], int]:
+        """The jobs that get a row, best first, and the tokens left for prefills.
 
         Every decode chosen has its token set aside, so a prefill, however long and however important, never stalls the
         jobs it shares the iteration with. A prefill for which nothing is left gives up its row.
         """
         rows, budget = self.config.max_num_seqs, self.config.max_num_batched_tokens
-        order: dict[Job, int] = {}
-        decodes: list[Job] = []
-        prefills: list[Job] = []
+        decodes: list[tuple[int, Job]] = []
+        prefills: list[tuple[int, Job]] = []
         wanted = 0  # by the prefills chosen
         passed_over = 0
-        for rank, job in enumerate(self.policy.iter_best(now)):
-            order[job] = rank
-            if not self._runnable(job):
-                continue
+        for place, job in enumerate(self._candidates(now)):
             remaining = _remaining(job)
             if remaining == 1:
-                decodes.append(job)
-                while prefills and wanted - (last := _remaining(prefills[-1])) >= budget - len(decodes):
+                decodes.append((place, job))
+                while prefills and wanted - (last := _remaining(prefills[-1][1])) >= budget - len(decodes):
                     prefills.pop()
                     wanted -= last
             elif wanted < budget - len(decodes):
-                prefills.append(job)
+                prefills.append((place, job))
                 wanted += remaining
             else:
                 passed_over += 1
@@ -159,54 +137,85 @@ class Scheduler:
                     break
             if len(decodes) + len(prefills) == rows:
                 break
-        return sorted(decodes + prefills, key=order.__getitem__), order, budget - len(decodes)
+        return [job for _, job in sorted(decodes + prefills, key=itemgetter(0))], budget - len(decodes)
 
-    def _with_blocks(
-        self, members: list[Job], order: dict[Job, int], prefill_tokens: int, now: float
-    ) -> Iterator[tuple[Job, int]]:
+    def _candidates(self, now: float) -> Iterator[Job]:
+        """Jobs that can run, best first, as far as there is memory for those that hold none.
+
+        A job without blocks starts only where it can stay: with room for all its known tokens next to what the jobs
+        that hold blocks will need soon, except those it may rob (see `_with_blocks`). Starting it earlier would have
+        somebody robbed at once, and compute the same prefill over and over. When there is no room for one, none behind
+        it starts either, so small jobs do not keep a large one out; only jobs that hold blocks follow.
+        """
+        room = self.blocks.num_blocks - sum(map(self._claim, self._holders))
+        robbable: dict[Job, int] | None = None
+        for job in self.policy.iter_best(now):
+            if robbable:
+                room -= robbable.pop(job, 0)  # it outranks all that follow
+            if not self._runnable(job):
+                continue
+            if job.slot is None:
+                needed = self.blocks.blocks_for(job.known)
+                if needed > room and robbable is None:
+                    victims = [other for other in self._outranked(job) if self._repaid(other)]
+                    robbable = {other: self._claim(other) for other in victims if not other.in_flight}
+                    pausing = sum(self._claim(other) for other in victims if other.in_flight)
+                    room += sum(robbable.values())
+                if needed > room:
+                    break
+                room -= self._claim(job)
+            yield job
+        else:
+            return
+        if needed > room + pausing:
+            yield from sorted(filter(self._runnable, self._outranked(job)), key=self.policy.rank)
+
+    def _claim(self, job: Job) -> int:
+        """The blocks that a job holds or will need soon."""
+        if job.finished:
+            return self.blocks.held(job.index)
+        soon = job.known + _HEADROOM * self.blocks.block_size
+        return self.blocks.blocks_for(min(soon, len(job.prompt) + job.max_output - 1))
+
+    def _with_blocks(self, members: list[Job], prefill_tokens: int) -> Iterator[tuple[Job, int]]:
         """Members that have room in the KV pool, and for how many tokens; the caller takes the room before going on.
 
-        A job may take the blocks of those it outranks, the one that runs latest (largest ENST) first. A job without
-        blocks starts only where it can stay: with room for all its known tokens after what the jobs before it will need
-        soon. Starting it earlier would have it robbed at once, and compute the same prefill over and over. Once one job
-        could not start, none behind it does, so small jobs do not keep a large one out.
+        A job may take the blocks of those it outranks once they have repaid what computing them again will cost
+        (`_repaid`), the cheapest to compute again first. Only the best of the jobs that hold blocks may take those of
+        any other.
 
-        Why there is no deadlock and no livelock: with nothing in flight, the best job can take the blocks of every
-        other, and `add` made sure that it fits alone, so each iteration advances the best job. It stays the best until
-        it has got *new* work done, because policies charge recomputation nothing and leave an uncharged job in its
-        place; jobs promoted meanwhile queue behind it. So every turn at the front ends in progress that is kept as
-        tokens, even if its KV is lost. With plans in flight, a job that needs the blocks of jobs in flight ends the
-        plan, so that those pause and can be robbed in the next.
+        Why there is no deadlock and no livelock: with nothing in flight, the best job that holds blocks can take those
+        of every other, and `add` made sure that it fits alone, so each iteration advances it, and to new work in the
+        end: policies charge recomputation nothing and leave an uncharged job in its place, and jobs promoted meanwhile
+        queue behind it. What it has got is kept as tokens, even if its KV is lost. A better job that waits to start
+        lets nobody start behind it, and those that hold blocks end or repay in a bounded number of their iterations;
+        then it takes what it needs. With plans in flight, a job that needs the blocks of jobs in flight ends the plan,
+        so that those pause and can be robbed in the next.
         """
         blocks = self.blocks
         victims: list[Job] | None = None
         lost: set[Job] = set()
-        first, may_start, owed = True, True, 0
+        first = True
         for job in members:
-            starts = job.slot is None and not first
-            if job in lost or (starts and not may_start):
+            if job in lost:
                 continue
             remaining = _remaining(job)
             tokens = 1 if remaining == 1 else min(remaining, prefill_tokens)
             needed = blocks.blocks_for(job.computed + tokens) - blocks.held(job.index)
-            to_be_had = blocks.blocks_for(job.known) + owed if starts else needed
-            if to_be_had > blocks.free_blocks:
-                outranked = [other for other in self._holders if order.get(other, math.inf) > order[job]]
-                idle = sum(blocks.held(other.index) for other in outranked if not other.in_flight)
-                if to_be_had > blocks.free_blocks + idle:
-                    if to_be_had <= blocks.free_blocks + sum(blocks.held(other.index) for other in outranked):
-                        return
-                    if starts:
-                        may_start = False
-                        continue
+            if needed > blocks.free_blocks:
+                anybody = first and job.slot is not None
                 if victims is None:
-                    victims = self._by_work_ahead(order, now)
+                    victims = sorted(self._holders, key=lambda other: (-other.computed, other.index))
+                outranked = self._outranked(job)
                 while victims and needed > blocks.free_blocks:
                     victim = victims.pop()
-                    # One of higher priority than this job is no victim for those still to come either.
-                    if order.get(victim, math.inf) > order[job]:
+                    # One that this job may not rob is no victim for those still to come either.
+                    if victim in outranked and not victim.in_flight and (anybody or self._repaid(victim)):
                         self._release(victim)
                         lost.add(victim)
+                paused = (other for other in outranked if other.in_flight and (anybody or self._repaid(other)))
+                if needed > blocks.free_blocks and any(paused):
+                    return
                 tokens = min(tokens, blocks.capacity(job.index) - job.computed)
                 if tokens <= 0:
                     continue
@@ -214,18 +223,24 @@ class Scheduler:
                 prefill_tokens -= tokens
             yield job, tokens
             first = False
-            owed += blocks.blocks_for(job.known) + _HEADROOM - blocks.held(job.index)
 
-    def _by_work_ahead(self, order: dict[Job, int], now: float) -> list[Job]:
-        """Jobs whose blocks could be taken, the one that runs latest last."""
-        idle = [job for job in self._holders if not job.in_flight]
-        idle.sort(key=lambda job: (self.policy.work_ahead(job, now), order.get(job, math.inf), job.index))
-        return idle
+    def _outranked(self, job: Job) -> list[Job]:
+        """Live jobs that hold blocks and come after this one."""
+        rank = self.policy.rank
+        return [other for other in self._holders if not other.finished and rank(other) > rank(job)]
+
+    def _repaid(self, job: Job) -> bool:
+        """Whether the job has got enough new work out of the blocks it holds for them to be taken.
+
+        What it was charged since it began to hold them is at least _REPAYMENT times the modelled time of computing them
+        again. So recomputation, but for that of the best job's making, stays below 1/_REPAYMENT of what is charged.
+        """
+        return self._holders[job] >= _REPAYMENT * self.cost.prefill_seconds(0, job.computed)
 
     def _grant(self, plan: PlanBuilder, job: Job, tokens: int, now: float) -> Row:
         if job.slot is None:
             job.slot = self._take_slot()
-            self._holders[job] = None
+            self._holders[job] = 0.0
             plan.open(job, job.slot)
         row = Row(job, job.computed, tokens, job.computed + tokens == job.known)
         plan.grow(job.slot, self.blocks.grow(job.index, job.computed + tokens))
@@ -269,22 +284,31 @@ class Scheduler:
                 job.metrics.decode_seconds += seconds
             self._charge(row, now)
             if sample is not None:
-                updates.append(JobUpdate(job, [self._append(job, result, sample, now)]))
+                if sample in result.errors:
+                    job.error = result.errors[sample]
+                    self._end(job, FinishReason.ERROR, now)
+                    updates.append(JobUpdate(job, []))
+                else:
+                    updates.append(JobUpdate(job, [self._append(job, result, sample, now)]))
         return updates
 
     def _charge(self, row: Row, now: float) -> None:
         """Charge the modelled solo time of what is new in the row; neighbours and recomputation are never charged."""
         job, end = row.job, row.start + row.tokens
-        new = max(0, end - max(row.start, job.served))
-        own = self.cost.prefill_seconds(end - new, new)  # of one token: a decode's
-        job.metrics.recomputed_tokens += row.tokens - new
-        job.served = max(job.served, end)
+        new = end - max(row.start, job.served)
+        job.metrics.recomputed_tokens += row.tokens - max(0, new)
+        if new <= 0:
+            return
+        prompt = len(job.prompt)
+        own = self.cost.prefill_charge(job.served, end) if job.served < prompt else self.cost.decode_seconds(end)
+        job.served = end
         self._estimate(job)
+        self._holders[job] += own
         self.policy.on_service(job, own, now)
 
     def _estimate(self, job: Job) -> None:
         if job.served < len(job.prompt):
-            job.next_seconds = self.cost.prefill_seconds(job.served, len(job.prompt) - job.served)
+            job.next_seconds = self.cost.prefill_charge(job.served, len(job.prompt))
         else:
             job.next_seconds = self.cost.decode_seconds(job.served + 1)
 
@@ -302,18 +326,19 @@ class Scheduler:
             reason = FinishReason.LENGTH
         else:
             return token
-        self._finish(job, reason, now)
-        if not job.in_flight:
-            self._release(job)
+        self._end(job, reason, now)
         return token
 
-    def _finish(self, job: Job, reason: FinishReason, now: float) -> None:
+    def _end(self, job: Job, reason: FinishReason, now: float) -> None:
+        """Finish a live job; its blocks and slot go back when no plan in flight works on it."""
         job.finish_reason = reason
         job.metrics.finish = now
-        if reason is not FinishReason.ABORT:
+        if reason not in (FinishReason.ABORT, FinishReason.ERROR):
             self.policy.on_finish(job, len(job.output), now)
         self.policy.remove(job)
         del self.jobs[job.job_id]
+        if not job.in_flight:
+            self._release(job)
 
     # --- slots and blocks --------------------------------------------------------------------------------------------
 
@@ -357,7 +382,7 @@ class Scheduler:
             if (
                 (job.in_flight, job.pending) != (len(rows), sum(row.samples for row in rows))
                 or self.blocks.held(job.index) != self.blocks.blocks_for(job.computed)
-                or not 0 <= job.computed <= job.known
+                or not 0 <= job.computed <= (math.inf if job.finished else job.known)  # dropped tokens are not known
                 or (job.slot is None) != (job not in self._holders)
             ):
                 raise RuntimeError(f"job {job.job_id!r} is out of step with its blocks or plans: {job}")

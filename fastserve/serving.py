@@ -13,20 +13,21 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from .calibration import UNMEASURED, Calibration, device_name
-from .config import RuntimeConfig, SchedulerConfig
+from .config import RuntimeConfig, SchedulerConfig, check_integer
 from .cost import CostModel
 from .engine import Engine, IterationRecord
 from .loaders import open_model
 from .native import NativeRuntime, block_bytes
-from .outputs import Completion, RequestOutput
+from .outputs import Completion, LiveRequest, Request
 from .policies import create_policy
 from .sizing import pool_blocks
 from .tokenizer import Tokenizer
@@ -43,44 +44,12 @@ class EngineError(RuntimeError):
     """The engine has stopped, because a plan failed or because it was closed. A new one can be started."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """A prompt on its way in: turned into tokens, its seed drawn."""
-
-    request_id: str
-    prompt: str | None
-    token_ids: list[int]
-    params: SamplingParams
-    seed: int
-
-
-class LiveRequest:
-    """A request the engine works on: one job for each of its `n` answers. `on_news` is called when they grow or end."""
-
-    def __init__(self, request: Request, on_news: Callable[[LiveRequest], None]) -> None:
-        self.request = request
-        self.on_news = on_news
-        self.completions: list[Completion] = []
-
-    @property
-    def finished(self) -> bool:
-        return all(completion.job.finished for completion in self.completions)
-
-    def output(self) -> RequestOutput:
-        return RequestOutput(
-            request_id=self.request.request_id,
-            prompt=self.request.prompt,
-            prompt_token_ids=self.request.token_ids,
-            outputs=[completion.output() for completion in self.completions],
-        )
-
-
 class ServingCore:
     """What LLM and AsyncLLM share. `_add`, `_abort` and `_step` belong to one thread; the rest is for any."""
 
     def __init__(
         self,
-        model: str,
+        model: str | os.PathLike[str],
         *,
         policy: str = "skip-join-mlfq",
         dtype: Literal["float32", "bfloat16"] = "bfloat16",
@@ -123,14 +92,17 @@ class ServingCore:
         Raises InvalidRequest, naming the option, and ModelError, naming the file.
         """
         self._clock = time.monotonic
+        self._process = os.getpid()  # a fork inherits the memory of the runtime, and not its threads
         self._failure: EngineError | None = None
         self._live: dict[str, LiveRequest] = {}
         self._jobs: dict[str, tuple[LiveRequest, Completion]] = {}
-        self._seeds = random.Random(_checked_seed(seed))
+        self._seeds = random.Random(check_integer("seed", seed, 0, MAX_SEED))
         self._numbers = itertools.count()
+        # Names of requests that bring none must not be names that a caller thinks of.
+        self._request_prefix = f"req-{secrets.token_hex(4)}"
 
+        self.model = model = _checked_model(model)
         source = open_model(model)
-        self.model = model
         self.spec = source.spec
         # Both are checked before the weights are loaded; the pool's size takes the model's shape to know.
         scheduling = SchedulerConfig(
@@ -219,17 +191,23 @@ class ServingCore:
     ) -> Request:
         """Turn a prompt into a request. `text` is what to report as the prompt where `prompt` holds token ids.
 
-        Raises InvalidRequest when the prompt is neither text nor token ids, and when text is asked for or given and the
-        model has no tokenizer. What depends on the engine's limits is checked by `_add`.
+        Raises InvalidRequest when the prompt is neither text nor token ids, when text is asked for or given and the
+        model has no tokenizer, and when the request's id is no name. What depends on the engine's limits is checked by
+        `_add`.
         """
+        self._check_process()
+        given: Any = params
+        if not isinstance(given, SamplingParams):
+            raise InvalidRequest("sampling_params", f"must be SamplingParams, got {given!r:.80}")
+        if request_id is None:
+            request_id = f"{self._request_prefix}-{next(self._numbers)}"
+        check_request_id(request_id)
         if isinstance(prompt, str):
             text, token_ids = prompt, self._need_tokenizer("prompt", "pass token ids").encode(prompt)
         else:
             token_ids = _token_ids(prompt)
         if params.stop:
             self._need_tokenizer("stop", "use stop_token_ids")
-        if request_id is None:
-            request_id = f"req-{next(self._numbers)}"
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         return Request(request_id=request_id, prompt=text, token_ids=token_ids, params=params, seed=seed)
 
@@ -237,6 +215,9 @@ class ServingCore:
         self, messages: Sequence[Message], params: SamplingParams, *, request_id: str | None = None
     ) -> Request:
         """A conversation, written out by the model's chat template, as a request. Raises InvalidRequest."""
+        given: Any = messages
+        if not isinstance(given, (list, tuple)) or not all(isinstance(message, Mapping) for message in given):
+            raise InvalidRequest("messages", f"must be a list of dicts with role and content, got {given!r:.80}")
         tokenizer = self._need_tokenizer("messages", "use generate with token ids")
         text = tokenizer.apply_chat_template(messages)
         token_ids = tokenizer.encode(text, add_special_tokens=False)
@@ -253,12 +234,12 @@ class ServingCore:
         if request.request_id in self._live:
             raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request that has not finished")
         live = LiveRequest(request, on_news)
-        job_ids: list[str] = []
+        n, job_ids = request.params.n, []
         try:
-            for i in range(request.params.n):
-                job_id = request.request_id if request.params.n == 1 else f"{request.request_id}/{i}"
+            for i in range(n):
+                job_ids.append(self._free_job_id(request.request_id if n == 1 else f"{request.request_id}/{i}"))
                 job = engine.add_job(
-                    job_id,
+                    job_ids[-1],
                     request.token_ids,
                     request.params,
                     seed=derived_seed(request.seed, i),
@@ -266,15 +247,20 @@ class ServingCore:
                     eos_token_ids=self.spec.eos_token_ids,
                     arrival=arrival,
                 )
-                job_ids.append(job_id)
                 live.completions.append(Completion(i, job, self.tokenizer))
-        except InvalidRequest:
+        except BaseException:  # whatever it is, a job that nobody follows must not stay
             for job_id in job_ids:
                 engine.abort(job_id)
             raise
         self._live[request.request_id] = live
         self._jobs.update(zip(job_ids, ((live, completion) for completion in live.completions), strict=True))
         return live
+
+    def _free_job_id(self, name: str) -> str:
+        """The job's name where it is free: another request may be called like an answer of this one."""
+        while name in self._jobs:
+            name += "'"
+        return name
 
     def _abort(self, request_id: str) -> bool:
         """End a request in whatever state it is; False when it is unknown or has finished."""
@@ -317,6 +303,8 @@ class ServingCore:
     def close(self) -> None:
         """Give back the memory and the threads of the model. Requests still open are lost."""
         self._stop(EngineError("the engine was closed"))
+        if self._inherited:  # to end the runtime is to wait for threads, and they are the other process's
+            return
         self._engine = None
 
     def _stop(self, failure: EngineError) -> None:
@@ -340,7 +328,16 @@ class ServingCore:
         if live.finished:  # of several answers that end in one iteration, the first to come here finds all finished
             self._live.pop(live.request.request_id, None)
 
+    @property
+    def _inherited(self) -> bool:
+        return os.getpid() != self._process
+
+    def _check_process(self) -> None:
+        if self._inherited:
+            raise EngineError("the engine was created in another process; create one after the fork")
+
     def _need_engine(self) -> Engine:
+        self._check_process()
         if self._engine is None or self._failure is not None:
             raise EngineError(str(self._failure)) from self._failure
         return self._engine
@@ -361,20 +358,32 @@ def derived_seed(seed: int, index: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
-def _checked_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise InvalidRequest("seed", f"must be an integer between 0 and 2^64 - 1, got {seed!r}")
-    return seed
+def check_request_id(request_id: Any) -> None:
+    if not isinstance(request_id, str) or not request_id:
+        raise InvalidRequest("request_id", f"must be a string that is not empty, got {request_id!r}")
 
 
-def _context_length(asked: int | None, limit: int) -> int:
-    if asked is not None and asked > limit:
+def _checked_model(model: Any) -> str:
+    name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
+    if not isinstance(name, str) or not name:
+        raise InvalidRequest(
+            "model", f"must be smollm2, a .gguf file, a directory in Hugging Face layout or a hub id, got {model!r}"
+        )
+    return name
+
+
+def _context_length(asked: Any, limit: int) -> int:
+    if asked is None:
+        return limit
+    if check_integer("max_model_len", asked, 1, 2**63) > limit:
         raise InvalidRequest("max_model_len", f"must be at most {limit}, the model's longest context; got {asked}")
-    return limit if asked is None else asked
+    return int(asked)
 
 
-def _token_ids(prompt: Sequence[int]) -> list[int]:
+def _token_ids(prompt: Any) -> list[int]:
     try:
+        if isinstance(prompt, (bytes, bytearray, Mapping)):
+            raise TypeError
         return [index(token) for token in prompt]
     except TypeError:
         raise InvalidRequest("prompt", f"must be text or a list of token ids, got {prompt!r:.80}") from None

@@ -16,10 +16,16 @@ def pool_blocks(
 ) -> int:
     """Blocks of a KV pool of `kv_cache_memory` bytes (or `512M`, `4G`), rounded down to whole blocks.
 
-    None: as many as `max_num_seqs` jobs of `max_model_len` tokens can fill, within a quarter of the memory available.
-    Raises InvalidRequest when not even one block fits, or when it is more than the machine has available.
+    None: as many as `max_num_seqs` jobs of `max_model_len` tokens can fill, within a quarter of the memory available,
+    though at least one. Raises InvalidRequest when not even one block fits in the size given or in the memory
+    available, or when the size is more than the memory available.
     """
     available = available_memory()
+    if available is not None and block_bytes > available:
+        raise InvalidRequest(
+            "block_size",
+            f"must be smaller than {block_size}: one KV block takes {block_bytes} bytes, and {available} are available",
+        )
     if kv_cache_memory is not None:
         size = parse_size("kv_cache_memory", kv_cache_memory)
         if size < block_bytes:

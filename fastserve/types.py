@@ -6,7 +6,7 @@ clock or a device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -20,14 +20,22 @@ UInt64Array = npt.NDArray[np.uint64]
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
+_MAX_INT = 2**31 - 1
 
 
 class InvalidRequest(ValueError):
-    """A request that cannot be served as asked; `field` names the option or parameter at fault."""
+    """A request that cannot be served as asked; `field` names the option or parameter at fault.
 
-    def __init__(self, field: str, message: str) -> None:
+    `request` tells which of several requests it was, counted from 0; None where there was one.
+    """
+
+    def __init__(self, field: str, message: str, request: int | None = None) -> None:
         super().__init__(f"{field}: {message}")
         self.field = field
+        self.request = request
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, str(self).removeprefix(f"{self.field}: "), self.request)
 
 
 def _check(condition: bool, name: str, message: str) -> None:
@@ -35,27 +43,38 @@ def _check(condition: bool, name: str, message: str) -> None:
         raise InvalidRequest(name, message)
 
 
-def _check_real(name: str, value: float, low: float, high: float, range_text: str) -> None:
-    _check(
-        isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and low <= value <= high,
-        name,
-        f"must be a number {range_text}, got {value!r}",
-    )
+def _real(name: str, value: Any, low: float, high: float, range_text: str) -> float:
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    _check(number and bool(low <= value <= high), name, f"must be a number {range_text}, got {value!r}")
+    return float(value)
 
 
-def _check_int(name: str, value: int, low: int, high: int, range_text: str) -> None:
-    _check(
-        isinstance(value, (int, np.integer)) and not isinstance(value, bool) and low <= value <= high,
-        name,
-        f"must be an integer {range_text}, got {value!r}",
-    )
+def _integer(name: str, value: Any, low: int, high: int, range_text: str) -> int:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    _check(whole and bool(low <= value <= high), name, f"must be an integer {range_text}, got {value!r}")
+    return int(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    _check(isinstance(value, (bool, np.bool_)), name, f"must be True or False, got {value!r}")
+    return bool(value)
+
+
+def _items(name: str, value: Any, of: str) -> tuple[Any, ...]:
+    """The items of a list, tuple, set or array; none for None."""
+    if value is None:
+        return ()
+    listed = isinstance(value, (Iterable, np.ndarray)) and not isinstance(value, (str, bytes, bytearray, Mapping))
+    _check(listed and getattr(value, "ndim", 1) == 1, name, f"must be a list of {of}, got {value!r}")
+    return tuple(value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the tokens of a job are chosen. Names, defaults and meanings are vLLM's.
 
-    Raises InvalidRequest, naming the parameter, for a value outside its range.
+    NumPy's numbers and arrays are taken, and kept as Python's; None for stop, stop_token_ids or logit_bias is none of
+    them. Raises InvalidRequest, naming the parameter, for a value of another type or outside its range.
     """
 
     n: int = 1
@@ -68,7 +87,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # over prompt and output; divides positive and multiplies negative logits
     presence_penalty: float = 0.0  # over output only
     frequency_penalty: float = 0.0  # over output only
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # a dict has no hash
     logprobs: int | None = None  # this many alternatives a token; 0: the chosen token's only
     seed: int | None = None  # None: drawn once, when the job is added
     stop: str | Sequence[str] = ()
@@ -78,36 +97,39 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        _check_int("n", self.n, 1, 128, "between 1 and 128")
+        def integer(name: str, low: int, high: int, range_text: str) -> None:
+            object.__setattr__(self, name, _integer(name, getattr(self, name), low, high, range_text))
+
+        def real(name: str, low: float, high: float, range_text: str) -> None:
+            object.__setattr__(self, name, _real(name, getattr(self, name), low, high, range_text))
+
+        integer("n", 1, 128, "between 1 and 128")
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1, "of at least 1")
-        _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1, "of at least 0")
+            integer("max_tokens", 1, _MAX_INT, "of at least 1")
+        integer("min_tokens", 0, _MAX_INT, "of at least 0")
         _check(
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
             "min_tokens",
             f"must not exceed max_tokens ({self.max_tokens}), got {self.min_tokens}",
         )
-        _check_real("temperature", self.temperature, 0.0, 100.0, "between 0 and 100")
-        _check_int("top_k", self.top_k, -1, 2**31 - 1, "of at least 1, or 0 or -1 for the whole vocabulary")
-        _check_real("top_p", self.top_p, 1e-9, 1.0, "above 0 and at most 1")
-        _check_real("min_p", self.min_p, 0.0, 1.0, "between 0 and 1")
-        _check_real("repetition_penalty", self.repetition_penalty, 1e-6, 100.0, "above 0 and at most 100")
-        _check_real("presence_penalty", self.presence_penalty, -2.0, 2.0, "between -2 and 2")
-        _check_real("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "between -2 and 2")
-        for token, bias in self.logit_bias.items():
-            _check_int("logit_bias", token, 0, 2**31 - 1, "of at least 0 as token id")
-            _check_real("logit_bias", bias, -100.0, 100.0, "between -100 and 100")
+        real("temperature", 0.0, 100.0, "between 0 and 100")
+        integer("top_k", -1, _MAX_INT, "of at least 1, or 0 or -1 for the whole vocabulary")
+        real("top_p", 1e-9, 1.0, "above 0 and at most 1")
+        real("min_p", 0.0, 1.0, "between 0 and 1")
+        real("repetition_penalty", 1e-6, 100.0, "above 0 and at most 100")
+        real("presence_penalty", -2.0, 2.0, "between -2 and 2")
+        real("frequency_penalty", -2.0, 2.0, "between -2 and 2")
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
+            integer("logprobs", 0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
         if self.seed is not None:
-            _check_int("seed", self.seed, 0, MAX_SEED, "between 0 and 2^64 - 1")
-        stops = (self.stop,) if isinstance(self.stop, str) and self.stop else tuple(self.stop)
-        for text in stops:
-            _check(isinstance(text, str) and text != "", "stop", f"must hold non-empty strings, got {text!r}")
-        object.__setattr__(self, "stop", stops)
-        for token in self.stop_token_ids:
-            _check_int("stop_token_ids", token, 0, 2**31 - 1, "of at least 0")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+            integer("seed", 0, MAX_SEED, "between 0 and 2^64 - 1")
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        tokens = _items("stop_token_ids", self.stop_token_ids, "token ids")
+        ids = tuple(_integer("stop_token_ids", token, 0, _MAX_INT, "of at least 0") for token in tokens)
+        object.__setattr__(self, "stop_token_ids", ids)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            object.__setattr__(self, name, _flag(name, getattr(self, name)))
 
     @property
     def greedy(self) -> bool:
@@ -119,12 +141,34 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
+def _biases(given: Any) -> dict[int, float]:
+    if given is None:
+        return {}
+    _check(isinstance(given, Mapping), "logit_bias", f"must be a dict from token ids to numbers, got {given!r}")
+    return {
+        _integer("logit_bias", token, 0, _MAX_INT, "of at least 0 as token id"): _real(
+            "logit_bias", bias, -100.0, 100.0, "between -100 and 100"
+        )
+        for token, bias in given.items()
+    }
+
+
+def _stop_strings(given: Any) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return (str(given),) if given else ()
+    stops = _items("stop", given, "strings, or one string")
+    for text in stops:
+        _check(isinstance(text, str) and text != "", "stop", f"must hold non-empty strings, got {text!r}")
+    return tuple(str(text) for text in stops)
+
+
 class FinishReason(str, Enum):
-    """Why a job ended. The values are OpenAI's, plus `abort`."""
+    """Why a job ended. The values are OpenAI's, plus `abort` and `error`."""
 
     STOP = "stop"  # end-of-sequence, a stop token or a stop string
     LENGTH = "length"  # max_tokens, or the context is full
     ABORT = "abort"
+    ERROR = "error"  # no token could be sampled: Job.error says why
 
 
 @dataclass(slots=True)
@@ -215,6 +259,7 @@ class Job:
     slot: int | None = None  # the runtime's slot, while the job holds KV
     next_seconds: float = 0.0  # modelled solo time of the whole remaining uncharged prefill, else of one decode
     finish_reason: FinishReason | None = None
+    error: str | None = None
     metrics: JobMetrics = field(default_factory=lambda: JobMetrics(0.0))
 
     @property
@@ -269,6 +314,7 @@ class StepResult:
     top_tokens: Int32Array  # [S, K], K the largest `logprobs` asked for in the batch; -1 where not asked for
     top_logprobs: Float32Array  # [S, K]
     seconds: float  # duration of the iteration on the device
+    errors: dict[int, str] = field(default_factory=dict)  # sample → why its row has no token (which reads -1)
 
 
 class Executor(Protocol):

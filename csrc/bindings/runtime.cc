@@ -2,6 +2,7 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -125,17 +126,20 @@ BatchPlan read_plan(const py::handle& plan, bool return_logits) {
   return result;
 }
 
-// (plan_id, tokens [S], logprobs [S], top_tokens [S, K], top_logprobs [S, K], logits [L, vocab] or None, seconds)
+// (plan_id, tokens [S], logprobs [S], top_tokens [S, K], top_logprobs [S, K], logits [L, vocab] or None, seconds,
+// {sample: error})
 py::tuple write_result(StepResult result, int64_t vocab_size) {
   const auto count = static_cast<py::ssize_t>(result.sampled.size());
   size_t alternatives = 0;
   for (const Sampled& s : result.sampled) alternatives = std::max(alternatives, s.top.size());
   std::vector<int32_t> tokens(count), top_tokens(count * alternatives, -1);
   std::vector<float> logprobs(count), top_logprobs(count * alternatives, std::nanf(""));
+  py::dict errors;
   for (py::ssize_t i = 0; i < count; ++i) {
     const Sampled& s = result.sampled[i];
     tokens[i] = s.token;
     logprobs[i] = s.logprob;
+    if (!s.error.empty()) errors[py::int_(i)] = s.error;
     for (size_t j = 0; j < s.top.size(); ++j) {
       top_tokens[i * alternatives + j] = s.top[j].first;
       top_logprobs[i * alternatives + j] = s.top[j].second;
@@ -149,10 +153,10 @@ py::tuple write_result(StepResult result, int64_t vocab_size) {
   }
   return py::make_tuple(result.plan_id, to_array(std::move(tokens), {count}), to_array(std::move(logprobs), {count}),
                         to_array(std::move(top_tokens), {count, k}), to_array(std::move(top_logprobs), {count, k}),
-                        logits, result.seconds);
+                        logits, result.seconds, errors);
 }
 
-// Keeps the vocabulary size beside the runtime, for shaping logits.
+// The runtime, with what it takes to shape its results and to outlive a fork.
 struct PyRuntime {
   PyRuntime(const py::handle& spec, const std::string& dtype, int64_t block_size, int64_t num_blocks,
             int64_t max_tokens, int threads)
@@ -163,6 +167,10 @@ struct PyRuntime {
     runtime = std::make_unique<Runtime>(model, options);
   }
   ~PyRuntime() {
+    if (getpid() != process) {  // after a fork: the threads are the parent's, and cannot be joined here
+      static_cast<void>(runtime.release());
+      return;
+    }
     py::gil_scoped_release release;
     runtime.reset();
   }
@@ -170,6 +178,7 @@ struct PyRuntime {
   ModelSpec model;
   RuntimeOptions options;
   std::unique_ptr<Runtime> runtime;
+  const pid_t process = getpid();
 };
 
 }  // namespace
@@ -181,15 +190,15 @@ void register_runtime(py::module_& module) {
       .def(
           "load_tensor",
           [](PyRuntime& self, const std::string& name, const std::string& type, const std::vector<int64_t>& shape,
-             const Array<uint8_t>& data) {
+             const Array<uint8_t>& data, int64_t first_row) {
             const SourceType source = parse_source_type(type);
             const uint8_t* bytes = data.data();
             const int64_t size = data.size();
             py::gil_scoped_release release;
-            self.runtime->load_tensor(name, source, shape, bytes, size);
+            self.runtime->load_tensor(name, source, shape, first_row, bytes, size);
           },
-          py::arg("name"), py::arg("dtype"), py::arg("shape"), py::arg("data").noconvert(),
-          "Stores one tensor, given as its bytes, under its canonical name.")
+          py::arg("name"), py::arg("dtype"), py::arg("shape"), py::arg("data").noconvert(), py::arg("first_row") = 0,
+          "Stores one tensor, or its rows from `first_row` on, given as bytes, under its canonical name.")
       .def("finish_loading", [](PyRuntime& self) { self.runtime->finish_loading(); })
       .def(
           "submit",

@@ -16,7 +16,7 @@ namespace fastserve {
 
 class ThreadPool {
  public:
-  // `threads` counts the caller of run(); 0 means one a core.
+  // `threads` counts the caller of run(); 0 means one a core. Throws when the system refuses a thread.
   explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -44,6 +44,7 @@ class ThreadPool {
   void run_erased(int64_t tasks, Invoke invoke, void* target);
   void work(int thread);
   void drain(int thread);
+  void stop();
   uint64_t wait_for_loop(uint64_t last_epoch);
 
   // The loop being run. Written by the caller while it is closed and nobody is inside.

@@ -108,7 +108,7 @@ int32_t draw(const std::vector<Candidate>& kept, const SamplingParams& params, i
 }  // namespace
 
 Sampled sample(std::span<float> logits, const SamplingParams& params, const TokenCounts& counts, int64_t output_index) {
-  Sampled result{.token = 0, .logprob = std::numeric_limits<float>::quiet_NaN(), .top = {}};
+  Sampled result{.token = 0, .logprob = std::numeric_limits<float>::quiet_NaN(), .top = {}, .error = {}};
   std::vector<float> original;
   float normalizer = 0;
   if (params.logprobs >= 0) {

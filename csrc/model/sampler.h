@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -47,6 +48,7 @@ struct Sampled {
   int32_t token;
   float logprob;                               // of the token; NaN when not asked for
   std::vector<std::pair<int32_t, float>> top;  // most likely first, ties by token id
+  std::string error;                           // why there is no token, which is -1 then
 };
 
 // `logits` [vocab] is modified. output_index counts the job's outputs before this one. Equal candidates are ranked by

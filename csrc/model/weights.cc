@@ -90,12 +90,12 @@ void Weights::expect_vector(const std::string& name, Vector& vector, int64_t fir
   targets_[name] = {nullptr, vector.data.as<float>() + first, first, size, 1};
 }
 
-void Weights::load(const std::string& name, SourceType type, const std::vector<int64_t>& shape, const void* data,
-                   int64_t bytes) {
+void Weights::load(const std::string& name, SourceType type, const std::vector<int64_t>& shape, int64_t first_row,
+                   const void* data, int64_t bytes) {
   const auto found = targets_.find(name);
   FS_CHECK(found != targets_.end(), "tensor '", name, "' does not belong to this model");
   Target& target = found->second;
-  FS_CHECK(!target.loaded, "tensor '", name, "' was loaded twice");
+  FS_CHECK(target.loaded < target.rows, "tensor '", name, "' was loaded twice");
   const bool fits = target.matrix != nullptr
                         ? shape.size() == 2 && shape[0] == target.rows && shape[1] == target.columns
                         : shape.size() == 1 && shape[0] == target.rows;
@@ -106,21 +106,26 @@ void Weights::load(const std::string& name, SourceType type, const std::vector<i
     FS_CHECK(false, "tensor '", name, "' has shape [", given, "]; the model's configuration asks for [", target.rows,
              columns, "]");
   }
-  const int64_t expected =
-      target.matrix != nullptr ? target.rows * source_bytes(type, target.columns) : source_bytes(type, target.rows);
-  FS_CHECK(bytes == expected, "tensor '", name, "' has ", bytes, " bytes; its shape and type ask for ", expected);
+  FS_CHECK(first_row == target.loaded, "tensor '", name, "' goes on at row ", first_row, ", not ", target.loaded);
   if (target.matrix != nullptr) {
-    backend_.load_rows(*target.matrix, target.first, target.rows, type, data);
+    const int64_t row_bytes = source_bytes(type, target.columns), rows = bytes / row_bytes;
+    FS_CHECK(rows > 0 && bytes == rows * row_bytes && first_row + rows <= target.rows, "tensor '", name, "' has ",
+             bytes, " bytes from row ", first_row, " on; its shape and type ask for ",
+             (target.rows - first_row) * row_bytes);
+    backend_.load_rows(*target.matrix, target.first + first_row, rows, type, data);
+    target.loaded += rows;
   } else {
+    const int64_t expected = source_bytes(type, target.rows);
+    FS_CHECK(bytes == expected, "tensor '", name, "' has ", bytes, " bytes; its shape and type ask for ", expected);
     dequantize(type, data, target.rows, target.vector);
+    target.loaded = target.rows;
   }
-  target.loaded = true;
 }
 
 void Weights::check_complete() const {
   std::vector<std::string> missing;
   for (const auto& [name, target] : targets_) {
-    if (!target.loaded) missing.push_back(name);
+    if (target.loaded < target.rows) missing.push_back(name);
   }
   if (missing.empty()) return;
   std::sort(missing.begin(), missing.end());

@@ -42,10 +42,11 @@ class Weights {
   // Allocates everything the spec asks for.
   Weights(const ModelSpec& spec, DType dtype, Backend& backend);
 
-  // Stores a tensor under its canonical name (loaders/spec.py). `shape` is [rows, columns] or [size]; `bytes` is the
-  // size of `data`. Throws for an unknown or repeated name, or a shape or size that does not fit.
-  void load(const std::string& name, SourceType type, const std::vector<int64_t>& shape, const void* data,
-            int64_t bytes);
+  // Stores a tensor, or the next rows of one, under its canonical name (loaders/spec.py). `shape` is that of the whole
+  // tensor, [rows, columns] or [size]; `data` holds `bytes` bytes of it: whole rows from `first_row` on, which is where
+  // the call before left off. Throws for an unknown or repeated name, or a shape, place or size that does not fit.
+  void load(const std::string& name, SourceType type, const std::vector<int64_t>& shape, int64_t first_row,
+            const void* data, int64_t bytes);
   // Throws, naming them, while tensors are missing.
   void check_complete() const;
   int64_t bytes() const;
@@ -62,8 +63,8 @@ class Weights {
     float* vector;
     int64_t first;  // row or element at which the tensor starts
     int64_t rows;
-    int64_t columns;  // of a matrix
-    bool loaded = false;
+    int64_t columns;     // of a matrix
+    int64_t loaded = 0;  // rows
   };
 
   void expect_matrix(const std::string& name, Matrix& matrix, int64_t first, int64_t rows);

@@ -1,6 +1,8 @@
 #include "runtime/runtime.h"
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <utility>
 
 #include "backend/cpu/cpu_backend.h"
@@ -40,10 +42,10 @@ Runtime::~Runtime() {
   worker_.join();
 }
 
-void Runtime::load_tensor(const std::string& name, SourceType type, const std::vector<int64_t>& shape, const void* data,
-                          int64_t bytes) {
+void Runtime::load_tensor(const std::string& name, SourceType type, const std::vector<int64_t>& shape,
+                          int64_t first_row, const void* data, int64_t bytes) {
   FS_CHECK(!loaded_, "tensor '", name, "' comes after loading was finished");
-  weights_.load(name, type, shape, data, bytes);
+  weights_.load(name, type, shape, first_row, data, bytes);
 }
 
 void Runtime::finish_loading() {
@@ -170,26 +172,25 @@ void Runtime::sample_rows(const BatchPlan& plan, float* logits, StepResult& resu
     work.push_back({&row, &slot, logits + last_logits * transformer_.ld_logits()});
   }
   result.sampled.resize(work.size());
-  std::vector<std::exception_ptr> errors(work.size());
   auto body = [&](int64_t i) {
     const auto& [row, slot, row_logits] = work[i];
     const int64_t output_index = int64_t{row->start} + row->tokens - slot->prompt_length;
     try {
       result.sampled[i] =
           sample({row_logits, static_cast<size_t>(spec_.vocab_size)}, slot->params, slot->counts, output_index);
-    } catch (...) {
-      errors[i] = std::current_exception();
+    } catch (const std::exception& error) {
+      result.sampled[i] = {.token = -1, .logprob = std::nanf(""), .top = {}, .error = error.what()};
     }
   };
   backend_->parallel_for(
       static_cast<int64_t>(work.size()),
       [](void* context, int64_t i, int) { (*static_cast<decltype(body)*>(context))(i); }, &body);
-  for (const auto& error : errors) {
-    if (error) std::rethrow_exception(error);
-  }
   for (size_t i = 0; i < work.size(); ++i) {
-    work[i].slot->last_sampled = result.sampled[i].token;
-    if (work[i].slot->params.needs_history()) work[i].slot->counts.add_output(result.sampled[i].token);
+    // A plan queued behind this one may already refer to a token that could not be sampled. Any will do then, since
+    // the job ends here.
+    Slot& slot = *work[i].slot;
+    slot.last_sampled = std::max(0, result.sampled[i].token);
+    if (slot.params.needs_history()) slot.counts.add_output(slot.last_sampled);
   }
 }
 

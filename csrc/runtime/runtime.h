@@ -36,9 +36,10 @@ class Runtime {
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;
 
-  // Loading: every tensor once, then finish_loading(), which throws while some are missing. Not while plans run.
-  void load_tensor(const std::string& name, SourceType type, const std::vector<int64_t>& shape, const void* data,
-                   int64_t bytes);
+  // Loading: every tensor once, as Weights::load takes it, then finish_loading(), which throws while some are missing.
+  // Not while plans run.
+  void load_tensor(const std::string& name, SourceType type, const std::vector<int64_t>& shape, int64_t first_row,
+                   const void* data, int64_t bytes);
   void finish_loading();
 
   // Queues a plan. Throws when loading is not finished.

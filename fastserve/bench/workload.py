@@ -17,15 +17,17 @@ def synthetic_prompts(count: int, length: int, vocab_size: int, seed: int) -> li
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line of a UTF-8 file; blank lines are skipped.
+    """One prompt a line of a UTF-8 file, with or without a byte order mark; blank lines are skipped.
+
+    Lines end in \\n or \\r\\n. Other characters that Unicode counts as line ends belong to the prompt.
 
     Raises InvalidRequest naming the file when it cannot be read or holds no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest("prompts_file", f"cannot read {path}: {error}") from error
-    prompts = [line for line in lines if line.strip()]
+    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
     if not prompts:
         raise InvalidRequest("prompts_file", f"{path} holds no prompt; write one a line")
     return prompts

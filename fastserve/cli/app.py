@@ -52,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     An error is one line on standard error; FASTSERVE_DEBUG=1 in the environment shows where it came from.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if sys.stdout is None:  # what Python makes of a descriptor that was closed before it started
+        print("fastserve: standard output is closed; redirect it to a file or to /dev/null", file=sys.stderr)
+        return 1
     try:
         result = app(args=words or ["--help"], prog_name="fastserve", standalone_mode=False)
         sys.stdout.flush()

@@ -9,7 +9,7 @@ import typer
 
 from ..types import InvalidRequest, SamplingParams
 from .options import ENGINE, SAMPLING, SEED, ModelOption, takes
-from .terminal import error_console, load, speed
+from .terminal import error_console, failure, load, speed, standard_input
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +34,7 @@ def chat(
     Unless given, --max-tokens is 512, --temperature 0.7 and --top-p 0.9. Lines of standard input are messages where it
     is no terminal.
     """
+    standard_input("chat reads what you say from there")
     params = SamplingParams(**{**_DEFAULTS, **sampling})
     console = error_console()
     with load(model, engine) as llm:
@@ -92,6 +93,9 @@ def _answer(llm: LLM, conversation: list[dict[str, str]], params: SamplingParams
     except KeyboardInterrupt:
         outputs.close()
     sys.stdout.write("\n")
+    if last is not None and (failed := failure([last])):
+        console.print(f"the answer failed: {failed}", markup=False, soft_wrap=True)
+        return ""
     if last is not None:
         console.print(f"[dim]{_footer(last)}[/]")
     return text

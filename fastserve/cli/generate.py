@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +13,7 @@ import typer
 
 from ..types import InvalidRequest, SamplingParams
 from .options import ENGINE, SAMPLING, SEED, JsonOption, ModelOption, takes
-from .terminal import error_console, load, print_growing, speed
+from .terminal import error_console, failure, is_terminal, load, print_growing, speed, standard_input
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -53,12 +55,14 @@ def generate(
     if use_chat and any(not isinstance(each, str) for each in prompts):
         raise InvalidRequest("chat", "needs prompts that are text, not token ids")
     params = SamplingParams(**{"max_tokens": _MAX_TOKENS, "n": n, **sampling})
-    with load(model, engine) as llm:
-        if len(prompts) == n == 1 and not as_json and sys.stdout.isatty():
+    with load(model, engine) as llm, _naming_option(prompts):
+        if len(prompts) == n == 1 and not as_json and is_terminal(sys.stdout):
             output = print_growing(_stream(llm, prompts[0], params, use_chat))
+            if error := failure([output]):
+                raise error
             error_console().print(f"[dim]{speed(output)}[/]")
             return
-        show = sys.stderr.isatty()
+        show = is_terminal(sys.stderr)
         if use_chat:
             outputs = llm.chat([_conversation(each) for each in prompts], params, progress=show)
         else:
@@ -68,6 +72,19 @@ def generate(
         print(json.dumps({"model": model, "policy": policy, "results": _results(prompts, outputs)}, indent=2))
     else:
         _print_all(prompts, outputs)
+    if error := failure(outputs):
+        raise error
+
+
+@contextmanager
+def _naming_option(prompts: list[Prompt]) -> Iterator[None]:
+    """What is wrong with token ids is wrong with --prompt-token-ids."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.field != "prompt" or isinstance(prompts[error.request or 0], str):
+            raise
+        raise InvalidRequest("prompt_token_ids", str(error).removeprefix("prompt: "), error.request) from None
 
 
 def _read_prompts(texts: list[str], file: Path | None, token_ids: list[str]) -> list[Prompt]:
@@ -75,11 +92,15 @@ def _read_prompts(texts: list[str], file: Path | None, token_ids: list[str]) -> 
 
     prompts: list[Prompt] = list(texts)
     if file is not None:
-        prompts += read_prompts(Path("/dev/stdin") if str(file) == "-" else file)
+        if str(file) == "-":
+            standard_input("give --prompts-file the name of a file")
+            file = Path("/dev/stdin")
+        prompts += read_prompts(file)
     prompts += [_parse_ids(ids) for ids in token_ids]
     if prompts:
         return prompts
-    text = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
+    given = standard_input('give one with --prompt "…" or --prompts-file')
+    text = "" if given.isatty() else given.read().removesuffix("\n")
     if not text:
         raise InvalidRequest("prompt", 'is missing; give one with --prompt "…", --prompts-file or standard input')
     return [text]
@@ -107,6 +128,7 @@ def _results(prompts: list[Prompt], outputs: list[RequestOutput]) -> list[dict[s
             "text": answer.text,
             "token_ids": answer.token_ids,
             "finish_reason": answer.finish_reason,
+            **({"error": answer.error} if answer.error is not None else {}),
             "metrics": answer.metrics.as_dict(len(answer.token_ids)),
         }
         for prompt, output in zip(prompts, outputs, strict=True)

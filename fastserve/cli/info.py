@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from .options import JsonOption, ModelArgument
 
 _BLOCK = 16
+_SUPPORTED = "smollm2, a .gguf file, a directory in Hugging Face layout (config.json and safetensors) or a hub id"
 
 
 def info(model: ModelArgument, as_json: JsonOption = False) -> None:
@@ -35,6 +37,7 @@ def describe(model: str) -> dict[str, Any]:
     from ..loaders import open_model
     from ..native import block_bytes, instruction_sets
 
+    _check_model(model)
     source = open_model(model)
     spec, tokenizer = source.spec, source.tokenizer_data()
     return {
@@ -57,6 +60,17 @@ def describe(model: str) -> dict[str, Any]:
         "kv_bytes_per_token": {dtype: block_bytes(spec, dtype, _BLOCK) // _BLOCK for dtype in ("bfloat16", "float32")},
         "instruction_sets": instruction_sets(),
     }
+
+
+def _check_model(model: str) -> None:
+    """Raise ModelError for what could not be any model, where the loader would name a file nobody asked for."""
+    from ..loaders import ModelError
+
+    folder = Path(model).expanduser()
+    if not model.strip():
+        raise ModelError(f"the name of the model is empty; use {_SUPPORTED}")
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "config.ini")):
+        raise ModelError(f"{model}: a folder without config.json; use {_SUPPORTED}")
 
 
 def _readable(name: str, value: Any) -> str:

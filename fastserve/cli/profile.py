@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..types import InvalidRequest
 from .options import HARDWARE, JsonOption, ModelArgument, takes
 from .terminal import error_console
+
+if TYPE_CHECKING:
+    from ..cost import CostModel
 
 _PROMPTS = (32, 128, 512, 2048)
 _CONTEXTS = (1, 128, 1024, 4096)
@@ -32,9 +37,10 @@ def profile(
     Run it once on a quiet machine, with the engine options that will serve; without it, the engine takes half a second
     at its first start to measure roughly.
     """
-    from ..cost import profile_path
     from ..llm import LLM
 
+    if output is not None:
+        _check_writable(output)
     with error_console().status(f"loading {model}") as status:
         samples = itertools.count(1)
 
@@ -44,12 +50,33 @@ def profile(
 
         # Under this policy the engine starts without a profile.
         with LLM(model, policy="fcfs", skip_tokenizer=True, **engine) as llm:
+            path = output or llm.profile_path
+            _check_writable(path)
             cost = llm.profile(full=not quick, on_sample=on_sample)
-    path = output or profile_path(cost.model, cost.device)
-    cost.save(path)
     if as_json:
         print(cost.to_json(), end="")
-        return
+    else:
+        _print(cost)
+    cost.save(path)  # last: what was measured has been shown, whatever becomes of the file
+    if not as_json:
+        print(f"saved as {path}")
+
+
+def _check_writable(path: Path) -> None:
+    """Before twenty seconds are spent on what could not be kept. Makes the file's folder, as saving would."""
+    if path.is_dir():
+        raise InvalidRequest("output", f"must be a file, and {path} is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except FileExistsError:
+        raise InvalidRequest("output", f"cannot write {path}: {path.parent} is no folder") from None
+    except OSError as error:
+        raise InvalidRequest("output", f"cannot write {path}: {error.strerror}") from error
+
+
+def _print(cost: CostModel) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -57,4 +84,4 @@ def profile(
     for tokens, context in zip(_PROMPTS, _CONTEXTS, strict=True):
         prefill, decode = cost.prefill_seconds(0, tokens), cost.decode_seconds(context)
         table.add_row(f"{tokens}", f"{1e3 * prefill:.1f} ms", f"{context}", f"{1e3 * decode:.1f} ms")
-    Console().print(f"one job alone on {cost.device}", table, f"saved as {path}", highlight=False, soft_wrap=True)
+    Console().print(f"one job alone on {cost.device}", table, highlight=False, soft_wrap=True)

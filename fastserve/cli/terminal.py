@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
+from ..types import InvalidRequest
 from .options import engine_options
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from ..llm import LLM
     from ..outputs import RequestOutput
+    from ..serving import EngineError
 
 
 def error_console() -> Console:
@@ -29,6 +31,31 @@ def load(model: str, engine: dict[str, Any]) -> LLM:
         from ..llm import LLM
 
         return LLM(model, **options)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """False, too, for a standard stream that was closed before Python started: that is None."""
+    return stream is not None and stream.isatty()
+
+
+def standard_input(otherwise: str) -> TextIO:
+    """Raises InvalidRequest, with what to do `otherwise`, where standard input is closed."""
+    if sys.stdin is None:
+        raise InvalidRequest("prompt", f"cannot be read, as standard input is closed; {otherwise}")
+    return sys.stdin
+
+
+def failure(outputs: Sequence[RequestOutput]) -> EngineError | None:
+    """An error that tells of the answers which ended in one; None where none did."""
+    from ..serving import EngineError
+
+    failed = [(i, answer.error) for i, output in enumerate(outputs) for answer in output.outputs if answer.error]
+    if not failed:
+        return None
+    (prompt, error), count = failed[0], sum(len(output.outputs) for output in outputs)
+    return EngineError(
+        error if count == 1 else f"{len(failed)} of {count} answers failed, of prompt {prompt + 1}: {error}"
+    )
 
 
 def print_growing(outputs: Iterator[RequestOutput]) -> RequestOutput:

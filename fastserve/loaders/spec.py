@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -63,6 +63,8 @@ class WeightTensor(NamedTuple):
     dtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]
     shape: tuple[int, ...]
     data: npt.NDArray[np.uint8]  # the bytes, contiguous; usually a view of a memory map
+    # Tells that so many bytes of `data`, from its start, have been read and need not stay resident.
+    release: Callable[[int], None] | None = None
 
 
 class ModelSource(Protocol):

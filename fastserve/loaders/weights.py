@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -55,6 +56,11 @@ class Recipe(NamedTuple):
     outputs: tuple[str, ...]
     order: Order = "concat"
     transposed: bool = False  # stored as [inputs, outputs]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the outputs lie in the file as they are."""
+        return self.order == "concat" and not self.transposed
 
 
 def tensor_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -153,9 +159,11 @@ class Weights:
         """Canonical tensors in file order; the pages of each are given back once the next is asked for."""
         for tensor in self._stored:
             recipe = self._recipes[tensor.name]
-            pieces = self._pieces(tensor, recipe)
-            for name, rows in zip(recipe.outputs, pieces, strict=True):
-                yield WeightTensor(name, tensor.dtype, self._shapes[name], rows.reshape(-1))
+            offset = tensor.offset
+            for name, rows in zip(recipe.outputs, self._pieces(tensor, recipe), strict=True):
+                release = partial(tensor.file.release, offset) if recipe.in_place else None
+                yield WeightTensor(name, tensor.dtype, self._shapes[name], rows.reshape(-1), release)
+                offset += rows.nbytes
             tensor.file.release(tensor.offset, tensor.nbytes)
 
     def _pieces(self, tensor: StoredTensor, recipe: Recipe) -> list[Rows]:

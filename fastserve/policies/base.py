@@ -25,10 +25,7 @@ class Policy(ABC):
 
     @abstractmethod
     def on_service(self, job: Job, own_seconds: float, now: float) -> None:
-        """An iteration worked on the job; `own_seconds` is the modelled solo time of what it got that was new.
-
-        It is 0 when the iteration only recomputed KV that the job once had.
-        """
+        """The job got new work done; `own_seconds` is its modelled solo time. Not called for recomputation alone."""
 
     def on_finish(self, job: Job, output_tokens: int, now: float) -> None:
         """The job is complete; `remove` follows. For policies that learn from output lengths."""
@@ -44,6 +41,10 @@ class Policy(ABC):
 
         The policy must not be changed while the iterator is in use.
         """
+
+    @abstractmethod
+    def rank(self, job: Job) -> tuple[int, int]:
+        """A key that sorts jobs as iter_best does; good until the policy changes. O(1)."""
 
     @abstractmethod
     def work_ahead(self, job: Job, now: float) -> float:

@@ -31,6 +31,9 @@ class FirstComeFirstServed(Policy):
     def iter_best(self, now: float) -> Iterator[Job]:
         return iter(self._queue)
 
+    def rank(self, job: Job) -> tuple[int, int]:
+        return 0, self._queue.ticket(job)
+
     def work_ahead(self, job: Job, now: float) -> float:
         return self._queue.ahead(job)
 

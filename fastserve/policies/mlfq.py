@@ -59,8 +59,6 @@ class MultiLevelFeedbackQueue(Policy):
         self._levels[self._places.pop(job).level].remove(job)
 
     def on_service(self, job: Job, own_seconds: float, now: float) -> None:
-        if own_seconds <= 0:  # only recomputed: still waiting for its next token, so its deadline stands
-            return
         place = self._places[job]
         place.last_service = now
         queue = self._levels[place.level]
@@ -79,6 +77,10 @@ class MultiLevelFeedbackQueue(Policy):
         self._promote_starved(now)
         for queue in self._levels:
             yield from queue
+
+    def rank(self, job: Job) -> tuple[int, int]:
+        level = self._places[job].level
+        return level, self._levels[level].ticket(job)
 
     def work_ahead(self, job: Job, now: float) -> float:
         """T_execute of the paper's ENST, times the batch size.

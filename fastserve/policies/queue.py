@@ -52,6 +52,10 @@ class JobQueue:
         self._jobs[job] = (ticket, seconds)
         self._add(ticket, seconds - before)
 
+    def ticket(self, job: Job) -> int:
+        """Its place: larger than those of the jobs before it; good until the next append."""
+        return self._jobs[job][0]
+
     def ahead(self, job: Job) -> float:
         """Sum of the seconds of the jobs before this one."""
         ticket, total = self._jobs[job][0] - 1, 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import gguf
@@ -13,6 +14,7 @@ from fastserve import _C
 from fastserve.config import RuntimeConfig
 from fastserve.loaders.spec import ModelError
 from fastserve.native import NativeRuntime, block_bytes
+from fastserve.types import InvalidRequest, StepResult
 
 SPEC = llama_spec(num_layers=1)
 
@@ -88,6 +90,56 @@ def test_results_come_in_submission_order() -> None:
     assert [result.plan_id for result in results if result] == [1, 2, 3, 4, 5]
 
 
+class Poisoned(SyntheticModel):
+    """Token 0 embeds to infinity."""
+
+    def tensors(self):  # type: ignore[no-untyped-def]
+        for tensor in super().tensors():
+            if tensor.name == "token_embedding.weight":
+                values = tensor.data.view(np.float32).copy().reshape(tensor.shape)
+                values[0] = np.inf
+                tensor = tensor._replace(data=values.view(np.uint8).reshape(-1))
+            yield tensor
+
+
+def test_a_row_that_cannot_be_sampled_fails_alone() -> None:
+    def tokens_of(second: int) -> StepResult:
+        runtime = NativeRuntime(Poisoned(SPEC), RuntimeConfig(dtype="float32", num_blocks=4))
+        rows = [(0, 0, 2, 1), (1, 0, 2, 1)]
+        opened = dict(opened=[(0, 2), (1, 2)], table=[(0, 0, 0), (1, 0, 1)])
+        runtime.submit(plan(1, rows, [5, 6, 7, second], **opened))  # type: ignore[arg-type]
+        runtime.submit(plan(2, [(0, 2, 1, 1), (1, 2, 1, 1)], [-1, -1]))  # queued before the failure is known
+        first, after = runtime.poll(), runtime.poll()
+        assert first is not None and after is not None
+        assert after.tokens[0] >= 0
+        return first
+
+    good, bad = tokens_of(8), tokens_of(0)
+    assert bad.tokens.tolist() == [good.tokens[0], -1]
+    assert good.errors == {}
+    assert list(bad.errors) == [1] and "not a number" in bad.errors[1]
+
+
+def test_a_tensor_may_come_in_slices_of_rows() -> None:
+    whole, sliced = _runtime(), _C.Runtime(SPEC, "float32", 16, 4, 40, 2)
+    for tensor in SyntheticModel(SPEC).tensors():
+        rows, size = tensor.shape[0], tensor.data.nbytes
+        cuts = [0, rows // 3, rows // 3 + 1, rows] if len(tensor.shape) == 2 else [0, rows]
+        for first, last in itertools.pairwise(cuts):
+            data = tensor.data[first * size // rows : last * size // rows]
+            sliced.load_tensor(tensor.name, tensor.dtype, tensor.shape, data, first)
+    sliced.finish_loading()
+    step = plan(1, [(0, 0, 5, 5)], [1, 2, 3, 4, 5], **OPEN)  # type: ignore[arg-type]
+    sliced.submit(step, logits=True)
+    assert np.array_equal(sliced.poll(-1)[5], whole.logits(step)[1])
+
+
+def test_a_gap_between_slices_is_refused() -> None:
+    runtime = _C.Runtime(SPEC, "float32", 16, 4, 40, 2)
+    with pytest.raises(_C.Error, match=r"'lm_head\.weight' goes on at row 3, not 0"):
+        runtime.load_tensor("lm_head.weight", "f32", (VOCAB, 44), np.zeros(44 * 4, np.uint8), 3)
+
+
 class Altered(SyntheticModel):
     """One tensor replaced, or dropped when the replacement is None."""
 
@@ -139,5 +191,5 @@ def test_block_bytes_of_smollm2() -> None:
 
 def test_unknown_instruction_set_lists_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTSERVE_ISA", "mmx")
-    with pytest.raises(_C.Error, match=r"FASTSERVE_ISA is 'mmx'; this machine runs: .*portable"):
+    with pytest.raises(InvalidRequest, match=r"FASTSERVE_ISA is 'mmx'; this machine runs: .*portable"):
         _runtime()

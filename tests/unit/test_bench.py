@@ -215,6 +215,12 @@ def test_prompts_are_the_lines_of_a_file(tmp_path: Path) -> None:
     assert read_prompts(path) == ["Hello", "Wörld"]
 
 
+def test_only_newlines_end_a_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffone\u2028still\x0cone\rstill\r\ntwo\x85two\n".encode())
+    assert read_prompts(path) == ["one\u2028still\x0cone\rstill", "two\x85two"]
+
+
 @pytest.mark.parametrize("content", [None, b"", b"\n \n", b"\xff\xfe"])
 def test_a_file_without_prompts_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "prompts.txt"

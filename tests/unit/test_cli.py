@@ -185,7 +185,21 @@ def test_sampling_options_reach_the_job(shell: Shell) -> None:
         ("generate", '--prompt: is missing; give one with --prompt "…"'),
         ("generate --prompt=", "--prompt: must hold at least one token"),
         ("generate --prompt-token-ids 1,x", "--prompt-token-ids: must be integers such as 504,3575,282; got '1,x'"),
-        ("generate --prompt-token-ids 61", "--prompt: holds the token id 61, and the vocabulary ends at 60"),
+        ("generate --prompt-token-ids 61", "--prompt-token-ids: holds the token id 61, and the vocabulary ends at 60"),
+        ("generate --prompt a --prompt-token-ids 61", r"--prompt-token-ids: holds.*\(request 2 of 2\)"),
+        ("generate --prompt a --threads 1025", "--threads: must be at most 1024, got 1025"),
+        ("generate --prompt a --block-size 100000", "--block-size: must be at most 65536"),
+        (
+            "generate --prompt a --max-num-batched-tokens 1000000000",
+            "--max-num-batched-tokens: must be at most 1048576",
+        ),
+        ("generate --prompt a --starvation-limit inf", "--starvation-limit: must be above 0 seconds, or none"),
+        ("generate --prompt a --model=", "--model: must be smollm2, a .gguf file"),
+        ("info /tmp", "/tmp: a folder without config.json; use smollm2, a .gguf file"),
+        (
+            "profile toy --output /dev/null/profile.json",
+            "--output: cannot write /dev/null/profile.json: /dev/null is no",
+        ),
         ("generate --prompt-token-ids 1 --chat", "--chat: needs prompts that are text"),
         ("generate --prompts-file /no/such/file", "--prompts-file: cannot read /no/such/file"),
         ("bench latency --output-len 0", "--output-len: must be an integer of at least 2, got 0"),
@@ -197,6 +211,49 @@ def test_an_error_is_one_line_and_code_2(shell: Shell, words: str, message: str)
     assert shell(*words.split(), code=2) == ""
     assert shell.errors.startswith("fastserve: ") and shell.errors.count("\n") == 1
     assert re.search(message, shell.errors), shell.errors
+
+
+def test_info_of_nothing_tells_what_is_supported(shell: Shell) -> None:
+    for name in ("", " "):
+        assert shell("info", name, code=2) == ""
+        assert re.fullmatch(r"fastserve: the name of the model is empty; use smollm2, a \.gguf.*\n", shell.errors)
+
+
+@pytest.mark.parametrize("command", ["generate", "generate --prompts-file -", "chat"])
+def test_closed_standard_input_is_one_line(shell: Shell, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert shell(*command.split(), code=2) == ""
+    assert re.fullmatch(r"fastserve: --prompt: cannot be read, as standard input is closed; .*\n", shell.errors)
+
+
+def test_closed_standard_output_is_one_line(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)
+        assert main(["version"]) == 1
+    shell("version")
+    assert shell.errors == "fastserve: standard output is closed; redirect it to a file or to /dev/null\n"
+
+
+def test_an_answer_that_fails_is_a_line_and_code_1(shell: Shell, world: ToyWorld) -> None:
+    world.no_token = lambda result: {0: "no probability left"}
+    words = ["--prompt", "a", "--policy", "fcfs"]
+    shell("generate", *words, code=1)
+    assert shell.errors == "fastserve: no probability left\n"
+    (result,) = json.loads(shell("generate", *words, "--json", code=1))["results"]
+    assert (result["finish_reason"], result["error"]) == ("error", "no probability left")
+    shell("generate", *words, "--prompt", "b", code=1)
+    assert re.fullmatch(r"fastserve: \d of 2 answers failed, of prompt 1: no probability left\n", shell.errors)
+
+
+def test_a_profile_is_shown_before_it_is_saved(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "profile.json")
+
+    monkeypatch.setattr(CostModel, "save", full)
+    words = ["profile", "toy", "--quick", "--output", str(tmp_path / "profile.json")]
+    assert json.loads(shell(*words, "--json", code=1))["per_iteration"] > 0
+    assert "prompt tokens" in shell(*words, code=1)
+    assert shell.errors == "fastserve: profile.json: No space left on device\n"
 
 
 def test_a_job_that_never_fits_is_refused(shell: Shell) -> None:

@@ -60,6 +60,17 @@ def test_an_idle_executor_holds_nothing() -> None:
         ({"prompt": [1] * 30}, "max_tokens: .* need 6 KV blocks"),
         ({"params": SamplingParams(logit_bias={VOCAB: 1.0})}, f"logit_bias: holds the token id {VOCAB}"),
         ({"params": SamplingParams(stop_token_ids=[99])}, "stop_token_ids: holds the token id 99"),
+        (
+            {"params": SamplingParams(min_tokens=1, stop_token_ids=range(VOCAB))},
+            f"min_tokens: must be 0 when every one of the {VOCAB} tokens stops the output",
+        ),
+        (
+            {
+                "params": SamplingParams(min_tokens=1, stop_token_ids=range(1, VOCAB)),
+                "eos_token_ids": (0, VOCAB + 5),
+            },
+            "min_tokens: must be 0 when",
+        ),
         ({"seed": 2**64}, "seed: must be between 0 and"),
         ({"job_id": "fine"}, "job_id: 'fine' is in use"),
     ],
@@ -148,6 +159,37 @@ def test_the_context_ends_a_job() -> None:
     assert [(len(job.output), job.finish_reason) for job in jobs] == [(6, FinishReason.LENGTH)] * 2
 
 
+@pytest.mark.parametrize("max_in_flight", [1, 2, 4])
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_job_whose_token_cannot_be_sampled_ends_alone(max_in_flight: int, after: int) -> None:
+    toy = Toy(max_in_flight=max_in_flight)
+    fails, *others = (toy.add(name, 3, 8, seed=seed) for seed, name in enumerate("abc"))
+    while len(fails.output) < after:
+        toy.engine.step()
+    toy.executor.failing[fails.seed] = "logits are not finite"
+    news: list[list[int]] = []
+    while toy.engine.has_work:
+        updates = {update.job: update for update in toy.engine.step()}
+        toy.engine.check_integrity()
+        if fails in updates:
+            news.append(updates[fails].new_tokens)
+            assert updates[fails].finished == (news[-1] == [])
+    assert news[-1] == [] and news.count([]) == 1  # heard of once, though its successors fail as well
+    assert (fails.finish_reason, fails.error) == (FinishReason.ERROR, "logits are not finite")
+    assert fails.output == toy.expected(fails)[: len(fails.output)]
+    assert fails.metrics.finish is not None
+    for job in others:
+        assert (job.output, job.finish_reason, job.error) == (toy.expected(job), FinishReason.LENGTH, None)
+    assert toy.engine.scheduler.blocks.free_blocks == toy.config.num_blocks
+
+
+def test_min_tokens_is_fine_while_one_token_stops_nothing() -> None:
+    toy = Toy()
+    job = toy.add("a", 3, 4, min_tokens=2, stop_token_ids=range(1, VOCAB))
+    toy.run()
+    assert job.output == toy.expected(job) and job.output[:2] == [0, 0]
+
+
 @pytest.mark.parametrize("steps", range(5))
 @pytest.mark.parametrize("max_in_flight", [1, 2])
 def test_abort_is_safe_in_every_state(steps: int, max_in_flight: int) -> None:
@@ -184,8 +226,9 @@ def test_a_stop_string_ends_a_job_from_outside() -> None:
 
 
 def test_metrics_of_a_job_worked_by_hand() -> None:
-    """Each iteration takes a second. A prefill in two chunks spends level 0's 1 s and half of level 1's 2 s, before a
-    short job comes in level 0; that one then queues behind the long one in level 1."""
+    """Each iteration takes a second, and so does a prefill, in however many chunks. The first of two spends level 0's
+    1 s and the second nothing of level 1's 2 s, before a short job comes in level 0; its prefill takes it to level 1,
+    behind the long one, which has two decodes there."""
     toy = Toy(policy="mlfq", max_num_seqs=1, max_num_batched_tokens=4, starvation_limit=None)
     toy.clock.now = 10.0
     long = toy.add("long", 8, 3)
@@ -194,12 +237,12 @@ def test_metrics_of_a_job_worked_by_hand() -> None:
     toy.engine.step()
     short = toy.add("short", 1, 2)
     toy.run()
-    assert toy.ran == "long long short long short long"
+    assert toy.ran == "long long short long long short"
     metrics = long.metrics
-    assert (metrics.arrival, metrics.first_scheduled, metrics.first_token, metrics.finish) == (10, 10, 12.5, 16.5)
-    assert (metrics.jct, metrics.ttft, metrics.preemptions) == (6.5, 2.5, 2)
-    assert (metrics.prefill_seconds, metrics.decode_seconds, metrics.queue_seconds) == (2, 2, 2.5)
-    assert (short.metrics.arrival, short.metrics.jct, short.metrics.queue_seconds) == (12.5, 3, 1)
+    assert (metrics.arrival, metrics.first_scheduled, metrics.first_token, metrics.finish) == (10, 10, 12.5, 15.5)
+    assert (metrics.jct, metrics.ttft, metrics.preemptions) == (5.5, 2.5, 1)
+    assert (metrics.prefill_seconds, metrics.decode_seconds, metrics.queue_seconds) == (2, 2, 1.5)
+    assert (short.metrics.arrival, short.metrics.jct, short.metrics.queue_seconds) == (12.5, 4, 2)
 
 
 def test_overlapping_plans_count_no_second_twice() -> None:

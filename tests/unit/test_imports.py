@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str] | None] = {
     "policies": {"config", "cost", "types"},
     "planning": {"config", "cost", "types"},
     "scheduler": {"policies", "kv", "planning", "config", "cost", "types"},
-    "engine": {"scheduler", "config", "cost", "types"},
+    "engine": {"planning", "scheduler", "config", "cost", "types"},
     "profiler": {"config", "cost", "types"},
     "_C": {"loaders", "types"},  # its stub, for the type checker
     "native": {"loaders", "_C", "config", "types"},

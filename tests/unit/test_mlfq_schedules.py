@@ -137,14 +137,6 @@ def test_starvation_counts_from_arrival_then_from_the_last_service() -> None:
     assert policy.next_deadline() is None
 
 
-def test_recomputation_is_no_service() -> None:
-    policy = mlfq(starvation_limit=5.0)
-    robbed = bare_job(0, 3.0)
-    policy.add(robbed, 0.0)
-    policy.on_service(robbed, 0.0, 4.0)
-    assert policy.next_deadline() == 5.0
-
-
 def test_a_promoted_job_can_finish_one_iteration_in_level_0() -> None:
     policy = mlfq(starvation_limit=5.0)
     long, short = bare_job(0, 8.0), bare_job(1, 1.0, arrival=5.0)

@@ -41,6 +41,13 @@ def test_quick_mode_is_quick_and_close() -> None:
         assert found.iteration_seconds(rows) == pytest.approx(TRUE.iteration_seconds(rows), rel=0.1)
 
 
+def test_a_machine_too_slow_for_the_budget_is_measured_once() -> None:
+    slow = CostModel(per_iteration=3.0, per_token=0.1)
+    config = SchedulerConfig()
+    found = measure(ToyExecutor(config, slow), config, vocab_size=VOCAB)
+    assert found.decode_seconds(1) == pytest.approx(slow.decode_seconds(1), rel=0.05)
+
+
 class Disturbed(ToyExecutor):
     """Other programs make every other iteration three times as long."""
 

@@ -95,6 +95,7 @@ class ToyExecutor:
     def __init__(self, config: SchedulerConfig, cost: CostModel, clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
         self.plans: list[BatchPlan] = []
+        self.failing: dict[int, str] = {}  # seed → why the next samples of slots with that seed fail
         self._config = config
         self._cost = cost
         self._pool = np.full((config.num_blocks, config.block_size), POISON)
@@ -146,6 +147,7 @@ class ToyExecutor:
     def _run(self, plan: BatchPlan) -> StepResult:
         tokens = iter(plan.tokens.tolist())
         sampled: list[tuple[int, int]] = []
+        seeds: list[int] = []
         assert len(set(plan.rows[:, 0].tolist())) == len(plan.rows), "one row a slot"
         for slot, start, count, logits in plan.rows.tolist():
             state = self._slots[slot]
@@ -155,12 +157,14 @@ class ToyExecutor:
             for position in range(start, start + count):
                 token = next(tokens)
                 if token == -1:
-                    assert state.last_sampled is not None
-                    token = state.last_sampled
+                    # A row that failed may have had a successor planned; its token is never read.
+                    assert state.last_sampled is not None or state.seed in self.failing
+                    token = -1 if state.last_sampled is None else state.last_sampled
                 self._write(state, position, token)
             state.length = start + count
             if logits:
-                sampled.append((self._sample(state), state.logprobs))
+                seeds.append(state.seed)
+                sampled.append((-1 if state.seed in self.failing else self._sample(state), state.logprobs))
         assert next(tokens, None) is None
         rows = [(start, count) for _, start, count, _ in plan.rows.tolist()]
         width = max([0, *(logprobs for _, logprobs in sampled)])
@@ -174,6 +178,7 @@ class ToyExecutor:
             top_tokens=top,
             top_logprobs=-top.astype(np.float32),
             seconds=self._cost.iteration_seconds(rows),
+            errors={i: self.failing[seed] for i, seed in enumerate(seeds) if seed in self.failing},
         )
 
     def _write(self, state: _Slot, position: int, token: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastserve.loaders.spec import ModelSpec, TokenizerData
 from fastserve.types import StepResult
 
 CONTEXT = 256
+COST = CostModel(per_iteration=1.0, per_token=0.01)
 # Token 3 ends a sequence; every other one is a letter or a digit.
 ALPHABET = "ab <cdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456"[:VOCAB]
 TEMPLATE = "{% for message in messages %}{{ message.role[0] }}{{ message.content }}Z{% endfor %}a"
@@ -67,9 +69,13 @@ class ToyRuntime(ToyExecutor):
     weight_bytes = 0
     fail_at: int | None = None
     interrupt_at: int | None = None
+    no_token: Callable[[StepResult], dict[int, str]] | None = None  # which samples of a result fail, and why
 
     def poll(self, timeout: float | None) -> StepResult | None:
         result = super().poll(timeout)
+        if result is not None and self.no_token is not None:
+            result.errors = self.no_token(result)
+            result.tokens[list(result.errors)] = -1
         if self.interrupt_at is not None and len(self.plans) >= self.interrupt_at:
             self.interrupt_at = None
             signal.raise_signal(signal.SIGINT)
@@ -88,6 +94,7 @@ class ToyWorld:
         self.clock = Clock()
         self.runtimes: list[ToyRuntime] = []
         self.fail_at: int | None = None
+        self.no_token: Callable[[StepResult], dict[int, str]] | None = None
 
     def runtime(self, source: ToySource, config: RuntimeConfig) -> ToyRuntime:
         limits = SchedulerConfig(
@@ -97,16 +104,17 @@ class ToyWorld:
             num_blocks=config.num_blocks,
             max_in_flight=2,
         )
-        runtime = ToyRuntime(limits, CostModel(per_iteration=1.0, per_token=0.01), self.clock)
+        runtime = ToyRuntime(limits, COST, self.clock)
         runtime.fail_at = self.fail_at
+        runtime.no_token = self.no_token
         self.runtimes.append(runtime)
         return runtime
 
     def llm(self, **options: Any) -> llm.LLM:
-        return llm.LLM("toy", **{"kv_cache_memory": "1M", **options})
+        return llm.LLM("toy", **{"kv_cache_memory": "1M", "cost": COST, **options})
 
     def async_llm(self, **options: Any) -> async_llm.AsyncLLM:
-        return async_llm.AsyncLLM("toy", **{"kv_cache_memory": "1M", **options})
+        return async_llm.AsyncLLM("toy", **{"kv_cache_memory": "1M", "cost": COST, **options})
 
     def sleep(self, seconds: float) -> None:
         self.clock.now += seconds
