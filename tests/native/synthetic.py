@@ -115,6 +115,22 @@ class SyntheticModel:
         return None
 
 
+class PoisonedModel(SyntheticModel):
+    """Token 0 embeds to `poison`, an infinity or a NaN; every other token is sound."""
+
+    def __init__(self, spec: ModelSpec, poison: float) -> None:
+        super().__init__(spec)
+        self._poison = poison
+
+    def tensors(self) -> Iterator[WeightTensor]:
+        for tensor in super().tensors():
+            if tensor.name == "token_embedding.weight":
+                values = tensor.data.view(np.float32).copy().reshape(tensor.shape)
+                values[0] = self._poison
+                tensor = tensor._replace(data=values.view(np.uint8).reshape(-1))
+            yield tensor
+
+
 def plan(
     plan_id: int,
     rows: Sequence[tuple[int, int, int, int]],

@@ -7,7 +7,7 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import VOCAB, Driver, SyntheticModel, gpt_spec, llama_spec, neox_spec, plan, whole
+from synthetic import VOCAB, Driver, PoisonedModel, SyntheticModel, gpt_spec, llama_spec, neox_spec, plan, whole
 
 from fastserve.native import instruction_sets
 
@@ -66,18 +66,7 @@ def test_garbage_in_a_recycled_block_reaches_nobody() -> None:
     spec = llama_spec(num_layers=1)
     clean = SyntheticModel(spec)
 
-    class Poisoned(SyntheticModel):
-        """Token 0 embeds to NaN."""
-
-        def tensors(self):  # type: ignore[no-untyped-def]
-            for tensor in super().tensors():
-                if tensor.name == "token_embedding.weight":
-                    values = tensor.data.view(np.float32).copy().reshape(tensor.shape)
-                    values[0] = np.nan
-                    tensor = tensor._replace(data=values.view(np.uint8).reshape(-1))
-                yield tensor
-
-    driver = Driver(Poisoned(spec), [[0] * 20])
+    driver = Driver(PoisonedModel(spec, np.nan), [[0] * 20])
     runtime = driver.runtime
     runtime.submit(plan(1, [(0, 0, 20, 0)], [0] * 20, opened=[(0, 20)], table=[(0, 0, 0), (0, 1, 1)]))
     runtime.poll()

@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from synthetic import VOCAB, SyntheticModel, llama_spec, plan
+from synthetic import VOCAB, PoisonedModel, SyntheticModel, llama_spec, plan
 
 from fastserve import _C
 from fastserve.config import RuntimeConfig
@@ -90,21 +90,9 @@ def test_results_come_in_submission_order() -> None:
     assert [result.plan_id for result in results if result] == [1, 2, 3, 4, 5]
 
 
-class Poisoned(SyntheticModel):
-    """Token 0 embeds to infinity."""
-
-    def tensors(self):  # type: ignore[no-untyped-def]
-        for tensor in super().tensors():
-            if tensor.name == "token_embedding.weight":
-                values = tensor.data.view(np.float32).copy().reshape(tensor.shape)
-                values[0] = np.inf
-                tensor = tensor._replace(data=values.view(np.uint8).reshape(-1))
-            yield tensor
-
-
 def test_a_row_that_cannot_be_sampled_fails_alone() -> None:
     def tokens_of(second: int) -> StepResult:
-        runtime = NativeRuntime(Poisoned(SPEC), RuntimeConfig(dtype="float32", num_blocks=4))
+        runtime = NativeRuntime(PoisonedModel(SPEC, np.inf), RuntimeConfig(dtype="float32", num_blocks=4))
         rows = [(0, 0, 2, 1), (1, 0, 2, 1)]
         opened = dict(opened=[(0, 2), (1, 2)], table=[(0, 0, 0), (1, 0, 1)])
         runtime.submit(plan(1, rows, [5, 6, 7, second], **opened))  # type: ignore[arg-type]
