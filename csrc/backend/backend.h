@@ -89,7 +89,6 @@ struct RopeAndStoreArgs {
   int64_t num_heads;
   const Row* rows;
   int64_t num_rows;
-  int64_t num_tokens;
   int64_t layer;
 };
 
@@ -116,7 +115,7 @@ class Backend {
   virtual std::unique_ptr<Matrix> make_matrix(int64_t n, int64_t k, DType dtype) = 0;
   // Converts source rows [rows, k] to the matrix's type and places them at rows [first_row, first_row + rows).
   virtual void load_rows(Matrix& matrix, int64_t first_row, int64_t rows, SourceType type, const void* source) = 0;
-  virtual void set_kv_pool(const KvLayout& layout, void* base, int64_t num_blocks) = 0;
+  virtual void set_kv_pool(const KvLayout& layout, void* base) = 0;
 
   // output[i] (+)= row token_ids[i] of the table.
   virtual void embed(const Matrix& table, const int32_t* token_ids, int64_t tokens, float* output, int64_t ld,
@@ -127,7 +126,6 @@ class Backend {
   virtual void attention(const AttentionArgs& args) = 0;
   // x[t, i] = act(x[t, i]) for i < width; gated: act(x[t, i]) * x[t, round_up(width, kPad) + i].
   virtual void activate(Activation kind, bool gated, float* x, int64_t tokens, int64_t width, int64_t ld) = 0;
-  virtual void add(float* target, const float* other, int64_t count) = 0;
   // Runs body(i, thread) for i in [0, count) on the device's host threads.
   virtual void parallel_for(int64_t count, void (*body)(void*, int64_t, int), void* context) = 0;
 };

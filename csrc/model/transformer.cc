@@ -123,7 +123,6 @@ void Transformer::attention_block(int64_t index, std::span<const Row> rows, int6
                            .num_heads = spec_.num_heads,
                            .rows = rows.data(),
                            .num_rows = num_rows,
-                           .num_tokens = tokens,
                            .layer = index});
   backend_.attention({.qkv = qkv,
                       .ld = ld_qkv_,

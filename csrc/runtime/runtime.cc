@@ -29,7 +29,7 @@ Runtime::Runtime(const ModelSpec& spec, const RuntimeOptions& options)
       weights_(spec_, options.dtype, *backend_),
       pool_(kv_layout(spec_, options.dtype, options.block_size), options.num_blocks),
       transformer_(spec_, weights_, *backend_, options.max_tokens) {
-  backend_->set_kv_pool(pool_.layout(), pool_.base(), pool_.num_blocks());
+  backend_->set_kv_pool(pool_.layout(), pool_.base());
   worker_ = std::thread([this] { work(); });
 }
 

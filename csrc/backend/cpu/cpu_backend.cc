@@ -61,7 +61,7 @@ class CpuBackend final : public Backend {
     });
   }
 
-  void set_kv_pool(const KvLayout& layout, void* base, int64_t) override {
+  void set_kv_pool(const KvLayout& layout, void* base) override {
     kv_ = layout;
     pool_base_ = static_cast<char*>(base);
   }
@@ -175,10 +175,6 @@ class CpuBackend final : public Backend {
       float* row = x + t * ld;
       kernels_.activate(kind, row, gated ? row + round_up(width, kPad) : nullptr, width);
     });
-  }
-
-  void add(float* target, const float* other, int64_t count) override {
-    for (int64_t i = 0; i < count; ++i) target[i] += other[i];
   }
 
   void parallel_for(int64_t count, void (*body)(void*, int64_t, int), void* context) override {
