@@ -56,6 +56,9 @@ _BLOCK_SIZE = (1, 2**16)
 _BLOCKS = (1, 2**31 - 1)
 _BATCHED_TOKENS = (1, 2**20)
 
+ADMISSIONS = ("paged", "reserve")
+SWAP_MODES = ("proactive", "reactive", "recompute")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
@@ -69,7 +72,11 @@ class SchedulerConfig:
     max_model_len: int = 2048  # longest prompt + output
     max_in_flight: int = 1  # plans submitted and not yet completed
     num_levels: int = 12  # of the MLFQ; quantum(i) = quantum(0) * 2^i
-    starvation_limit: float | None = 60.0  # a job left waiting this long is promoted to level 0; None: never
+    starvation_limit: float | None = 60.0  # a job left waiting this long is promoted to the front; None: never
+    slowdown_limit: float | None = None  # so is one that has waited this many times its own service; None: never
+    admission: str = "paged"  # a job starts when its prompt fits; "reserve": when prompt and longest output do (Orca)
+    num_host_blocks: int = 0  # KV blocks in host memory, for swapping
+    swap_mode: str = "proactive"  # when memory runs out: move KV ahead of need, "reactive": on need, or "recompute" it
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, str):
@@ -84,24 +91,33 @@ class SchedulerConfig:
                 "max_model_len": (1, 2**30),
                 "max_in_flight": (1, 64),
                 "num_levels": (1, 40),
+                "num_host_blocks": (0, _BLOCKS[1]),
             },
         )
+        _check_choice("admission", self.admission, ADMISSIONS)
+        _check_choice("swap_mode", self.swap_mode, SWAP_MODES)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidRequest(
                 "max_num_batched_tokens",
                 f"must be at least max_num_seqs ({self.max_num_seqs}), so that every row of an iteration can decode; "
                 f"got {self.max_num_batched_tokens}",
             )
-        object.__setattr__(self, "starvation_limit", _checked_limit(self.starvation_limit))
+        for option, unit in (("starvation_limit", " seconds"), ("slowdown_limit", "")):
+            object.__setattr__(self, option, _checked_limit(option, getattr(self, option), unit))
 
 
-def _checked_limit(seconds: Any) -> float | None:
-    if seconds is None:
+def _checked_limit(option: str, value: Any, unit: str) -> float | None:
+    if value is None:
         return None
-    number = isinstance(seconds, Real) and not isinstance(seconds, bool)
-    if not (number and 0 < seconds < math.inf):
-        raise InvalidRequest("starvation_limit", f"must be above 0 seconds, or none, got {seconds!r}")
-    return float(seconds)
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (number and 0 < value < math.inf):
+        raise InvalidRequest(option, f"must be above 0{unit}, or none, got {value!r}")
+    return float(value)
+
+
+def _check_choice(option: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidRequest(option, f"must be one of {', '.join(choices)}; got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +128,9 @@ class RuntimeConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 0  # 0: one a core
     block_size: int = 16
-    num_blocks: int = 1024
+    num_blocks: int = 1024  # KV blocks on the device
+    num_host_blocks: int = 0  # KV blocks in host memory
+    swap_bandwidth: int | None = None  # bytes a second that each direction of swapping is slowed to; None: as it comes
     max_num_batched_tokens: int = 512
 
     def __post_init__(self) -> None:
@@ -128,6 +146,9 @@ class RuntimeConfig:
                 "threads": (0, 1024),
                 "block_size": _BLOCK_SIZE,
                 "num_blocks": _BLOCKS,
+                "num_host_blocks": (0, _BLOCKS[1]),
                 "max_num_batched_tokens": _BATCHED_TOKENS,
             },
         )
+        if self.swap_bandwidth is not None:
+            _check_limits(self, {"swap_bandwidth": (1, 2**50)})

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,54 @@ import numpy.typing as npt
 from .types import InvalidRequest
 
 Rows = Sequence[tuple[int, int]]  # (position of the first token, tokens) of each row of an iteration
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float64]
+
+
+class Cost(Protocol):
+    """Modelled seconds, as schedulers and simulators ask for them. CostModel is fitted to measurements.
+
+    The charges of a prompt's chunks add up to its prefill in one iteration, and every duration is above 0.
+    """
+
+    def prefill_seconds(self, start: int, tokens: int) -> float:
+        """Solo time of computing positions start … start + tokens - 1 in one iteration; 0 for no tokens."""
+
+    def prefill_charge(self, start: int, end: int) -> float:
+        """What positions start … end - 1 add to the solo time of a prefill of which start are charged."""
+
+    def decode_seconds(self, context: int) -> float:
+        """Solo time of one token that attends to `context` positions, its own included."""
+
+    def decode_each(self, contexts: Ints) -> Floats:
+        """decode_seconds of each context."""
+
+    def plan_seconds(self, starts: Ints, tokens: Ints) -> float:
+        """Time of one iteration of rows (starts[i], tokens[i]), which share the reading of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """How fast KV blocks move between device and host: seconds a block each way, and seconds a copy before its first.
+
+    Raises InvalidRequest when one is negative or not finite.
+    """
+
+    offload_block: float
+    upload_block: float
+    latency: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("offload_block", "upload_block", "latency"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InvalidRequest("link", f"{name} must be a finite number of at least 0")
+
+    def offload_seconds(self, blocks: int) -> float:
+        return self.latency + self.offload_block * blocks
+
+    def upload_seconds(self, blocks: int) -> float:
+        return self.latency + self.upload_block * blocks
+
 
 _FORMAT = "fastserve-cost-1"
 _COEFFICIENTS = ("per_iteration", "per_row", "per_token", "per_read", "per_pair")
@@ -71,6 +120,24 @@ class CostModel:
     def decode_seconds(self, context: int) -> float:
         """Solo time of one token that attends to `context` positions, its own included."""
         return self.prefill_seconds(context - 1, 1)
+
+    def decode_each(self, contexts: Ints) -> Floats:
+        """decode_seconds of each context."""
+        fixed = self.per_iteration + self.per_row + self.per_token
+        return fixed + (self.per_read + self.per_pair) * contexts.astype(np.float64)
+
+    def plan_seconds(self, starts: Ints, tokens: Ints) -> float:
+        """Time of one iteration of rows (starts[i], tokens[i]), which share the reading of the weights; 0 for none."""
+        rows = len(starts)
+        if rows == 0:
+            return 0.0
+        computed, before = int(tokens.sum()), int(starts.sum())
+        seconds = self.per_iteration + self.per_row * rows
+        seconds += self.per_token * computed + self.per_read * (before + computed)
+        if self.per_pair:
+            counts = tokens.astype(np.float64)
+            seconds += self.per_pair * float(counts @ starts + (counts @ (counts + 1)) / 2)
+        return seconds
 
     def prefill_charge(self, start: int, end: int) -> float:
         """What a prompt's positions start … end - 1 add to the solo time of its prefill, start having been charged.

@@ -71,6 +71,7 @@ class Scheduler:
                 "max_tokens or raise kv_cache_memory",
             )
         self._estimate(job)
+        job.waiting_since = job.arrival
         self.jobs[job.job_id] = job
         self.policy.add(job, now)
 
@@ -101,6 +102,7 @@ class Scheduler:
         for job, *_ in self._last_rows:
             if job not in running and self._runnable(job):
                 job.metrics.preemptions += 1
+                job.waiting_since = now
         self._last_rows = rows
         levels = tuple(self.policy.level(row.job) for row in rows)
         waiting = len(self.jobs) - len(rows)
@@ -248,6 +250,9 @@ class Scheduler:
         job.computed += tokens
         job.pending += row.samples
         job.in_flight += 1
+        if job.waiting_since is not None:
+            job.waited += max(0.0, now - job.waiting_since)
+            job.waiting_since = None
         if job.metrics.first_scheduled is None:
             job.metrics.first_scheduled = now
         return row
@@ -304,6 +309,7 @@ class Scheduler:
         job.served = end
         self._estimate(job)
         self._holders[job] += own
+        job.attained += own
         self.policy.on_service(job, own, now)
 
     def _estimate(self, job: Job) -> None:

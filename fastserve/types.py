@@ -18,6 +18,10 @@ Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
 UInt64Array = npt.NDArray[np.uint64]
 
+# Directions of a copy of KV blocks.
+OFFLOAD = 0  # device → host
+UPLOAD = 1  # host → device
+
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
 _MAX_INT = 2**31 - 1
@@ -257,6 +261,10 @@ class Job:
     pending: int = 0  # output tokens being sampled by plans in flight
     in_flight: int = 0  # plans in flight that hold a row of this job
     slot: int | None = None  # the runtime's slot, while the job holds KV
+    attained: float = 0.0  # modelled solo seconds of service reported to the policy so far
+    waiting_since: float | None = None  # when it was last left out of a batch, or arrived; None while it runs
+    waited: float = 0.0  # seconds of the waits before that one
+    known_output: int | None = None  # its output length, for the oracle that srpt is; None: nobody knows
     next_seconds: float = 0.0  # modelled solo time of the whole remaining uncharged prefill, else of one decode
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -282,6 +290,11 @@ class BatchPlan:
 
     The runtime applies, in this order: `closed`, `opened`, `table`, then runs `rows`. A slot holds what sampling and
     attention need of one job; it is a cache that can be rebuilt from the job at any time.
+
+    `copies` move whole KV blocks between the device's pool and the host's, on one stream a direction, in order. They
+    start when the plan is submitted, beside whatever runs: whoever plans leaves their sources and destinations alone
+    until a StepResult acknowledges them. A plan without rows ends with the next copy to finish, or at once when none
+    is under way.
     """
 
     plan_id: int
@@ -302,6 +315,9 @@ class BatchPlan:
     stop_tokens: Int32Array = field(default_factory=lambda: _empty(0))  # masked until min_tokens are out
     closed: Int32Array = field(default_factory=lambda: _empty(0))  # slots
     table: Int32Array = field(default_factory=lambda: _empty(0, 3))  # [D, 3]: slot, index in its block table, block
+    # [C, 4]: copy, direction (OFFLOAD or UPLOAD), source block, destination block. Rows of one copy are adjacent and
+    # are acknowledged together.
+    copies: Int32Array = field(default_factory=lambda: _empty(0, 4))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -315,6 +331,9 @@ class StepResult:
     top_logprobs: Float32Array  # [S, K]
     seconds: float  # duration of the iteration on the device
     errors: dict[int, str] = field(default_factory=dict)  # sample → why its row has no token (which reads -1)
+    copies: Int32Array = field(default_factory=lambda: _empty(0))  # [K]: copies that finished since the last result
+    # [K]: seconds each took on its stream, without waiting for its turn
+    copy_seconds: Float32Array = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 class Executor(Protocol):

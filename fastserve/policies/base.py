@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -11,8 +12,9 @@ from ..types import Job
 class Policy(ABC):
     """A deterministic index over the live jobs. It knows no clock (it is told `now`), no memory and no device.
 
-    It reads a job's `next_seconds` (modelled solo time of its next iteration, kept up to date by the scheduler), its
-    `arrival` and its `index`, and changes nothing of it. Every call costs O(log n) in the number of jobs.
+    It reads what the scheduler keeps up to date in a job and changes nothing of it: `next_seconds` (modelled solo time
+    of its next iteration), `attained` (what `on_service` has reported), `waiting_since` and `waited`, `arrival`,
+    `index`, `max_output`, `prompt` and `output`. Every call costs O(log n) in the number of jobs.
     """
 
     @abstractmethod
@@ -25,15 +27,30 @@ class Policy(ABC):
 
     @abstractmethod
     def on_service(self, job: Job, own_seconds: float, now: float) -> None:
-        """The job got new work done; `own_seconds` is its modelled solo time. Not called for recomputation alone."""
+        """The job got new work done; `own_seconds` is its modelled solo time. Not called for recomputation alone.
+
+        The service of several iterations may come in one call, though never later than `horizon` allows.
+        """
+
+    def horizon(self, job: Job) -> float:
+        """Seconds of its own service until the job's place may change; 0: tell me after every iteration.
+
+        At the latest, `on_service` is called after the iteration in which the job's unreported service reaches this,
+        or when the job has been left out of a batch.
+        """
+        return 0.0
 
     def on_finish(self, job: Job, output_tokens: int, now: float) -> None:
-        """The job is complete; `remove` follows. For policies that learn from output lengths."""
+        """The job is complete, and its `finish_reason` says why; `remove` follows. For policies that learn."""
         return None
 
     def next_deadline(self) -> float | None:
         """When time alone will next change the order; None: never."""
         return None
+
+    def deadline(self, job: Job) -> float:
+        """When waiting alone will bring this job to the front, if it goes on waiting; infinity: never. O(1)."""
+        return math.inf
 
     @abstractmethod
     def iter_best(self, now: float) -> Iterator[Job]:
@@ -43,7 +60,7 @@ class Policy(ABC):
         """
 
     @abstractmethod
-    def rank(self, job: Job) -> tuple[int, int]:
+    def rank(self, job: Job) -> tuple[float, ...]:
         """A key that sorts jobs as iter_best does; good until the policy changes. O(1)."""
 
     @abstractmethod

@@ -131,3 +131,13 @@ def test_profiles_of_different_models_do_not_collide(monkeypatch: pytest.MonkeyP
     paths = {profile_path(model, "cpu AVX2") for model in ("a/b", "b", "b.gguf", "a-b")}
     assert len(paths) == 4
     assert all(path.parent == tmp_path / "profiles" and path.suffix == ".json" for path in paths)
+
+
+def test_arrays_cost_what_their_elements_cost() -> None:
+    cost = CostModel(per_iteration=2.0, per_row=0.5, per_token=0.25, per_read=0.125, per_pair=0.0625)
+    contexts = np.array([1, 2, 300], np.int32)
+    assert cost.decode_each(contexts).tolist() == pytest.approx([cost.decode_seconds(c) for c in (1, 2, 300)])
+    starts, tokens = np.array([0, 7, 100], np.int32), np.array([5, 1, 64], np.int32)
+    rows = list(zip(starts.tolist(), tokens.tolist(), strict=True))
+    assert cost.plan_seconds(starts, tokens) == pytest.approx(cost.iteration_seconds(rows))
+    assert cost.plan_seconds(starts[:0], tokens[:0]) == 0.0
