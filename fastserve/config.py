@@ -71,6 +71,7 @@ class SchedulerConfig:
     num_blocks: int = 1024  # KV blocks on the device
     max_model_len: int = 2048  # longest prompt + output
     max_in_flight: int = 1  # plans submitted and not yet completed
+    pipeline_parallel_size: int = 1  # stages; with more than one, a job is in at most one plan in flight
     num_levels: int = 12  # of the MLFQ; quantum(i) = quantum(0) * 2^i
     starvation_limit: float | None = 60.0  # a job left waiting this long is promoted to the front; None: never
     slowdown_limit: float | None = None  # so is one that has waited this many times its own service; None: never
@@ -90,6 +91,7 @@ class SchedulerConfig:
                 "num_blocks": _BLOCKS,
                 "max_model_len": (1, 2**30),
                 "max_in_flight": (1, 64),
+                "pipeline_parallel_size": (1, 64),
                 "num_levels": (1, 40),
                 "num_host_blocks": (0, _BLOCKS[1]),
             },

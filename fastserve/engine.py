@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from operator import index
 
 from .config import SchedulerConfig
-from .cost import CostModel
+from .cost import Cost, Link
 from .planning import Iteration
 from .scheduler import Scheduler
 from .types import (
@@ -40,6 +40,9 @@ class IterationRecord:
     decode_tokens: int
     waiting: int  # live jobs that were not in it
     free_blocks: int
+    copied_blocks: int = 0  # KV blocks in the copies it started
+    copies: tuple[int, ...] = ()  # copies it acknowledged
+    copy_seconds: tuple[float, ...] = ()  # what each took on its stream
 
 
 class Engine:
@@ -52,13 +55,15 @@ class Engine:
         self,
         config: SchedulerConfig,
         executor: Executor,
-        cost: CostModel,
+        cost: Cost,
         *,
+        link: Link | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_iteration: Callable[[IterationRecord], None] | None = None,
     ) -> None:
         self.config = config
-        self.scheduler = Scheduler(config, cost)
+        self.scheduler = Scheduler(config, cost, link)
+        self.scheduler.record_levels = on_iteration is not None
         self._executor = executor
         self._clock = clock
         self._on_iteration = on_iteration
@@ -158,13 +163,12 @@ class Engine:
         self.scheduler.check_integrity()
 
     def _settle(self) -> None:
-        """When the last job has left, wait for the plan without rows that closes its slot; it takes no time."""
-        if self.has_work or (plan := self.scheduler.schedule(self._clock())) is None:
-            return
-        self._executor.submit(plan)
-        while (result := self._executor.poll(None)) is None:
-            pass
-        self.scheduler.complete(result, self._clock())
+        """When the last job has left, have its slot closed, and wait for KV that is still moving."""
+        while not self.has_work and (plan := self.scheduler.schedule(self._clock())) is not None:
+            self._executor.submit(plan)
+            while (result := self._executor.poll(None)) is None:
+                pass
+            self.scheduler.complete(result, self._clock())
 
     def _max_output(self, prompt_tokens: int, max_tokens: int | None) -> int:
         room = self.config.max_model_len - prompt_tokens
@@ -175,8 +179,12 @@ class Engine:
         return max(1, min(room, pool - prompt_tokens + 1))
 
 
-def _checked_tokens(name: str, tokens: Collection[int], vocab_size: int) -> list[int]:
+def _checked_tokens(name: str, tokens: Collection[int], vocab_size: int) -> Sequence[int]:
     """As plain integers. Raises InvalidRequest for what is not a token id of the vocabulary."""
+    if isinstance(tokens, range):  # as simulators give prompts of which only the length matters
+        if tokens and not 0 <= min(tokens[0], tokens[-1]) <= max(tokens[0], tokens[-1]) < vocab_size:
+            raise InvalidRequest(name, f"holds token ids outside the vocabulary, which ends at {vocab_size - 1}")
+        return tokens
     try:
         ids = [index(token) for token in tokens]
     except TypeError as error:
@@ -188,16 +196,20 @@ def _checked_tokens(name: str, tokens: Collection[int], vocab_size: int) -> list
 
 
 def _record(iteration: Iteration, result: StepResult, now: float) -> IterationRecord:
-    prefill = sum(row.tokens for row in iteration.rows if row.start < len(row.job.prompt))
+    prefill = sum(row.tokens for row in iteration.prefills if row.start < len(row.job.prompt))
+    rest = sum(row.tokens for row in iteration.prefills) - prefill
     return IterationRecord(
         plan_id=iteration.plan_id,
         submitted=iteration.scheduled,
         completed=now,
         seconds=result.seconds,
-        job_ids=tuple(row.job.job_id for row in iteration.rows),
+        job_ids=tuple(job.job_id for job in iteration.jobs),
         levels=iteration.levels,
         prefill_tokens=prefill,
-        decode_tokens=sum(row.tokens for row in iteration.rows) - prefill,
+        decode_tokens=len(iteration.decodes) + rest,
         waiting=iteration.waiting,
         free_blocks=iteration.free_blocks,
+        copied_blocks=iteration.copied_blocks,
+        copies=tuple(result.copies.tolist()),
+        copy_seconds=tuple(result.copy_seconds.tolist()),
     )

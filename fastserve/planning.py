@@ -4,11 +4,12 @@ pay for an array operation each."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from .types import BatchPlan, Job
+from .types import BatchPlan, Int32Array, Job
 
 
 class Row(NamedTuple):
@@ -20,16 +21,26 @@ class Row(NamedTuple):
     samples: bool  # whether it ends at the job's last token, and so samples the next one
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Iteration:
-    """A plan in flight."""
+    """A plan in flight. Its samples are those of `decodes`, then those of the `prefills` that sample."""
 
     plan_id: int
     scheduled: float
-    rows: list[Row]
-    levels: tuple[int, ...]
+    decodes: list[Job]  # one token each
+    prefills: list[Row]
+    levels: tuple[int, ...]  # of all of them, where somebody wants to know
     waiting: int  # live jobs that are not in it
     free_blocks: int
+    copied_blocks: int  # blocks in the copies that it starts
+
+    @property
+    def samples(self) -> int:
+        return len(self.decodes) + sum(row.samples for row in self.prefills)
+
+    @property
+    def jobs(self) -> list[Job]:
+        return self.decodes + [row.job for row in self.prefills]
 
 
 class PlanBuilder:
@@ -50,7 +61,7 @@ class PlanBuilder:
     def open(self, job: Job, slot: int) -> None:
         """Tell the runtime all that sampling needs to know of the job. It has no tokens in flight."""
         params = job.params
-        history = job.prompt + job.output if params.needs_history else []
+        history = [*job.prompt, *job.output] if params.needs_history else []
         stops = sorted(job.stop_tokens) if params.min_tokens else []
         logprobs = -1 if params.logprobs is None else params.logprobs
         self._opened += (
@@ -77,27 +88,42 @@ class PlanBuilder:
         self._rows += (slot, start, tokens, logits)
         self._tokens += _token_ids(job, start, start + tokens)
 
-    def build(self, plan_id: int, closed: list[int]) -> BatchPlan:
-        return BatchPlan(
-            plan_id=plan_id,
-            rows=np.array(self._rows, np.int32).reshape(-1, 4),
-            tokens=np.array(self._tokens, np.int32),
-            opened=np.array(self._opened, np.int32).reshape(-1, 8),
-            opened_params=np.array(self._opened_params, np.float32).reshape(-1, 6),
-            opened_seeds=np.array(self._opened_seeds, np.uint64),
-            history=np.array(self._history, np.int32),
-            bias_tokens=np.array(self._bias_tokens, np.int32),
-            bias_values=np.array(self._bias_values, np.float32),
-            stop_tokens=np.array(self._stop_tokens, np.int32),
-            closed=np.array(closed, np.int32),
-            table=np.array(self._table, np.int32).reshape(-1, 3),
-        )
+    def build(
+        self, plan_id: int, decodes: Int32Array, closed: list[int], copies: list[tuple[int, int, int, int]]
+    ) -> BatchPlan:
+        """The plan: `decodes`, rows [D, 4] of one token each, which is the slot's last sampled one; then the others."""
+        plan = BatchPlan(plan_id=plan_id, rows=decodes, tokens=_last_sampled(len(decodes)))
+        if self._rows:
+            plan.rows = np.concatenate((decodes, np.array(self._rows, np.int32).reshape(-1, 4)))
+            plan.tokens = np.concatenate((plan.tokens, np.array(self._tokens, np.int32)))
+        if self._opened:
+            plan.opened = np.array(self._opened, np.int32).reshape(-1, 8)
+            plan.opened_params = np.array(self._opened_params, np.float32).reshape(-1, 6)
+            plan.opened_seeds = np.array(self._opened_seeds, np.uint64)
+            plan.history = np.array(self._history, np.int32)
+            plan.bias_tokens = np.array(self._bias_tokens, np.int32)
+            plan.bias_values = np.array(self._bias_values, np.float32)
+            plan.stop_tokens = np.array(self._stop_tokens, np.int32)
+        if closed:
+            plan.closed = np.array(closed, np.int32)
+        if self._table:
+            plan.table = np.array(self._table, np.int32).reshape(-1, 3)
+        if copies:
+            plan.copies = np.array(copies, np.int32)
+        return plan
+
+
+@lru_cache(maxsize=1024)
+def _last_sampled(rows: int) -> Int32Array:
+    tokens = np.full(rows, -1, np.int32)
+    tokens.flags.writeable = False  # it is shared by plans
+    return tokens
 
 
 def _token_ids(job: Job, start: int, end: int) -> list[int]:
     """Ids of tokens start … end - 1; -1 for one that is still being sampled, which can only be the last."""
     prompt = len(job.prompt)
-    ids = job.prompt[start:end] if start < prompt else []
+    ids = list(job.prompt[start:end]) if start < prompt else []
     if end > prompt:
         ids = ids + job.output[max(0, start - prompt) : end - prompt]
     return ids + [-1] * (end - start - len(ids))

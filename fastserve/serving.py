@@ -291,9 +291,9 @@ class ServingCore:
             self._stop(EngineError(f"the engine stopped: {error}"))
             raise EngineError(str(self._failure)) from error
         changed: dict[str, LiveRequest] = {}
-        for update in updates:
-            live, completion = self._jobs[update.job.job_id]
-            stopped = completion.append(update.new_tokens)
+        for job, token in updates:
+            live, completion = self._jobs[job.job_id]
+            stopped = completion.append([] if token is None else [token])
             if stopped or completion.job.finished:
                 self._end(live, completion, FinishReason.STOP)
             changed[live.request.request_id] = live

@@ -6,7 +6,7 @@ clock or a device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -246,7 +246,7 @@ class Job:
     """
 
     job_id: str
-    prompt: list[int]
+    prompt: Sequence[int]
     params: SamplingParams
     seed: int
     arrival: float
@@ -264,6 +264,10 @@ class Job:
     attained: float = 0.0  # modelled solo seconds of service reported to the policy so far
     waiting_since: float | None = None  # when it was last left out of a batch, or arrived; None while it runs
     waited: float = 0.0  # seconds of the waits before that one
+    primed: bool = False  # its slot holds its last token, sampled or being sampled: the next row is a decode
+    batch: object = None  # the DecodeRows it is in
+    row: int = -1  # its place there
+    mark: int = 0  # the decision that last chose it
     known_output: int | None = None  # its output length, for the oracle that srpt is; None: nobody knows
     next_seconds: float = 0.0  # modelled solo time of the whole remaining uncharged prefill, else of one decode
     finish_reason: FinishReason | None = None
@@ -280,8 +284,14 @@ class Job:
         return self.finish_reason is not None
 
 
-def _empty(*shape: int) -> Int32Array:
-    return np.zeros(shape, np.int32)
+_NO_REALS: Float32Array = np.zeros(0, np.float32)
+_NO_SEEDS: UInt64Array = np.zeros(0, np.uint64)
+
+
+def _empty(*shape: int) -> Callable[[], Int32Array]:
+    """Makes the default of a field: one array without elements, shared by all."""
+    empty = np.zeros(shape, np.int32)
+    return lambda: empty
 
 
 @dataclass(slots=True, kw_only=True)
@@ -300,24 +310,24 @@ class BatchPlan:
     plan_id: int
     # [R, 4]: slot, position of the first token, tokens, logits. The last `logits` tokens of the row produce logits
     # and a row with logits > 0 samples one token, from its last ones.
-    rows: Int32Array = field(default_factory=lambda: _empty(0, 4))
+    rows: Int32Array = field(default_factory=_empty(0, 4))
     # [sum of rows' tokens]: their ids; -1 means "the slot's last sampled token".
-    tokens: Int32Array = field(default_factory=lambda: _empty(0))
+    tokens: Int32Array = field(default_factory=_empty(0))
     # [O, 8]: slot, prompt length, history length, top_k, logprobs (-1: none), min_tokens, bias entries, stop tokens
-    opened: Int32Array = field(default_factory=lambda: _empty(0, 8))
+    opened: Int32Array = field(default_factory=_empty(0, 8))
     # [O, 6]: temperature, top_p, min_p, repetition, presence and frequency penalty
-    opened_params: Float32Array = field(default_factory=lambda: np.zeros((0, 6), np.float32))
-    opened_seeds: UInt64Array = field(default_factory=lambda: np.zeros(0, np.uint64))
+    opened_params: Float32Array = field(default_factory=lambda: _NO_REALS.reshape(0, 6))
+    opened_seeds: UInt64Array = field(default_factory=lambda: _NO_SEEDS)
     # Concatenated over opened slots: prompt and output so far where penalties look at them, else nothing.
-    history: Int32Array = field(default_factory=lambda: _empty(0))
-    bias_tokens: Int32Array = field(default_factory=lambda: _empty(0))
-    bias_values: Float32Array = field(default_factory=lambda: np.zeros(0, np.float32))
-    stop_tokens: Int32Array = field(default_factory=lambda: _empty(0))  # masked until min_tokens are out
-    closed: Int32Array = field(default_factory=lambda: _empty(0))  # slots
-    table: Int32Array = field(default_factory=lambda: _empty(0, 3))  # [D, 3]: slot, index in its block table, block
+    history: Int32Array = field(default_factory=_empty(0))
+    bias_tokens: Int32Array = field(default_factory=_empty(0))
+    bias_values: Float32Array = field(default_factory=lambda: _NO_REALS)
+    stop_tokens: Int32Array = field(default_factory=_empty(0))  # masked until min_tokens are out
+    closed: Int32Array = field(default_factory=_empty(0))  # slots
+    table: Int32Array = field(default_factory=_empty(0, 3))  # [D, 3]: slot, index in its block table, block
     # [C, 4]: copy, direction (OFFLOAD or UPLOAD), source block, destination block. Rows of one copy are adjacent and
     # are acknowledged together.
-    copies: Int32Array = field(default_factory=lambda: _empty(0, 4))
+    copies: Int32Array = field(default_factory=_empty(0, 4))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -331,9 +341,9 @@ class StepResult:
     top_logprobs: Float32Array  # [S, K]
     seconds: float  # duration of the iteration on the device
     errors: dict[int, str] = field(default_factory=dict)  # sample → why its row has no token (which reads -1)
-    copies: Int32Array = field(default_factory=lambda: _empty(0))  # [K]: copies that finished since the last result
+    copies: Int32Array = field(default_factory=_empty(0))  # [K]: copies that finished since the last result
     # [K]: seconds each took on its stream, without waiting for its turn
-    copy_seconds: Float32Array = field(default_factory=lambda: np.zeros(0, np.float32))
+    copy_seconds: Float32Array = field(default_factory=lambda: _NO_REALS)
 
 
 class Executor(Protocol):
@@ -349,13 +359,5 @@ class Executor(Protocol):
         """
 
 
-@dataclass(slots=True)
-class JobUpdate:
-    """News of one job after an iteration."""
-
-    job: Job
-    new_tokens: list[int]
-
-    @property
-    def finished(self) -> bool:
-        return self.job.finished
+# News of one job after an iteration: the token it got, or None when it failed without one.
+JobUpdate = tuple[Job, int | None]

@@ -1,5 +1,6 @@
-"""Key-value memory: who holds which blocks."""
+"""Key-value memory: which job holds which blocks, in which tier, and which should move."""
 
-from .blocks import BlockManager
+from .blocks import BlockManager, CopyRow
+from .swap import BurstReserve, Holder, LinkEstimate, Moves, Want, plan_moves
 
-__all__ = ["BlockManager"]
+__all__ = ["BlockManager", "BurstReserve", "CopyRow", "Holder", "LinkEstimate", "Moves", "Want", "plan_moves"]

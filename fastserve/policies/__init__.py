@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..config import SchedulerConfig
-from ..cost import CostModel
+from ..cost import Cost
 from ..types import InvalidRequest
 from .base import Policy
 from .fcfs import FirstComeFirstServed
 from .mlfq import MultiLevelFeedbackQueue
 
-POLICIES: dict[str, Callable[[SchedulerConfig, CostModel], Policy]] = {
+POLICIES: dict[str, Callable[[SchedulerConfig, Cost], Policy]] = {
     "fcfs": lambda config, cost: FirstComeFirstServed(),
     "mlfq": lambda config, cost: MultiLevelFeedbackQueue(
         quantum=cost.decode_seconds(1),
@@ -28,7 +28,7 @@ POLICIES: dict[str, Callable[[SchedulerConfig, CostModel], Policy]] = {
 }
 
 
-def create_policy(config: SchedulerConfig, cost: CostModel) -> Policy:
+def create_policy(config: SchedulerConfig, cost: Cost) -> Policy:
     """The policy that config.policy names. Raises InvalidRequest, listing the choices, for a name unknown."""
     if config.policy not in POLICIES:
         raise InvalidRequest("policy", f"must be one of {', '.join(POLICIES)}; got {config.policy!r}")

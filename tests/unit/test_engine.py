@@ -19,11 +19,9 @@ def test_an_idle_engine_does_nothing() -> None:
 def test_each_step_is_one_iteration() -> None:
     toy = Toy()
     job = toy.add("a", 3, 2)
-    assert [(update.job, update.new_tokens, update.finished) for update in toy.engine.step()] == [
-        (job, job.output[:1], False)
-    ]
+    assert toy.engine.step() == [(job, job.output[0])] and not job.finished
     assert list(toy.engine.jobs) == [job]
-    assert [update.finished for update in toy.engine.step()] == [True]
+    assert toy.engine.step() == [(job, job.output[1])] and job.finished
     assert list(toy.engine.jobs) == []
     assert job.finish_reason is FinishReason.LENGTH
 
@@ -167,14 +165,14 @@ def test_a_job_whose_token_cannot_be_sampled_ends_alone(max_in_flight: int, afte
     while len(fails.output) < after:
         toy.engine.step()
     toy.executor.failing[fails.seed] = "logits are not finite"
-    news: list[list[int]] = []
+    news: list[int | None] = []
     while toy.engine.has_work:
-        updates = {update.job: update for update in toy.engine.step()}
+        updates = dict(toy.engine.step())
         toy.engine.check_integrity()
         if fails in updates:
-            news.append(updates[fails].new_tokens)
-            assert updates[fails].finished == (news[-1] == [])
-    assert news[-1] == [] and news.count([]) == 1  # heard of once, though its successors fail as well
+            news.append(updates[fails])
+            assert fails.finished == (news[-1] is None)
+    assert news[-1] is None and news.count(None) == 1  # heard of once, though its successors fail as well
     assert (fails.finish_reason, fails.error) == (FinishReason.ERROR, "logits are not finite")
     assert fails.output == toy.expected(fails)[: len(fails.output)]
     assert fails.metrics.finish is not None
@@ -268,7 +266,7 @@ def test_every_iteration_is_recorded() -> None:
     first, second = toy.records[:2]
     assert (first.job_ids, first.prefill_tokens, first.decode_tokens, first.waiting) == (("a", "b"), 8, 0, 1)
     assert (first.submitted, first.completed, first.seconds, first.levels) == (0.0, 1.0, 1.0, (0, 0))
-    assert first.free_blocks == 8 - 2 - 1
+    assert first.free_blocks == 8 - 2 - 2  # a prompt has all its blocks from the start
     assert (second.job_ids, second.prefill_tokens, second.decode_tokens) == (("a", "b"), 4, 1)
     assert [record.plan_id for record in toy.records] == list(range(1, len(toy.records) + 1))
 
@@ -305,7 +303,7 @@ class Broken(ToyExecutor):
 def test_a_step_that_times_out_changes_nothing() -> None:
     engine, executor = on(Slow, SamplingParams(max_tokens=1))
     assert engine.step(timeout=0.25) == [] and engine.has_work
-    assert [update.finished for update in engine.step()] == [True]
+    assert [job.finished for job, _ in engine.step()] == [True]
     assert isinstance(executor, Slow) and executor.asked[:2] == [0.25, None]
     assert [len(plan.rows) for plan in executor.plans] == [1, 0]
 

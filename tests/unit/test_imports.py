@@ -26,7 +26,9 @@ ARROWS: dict[str, set[str] | None] = {
     "kv": {"config", "cost", "types"},
     "policies": {"config", "cost", "types"},
     "planning": {"config", "cost", "types"},
-    "scheduler": {"policies", "kv", "planning", "config", "cost", "types"},
+    "decode_rows": {"cost", "types"},
+    "residency": {"policies", "kv", "planning", "config", "cost", "types"},
+    "scheduler": {"policies", "residency", "decode_rows", "planning", "config", "cost", "types"},
     "engine": {"planning", "scheduler", "config", "cost", "types"},
     "profiler": {"config", "cost", "types"},
     "_C": {"loaders", "types"},  # its stub, for the type checker

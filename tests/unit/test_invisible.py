@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy import EOS, VOCAB, Toy
 
+from fastserve.config import ADMISSIONS, SWAP_MODES
 from fastserve.cost import CostModel
 from fastserve.policies import POLICIES
-from fastserve.types import FinishReason, Job
+from fastserve.types import OFFLOAD, UPLOAD, FinishReason, Job
 
 Trace = list[tuple[int, dict[str, Any], int | None]]
 
@@ -29,7 +30,11 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "max_num_batched_tokens": rows + draw(st.integers(0, 20)),
         "block_size": draw(st.sampled_from([1, 2, 3, 4, 8])),
         "num_blocks": draw(st.integers(6, 24)),
+        "num_host_blocks": draw(st.sampled_from([0, 0, 4, 40])),
+        "swap_mode": draw(st.sampled_from(SWAP_MODES)),
+        "admission": draw(st.sampled_from(ADMISSIONS)),
         "max_model_len": 40,
+        "slowness": draw(st.integers(1, 4)),
         "max_in_flight": draw(st.integers(1, 6)),
         "num_levels": draw(st.integers(1, 5)),
         "starvation_limit": draw(st.sampled_from([None, 0.5, 3.0, 20.0])),
@@ -66,7 +71,7 @@ def traces(draw: st.DrawFn) -> Trace:
     )
 
 
-seen_in_examples = {"preempted": 0, "recomputed": 0}
+seen_in_examples = {"preempted": 0, "recomputed": 0, "offloaded": 0, "uploaded": 0}
 
 
 def test_preemption_is_invisible() -> None:
@@ -77,7 +82,9 @@ def test_preemption_is_invisible() -> None:
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(options(), traces())
 def tokens_are_those_of_running_alone(options: dict[str, Any], trace: Trace) -> None:
+    slowness = options.pop("slowness")
     toy = Toy(**options)
+    toy.executor.slowness = slowness
     pool = toy.config.num_blocks * toy.config.block_size
     live: dict[str, Job] = {}
     seen: dict[str, list[int]] = {}
@@ -92,13 +99,15 @@ def tokens_are_those_of_running_alone(options: dict[str, Any], trace: Trace) -> 
                 toy.engine.check_integrity()
         if step > 30 + 12 and not toy.engine.has_work:
             break
-        for update in toy.engine.step():
-            seen[update.job.job_id] += update.new_tokens
-            assert update.finished == update.job.finished
+        for updated, token in toy.engine.step():
+            assert token is not None
+            seen[updated.job_id].append(token)
         toy.engine.check_integrity()
     else:
         raise AssertionError("jobs did not finish")
-    assert toy.engine.scheduler.blocks.free_blocks == toy.config.num_blocks
+    toy.check_nothing_is_held()
+    seen_in_examples["offloaded"] += toy.executor.copied[OFFLOAD] > 0
+    seen_in_examples["uploaded"] += toy.executor.copied[UPLOAD] > 0
     for name, job in live.items():
         assert job.output == seen[name]
         expected = toy.expected(job)[: job.max_output]  # with max_tokens None, the pool may be the shorter context

@@ -12,16 +12,18 @@ import hashlib
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from fastserve.config import SchedulerConfig
 from fastserve.cost import CostModel
 from fastserve.engine import Engine, IterationRecord
-from fastserve.types import BatchPlan, Job, SamplingParams, StepResult
+from fastserve.types import OFFLOAD, UPLOAD, BatchPlan, Job, SamplingParams, StepResult
 
 VOCAB = 61
 POISON = -7
+GONE = -1  # in a block table: the block is another slot's by now
 EOS = 3
 
 
@@ -89,6 +91,18 @@ class Clock:
         return self.now
 
 
+@dataclass
+class _Copy:
+    number: int
+    direction: int
+    source: int
+    destination: int
+    pool: Any
+    target: Any
+    content: Any
+    submitted: int
+
+
 class ToyExecutor:
     """Runs plans on the toy model, checks every rule of a plan, and moves the clock by the cost model's time."""
 
@@ -99,6 +113,10 @@ class ToyExecutor:
         self._config = config
         self._cost = cost
         self._pool = np.full((config.num_blocks, config.block_size), POISON)
+        self._host = np.full((config.num_host_blocks, config.block_size), POISON)
+        self.slowness = 1  # plans that a copy takes
+        self.copied = {OFFLOAD: 0, UPLOAD: 0}  # blocks
+        self._moving: deque[_Copy] = deque()
         self._slots: dict[int, _Slot] = {}
         self._results: deque[StepResult] = deque()
 
@@ -107,15 +125,19 @@ class ToyExecutor:
         assert len(plan.rows) <= self._config.max_num_seqs
         assert len(plan.tokens) <= self._config.max_num_batched_tokens
         for slot in plan.closed.tolist():
-            self._pool[self._slots.pop(slot).table] = POISON
+            table = self._slots.pop(slot).table
+            self._pool[[block for block in table if block != GONE and block not in self._busy]] = POISON
         self._open(plan)
-        owners = {block: slot for slot, state in self._slots.items() for block in state.table}
         for slot, index, block in plan.table.tolist():
-            assert block not in owners, f"block {block} of slot {owners[block]} given to slot {slot}"
-            owners[block] = slot
-            assert index == len(self._slots[slot].table)
-            self._slots[slot].table.append(block)
-        self._results.append(self._run(plan))
+            for other in self._slots.values():  # a job that lost its block to the host is told of another in time
+                other.table = [GONE if held == block else held for held in other.table]
+            table = self._slots[slot].table
+            assert index <= len(table)
+            table[index:] = [block, *table[index + 1 :]]
+        self._begin_copies(plan)
+        result = self._run(plan)
+        result.copies, result.copy_seconds = self._end_copies(len(plan.rows) == 0)
+        self._results.append(result)
         assert len(self._results) <= self._config.max_in_flight
 
     def poll(self, timeout: float | None) -> StepResult | None:
@@ -123,6 +145,39 @@ class ToyExecutor:
         result = self._results.popleft()
         self.clock.now += result.seconds
         return result
+
+    @property
+    def _busy(self) -> set[int]:
+        """Blocks of the device that are being copied."""
+        return {copy.source if copy.direction == OFFLOAD else copy.destination for copy in self._moving}
+
+    def _begin_copies(self, plan: BatchPlan) -> None:
+        """Nobody may count on source or destination before the copy is done, so make the worst of it."""
+        for row in plan.copies.tolist():
+            copy, direction, source, destination = row
+            pools = (self._pool, self._host) if direction == OFFLOAD else (self._host, self._pool)
+            assert not any(
+                (source, destination) == (other.source, other.destination) and direction == other.direction
+                for other in self._moving
+            )
+            self._moving.append(
+                _Copy(copy, direction, source, destination, *pools, pools[0][source].copy(), len(self.plans))
+            )
+            pools[1][destination] = POISON
+            self.copied[direction] += 1
+
+    def _end_copies(self, rowless: bool) -> tuple[Any, Any]:
+        done: dict[int, float] = {}
+        while self._moving:
+            copy = self._moving[0]
+            if copy.number not in done and len(self.plans) - copy.submitted < self.slowness and (done or not rowless):
+                break
+            assert (copy.pool[copy.source] == copy.content).all(), "the source changed while it was copied"
+            assert (copy.target[copy.destination] == POISON).all(), "the destination was used while it was copied to"
+            copy.target[copy.destination] = copy.content
+            done[copy.number] = done.get(copy.number, 0.0) + 0.125
+            self._moving.popleft()
+        return np.array(list(done), np.int32), np.array(list(done.values()), np.float32)
 
     def _open(self, plan: BatchPlan) -> None:
         history, bias, stops = (iter(a.tolist()) for a in (plan.history, plan.bias_tokens, plan.stop_tokens))
@@ -183,10 +238,13 @@ class ToyExecutor:
 
     def _write(self, state: _Slot, position: int, token: int) -> None:
         block = state.table[position // self._config.block_size]
+        assert block != GONE, "the block belongs to another job"
         self._pool[block, position % self._config.block_size] = token
 
     def _sample(self, state: _Slot) -> int:
-        context = self._pool[state.table].reshape(-1)[: state.length].tolist()
+        table = state.table[: -(-state.length // self._config.block_size)]
+        assert GONE not in table, "a block belongs to another job"
+        context = self._pool[table].reshape(-1)[: state.length].tolist()
         masked = state.stops if state.length - state.prompt_length < state.min_tokens else set()
         if state.history is not None:
             assert state.history == context, "penalties would look at other tokens"
@@ -221,11 +279,15 @@ class Toy:
         """Step until there is nothing to do, checking the books after every step."""
         for _ in range(steps):
             if not self.engine.has_work:
-                assert self.engine.scheduler.blocks.free_blocks == self.config.num_blocks
+                self.check_nothing_is_held()
                 return
             self.engine.step()
             self.engine.check_integrity()
         raise AssertionError(f"not done after {steps} steps")
+
+    def check_nothing_is_held(self) -> None:
+        blocks = self.engine.scheduler.blocks
+        assert (blocks.free_blocks, blocks.free_host_blocks) == (blocks.num_blocks, blocks.num_host_blocks)
 
     def expected(self, job: Job) -> list[int]:
         return expected_output(job.prompt, job.params, job.seed, self.config.max_model_len)

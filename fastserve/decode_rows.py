@@ -1,0 +1,105 @@
+"""The jobs that decode in every iteration until something happens, as parallel arrays.
+
+A batch changes little from one iteration to the next: thousands of times a second every row moves on by one token, and
+now and then a job joins or leaves. So the rows live in arrays, in the layout in which a plan wants them, and what an
+iteration does to all of them is a handful of array operations instead of a loop over jobs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .cost import Cost
+from .types import Int32Array, Job
+
+# Service is a sum of floats: what is left of a horizon after spending all of it may miss 0 by rounding.
+_ALL = 1.0 - 1e-9
+
+
+class DecodeRows:
+    """Up to `limit` jobs. Job.row is a job's place; it changes when others leave."""
+
+    def __init__(self, limit: int, cost: Cost) -> None:
+        self.jobs: list[Job] = []
+        self.prefills: list[Job] = []  # the other members of the batch: they have more than one token to compute
+        self.version = -1  # of the decision that made the batch
+        self._cost = cost
+        self._rows = np.ones((limit, 4), np.int32)  # slot, position, 1, 1: as in BatchPlan.rows
+        self._capacity = np.zeros(limit, np.int32)  # positions for which the job has blocks
+        self._left = np.zeros(limit, np.int32)  # tokens it may still sample
+        self._service = np.zeros(limit)  # seconds not reported to the policy
+        self._horizon = np.zeros(limit)  # seconds at which it must be
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def add(self, job: Job, capacity: int, horizon: float) -> None:
+        """A job with one token to compute joins. `capacity`: positions it has blocks for; `horizon`: Policy.horizon."""
+        row = job.row = len(self.jobs)
+        job.batch = self
+        self.jobs.append(job)
+        self._rows[row, 0] = -1 if job.slot is None else job.slot
+        self._rows[row, 1] = job.computed
+        self._capacity[row] = capacity
+        self._left[row] = job.max_output - len(job.output) - job.pending
+        self._service[row] = 0.0
+        self._horizon[row] = horizon * _ALL
+
+    def remove(self, job: Job) -> float:
+        """The job leaves; returns the seconds of its service that nobody has been told of."""
+        row, last = job.row, len(self.jobs) - 1
+        self.sync(job)
+        service = float(self._service[row])
+        if row != last:
+            moved = self.jobs[row] = self.jobs[last]
+            moved.row = row
+            for column in (self._rows, self._capacity, self._left, self._service, self._horizon):
+                column[row] = column[last]
+        self.jobs.pop()
+        job.batch, job.row = None, -1
+        return service
+
+    def sync(self, job: Job) -> None:
+        """Bring `computed` and `served` of the job up to date; they are not while it decodes."""
+        job.computed = int(self._rows[job.row, 1])
+        job.served = max(job.served, job.computed)
+
+    def growing(self) -> list[int]:
+        """Places of the jobs that need another block for their next token."""
+        count = len(self.jobs)
+        return (self._rows[:count, 1] >= self._capacity[:count]).nonzero()[0].tolist()
+
+    def grew(self, row: int, capacity: int) -> None:
+        self._capacity[row] = capacity
+
+    def position(self, row: int) -> int:
+        return int(self._rows[row, 1])
+
+    def advance(self) -> Int32Array:
+        """One token for everybody: the rows of the plan [count, 4]."""
+        count = len(self.jobs)
+        plan = self._rows[:count].copy()
+        position = self._rows[:count, 1]
+        position += 1
+        self._service[:count] += self._cost.decode_each(position)
+        self._left[:count] -= 1
+        return plan
+
+    def exhausted(self) -> list[Job]:
+        """The jobs whose last possible token is now being sampled."""
+        jobs = self.jobs
+        return [jobs[row] for row in (self._left[: len(jobs)] <= 0).nonzero()[0].tolist()]
+
+    def expired(self) -> list[Job]:
+        """The jobs whose service must be reported."""
+        jobs, count = self.jobs, len(self.jobs)
+        return [jobs[row] for row in (self._service[:count] >= self._horizon[:count]).nonzero()[0].tolist()]
+
+    def take_service(self, job: Job) -> float:
+        """What has not been reported of the job's service; it counts as reported from here on."""
+        service = float(self._service[job.row])
+        self._service[job.row] = 0.0
+        return service
+
+    def set_horizon(self, job: Job, horizon: float) -> None:
+        self._horizon[job.row] = horizon * _ALL

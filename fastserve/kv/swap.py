@@ -1,0 +1,196 @@
+"""Which KV blocks should move between device and host, and when (Wu et al., arXiv 2305.05920, section 4.2). Pure.
+
+Jobs that want blocks come smallest ENST (estimated next scheduled time) first, jobs that can give some up largest ENST
+first, and the two never cross: nothing is taken for a job that will run later than its victim.
+
+    wants ──▶ enough free? ──yes──▶ upload, or set aside
+                   │ no
+                   ▼
+    victims ──▶ the cheapest of keep, swap and recompute ──▶ offload, drop or pause
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from ..cost import Link
+from ..types import OFFLOAD, UPLOAD, Job
+
+# A job's KV may be thrown away for another's sake once it was served this many times what computing it again costs.
+# With 8, traces finish later than under fcfs.
+_REPAYMENT: Final = 16.0
+
+_SMOOTHING: Final = 0.2  # weight of the newest copy in the measured speed of the link
+_FEWEST: Final = 8  # blocks that leave together, where the victim has as many: few large copies
+_WINDOW: Final = 4.0  # iterations over which the demand for blocks is summed
+_FADING: Final = 1.0 / 256  # of the largest demand seen, an iteration
+
+
+@dataclass(slots=True)
+class Want:
+    """A job that needs blocks on the device: to come back, to start or to grow."""
+
+    job: Job
+    blocks: int
+    enst: float  # seconds; 0: it belongs in the batch that is being planned
+    rank: tuple[float, ...]
+    upload: bool = False  # its KV is on the host; else the blocks are only set aside
+    grows: bool = False  # it runs, and cannot go on without
+
+
+@dataclass(slots=True)
+class Holder:
+    """A job that could give up blocks."""
+
+    job: Job
+    here: int  # blocks on the device
+    unsaved: int  # of those, blocks without a copy on the host
+    away: int  # blocks on the host only
+    enst: float  # seconds
+    rank: tuple[float, ...]
+    recompute: float  # seconds of computing its KV again
+    service: float  # seconds of service since it began to hold KV
+    busy: bool  # a plan in flight works on it: it must be left out of a batch first
+
+
+@dataclass(slots=True)
+class Moves:
+    """What to do. An offload names the most blocks that shall leave."""
+
+    offloads: list[tuple[Job, int]] = field(default_factory=list)
+    drops: list[Job] = field(default_factory=list)
+    uploads: list[Job] = field(default_factory=list)
+    pauses: list[Job] = field(default_factory=list)
+
+
+class LinkEstimate:
+    """The speed of the link as measured, from a first guess on."""
+
+    def __init__(self, guess: Link) -> None:
+        self._latency = guess.latency
+        self._block = [guess.offload_block, guess.upload_block]
+
+    def observe(self, direction: int, blocks: int, seconds: float) -> None:
+        """A copy of that many blocks took `seconds`."""
+        each = max(0.0, seconds - self._latency) / blocks
+        self._block[direction] += _SMOOTHING * (each - self._block[direction])
+
+    def seconds(self, direction: int, blocks: int) -> float:
+        return self._latency + self._block[direction] * blocks if blocks else 0.0
+
+
+class BurstReserve:
+    """How many device blocks to keep free: as many as a burst took lately, in the time that making room takes.
+
+    The demand over a window fades with the window; the largest seen fades slowly.
+    """
+
+    def __init__(self) -> None:
+        self._recent = 0.0
+        self._peak = 0.0
+
+    def took(self, blocks: int) -> None:
+        """One iteration took that many blocks."""
+        self._recent += blocks - self._recent / _WINDOW
+        self._peak = max(self._recent, self._peak * (1.0 - _FADING))
+
+    def blocks(self, limit: int) -> int:
+        return max(0, min(limit, round(self._peak)))
+
+
+def plan_moves(
+    wants: Iterable[Want],
+    holders: Iterable[Holder],
+    *,
+    free: int,
+    leaving: int,
+    host_places: int,
+    reserve: int,
+    whole: bool,
+    link: LinkEstimate,
+    backlog: float,
+) -> Moves:
+    """Decide the moves of one iteration.
+
+    free         device blocks that are nobody's and not needed by this iteration
+    leaving      device blocks that copies under way will free
+    host_places  blocks the host has room for
+    reserve      device blocks to keep free for bursts; only wants of ENST 0 may use them
+    whole        whether all of a victim leaves, or only what is short
+    backlog      seconds of offloads under way
+    """
+    moves = Moves()
+    victims = sorted(holders, key=lambda holder: (holder.enst, holder.rank), reverse=True)
+    state = _Room(free, leaving, host_places, whole, backlog, link, moves)
+    for want in sorted(wants, key=lambda want: (want.enst, want.rank)):
+        urgent = want.enst <= 0.0
+        needed = want.blocks + (0 if urgent else reserve)
+        if needed > state.free + state.coming:
+            state.make(needed, victims, want)
+        if needed > state.free:
+            break  # what is free, and what comes, is kept for it
+        state.free -= want.blocks
+        if want.upload:
+            moves.uploads.append(want.job)
+    else:
+        state.make(reserve, victims, None)
+    return moves
+
+
+@dataclass(slots=True)
+class _Room:
+    """The blocks there are while moves are chosen."""
+
+    free: int
+    coming: int
+    host_places: int
+    whole: bool
+    backlog: float
+    link: LinkEstimate
+    moves: Moves
+
+    def make(self, needed: int, victims: list[Holder], want: Want | None) -> None:
+        """Take from victims, the last to run first, until `needed` blocks are free or coming, or nobody is left."""
+        kept: list[Holder] = []
+        while victims and self.free + self.coming < needed:
+            victim = victims.pop(0)
+            if not self._take(victim, needed - self.free - self.coming, want):
+                kept.append(victim)
+        victims[:0] = kept
+
+    def _take(self, victim: Holder, short: int, want: Want | None) -> bool:
+        """Have the victim give up to `short` blocks, the cheapest way; False: keeping them is cheaper."""
+        urgent = want is not None and want.enst <= 0.0
+        short = victim.here if self.whole else min(victim.here, max(short, _FEWEST))
+        copied = min(max(0, short - (victim.here - victim.unsaved)), victim.unsaved, self.host_places)
+        out = self.link.seconds(OFFLOAD, copied)
+        there_and_back = self.backlog + out + self.link.seconds(UPLOAD, victim.away + short)
+        if want is not None and urgent:
+            if victim.rank <= want.rank:
+                return False
+        elif victim.enst <= there_and_back + (0.0 if want is None else want.enst):
+            return False  # it would not be back in time
+        if victim.busy:
+            if urgent:
+                self.moves.pauses.append(victim.job)
+                self.coming += victim.here
+            return urgent
+        swappable = copied or victim.here > victim.unsaved
+        exposed = max(0.0, there_and_back - victim.enst)
+        if swappable and exposed <= victim.recompute:
+            leave = min(short, victim.here - victim.unsaved + copied)
+            self.moves.offloads.append((victim.job, leave))
+            self.free += leave - copied
+            self.coming += copied
+            self.host_places -= copied
+            self.backlog += out
+            return True
+        repaid = victim.service >= _REPAYMENT * victim.recompute
+        if want is None or not urgent or not (want.grows or repaid):
+            return False
+        self.moves.drops.append(victim.job)
+        self.free += victim.here
+        return True
+

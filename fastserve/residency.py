@@ -1,0 +1,317 @@
+"""Whose KV is on the device: the slots and blocks of jobs that hold some, and what moves between the tiers.
+
+A decision asks for each job, best first, whether it has room or finds some (`admits`, `grows`). Those that do not are
+remembered as wants, and the swap planner (kv/swap.py) decides what leaves for them, what comes back and what is kept
+free. The config's swap_mode says how:
+
+    proactive   KV moves ahead of need, under compute, and some blocks are kept free for bursts
+    reactive    KV moves when the batch needs it, and the batch waits
+    recompute   KV is thrown away when others need the room, and computed again
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .config import SchedulerConfig
+from .cost import Cost, Link
+from .kv import BlockManager, BurstReserve, CopyRow, Holder, LinkEstimate, Moves, Want, plan_moves
+from .planning import PlanBuilder
+from .policies import Policy
+from .types import OFFLOAD, Job
+
+# Until the link has been measured: what moving one block takes, in decodes.
+_GUESS: Final = 1 / 16
+
+# Iterations between two looks at a pool that has fewer free blocks than its reserve.
+_PATIENCE: Final = 4
+
+
+class Residency:
+    """The KV of all jobs. A job that holds none has no slot."""
+
+    def __init__(self, config: SchedulerConfig, policy: Policy, cost: Cost, link: Link | None) -> None:
+        host_blocks = 0 if config.swap_mode == "recompute" else config.num_host_blocks
+        guess = cost.decode_seconds(1) * _GUESS
+        self.blocks = BlockManager(config.num_blocks, config.block_size, host_blocks)
+        self.link = LinkEstimate(link or Link(offload_block=guess, upload_block=guess))
+        self.holders: dict[Job, float] = {}  # jobs with a slot, and what each had attained when it got it
+        self.wants: list[Want] = []  # of the jobs that the batch being chosen lacks
+        self.blocked = False  # a job waits for room to start: nobody behind it may
+        self._config = config
+        self._policy = policy
+        self._cost = cost
+        self._proactive = config.swap_mode == "proactive" and host_blocks > 0
+        self._reactive = config.swap_mode == "reactive" and host_blocks > 0
+        self._reserve = BurstReserve()
+        self._promised = 0  # blocks set aside for the longest outputs, with admission "reserve"
+        self._room = self._unpromised = 0  # blocks that the decision being made has not given away
+        self._looked = 0  # iterations since the reserve was looked after
+        self._absent: dict[Job, None] = {}  # holders with blocks that are away or moving
+        self._fresh: set[Job] = set()  # brought back, and not run since
+        self._moved: dict[int, Job] = {}  # whose blocks each copy under way moves
+        self._offloading = 0  # blocks
+        # What the next plan shall tell the runtime.
+        self._copies: list[CopyRow] = []
+        self._tables: dict[int, list[tuple[int, int]]] = {}  # by slot
+        self._closed: list[int] = []
+        self._free_slots: list[int] = []
+        self._num_slots = 0
+
+    # --- one decision ------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Start a decision."""
+        self.wants = []
+        self.blocked = False
+        self._room = self.blocks.free_blocks
+        self._unpromised = self.blocks.num_blocks - self._promised
+        self._looked = 0
+
+    def admits(self, job: Job, members: int) -> bool:
+        """Whether a job that is not decoding has what it takes to run beside `members` better ones.
+
+        Room that it needs is given to it; when there is none, it is remembered.
+        """
+        if job.slot is None:
+            blocks = self._to_start(job)
+            if self._config.admission == "reserve":
+                self.blocked = blocks > self._unpromised
+                if not self.blocked:
+                    self._unpromised -= blocks
+                return not self.blocked
+            # Those that decode will need another block before long.
+            self.blocked = blocks + members > self._room
+            if self.blocked:
+                self.wants.append(Want(job, blocks + members, 0.0, self._policy.rank(job)))
+            else:
+                self._room -= blocks
+            return not self.blocked
+        if job in self._absent:
+            away = self.blocks.away(job.index)
+            if away:
+                self.wants.append(Want(job, away, 0.0, self._policy.rank(job), upload=True))
+            self.blocks.recall(job.index)
+            return False
+        return job.computed < self.blocks.held(job.index) * self.blocks.block_size or self.grows(job)
+
+    def grows(self, job: Job) -> bool:
+        """Whether there is another block for a job that needs one to go on. It is given to it, or remembered."""
+        if self._room > 0:
+            self._room -= 1
+            return True
+        self.wants.append(Want(job, 1, 0.0, self._policy.rank(job), grows=True))
+        return False
+
+    def resident(self) -> list[Job]:
+        """The live jobs that have all their KV on the device, best first."""
+        here = [job for job in self.holders if not job.finished and job not in self._absent]
+        return sorted(here, key=self._policy.rank)
+
+    def plan(self, mark: int, now: float) -> Moves | None:
+        """What should move now; None: nothing. The jobs of the batch being chosen carry `mark`."""
+        if self._config.admission == "reserve":
+            return None  # everybody has what they will need
+        reserve = self._burst_reserve(mark)
+        if not self.wants and not (self._proactive and (self._absent or self._room + self.blocks.leaving < reserve)):
+            return None
+        return plan_moves(
+            self.wants + (self._prefetches(now) if self._proactive else []),
+            self._victims(mark, now),
+            free=self._room,
+            leaving=self.blocks.leaving,
+            host_places=self.blocks.free_host_blocks,
+            reserve=reserve,
+            whole=self._reactive,
+            link=self.link,
+            backlog=self.link.seconds(OFFLOAD, self._offloading),
+        )
+
+    def move(self, moves: Moves) -> bool:
+        """Carry it out; whether blocks became free at once. None of the jobs that lose blocks is in a batch.
+
+        A move that another has made impossible, by using the place of a host copy, waits for the next decision.
+        """
+        free = self.blocks.free_blocks
+        for job, count in moves.offloads:
+            if not self.blocks.can_offload(job.index):
+                continue
+            copies, _ = self.blocks.offload(job.index, count)
+            self._copies += copies
+            self._offloading += len(copies)
+            self._absent[job] = None
+            if copies:
+                self._moved[copies[0][0]] = job
+        for job in moves.drops:
+            self.release(job)
+        freed = self.blocks.free_blocks > free
+        for job in moves.uploads:
+            if not self.blocks.can_upload(job.index):
+                continue
+            copies, table = self.blocks.upload(job.index)
+            assert job.slot is not None
+            self._copies += copies
+            self._tables.setdefault(job.slot, []).extend(table)
+            self._fresh.add(job)
+            self._moved[copies[0][0]] = job
+        return freed
+
+    def force(self) -> None:
+        """Have the best job that wants room find it: nothing runs and nothing moves, so nothing else will help it."""
+        want = min(self.wants, key=lambda want: want.rank)
+        needed = want.blocks if want.job.slot is not None else self._to_start(want.job)
+        for job in sorted(self.holders, key=self._policy.rank, reverse=True):
+            if self.blocks.free_blocks >= needed:
+                return
+            if job is not want.job:
+                self.release(job)
+
+    @property
+    def strict(self) -> bool:
+        """Whether a batch keeps the row of a job whose KV is not here, and waits, instead of giving it to the next."""
+        return self._reactive
+
+    @property
+    def waits(self) -> bool:
+        """Whether the batch must wait for KV to move."""
+        return self._reactive and self.moving
+
+    @property
+    def moving(self) -> bool:
+        """Whether KV is on its way, or about to be."""
+        return self.blocks.transfers > 0
+
+    @property
+    def short(self) -> bool:
+        """Whether it is time to look after the reserve. Asked once an iteration."""
+        self._looked += 1
+        return self._proactive and self._looked >= _PATIENCE and self.blocks.free_blocks < self._reserve.blocks(2**31)
+
+    def _to_start(self, job: Job) -> int:
+        if self._config.admission == "reserve":
+            return self.blocks.blocks_for(len(job.prompt) + job.max_output - 1)
+        return self.blocks.blocks_for(job.known)
+
+    def _burst_reserve(self, mark: int) -> int:
+        """Blocks to keep free: never so many that the batch would be the one to lose them."""
+        if not self._proactive:
+            return 0
+        members = sum(self.blocks.held(job.index) for job in self.holders if job.mark == mark)
+        return self._reserve.blocks((self.blocks.num_blocks - members) // 2)
+
+    def _enst(self, job: Job, now: float) -> float:
+        """Estimated time until the job is scheduled, in seconds: min(T_promote, T_execute) of the paper."""
+        execute = self._policy.work_ahead(job, now) / self._config.max_num_seqs
+        return max(0.0, min(execute, self._policy.deadline(job) - now))
+
+    def _prefetches(self, now: float) -> list[Want]:
+        """Jobs whose KV is away and which the batch will take soon, though it does not lack them yet."""
+        lacking = {want.job for want in self.wants}
+        wants = [
+            Want(job, away, max(1e-9, self._enst(job, now)), self._policy.rank(job), upload=True)
+            for job in self._absent
+            if job not in lacking and not job.finished and (away := self.blocks.away(job.index))
+        ]
+        wants.sort(key=lambda want: (want.enst, want.rank))
+        return wants[: self._config.max_num_seqs]
+
+    def _victims(self, mark: int, now: float) -> list[Holder]:
+        """Who could give up blocks: not those whose blocks are moving, or came back and have not been used."""
+        blocks = self.blocks
+        victims = []
+        for job, attained in self.holders.items():
+            missing = blocks.missing(job.index)
+            here = blocks.held(job.index) - missing
+            if here and not job.finished and job not in self._fresh and not blocks.moving(job.index):
+                victims.append(
+                    Holder(
+                        job=job,
+                        here=here,
+                        unsaved=blocks.unsaved(job.index),
+                        away=missing,
+                        enst=0.0 if job.mark == mark else self._enst(job, now),
+                        rank=self._policy.rank(job),
+                        recompute=self._cost.prefill_seconds(0, here * blocks.block_size),
+                        service=job.attained - attained,
+                        busy=job.in_flight > 0,
+                    )
+                )
+        return victims
+
+    # --- slots and blocks --------------------------------------------------------------------------------------------
+
+    def open(self, job: Job, plan: PlanBuilder) -> int:
+        """Give a job that starts, or starts over, a slot and the blocks for all its tokens; returns how many."""
+        job.slot = self._free_slots.pop() if self._free_slots else self._num_slots
+        self._num_slots = max(self._num_slots, job.slot + 1)
+        self.holders[job] = job.attained
+        if self._config.admission == "reserve":
+            self._promised += self._to_start(job)
+        plan.open(job, job.slot)
+        added = self.blocks.grow(job.index, job.known)
+        plan.grow(job.slot, added)
+        return len(added)
+
+    def runs(self, job: Job) -> None:
+        """The job gets a row, and writes KV from `computed` on."""
+        self._fresh.discard(job)
+        self.blocks.wrote(job.index, job.computed)
+
+    def release(self, job: Job) -> None:
+        """Give back the blocks and the slot of a job that no plan in flight works on; it starts over if it lives."""
+        if job.slot is None:
+            return
+        if self._config.admission == "reserve":
+            self._promised -= self._to_start(job)
+        self.blocks.release(job.index)
+        self._absent.pop(job, None)
+        self._fresh.discard(job)
+        self._tables.pop(job.slot, None)
+        self._closed.append(job.slot)
+        self._free_slots.append(job.slot)
+        del self.holders[job]
+        job.slot = None
+        job.computed = 0
+        job.primed = False
+
+    def acknowledge(self, copy: int, seconds: float) -> None:
+        """A copy is done. Raises ValueError for one that is not under way."""
+        owner, direction, blocks = self.blocks.acknowledge(copy)
+        self.link.observe(direction, blocks, seconds)
+        if direction == OFFLOAD:
+            self._offloading -= blocks
+        job = self._moved.pop(copy)
+        if job in self._absent and not self.blocks.missing(owner):
+            del self._absent[job]
+
+    # --- for the next plan -------------------------------------------------------------------------------------------
+
+    @property
+    def untold(self) -> bool:
+        """Whether the runtime does not know everything yet."""
+        return bool(self._closed or self._copies)
+
+    def tell(self, plan: PlanBuilder, taken: int) -> tuple[list[int], list[CopyRow]]:
+        """Add the tables of what comes back to a plan that took `taken` blocks; returns closed slots and copies."""
+        self._reserve.took(taken)
+        for slot, blocks in self._tables.items():
+            plan.grow(slot, blocks)
+        closed, copies = self._closed, self._copies
+        self._tables, self._closed, self._copies = {}, [], []
+        return closed, copies
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError when a slot or a block is lost, doubled or leaked."""
+        self.blocks.check_integrity()
+        blocks = self.blocks
+        slots = [*(job.slot for job in self.holders), *self._free_slots]
+        for what, fine in {
+            "a slot is lost or doubled": sorted(map(int, slots)) == list(range(self._num_slots)),  # type: ignore[arg-type]
+            "a block belongs to no job": {job.index for job in self.holders} == blocks.owners(),
+            "an absent job is not known as such": set(self._absent)
+            == {job for job in self.holders if blocks.missing(job.index)},
+            "blocks are promised to nobody": self._promised
+            == (sum(map(self._to_start, self.holders)) if self._config.admission == "reserve" else 0),
+        }.items():
+            if not fine:
+                raise RuntimeError(what)
