@@ -83,9 +83,12 @@ void CopyEngine::submit(std::span<const CopyRow> rows) {
     std::vector<Copy> copies = checked(rows, claims);
     claims_.ids.merge(claims.ids);
     for (int tier = 0; tier < 2; ++tier) claims_.blocks[tier].merge(claims.blocks[tier]);
-    for (Copy& copy : copies) streams_[copy.direction].queue.push_back(std::move(copy));
+    for (Copy& copy : copies) {
+      Stream& stream = streams_[copy.direction];
+      stream.queue.push_back(std::move(copy));
+      if (stream.queue.size() == 1) stream.wake.notify_one();  // else it is awake, or waits for time to pass
+    }
   }
-  for (Stream& stream : streams_) stream.wake.notify_one();
 }
 
 // The copies that `rows` describe, with what they lay claim to.

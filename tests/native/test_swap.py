@@ -329,14 +329,17 @@ def test_a_slowed_copy_uses_no_processor() -> None:
 @pytest.mark.parametrize("waiting", [False, True])
 def test_a_runtime_ends_while_copies_are_under_way(waiting: bool) -> None:
     """At a byte a second they would take hours; with `waiting`, a plan waits for one of them."""
-    runtime = _runtime(bandwidth=1)
+    runtime = _runtime(9, 8, bandwidth=1)
     copies: list[Copy] = [(i, i % 2, [(i, i)]) for i in range(8)]
     if waiting:
         runtime.submit(_copying(0, *copies))
     else:
-        rows = plan(0, [(0, 0, 3, 1)], [1, 2, 3], opened=[(0, 3)], table=[(0, 0, 1)])
+        rows = plan(0, [(0, 0, 3, 1)], [1, 2, 3], opened=[(0, 3)], table=[(0, 0, 8)])
         runtime.submit(_with_copies(rows, *copies))
-    assert (runtime.poll(0.05) is None) == waiting
+    if waiting:
+        assert runtime.poll(0.05) is None
+    else:
+        assert len(_poll(runtime).tokens) == 1
     begin = time.monotonic()
     del runtime
     assert time.monotonic() - begin < 30
