@@ -15,8 +15,11 @@ from .types import InvalidRequest
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def parse_size(option: str, text: str | int) -> int:
-    """Bytes from `512M`, `4G`, `1.5GiB` or a plain number. Units are binary. Raises InvalidRequest."""
+def parse_size(option: str, text: str | int, *, zero: bool = False) -> int:
+    """Bytes from `512M`, `4G`, `1.5GiB` or a plain number, 0 if `zero` allows it. Units are binary.
+
+    Raises InvalidRequest.
+    """
     given: Any = text
     if isinstance(given, str):
         match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:i?B)?\s*", given, re.IGNORECASE)
@@ -25,8 +28,8 @@ def parse_size(option: str, text: str | int) -> int:
         size = int(given) if _is_integer(given) else None
     if size is None:
         raise InvalidRequest(option, f"must be a size such as 512M or 4G, or a whole number of bytes, got {text!r}")
-    if size <= 0:
-        raise InvalidRequest(option, f"must be larger than 0, got {text!r}")
+    if size < 0 or (size == 0 and not zero):
+        raise InvalidRequest(option, f"must be {'at least' if zero else 'larger than'} 0, got {text!r}")
     return size
 
 

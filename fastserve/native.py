@@ -26,6 +26,8 @@ def instruction_sets() -> list[str]:
 class NativeRuntime:
     """Executes plans in submission order on a thread of its own, with a pool of `config.threads` for the arithmetic.
 
+    Copies run beside them on two more threads, one a direction.
+
     Raises ModelError when a tensor is missing, unknown or of the wrong shape, and InvalidRequest when the system does
     not give what the configuration asks for.
     """
@@ -39,6 +41,8 @@ class NativeRuntime:
                 num_blocks=config.num_blocks,
                 max_tokens=config.max_num_batched_tokens,
                 threads=config.threads,
+                num_host_blocks=config.num_host_blocks,
+                swap_bandwidth=config.swap_bandwidth or 0,
             )
         except _C.Error as error:  # too many threads, or an instruction set this machine lacks
             raise InvalidRequest("runtime", str(error)) from error
@@ -73,7 +77,11 @@ class NativeRuntime:
         return self._runtime.weight_bytes
 
     def submit(self, plan: BatchPlan) -> None:
-        """Queues a plan; raises _C.Error at `poll` when it does not fit the runtime's state."""
+        """Queues a plan and starts its copies.
+
+        Raises _C.Error, doing neither, when a copy is illegal: outside the pools, or with the id or a block of another
+        that no result has acknowledged. Whatever else does not fit the runtime's state is raised at `poll`.
+        """
         self._runtime.submit(plan)
 
     def poll(self, timeout: float | None = None) -> StepResult | None:
@@ -89,7 +97,7 @@ class NativeRuntime:
 
 
 def _step_result(answer: tuple[Any, ...]) -> tuple[StepResult, Any]:
-    plan_id, tokens, logprobs, top_tokens, top_logprobs, logits, seconds, errors = answer
+    plan_id, tokens, logprobs, top_tokens, top_logprobs, logits, seconds, errors, copies, copy_seconds = answer
     result = StepResult(
         plan_id=plan_id,
         tokens=tokens,
@@ -98,5 +106,7 @@ def _step_result(answer: tuple[Any, ...]) -> tuple[StepResult, Any]:
         top_logprobs=top_logprobs,
         seconds=seconds,
         errors=errors,
+        copies=copies,
+        copy_seconds=copy_seconds,
     )
     return result, logits

@@ -1,4 +1,5 @@
-"""Measuring the cost model: real iterations of many shapes, on whatever executor will serve."""
+"""Measuring the cost model and the link: real iterations of many shapes, and real copies, on whatever executor will
+serve."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from typing import Final
 import numpy as np
 
 from .config import SchedulerConfig
-from .cost import CostModel
-from .types import BatchPlan, Executor, StepResult
+from .cost import CostModel, Link
+from .types import OFFLOAD, UPLOAD, BatchPlan, Executor, StepResult
 
 Sample = tuple[list[tuple[int, int]], float]  # rows (start, tokens) of an iteration, and its seconds on the device
 
@@ -21,6 +22,9 @@ _CHUNKS: Final = 32  # of one prefill
 # Other programs can only make an iteration slower, so each is run this often and its fastest time counts: a profile
 # taken on a busy machine is kept, and schedules by it for a long time.
 _REPEATS: Final = 2
+_LINK_SECONDS: Final = 0.2
+_COPY_BLOCKS: Final = 8  # of the larger copies
+_COPY_REPEATS: Final = 4  # the first finds no pages behind the host's blocks
 # temperature, top_p, min_p, repetition, presence and frequency penalty: greedy
 _GREEDY: Final = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 
@@ -51,6 +55,56 @@ def measure(
         bench.one_job(chunk, decodes, grow=not full)
     bench.close()
     return CostModel.fit(bench.samples, model=model, device=device, version=version)
+
+
+def measure_link(executor: Executor, num_blocks: int, num_host_blocks: int) -> Link | None:
+    """Copy one block and a few to the host and back, and take the fastest of several times; None without a host pool.
+
+    The executor must be idle, and is idle afterwards; the device's blocks keep what they hold, the host's do not. Takes
+    at most about 0.2 seconds, or what one block takes there and back. Raises what the executor raises, and RuntimeError
+    when it loses a copy.
+    """
+    if num_host_blocks == 0:
+        return None
+    many = min(_COPY_BLOCKS, num_blocks, num_host_blocks)
+    fastest: dict[tuple[int, int], float] = {}  # (direction, blocks) → seconds
+    spent, plan_id = 0.0, 0
+    for blocks in sorted({1, many}) * _COPY_REPEATS:
+        if fastest and spent + blocks * (fastest[OFFLOAD, 1] + fastest[UPLOAD, 1]) > _LINK_SECONDS:
+            continue
+        for direction in (OFFLOAD, UPLOAD):
+            seconds = _copy(executor, plan_id, direction, blocks)
+            fastest[direction, blocks] = min(seconds, fastest.get((direction, blocks), seconds))
+            spent += seconds
+            plan_id += 1
+    offload, upload = (
+        _block_seconds(many, fastest[direction, 1], fastest.get((direction, many))) for direction in (OFFLOAD, UPLOAD)
+    )
+    first = (fastest[OFFLOAD, 1] - offload + fastest[UPLOAD, 1] - upload) / 2
+    return Link(offload_block=offload, upload_block=upload, latency=max(0.0, first))
+
+
+def _copy(executor: Executor, number: int, direction: int, blocks: int) -> float:
+    """Seconds of one copy of blocks 0 … blocks - 1 to the same places in the other pool, which is waited for."""
+    copies = np.array([(number, direction, block, block) for block in range(blocks)], np.int32)
+    result = _run(executor, BatchPlan(plan_id=number, copies=copies))
+    if result.copies.tolist() != [number]:
+        raise RuntimeError(f"a plan of copy {number} alone ended with the copies {result.copies.tolist()}")
+    return float(result.copy_seconds[0])
+
+
+def _block_seconds(many: int, one: float, all_: float | None) -> float:
+    """What each further block adds, from the seconds of one and of many; noise must not make it nothing."""
+    if many == 1 or all_ is None:
+        return one
+    return (all_ - one) / (many - 1) if all_ > one else all_ / many
+
+
+def _run(executor: Executor, plan: BatchPlan) -> StepResult:
+    executor.submit(plan)
+    while (result := executor.poll(None)) is None:
+        pass
+    return result
 
 
 class _Bench:
@@ -152,11 +206,9 @@ class _Bench:
         return True
 
     def _submit(self, plan: BatchPlan) -> StepResult:
-        self._executor.submit(replace(plan, plan_id=self._plan_id))
+        numbered = replace(plan, plan_id=self._plan_id)
         self._plan_id += 1
-        while (result := self._executor.poll(None)) is None:
-            pass
-        return result
+        return _run(self._executor, numbered)
 
     def _expected(self, rows: list[tuple[int, int]]) -> float:
         """What the model so far says; at first, nothing is known and anything is allowed."""

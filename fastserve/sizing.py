@@ -1,4 +1,4 @@
-"""How large the KV pool is when nobody says."""
+"""How many KV blocks fit in the memory given, and how many there are when nobody says."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from .config import parse_size
 from .types import InvalidRequest
 
 _MEMORY_SHARE = 4  # a default pool takes at most one part in this many of the memory that is free
+_SWAP_SPACE = 4 * 2**30  # bytes of the host pool when nobody says
 
 
 def pool_blocks(
@@ -42,6 +43,31 @@ def pool_blocks(
     if available is None:
         return useful
     return max(1, min(useful, available // _MEMORY_SHARE // block_bytes))
+
+
+def host_blocks(swap_space: str | int | None, block_bytes: int, *, promised: int = 0) -> int:
+    """Blocks of a host pool of `swap_space` bytes (or `512M`, `4G`), rounded down to whole blocks; 0 for no such pool.
+
+    None: 4 GiB, within a quarter of the memory available. `promised` bytes of that memory are somebody else's, though
+    not yet touched: on a CPU, the device's pool. Raises InvalidRequest when the size is more than what is left, or
+    neither 0 nor enough for one block.
+    """
+    available = available_memory()
+    left = None if available is None else max(0, available - promised)
+    if swap_space is None:
+        size = _SWAP_SPACE if left is None else min(_SWAP_SPACE, left // _MEMORY_SHARE)
+        return size // block_bytes
+    size = parse_size("swap_space", swap_space, zero=True)
+    if 0 < size < block_bytes:
+        raise InvalidRequest(
+            "swap_space", f"must be 0 or hold at least one KV block of {block_bytes} bytes, got {swap_space!r}"
+        )
+    if left is not None and size > left:
+        beside = f", beside the KV pool of {promised // 2**20}M" if promised else ""
+        raise InvalidRequest(
+            "swap_space", f"must fit in the memory available, {left // 2**20}M{beside}, got {swap_space!r}"
+        )
+    return size // block_bytes
 
 
 def available_memory() -> int | None:

@@ -29,4 +29,5 @@ export ASAN_OPTIONS=detect_leaks=0  # the interpreter itself leaks on purpose
 export OPENBLAS_NUM_THREADS=1  # its threads are not instrumented, and look like races
 export TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0"
 LD_PRELOAD=$preload PYTHONPATH=$PWD "$python" -m pytest -q -p no:cacheprovider \
-  tests/native/test_runtime.py tests/native/test_preemption.py tests/native/test_canonical.py -k "not neox and not qwen3"
+  tests/native/test_runtime.py tests/native/test_swap.py tests/native/test_preemption.py tests/native/test_canonical.py \
+  -k "not neox and not qwen3"

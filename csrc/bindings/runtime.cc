@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <tuple>
+#include <utility>
 
 #include "bindings/arrays.h"
 #include "bindings/register.h"
@@ -123,11 +125,15 @@ BatchPlan read_plan(const py::handle& plan, bool return_logits) {
   for (py::ssize_t i = 0; i < table.shape(0); ++i) {
     result.table.push_back({table.at(i, 0), table.at(i, 1), table.at(i, 2)});
   }
+  const auto copies = array_attribute<int32_t>(plan, "copies", 4);
+  for (py::ssize_t i = 0; i < copies.shape(0); ++i) {
+    result.copies.push_back({copies.at(i, 0), copies.at(i, 1), copies.at(i, 2), copies.at(i, 3)});
+  }
   return result;
 }
 
 // (plan_id, tokens [S], logprobs [S], top_tokens [S, K], top_logprobs [S, K], logits [L, vocab] or None, seconds,
-// {sample: error})
+// {sample: error}, copies [K], copy_seconds [K])
 py::tuple write_result(StepResult result, int64_t vocab_size) {
   const auto count = static_cast<py::ssize_t>(result.sampled.size());
   size_t alternatives = 0;
@@ -145,7 +151,13 @@ py::tuple write_result(StepResult result, int64_t vocab_size) {
       top_logprobs[i * alternatives + j] = s.top[j].second;
     }
   }
-  const auto k = static_cast<py::ssize_t>(alternatives);
+  std::vector<int32_t> copies;
+  std::vector<float> copy_seconds;
+  for (const FinishedCopy& copy : result.copies) {
+    copies.push_back(copy.copy);
+    copy_seconds.push_back(static_cast<float>(copy.seconds));
+  }
+  const auto k = static_cast<py::ssize_t>(alternatives), copied = static_cast<py::ssize_t>(copies.size());
   py::object logits = py::none();
   if (!result.logits.empty()) {
     const auto rows = static_cast<py::ssize_t>(result.logits.size() / vocab_size);
@@ -153,16 +165,19 @@ py::tuple write_result(StepResult result, int64_t vocab_size) {
   }
   return py::make_tuple(result.plan_id, to_array(std::move(tokens), {count}), to_array(std::move(logprobs), {count}),
                         to_array(std::move(top_tokens), {count, k}), to_array(std::move(top_logprobs), {count, k}),
-                        logits, result.seconds, errors);
+                        logits, result.seconds, errors, to_array(std::move(copies), {copied}),
+                        to_array(std::move(copy_seconds), {copied}));
 }
 
 // The runtime, with what it takes to shape its results and to outlive a fork.
 struct PyRuntime {
   PyRuntime(const py::handle& spec, const std::string& dtype, int64_t block_size, int64_t num_blocks,
-            int64_t max_tokens, int threads)
-      : model(read_spec(spec)), options{parse_dtype(dtype), block_size, num_blocks, max_tokens, threads} {
+            int64_t max_tokens, int threads, int64_t num_host_blocks, int64_t swap_bandwidth)
+      : model(read_spec(spec)),
+        options{parse_dtype(dtype), block_size, num_blocks, max_tokens, threads, num_host_blocks, swap_bandwidth} {
     FS_CHECK(block_size > 0 && num_blocks > 0 && max_tokens > 0 && threads >= 0,
              "block_size, num_blocks and max_tokens must be positive, threads not negative");
+    FS_CHECK(num_host_blocks >= 0 && swap_bandwidth >= 0, "num_host_blocks and swap_bandwidth must not be negative");
     py::gil_scoped_release release;
     runtime = std::make_unique<Runtime>(model, options);
   }
@@ -185,8 +200,9 @@ struct PyRuntime {
 
 void register_runtime(py::module_& module) {
   py::class_<PyRuntime>(module, "Runtime", "Executes batch plans in submission order on a thread of its own.")
-      .def(py::init<const py::handle&, const std::string&, int64_t, int64_t, int64_t, int>(), py::arg("spec"),
-           py::arg("dtype"), py::arg("block_size"), py::arg("num_blocks"), py::arg("max_tokens"), py::arg("threads"))
+      .def(py::init<const py::handle&, const std::string&, int64_t, int64_t, int64_t, int, int64_t, int64_t>(),
+           py::arg("spec"), py::arg("dtype"), py::arg("block_size"), py::arg("num_blocks"), py::arg("max_tokens"),
+           py::arg("threads"), py::arg("num_host_blocks") = 0, py::arg("swap_bandwidth") = 0)
       .def(
           "load_tensor",
           [](PyRuntime& self, const std::string& name, const std::string& type, const std::vector<int64_t>& shape,
@@ -221,9 +237,27 @@ void register_runtime(py::module_& module) {
             return write_result(std::move(*result), self.model.vocab_size);
           },
           py::arg("seconds"), "The oldest result, or None after `seconds`; negative waits as long as it takes.")
+      .def(
+          "read_block",
+          [](const PyRuntime& self, bool host, int64_t block) {
+            const auto bytes = self.runtime->block(host ? Tier::kHost : Tier::kDevice, block);
+            return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+          },
+          py::arg("host"), py::arg("block"), "For tests: the bytes of one KV block, which nothing may be writing.")
       .def_property_readonly("instruction_set", [](const PyRuntime& self) { return self.runtime->instruction_set(); })
       .def_property_readonly("threads", [](const PyRuntime& self) { return self.runtime->threads(); })
       .def_property_readonly("weight_bytes", [](const PyRuntime& self) { return self.runtime->weight_bytes(); });
+
+  module.def(
+      "coalesce",
+      [](const std::vector<std::pair<int32_t, int32_t>>& moves) {
+        std::vector<CopyRow> rows;
+        for (const auto& [source, destination] : moves) rows.push_back({0, kOffload, source, destination});
+        std::vector<std::tuple<int32_t, int32_t, int32_t>> runs;
+        for (const BlockRun& run : coalesce(rows)) runs.emplace_back(run.source, run.destination, run.count);
+        return runs;
+      },
+      py::arg("moves"), "For tests: (source, destination) blocks as the runs (source, destination, count) they make.");
 
   module.def(
       "block_bytes",

@@ -26,6 +26,12 @@ struct TableEntry {
   int32_t slot, index, block;
 };
 
+enum CopyDirection : int32_t { kOffload = 0, kUpload = 1 };
+
+struct CopyRow {
+  int32_t copy, direction, source, destination;
+};
+
 struct BatchPlan {
   int64_t plan_id = 0;
   std::vector<PlanRow> rows;
@@ -33,13 +39,20 @@ struct BatchPlan {
   std::vector<int32_t> closed;
   std::vector<OpenedSlot> opened;
   std::vector<TableEntry> table;
+  std::vector<CopyRow> copies;
   bool return_logits = false;  // for tests and evaluation: copy every logit row into the result
+};
+
+struct FinishedCopy {
+  int32_t copy;
+  double seconds;  // on its stream, from its turn on
 };
 
 struct StepResult {
   int64_t plan_id = 0;
-  std::vector<Sampled> sampled;  // one for each row with logits, in row order
-  std::vector<float> logits;     // [sum of rows' logits, vocab] when asked for
+  std::vector<Sampled> sampled;      // one for each row with logits, in row order
+  std::vector<float> logits;         // [sum of rows' logits, vocab] when asked for
+  std::vector<FinishedCopy> copies;  // since the last result
   double seconds = 0;
   std::exception_ptr error;  // the plan failed: nothing else is set
 };

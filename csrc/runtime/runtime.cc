@@ -27,9 +27,10 @@ Runtime::Runtime(const ModelSpec& spec, const RuntimeOptions& options)
       options_(options),
       backend_(make_cpu_backend(options.threads)),
       weights_(spec_, options.dtype, *backend_),
-      pool_(kv_layout(spec_, options.dtype, options.block_size), options.num_blocks),
+      pool_(kv_layout(spec_, options.dtype, options.block_size), options.num_blocks, options.num_host_blocks),
+      copies_(pool_, options.swap_bandwidth),
       transformer_(spec_, weights_, *backend_, options.max_tokens) {
-  backend_->set_kv_pool(pool_.layout(), pool_.base());
+  backend_->set_kv_pool(pool_.layout(), pool_.block(Tier::kDevice, 0));
   worker_ = std::thread([this] { work(); });
 }
 
@@ -39,6 +40,7 @@ Runtime::~Runtime() {
     stop_ = true;
   }
   submitted_.notify_all();
+  copies_.stop();  // the worker may be waiting for one
   worker_.join();
 }
 
@@ -55,6 +57,7 @@ void Runtime::finish_loading() {
 
 void Runtime::submit(BatchPlan plan) {
   FS_CHECK(loaded_, "a plan was submitted before the weights were loaded");
+  copies_.submit(plan.copies);
   {
     std::lock_guard lock(mutex_);
     plans_.push_back(std::move(plan));
@@ -73,6 +76,12 @@ std::optional<StepResult> Runtime::poll(double seconds) {
   StepResult result = std::move(results_.front());
   results_.pop_front();
   return result;
+}
+
+std::span<const std::byte> Runtime::block(Tier tier, int64_t index) const {
+  FS_CHECK(index >= 0 && index < pool_.num_blocks(tier), "block ", index, " is outside the pool of ",
+           pool_.num_blocks(tier));
+  return {pool_.block(tier, index), static_cast<size_t>(pool_.layout().block_bytes())};
 }
 
 void Runtime::work() {
@@ -128,6 +137,7 @@ StepResult Runtime::execute(const BatchPlan& plan) {
     }
     sample_rows(plan, logits, result);
   }
+  result.copies = copies_.take(plan.rows.empty());
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   return result;
 }

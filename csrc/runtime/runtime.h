@@ -1,4 +1,4 @@
-// Executes plans in submission order on a thread of its own.
+// Executes plans in submission order on a thread of its own, and their copies on two more.
 #pragma once
 
 #include <atomic>
@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -16,6 +17,7 @@
 #include "model/spec.h"
 #include "model/transformer.h"
 #include "model/weights.h"
+#include "runtime/copy_engine.h"
 #include "runtime/kv_pool.h"
 #include "runtime/plan.h"
 
@@ -27,6 +29,8 @@ struct RuntimeOptions {
   int64_t num_blocks;
   int64_t max_tokens;  // of one plan
   int threads;         // 0: one a core
+  int64_t num_host_blocks = 0;
+  int64_t swap_bandwidth = 0;  // bytes a second, each direction; 0: as it comes
 };
 
 class Runtime {
@@ -42,15 +46,20 @@ class Runtime {
                    const void* data, int64_t bytes);
   void finish_loading();
 
-  // Queues a plan. Throws when loading is not finished.
+  // Queues a plan and starts its copies. Throws, doing neither, when loading is not finished or a copy is illegal (see
+  // CopyEngine::submit): copies run before the plan's turn to be checked comes.
   void submit(BatchPlan plan);
   // The oldest result not yet returned; waits up to `seconds` (negative: as long as it takes) and returns nothing then.
-  // A failed plan's result carries the error; one that did not pass validation has changed nothing.
+  // A failed plan's result carries the error and nothing else; one that did not pass validation has changed nothing,
+  // though its copies are made. A plan without rows ends with the next copy to finish, or at once when none is under
+  // way.
   std::optional<StepResult> poll(double seconds);
 
   const char* instruction_set() const { return backend_->name(); }
   int threads() const { return backend_->threads(); }
   int64_t weight_bytes() const { return weights_.bytes(); }
+  // The bytes of one block, for tests; nothing may be writing it.
+  std::span<const std::byte> block(Tier tier, int64_t index) const;
   static KvLayout kv_layout(const ModelSpec& spec, DType dtype, int64_t block_size);
 
  private:
@@ -64,6 +73,7 @@ class Runtime {
   std::unique_ptr<Backend> backend_;
   Weights weights_;
   KvPool pool_;
+  CopyEngine copies_;
   Transformer transformer_;
   bool loaded_ = false;
 

@@ -118,3 +118,6 @@ def test_sizes() -> None:
     for wrong in (1e9, True, None, b"1G", [], "1e9", "9" * 5000 + "T", "-1", 0):
         with pytest.raises(InvalidRequest, match=r"^x: must be"):
             parse_size("x", wrong)  # type: ignore[arg-type]
+    assert parse_size("x", "0K", zero=True) == parse_size("x", 0, zero=True) == 0
+    with pytest.raises(InvalidRequest, match="x: must be at least 0, got -1"):
+        parse_size("x", -1, zero=True)

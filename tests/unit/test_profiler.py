@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from collections import deque
+
+import numpy as np
 import pytest
 from toy import VOCAB, ToyExecutor
 
 from fastserve.config import SchedulerConfig
-from fastserve.cost import CostModel
-from fastserve.profiler import measure
-from fastserve.types import StepResult
+from fastserve.cost import CostModel, Link
+from fastserve.profiler import measure, measure_link
+from fastserve.types import OFFLOAD, BatchPlan, StepResult
 
 TRUE = CostModel(per_iteration=0.01, per_row=2e-4, per_token=1e-3, per_read=1e-6, per_pair=2e-8)
 
@@ -88,3 +91,83 @@ def test_slots_are_given_back() -> None:
     measure(executor, config, vocab_size=VOCAB)
     measure(executor, config, vocab_size=VOCAB)  # opens the same slots again
     assert len(executor.plans[-1].rows) == 0 and len(executor.plans[-1].closed) == 1
+
+
+class LinkExecutor:
+    """Nothing but two pools of numbered blocks and a link between them; `noise` stretches copies, in turn."""
+
+    def __init__(self, blocks: int, host_blocks: int, link: Link, noise: tuple[float, ...] = (1.0,)) -> None:
+        self.device, self.host = np.arange(blocks), np.full(host_blocks, -1)
+        self.seconds: list[float] = []
+        self._link, self._noise = link, deque(noise)
+        self._submitted: deque[BatchPlan] = deque()
+
+    def submit(self, plan: BatchPlan) -> None:
+        assert len(plan.rows) == 0
+        self._submitted.append(plan)
+
+    def poll(self, timeout: float | None) -> StepResult:
+        plan = self._submitted.popleft()
+        (copy,), (direction,) = set(plan.copies[:, 0].tolist()), set(plan.copies[:, 1].tolist())
+        _, _, source, destination = plan.copies.T
+        assert min(source.min(), destination.min()) >= 0
+        if direction == OFFLOAD:
+            self.host[destination] = self.device[source]
+            seconds = self._link.offload_seconds(len(source))
+        else:
+            self.device[destination] = self.host[source]
+            seconds = self._link.upload_seconds(len(source))
+        self.seconds.append(seconds * self._noise[0])
+        self._noise.rotate(-1)
+        empty = BatchPlan(plan_id=0)
+        return StepResult(
+            plan_id=plan.plan_id, tokens=empty.tokens, logprobs=empty.bias_values, top_tokens=empty.tokens,
+            top_logprobs=empty.bias_values, seconds=self.seconds[-1], copies=np.array([copy], np.int32),
+            copy_seconds=np.array(self.seconds[-1:], np.float32),
+        )  # fmt: skip
+
+    @property
+    def idle(self) -> bool:
+        return not self._submitted
+
+
+TRUE_LINK = Link(offload_block=2e-4, upload_block=3e-4, latency=5e-5)
+
+
+@pytest.mark.parametrize("noise", [(1.0,), (40.0, 40.0, 40.0, 40.0, 1.0, 1.0, 1.0, 1.0, 3.0, 3.0)])
+@pytest.mark.parametrize(("blocks", "host_blocks"), [(100, 100), (5, 100), (100, 2)])
+def test_the_link_is_found_however_small_the_pools(blocks: int, host_blocks: int, noise: tuple[float, ...]) -> None:
+    executor = LinkExecutor(blocks, host_blocks, TRUE_LINK, noise)
+    found = measure_link(executor, blocks, host_blocks)
+    assert found is not None
+    for name in ("offload_block", "upload_block", "latency"):
+        assert getattr(found, name) == pytest.approx(getattr(TRUE_LINK, name), rel=1e-3)
+    assert executor.idle
+    assert executor.device.tolist() == list(range(blocks)), "the device's blocks hold what they held"
+    assert sum(executor.seconds) < 0.3
+
+
+@pytest.mark.parametrize("pools", [(1, 100), (100, 1)])
+def test_one_block_tells_nothing_of_latency(pools: tuple[int, int]) -> None:
+    found = measure_link(LinkExecutor(*pools, TRUE_LINK), *pools)
+    assert found is not None and found.latency == 0
+    assert found.offload_seconds(1) == pytest.approx(TRUE_LINK.offload_seconds(1), rel=1e-3)
+    assert found.upload_seconds(1) == pytest.approx(TRUE_LINK.upload_seconds(1), rel=1e-3)
+
+
+def test_a_link_too_slow_for_the_budget_is_measured_with_one_block() -> None:
+    slow = Link(offload_block=3.0, upload_block=4.0)
+    executor = LinkExecutor(9, 9, slow)
+    assert measure_link(executor, 9, 9) == slow
+    assert executor.seconds == [3.0, 4.0]
+
+
+def test_noise_makes_no_link_free() -> None:
+    found = measure_link(LinkExecutor(9, 9, TRUE_LINK, (9.0, 9.0, 0.1, 0.1)), 9, 9)
+    assert found is not None
+    assert 0 < found.offload_block < 9 * TRUE_LINK.offload_seconds(1)
+    assert 0 < found.upload_block < 9 * TRUE_LINK.upload_seconds(1)
+
+
+def test_without_a_host_pool_there_is_no_link() -> None:
+    assert measure_link(LinkExecutor(9, 0, TRUE_LINK), 9, 0) is None

@@ -1,4 +1,4 @@
-"""The KV pool's size when nobody says, and when somebody does."""
+"""The KV pools' sizes when nobody says, and when somebody does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastserve import sizing
-from fastserve.sizing import available_memory, pool_blocks
+from fastserve.sizing import available_memory, host_blocks, pool_blocks
 from fastserve.types import InvalidRequest
 
 LIMITS = {"block_size": 16, "max_num_seqs": 4, "max_model_len": 100}  # 4 jobs of 7 blocks
@@ -33,6 +33,39 @@ def test_memory_that_holds_no_block_is_said_so(monkeypatch: pytest.MonkeyPatch) 
     for size in (None, 1000):
         with pytest.raises(InvalidRequest, match="block_size: must be smaller than 16: one KV block takes 1000 bytes"):
             pool_blocks(size, 1000, **LIMITS)
+
+
+def test_the_default_swap_space_is_four_gibibytes_within_a_quarter_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    four = 4 * 2**30
+    for memory, promised, size in (
+        (None, 10**12, four),
+        (100 * 2**30, 0, four),
+        (100 * 2**30, 92 * 2**30, 2 * 2**30),
+        (8000, 0, 2000),
+        (8000, 9000, 0),
+    ):
+        monkeypatch.setattr(sizing, "available_memory", lambda memory=memory: memory)
+        assert host_blocks(None, 1000, promised=promised) == size // 1000
+
+
+def test_a_given_swap_space_is_honoured_to_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "available_memory", lambda: 2**20)
+    assert host_blocks("64K", 1000) == host_blocks(65536, 1000) == 65
+    assert [host_blocks(size, 1000) for size in (1000, 1999, 2000, "1M", 2**20)] == [1, 1, 2, 1048, 1048]
+    assert host_blocks("1M", 1000, promised=0) == host_blocks("512K", 500, promised=2**19) == 1048
+    for none in (0, "0", "0G"):
+        assert host_blocks(none, 1000) == host_blocks(none, 2**40, promised=2**40) == 0
+
+
+def test_a_swap_space_that_cannot_be_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "available_memory", lambda: 2**20)
+    for size in (1, 999, 2**20 + 1, "2M", "-1", -1, "four", 65536.0, True, "9" * 400 + "T"):
+        with pytest.raises(InvalidRequest, match="swap_space: must"):
+            host_blocks(size, 1000)
+    with pytest.raises(InvalidRequest, match="memory available, 0M, beside the KV pool of 1M, got '1M'"):
+        host_blocks("1M", 1000, promised=2**20)
+    monkeypatch.setattr(sizing, "available_memory", lambda: None)
+    assert host_blocks("1T", 2**30) == 1024
 
 
 def test_available_memory_is_within_the_machines() -> None:
