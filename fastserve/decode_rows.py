@@ -95,6 +95,10 @@ class DecodeRows:
         jobs, count = self.jobs, len(self.jobs)
         return [jobs[row] for row in (self._service[:count] >= self._horizon[:count]).nonzero()[0].tolist()]
 
+    def unreported(self, job: Job) -> float:
+        """Seconds of its service that nobody has been told of."""
+        return float(self._service[job.row])
+
     def take_service(self, job: Job) -> float:
         """What has not been reported of the job's service; it counts as reported from here on."""
         service = float(self._service[job.row])

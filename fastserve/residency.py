@@ -11,10 +11,11 @@ free. The config's swap_mode says how:
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, cast
 
 from .config import SchedulerConfig
 from .cost import Cost, Link
+from .decode_rows import DecodeRows
 from .kv import BlockManager, BurstReserve, CopyRow, Holder, LinkEstimate, Moves, Want, plan_moves
 from .planning import PlanBuilder
 from .policies import Policy
@@ -22,6 +23,9 @@ from .types import OFFLOAD, Job
 
 # Until the link has been measured: what moving one block takes, in decodes.
 _GUESS: Final = 1 / 16
+
+# Blocks that each job of a batch should find free when it grows, before another job is let in.
+_HEADROOM: Final = 1
 
 # Iterations between two looks at a pool that has fewer free blocks than its reserve.
 _PATIENCE: Final = 4
@@ -46,6 +50,7 @@ class Residency:
         self._reserve = BurstReserve()
         self._promised = 0  # blocks set aside for the longest outputs, with admission "reserve"
         self._room = self._unpromised = 0  # blocks that the decision being made has not given away
+        self._starting = 0  # jobs to which it has given some to start with
         self._looked = 0  # iterations since the reserve was looked after
         self._absent: dict[Job, None] = {}  # holders with blocks that are away or moving
         self._fresh: set[Job] = set()  # brought back, and not run since
@@ -66,6 +71,7 @@ class Residency:
         self.blocked = False
         self._room = self.blocks.free_blocks
         self._unpromised = self.blocks.num_blocks - self._promised
+        self._starting = 0
         self._looked = 0
 
     def admits(self, job: Job, members: int) -> bool:
@@ -80,12 +86,14 @@ class Residency:
                 if not self.blocked:
                     self._unpromised -= blocks
                 return not self.blocked
-            # Those that decode will need another block before long.
-            self.blocked = blocks + members > self._room
+            owing = members if self.blocks.num_host_blocks else len(self.holders) + self._starting
+            owed = _HEADROOM * (owing + 1) if owing else 0
+            self.blocked = blocks + owed > self._room
             if self.blocked:
-                self.wants.append(Want(job, blocks + members, 0.0, self._policy.rank(job)))
+                self.wants.append(Want(job, blocks + owed, 0.0, self._policy.rank(job)))
             else:
                 self._room -= blocks
+                self._starting += 1
             return not self.blocked
         if job in self._absent:
             away = self.blocks.away(job.index)
@@ -93,14 +101,17 @@ class Residency:
                 self.wants.append(Want(job, away, 0.0, self._policy.rank(job), upload=True))
             self.blocks.recall(job.index)
             return False
-        return job.computed < self.blocks.held(job.index) * self.blocks.block_size or self.grows(job)
+        return job.computed < self.blocks.held(job.index) * self.blocks.block_size or self.grows(job, members)
 
-    def grows(self, job: Job) -> bool:
-        """Whether there is another block for a job that needs one to go on. It is given to it, or remembered."""
+    def grows(self, job: Job, members: int) -> bool:
+        """Whether there is another block for a job that needs one to go on. It is given to it, or remembered.
+
+        With no `members` before it, it may have anybody's, so that the best job always goes on.
+        """
         if self._room > 0:
             self._room -= 1
             return True
-        self.wants.append(Want(job, 1, 0.0, self._policy.rank(job), grows=True))
+        self.wants.append(Want(job, 1, 0.0, self._policy.rank(job), first=members == 0))
         return False
 
     def resident(self) -> list[Job]:
@@ -222,6 +233,7 @@ class Residency:
         for job, attained in self.holders.items():
             missing = blocks.missing(job.index)
             here = blocks.held(job.index) - missing
+            batch = cast(DecodeRows | None, job.batch)
             if here and not job.finished and job not in self._fresh and not blocks.moving(job.index):
                 victims.append(
                     Holder(
@@ -231,8 +243,8 @@ class Residency:
                         away=missing,
                         enst=0.0 if job.mark == mark else self._enst(job, now),
                         rank=self._policy.rank(job),
-                        recompute=self._cost.prefill_seconds(0, here * blocks.block_size),
-                        service=job.attained - attained,
+                        recompute=self._cost.prefill_seconds(0, batch.position(job.row) if batch else job.computed),
+                        service=job.attained - attained + (batch.unreported(job) if batch else 0.0),
                         busy=job.in_flight > 0,
                     )
                 )

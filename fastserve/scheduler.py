@@ -31,6 +31,9 @@ from .types import BatchPlan, FinishReason, Int32Array, InvalidRequest, Job, Job
 # How many prefills, in batches, a decision passes over once the token budget is gone, looking for decodes behind them.
 _PASSED_OVER: Final = 4
 
+# Times that a batch is chosen anew because room was made at once.
+_PASSES: Final = 12
+
 _NO_ROWS: Int32Array = np.zeros((0, 4), np.int32)
 
 
@@ -170,7 +173,7 @@ class Scheduler:
         residency = self.residency
         growers = {batch.jobs[row] for row in growing}
         self._barred.clear()
-        for _ in range(2):
+        for _ in range(_PASSES):
             self._mark += 1
             joins, prefills = self._select(batch, growers, now)
             moves = residency.plan(self._mark, now)
@@ -218,7 +221,7 @@ class Scheduler:
         decodes = wanted = passed_over = 0
         for job in self._candidates(now):
             if job.batch is batch:
-                if job in growers and not grows(job):
+                if job in growers and not grows(job, decodes + len(prefills)):
                     continue
             elif not self._available(job):
                 continue
@@ -227,14 +230,14 @@ class Scheduler:
                     passed_over += 1
                     if passed_over == _PASSED_OVER * limit:
                         break
-                elif admits(job, decodes):
+                elif admits(job, decodes + len(prefills)):
                     job.mark = mark
                     prefills.append(job)
                     wanted += job.known - job.computed
                     if decodes + len(prefills) == limit:
                         break
                 continue
-            elif admits(job, decodes):
+            elif admits(job, decodes + len(prefills)):
                 joins.append(job)
             elif strict:
                 decodes += 1  # its row stays empty

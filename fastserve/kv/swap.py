@@ -37,7 +37,7 @@ class Want:
     enst: float  # seconds; 0: it belongs in the batch that is being planned
     rank: tuple[float, ...]
     upload: bool = False  # its KV is on the host; else the blocks are only set aside
-    grows: bool = False  # it runs, and cannot go on without
+    first: bool = False  # the best of all that hold KV: others give up theirs, even if it has not repaid its cost
 
 
 @dataclass(slots=True)
@@ -172,25 +172,24 @@ class _Room:
                 return False
         elif victim.enst <= there_and_back + (0.0 if want is None else want.enst):
             return False  # it would not be back in time
+        swaps = bool(copied or victim.here > victim.unsaved)
+        swaps = swaps and max(0.0, there_and_back - victim.enst) <= victim.recompute
+        repaid = victim.service >= _REPAYMENT * victim.recompute
+        if not swaps and not (want is not None and urgent and (want.first or repaid)):
+            return False
         if victim.busy:
             if urgent:
                 self.moves.pauses.append(victim.job)
                 self.coming += victim.here
             return urgent
-        swappable = copied or victim.here > victim.unsaved
-        exposed = max(0.0, there_and_back - victim.enst)
-        if swappable and exposed <= victim.recompute:
+        if swaps:
             leave = min(short, victim.here - victim.unsaved + copied)
             self.moves.offloads.append((victim.job, leave))
             self.free += leave - copied
             self.coming += copied
             self.host_places -= copied
             self.backlog += out
-            return True
-        repaid = victim.service >= _REPAYMENT * victim.recompute
-        if want is None or not urgent or not (want.grows or repaid):
-            return False
-        self.moves.drops.append(victim.job)
-        self.free += victim.here
+        else:
+            self.moves.drops.append(victim.job)
+            self.free += victim.here
         return True
-

@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str] | None] = {
     "policies": {"config", "cost", "types"},
     "planning": {"config", "cost", "types"},
     "decode_rows": {"cost", "types"},
-    "residency": {"policies", "kv", "planning", "config", "cost", "types"},
+    "residency": {"decode_rows", "policies", "kv", "planning", "config", "cost", "types"},
     "scheduler": {"policies", "residency", "decode_rows", "planning", "config", "cost", "types"},
     "engine": {"planning", "scheduler", "config", "cost", "types"},
     "profiler": {"config", "cost", "types"},
