@@ -154,10 +154,10 @@ class Gittins(Policy):
     def on_service(self, job: Job, own_seconds: float, now: float) -> None:
         place = self._places[job]
         age = _age(job)
-        # The token of this iteration may turn out to be the last: survival is certain up to the one before.
-        if age > 0 and (survived := bucket(age - 1)) > place.reported:
-            self._lengths.survived(place.reported, survived)
-            place.reported = survived
+        # At once, or those that wait at an edge would be missing; on_finish takes it back if this token was the last.
+        if age > 0 and (reached := bucket(age)) > place.reported:
+            self._lengths.survived(place.reported, reached)
+            place.reported = reached
         if self._unlearned is not None:
             self._unlearned.on_service(job, own_seconds, now)
         elif place.cohort is not None:

@@ -14,10 +14,11 @@ from typing import Final
 # Buckets are exact up to this age, then four an octave.
 _EXACT: Final = 8
 
-# How likely a job ends within a bucket of which nothing is known: as if lengths had a Pareto tail of index 1 ...
-_PRIOR_HAZARD: Final = 1 - 2**-0.25
-# ... which counts as much as this many jobs.
-_PRIOR_WEIGHT: Final = 1.0
+# What little is known of a bucket is mixed with a prior that counts as much as this many jobs: the older a job, the
+# longer it still has to go (a Lomax distribution of this shape, whose mean is that of the lengths seen), which makes
+# the index order jobs as a multi-level feedback queue does. It keeps chance from making up an order of its own.
+_PRIOR_WEIGHT: Final = 25.0
+_PRIOR_SHAPE: Final = 2.0
 
 _LARGEST_SCALE: Final = 1e100
 
@@ -53,10 +54,12 @@ class Hazards:
         return len(self._reached)
 
     def survived(self, first: int, last: int) -> None:
-        """A job passed buckets first … last - 1."""
+        """A job passed buckets first … last - 1; or, where last is less, it has not passed last … first - 1 after all."""
         self._reach(last)
         for index in range(first, last):
             self._reached[index] += self._scale
+        for index in range(last, first):
+            self._reached[index] -= self._scale
 
     def ended(self, index: int) -> None:
         """A job ended in the bucket."""
@@ -80,10 +83,10 @@ class Hazards:
             return 0.0, 0.0
         return self._reached[index] / self._scale, self._ended[index] / self._scale
 
-    def hazard(self, index: int) -> float:
-        """The share of the jobs reaching the bucket that end in it."""
+    def hazard(self, index: int, prior: float = 0.5, weight: float = 1.0) -> float:
+        """The share of the jobs reaching the bucket that end in it, as if `weight` more had, `prior` of them ending."""
         reached, ended = self.counts(index)
-        return (ended + _PRIOR_WEIGHT * _PRIOR_HAZARD) / (reached + _PRIOR_WEIGHT)
+        return (ended + weight * prior) / (reached + weight)
 
     def _reach(self, buckets: int) -> None:
         missing = buckets - len(self._reached)
@@ -108,7 +111,7 @@ def excess(recent: Hazards, past: Hazards) -> tuple[float, float]:
         deviation += ended - reached * hazard
         largest = max(largest, abs(deviation))
         # The past is known from so many jobs only.
-        variance += reached * hazard * (1 - hazard) * (1 + reached / (before + _PRIOR_WEIGHT))
+        variance += reached * hazard * (1 - hazard) * (1 + reached / (before + 1))
         alive_recent *= 1 - recent.hazard(index)
         alive_past *= 1 - hazard
         distance = max(distance, abs(alive_recent - alive_past))
@@ -141,11 +144,15 @@ class LengthDistribution:
         self.hazards: list[float] = []  # the table; see hazard() for the buckets beyond it
         self._slow, self._fast = Hazards(self._SLOW), Hazards(self._FAST)
         self._completions = 0
+        self._mean = 1.0  # output tokens of a completed job, lately
         self._next_renewal = self._learn_after
 
     def hazard(self, index: int) -> float:
         """The table's hazard of a bucket."""
-        return self.hazards[index] if index < len(self.hazards) else _PRIOR_HAZARD
+        return self.hazards[index] if index < len(self.hazards) else self._prior(index)
+
+    def _prior(self, index: int) -> float:
+        return 1 - ((edge(index) + self._mean) / (edge(index + 1) + self._mean)) ** _PRIOR_SHAPE
 
     def saw_prompt(self, tokens: int) -> None:
         """A job of that many prompt tokens arrived."""
@@ -158,12 +165,12 @@ class LengthDistribution:
         self._fast.survived(first, last)
 
     def ended(self, first: int, length: int) -> None:
-        """A job's output is complete; its buckets before `first` have been reported."""
+        """A job's output is complete; as far as reported, it had survived the buckets before `first`."""
         index = bucket(length - 1)
         for hazards in (self._slow, self._fast):
             hazards.survived(first, index)
             hazards.ended(index)
-        self._complete()
+        self._complete(length)
 
     def censored(self, first: int, length: int, *, complete: bool) -> None:
         """A job ended for another reason: by max_tokens (`complete`), or aborted."""
@@ -171,13 +178,13 @@ class LengthDistribution:
         share = (length - edge(index)) / (edge(index + 1) - edge(index))
         for hazards in (self._slow, self._fast):
             hazards.survived(first, index)
-            if first <= index:
-                hazards.censored(index, share)
+            hazards.censored(index, share)
         if complete:
-            self._complete()
+            self._complete(length)
 
-    def _complete(self) -> None:
+    def _complete(self, length: int) -> None:
         self._completions += 1
+        self._mean += (length - self._mean) / min(self._completions, self._SLOW)
         if self._completions < self._next_renewal:
             return
         deviations, distance = excess(self._fast, self._slow) if self.learned else (0.0, 0.0)
@@ -186,6 +193,8 @@ class LengthDistribution:
             self._forget()
             return
         self.learned = True
-        self.hazards = [self._slow.hazard(index) for index in range(len(self._slow))]
+        self.hazards = [
+            self._slow.hazard(index, self._prior(index), _PRIOR_WEIGHT) for index in range(len(self._slow))
+        ]
         low, high = self._RENEWALS
         self._next_renewal = self._completions + min(max(self._completions // 10, low), high)
