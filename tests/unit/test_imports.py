@@ -20,6 +20,7 @@ ARROWS: dict[str, set[str] | None] = {
     "version": set(),
     "config": {"types"},
     "cost": {"types"},
+    "workloads": {"types"},
     "loaders": {"types"},
     "chat_template": {"loaders", "types"},
     "tokenizer": {"chat_template", "loaders", "types"},
