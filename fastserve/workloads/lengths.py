@@ -164,7 +164,7 @@ class Bimodal:
         return np.full(len(outputs), self.prompt), outputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Empirical:
     """Pairs drawn with replacement from those observed. Raises InvalidRequest when there are none."""
 
