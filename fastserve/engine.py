@@ -75,8 +75,11 @@ class Engine:
         eos_token_ids: Collection[int] = (),
         priority: int = 0,
         arrival: float | None = None,
+        known_output: int | None = None,
     ) -> Job:
         """Queue one prompt for one output (`params.n` is the caller's business). `arrival` is on the engine's clock.
+
+        `known_output`, how many tokens it will put out unless a limit ends it before, is for policies that are oracles.
 
         Raises InvalidRequest, before anything changes, for an empty prompt or one that fills the context, a token id
         outside the vocabulary, an id in use, min_tokens where every token is a stop token, and a job that can never
@@ -102,16 +105,18 @@ class Engine:
                 f"must be 0 when every one of the {vocab_size} tokens stops the output; got {params.min_tokens}",
             )
         now = self._clock()
+        max_output = self._max_output(len(tokens), params.max_tokens)
         job = Job(
             job_id=job_id,
             prompt=tokens,
             params=params,
             seed=seed,
             arrival=now if arrival is None else arrival,
-            max_output=self._max_output(len(tokens), params.max_tokens),
+            max_output=max_output,
             stop_tokens=stop_tokens,
             index=self._jobs_added,
             priority=priority,
+            known_output=None if known_output is None else min(known_output, max_output),
         )
         job.metrics = JobMetrics(job.arrival)
         self.scheduler.add(job, now)

@@ -29,6 +29,10 @@ ARROWS: dict[str, set[str] | None] = {
     "planning": {"config", "cost", "types"},
     "scheduler": {"policies", "kv", "planning", "config", "cost", "types"},
     "engine": {"planning", "scheduler", "config", "cost", "types"},
+    "workloads": {"types"},
+    "simulator": {"engine", "workloads", "config", "cost", "types"},
+    "roofline": {"config", "cost", "types"},
+    "presets": {"roofline", "config", "cost", "types"},
     "profiler": {"config", "cost", "types"},
     "_C": {"loaders", "types"},  # its stub, for the type checker
     "native": {"loaders", "_C", "config", "types"},

@@ -1,0 +1,201 @@
+"""A workload on the real engine, in virtual time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Final, cast
+
+from ..config import SchedulerConfig
+from ..cost import Cost, CostModel, Link
+from ..engine import Engine, IterationRecord
+from ..types import OFFLOAD, UPLOAD, InvalidRequest, Job, SamplingParams
+from ..workloads.job import SimJob
+from .executor import EOS, SimExecutor, VirtualClock
+
+# Prompts are ranges, which hold no tokens, of a vocabulary in which every length is to be had.
+_VOCABULARY: Final = 2**31 - 1
+_FIRST_TOKEN: Final = 2  # 0 and 1 are what jobs sample
+
+_PROGRESS_EVERY: Final = 1024  # iterations
+
+# Every step runs an iteration or sees a copy finish, which takes time, or closes slots. This many that do not move the
+# clock mean that nothing ever will.
+_FUTILE_STEPS: Final = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationTotals:
+    """What a simulation did. Seconds are virtual, but for the last."""
+
+    jobs: int  # that ended
+    iterations: int
+    seconds: float  # from 0, when a trace starts, to the end of the last iteration
+    busy_seconds: float  # with an iteration on the device
+    stall_seconds: float  # with a job alive and no iteration on the device
+    rows: int
+    prefill_tokens: int  # in rows that began in a prompt, recomputation included
+    decode_tokens: int
+    recomputed_tokens: int
+    preemptions: int
+    offload_copies: int
+    offloaded_blocks: int
+    offload_seconds: float  # on the stream that does it
+    upload_copies: int
+    uploaded_blocks: int
+    upload_seconds: float
+    wall_seconds: float  # what the simulation took
+
+
+def simulate(
+    jobs: Iterable[SimJob],
+    config: SchedulerConfig,
+    cost: Cost,
+    *,
+    link: Link | None = None,
+    pipeline_stages: int = 1,
+    on_finish: Callable[[Job], None],
+    on_iteration: Callable[[IterationRecord], None] | None = None,
+    max_iterations: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> SimulationTotals:
+    """Run the jobs, which come in order of arrival, until the last has ended or for `max_iterations`.
+
+    Jobs are taken from the iterable as time reaches them and forgotten when they end, so memory is that of the live
+    ones. Job number n, from 0, has `index` n and `job_id` str(n), and goes to `on_finish` with its metrics as soon as
+    it has ended: by end-of-sequence after its output_tokens, or by length where max_tokens or the context ends it there
+    or before. `progress` hears the virtual time every thousand iterations or so.
+
+    A pipeline of p stages has p plans in flight, whatever `config` says. Raises InvalidRequest for a job out of order
+    and for one that the engine refuses; its number is the error's `request`.
+    """
+    if config.num_host_blocks and link is None:
+        raise InvalidRequest("link", f"is needed to move KV blocks to the {config.num_host_blocks} of host memory")
+    if pipeline_stages > 1:
+        config = replace(config, max_in_flight=pipeline_stages)
+    started = time.perf_counter()
+    run = _Run(config, cost, link, pipeline_stages, on_finish, on_iteration)
+    run.to_the_end(iter(jobs), math.inf if max_iterations is None else max_iterations, progress)
+    return run.totals(time.perf_counter() - started)
+
+
+class _Run:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cost: Cost,
+        link: Link | None,
+        stages: int,
+        on_finish: Callable[[Job], None],
+        on_iteration: Callable[[IterationRecord], None] | None,
+    ) -> None:
+        self._clock = VirtualClock()
+        self._executor = SimExecutor(cost, self._clock, link=link, stages=stages)
+        model = cast(CostModel, cost)  # whatever keeps Cost's contract
+        self._engine = Engine(config, self._executor, model, clock=self._clock, on_iteration=on_iteration)
+        # With room for another plan in flight, an arrival need not wait for a result.
+        self._interruptible = config.max_in_flight > 1
+        self._on_finish = on_finish
+        self._taken = 0  # jobs taken from the workload
+        self._latest_arrival = 0.0
+        self._ended = 0
+        self._preemptions = 0
+        self._recomputed = 0
+
+    def to_the_end(
+        self, jobs: Iterator[SimJob], max_iterations: float, progress: Callable[[float], None] | None
+    ) -> None:
+        clock, executor, engine = self._clock, self._executor, self._engine
+        upcoming = self._next(jobs)
+        report_at = _PROGRESS_EVERY
+        futile_steps = 0
+        while executor.iterations < max_iterations:
+            while upcoming is not None and upcoming.arrival <= clock.now:
+                self._add(upcoming)
+                upcoming = self._next(jobs)
+            if not engine.has_work:
+                if upcoming is None:
+                    return
+                executor.skip_to(upcoming.arrival)
+                continue
+            before = clock.now
+            updates = engine.step(upcoming.arrival - before if self._interruptible and upcoming is not None else None)
+            for update in updates:
+                if update.job.finish_reason is not None:
+                    self._finish(update.job)
+            futile_steps = 0 if clock.now > before else futile_steps + 1
+            if futile_steps == _FUTILE_STEPS:
+                raise RuntimeError(f"at {before} s the scheduler runs none of the {len(engine.jobs)} live jobs")
+            if progress is not None and executor.iterations >= report_at:
+                report_at = executor.iterations + _PROGRESS_EVERY
+                progress(clock.now)
+
+    def totals(self, wall_seconds: float) -> SimulationTotals:
+        executor, live = self._executor, [job.metrics for job in self._engine.jobs]
+        offload, upload = executor.copies[OFFLOAD], executor.copies[UPLOAD]
+        return SimulationTotals(
+            jobs=self._ended,
+            iterations=executor.iterations,
+            seconds=self._clock.now,
+            busy_seconds=executor.busy_seconds,
+            stall_seconds=executor.idle_seconds,
+            rows=executor.rows,
+            prefill_tokens=executor.prefill_tokens,
+            decode_tokens=executor.decode_tokens,
+            recomputed_tokens=self._recomputed + sum(metrics.recomputed_tokens for metrics in live),
+            preemptions=self._preemptions + sum(metrics.preemptions for metrics in live),
+            offload_copies=offload.copies,
+            offloaded_blocks=offload.blocks,
+            offload_seconds=offload.seconds,
+            upload_copies=upload.copies,
+            uploaded_blocks=upload.blocks,
+            upload_seconds=upload.seconds,
+            wall_seconds=wall_seconds,
+        )
+
+    def _next(self, jobs: Iterator[SimJob]) -> SimJob | None:
+        """The next job of the workload, if it is in order."""
+        job = next(jobs, None)
+        if job is not None:
+            if not self._latest_arrival <= job.arrival < math.inf:
+                after = f"{self._latest_arrival}, when the job before it does," if self._taken else "0"
+                raise InvalidRequest("arrival", f"must not come before {after} got {job.arrival!r}", self._taken)
+            if job.output_tokens < 1:
+                raise InvalidRequest("output_tokens", f"must be at least 1, got {job.output_tokens}", self._taken)
+            self._latest_arrival = job.arrival
+            self._taken += 1
+        return job
+
+    def _add(self, given: SimJob) -> None:
+        number = self._taken - 1
+        try:
+            job = self._engine.add_job(
+                str(number),
+                range(_FIRST_TOKEN, _FIRST_TOKEN + given.prompt_tokens),
+                _params(given.max_tokens),
+                seed=number,
+                vocab_size=_VOCABULARY,
+                eos_token_ids=(EOS,),
+                priority=given.priority,
+                arrival=given.arrival,
+                known_output=given.output_tokens,
+            )
+        except InvalidRequest as error:
+            raise InvalidRequest(error.field, str(error).removeprefix(f"{error.field}: "), number) from None
+        # Where the limit comes no later than the end, the limit ends the job, and a policy that learns is told so.
+        self._executor.expect(number, given.output_tokens if given.output_tokens < job.max_output else None)
+
+    def _finish(self, job: Job) -> None:
+        self._executor.forget(job.seed)
+        self._ended += 1
+        self._preemptions += job.metrics.preemptions
+        self._recomputed += job.metrics.recomputed_tokens
+        self._on_finish(job)
+
+
+@lru_cache(maxsize=4096)
+def _params(max_tokens: int | None) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens)
