@@ -275,4 +275,3 @@ def _timeline(ends: list[tuple[Job, float]], records: list[IterationRecord]) -> 
     spans = job_spans(records, gap=1e-9)
     jobs = [TimelineJob(job.index, job.arrival, finish, spans.get(job.job_id, [])) for job, finish in ends]
     return sorted(jobs, key=lambda job: job.job)
-

@@ -120,7 +120,7 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
 
 @lru_cache(maxsize=256)
 def student_quantile(probability: float, degrees: int) -> float:
-    """t below which a Student variable of so many degrees of freedom lies with a probability of 0.5 or more, below 1."""
+    """t that a Student variable of so many degrees of freedom stays below with this probability, 0.5 … 1."""
     low, high = 0.0, math.pi / 2
     for _ in range(100):  # t = √degrees · tan(angle), so that every t is in reach of a bisection
         middle = (low + high) / 2

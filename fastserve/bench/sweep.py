@@ -28,6 +28,11 @@ class SweepResult:
     runs: list[RunSummary]
     capacities: dict[int, float]  # jobs a second, by seed
 
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON of `fastserve simulate`."""
+        capacities = [{"seed": seed, "jobs_per_second": rate} for seed, rate in self.capacities.items()]
+        return {"runs": [run.as_dict() for run in self.runs], "capacities": capacities}
+
 
 def available_workers() -> int:
     """Cores this process may use."""
@@ -57,7 +62,10 @@ def sweep(
         capacities = dict(zip(seeds, pool.run(measured), strict=True)) if measured else {}
         grid = [Point(policy, rate, seed) for rate in rates for policy in policies for seed in seeds]
         grid += [
-            Point(policy, load * capacities[seed], seed, load) for load in loads for policy in policies for seed in seeds
+            Point(policy, load * capacities[seed], seed, load)
+            for load in loads
+            for policy in policies
+            for seed in seeds
         ]
         return SweepResult(pool.run([partial(run, setting, point, timeline=timeline) for point in grid]), capacities)
 

@@ -23,7 +23,7 @@ from fastserve.cli import main
 from fastserve.cli.options import ENGINE, OPTION_NAMES, SAMPLING, SEED
 from fastserve.cost import CostModel
 
-COMMANDS = ["generate", "chat", "info", "profile", "version", "bench", "bench latency", "bench throughput"]
+COMMANDS = ["generate", "chat", "info", "profile", "simulate", "version", "bench", "bench latency", "bench throughput"]
 GREEDY = ["--temperature", "0", "--ignore-eos"]
 
 

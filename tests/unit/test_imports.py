@@ -29,7 +29,6 @@ ARROWS: dict[str, set[str] | None] = {
     "planning": {"config", "cost", "types"},
     "scheduler": {"policies", "kv", "planning", "config", "cost", "types"},
     "engine": {"planning", "scheduler", "config", "cost", "types"},
-    "workloads": {"types"},
     "simulator": {"engine", "workloads", "config", "cost", "types"},
     "roofline": {"config", "cost", "types"},
     "presets": {"roofline", "config", "cost", "types"},
