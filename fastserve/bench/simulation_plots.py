@@ -52,20 +52,22 @@ def plot_sweep(runs: Sequence[RunSummary], path: Path, title: str) -> None:
     }
     with rc_context(style):
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.10, wspace=0.03)
-        figure = Figure(figsize=(13.5, 4.4), layout=layout)
-        figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold")
+        figure = Figure(figsize=(13.5, 4.8), layout=layout)
+        figure.suptitle(title, x=0.012, ha="left", fontsize=11, color=_QUIET)
         panels = figure.subplots(1, len(_PANELS))
         for axes, (measure, name, unit) in zip(panels, _PANELS, strict=True):
             _panel(axes, levels, measure)
             axes.set_title(name, loc="left", fontweight="bold", fontsize=11)
             axes.set_ylabel(unit)
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="upper right", ncols=len(labels), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, facecolor="white")
 
 
 def _panel(axes: Axes, levels: Sequence[Level], measure: str) -> None:
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
     by_load = levels[0].load is not None
     values: list[float] = []
     for i, policy in enumerate(levels[0].runs):
@@ -90,13 +92,14 @@ def _panel(axes: Axes, levels: Sequence[Level], measure: str) -> None:
         values += means
     if max(values) > 20 * min(values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
     if measure == "mean_normalized_latency" and max(values) > SLO / 2:
         axes.axhline(SLO, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-        axes.annotate(
-            f"{SLO} s/token", (0.01, SLO), xycoords=("axes fraction", "data"), va="bottom", color=_QUIET, fontsize=8.5
-        )
+        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+        axes.annotate(f"{SLO} s/token", (0.99, SLO), color=_QUIET, fontsize=8.5, **place)
     if by_load and max(level.load or 0.0 for level in levels) >= 1:
         _shade_overload(axes, levels)
     axes.set_xlabel("load (share of fcfs's capacity)" if by_load else "jobs per second")
@@ -109,16 +112,8 @@ def _shade_overload(axes: Axes, levels: Sequence[Level]) -> None:
     margin = 0.05 * (max(loads) - min(loads)) or 0.05
     axes.set_xlim(min(loads) - margin, max(loads) + margin)
     axes.axvspan(max(1.0, min(loads) - margin), max(loads) + margin, color="#f4f5f7", zorder=-1, linewidth=0)
-    axes.annotate(
-        NO_STEADY_STATE,
-        (max(loads) + margin * 0.8, 0.02),
-        xycoords=("data", "axes fraction"),
-        rotation=90,
-        ha="right",
-        va="bottom",
-        color=_QUIET,
-        fontsize=8,
-    )
+    place = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "bottom"}
+    axes.annotate(NO_STEADY_STATE, (max(loads) + 0.9 * margin, 0.02), color=_QUIET, fontsize=8, **place)
 
 
 def _position(level: Level) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -23,7 +23,9 @@ _MEASURES = {
     "mean_ttft": "TTFT (s)",
     "mean_normalized_latency": "s/token",
 }
-_COMPARED = ("mean_jct", "p95_jct", "p99_jct", "mean_normalized_latency")
+_COMPARED = ("mean_jct", "p95_jct", "p99_jct")
+# What a narrow terminal does without, first to go first; a ratio is named like its measure, with ×.
+_DISPENSABLE = ("preempted", "× p99_jct", "mean_ttft", "swapped", "p99_jct", "mean_normalized_latency")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -63,42 +65,38 @@ def levels_of(runs: Sequence[RunSummary]) -> list[Level]:
     return levels
 
 
-def level_table(level: Level) -> Table:
+def level_table(level: Level, without: Collection[str] = ()) -> Table:
     """A line a policy; ratios say how many times smaller a value is than the first policy's."""
     first = next(iter(level.runs))
+    columns: dict[str, tuple[str, list[str | Text]]] = {}
+    for measure, heading in _MEASURES.items():
+        estimates = {policy: level.estimate(policy, measure) for policy in level.runs}
+        columns[measure] = heading, [estimate_text(each) for each in estimates.values()]
+        if measure in _COMPARED and len(level.runs) > 1:
+            baseline = estimates[first].mean
+            ratios = [ratio_text(baseline, each.mean) for each in list(estimates.values())[1:]]
+            columns[f"× {measure}"] = "", ["", *ratios]
+    preempted = [f"{sum(run.preemptions for run in runs) / len(runs):.0f}" for runs in level.runs.values()]
+    columns["preempted"] = "preempted", [*preempted]
+    if any(run.swapped_blocks for runs in level.runs.values() for run in runs):
+        columns["swapped"] = "swapped", [_swapped(runs) for runs in level.runs.values()]
+
     table = new_table()
     table.title, table.title_justify, table.title_style = level.title, "left", "bold"
     table.add_column("policy", no_wrap=True)
-    for measure, heading in _MEASURES.items():
+    shown = [column for name, column in columns.items() if name not in without]
+    for heading, _ in shown:
         table.add_column(heading, justify="right", no_wrap=True)
-        if measure in _COMPARED and len(level.runs) > 1:
-            table.add_column("", justify="right", no_wrap=True)
-    swapping = any(run.swapped_blocks for runs in level.runs.values() for run in runs)
-    table.add_column("preempted", justify="right", no_wrap=True)
-    if swapping:
-        table.add_column("swapped", justify="right", no_wrap=True)
-    for policy, runs in level.runs.items():
-        cells: list[str | Text] = [policy]
-        for measure in _MEASURES:
-            here = level.estimate(policy, measure)
-            cells.append(estimate_text(here))
-            if measure in _COMPARED and len(level.runs) > 1:
-                baseline = level.estimate(first, measure).mean
-                cells.append("" if policy == first else ratio_text(baseline, here.mean))
-        cells.append(f"{sum(run.preemptions for run in runs) / len(runs):.0f}")
-        if swapping:
-            cells.append(_swapped(runs))
-        table.add_row(*cells)
+    for row, policy in enumerate(level.runs):
+        table.add_row(policy, *(cells[row] for _, cells in shown))
     return table
 
 
 def estimate_text(value: Estimate) -> str:
-    """`4.23 ±0.11`: the interval with the digits of the mean."""
-    mean = number(value.mean)
-    if value.half_width is None:
-        return mean
-    digits = len(mean.partition(".")[2])
-    return f"{mean} ±{value.half_width:.{digits}f}"
+    """`4.23 ±3%`: the interval as a share of the mean."""
+    if value.half_width is None or value.mean == 0:
+        return number(value.mean)
+    return f"{number(value.mean)} ±{100 * value.half_width / value.mean:.0f}%"
 
 
 def number(value: float) -> str:
@@ -111,8 +109,9 @@ def number(value: float) -> str:
 def print_runs(console: Console, runs: Sequence[RunSummary], notes: Sequence[str] = ()) -> None:
     """Every level's table, and below them what they mean."""
     levels = levels_of(runs)
+    without = _left_out(console, levels)
     for level in levels:
-        console.print(level_table(level))
+        console.print(level_table(level, without))
     seeds = len({run.seed for run in runs})
     policies = list(levels[0].runs)
     explained = list(notes)
@@ -122,6 +121,18 @@ def print_runs(console: Console, runs: Sequence[RunSummary], notes: Sequence[str
         explained.append(f"× is how many times better than {policies[0]}")
     if explained:
         console.print(f"[dim]{' · '.join(explained)}[/]", soft_wrap=True)
+
+
+def _left_out(console: Console, levels: Sequence[Level]) -> set[str]:
+    """The columns for which the console is too narrow."""
+    without: set[str] = set()
+    unlimited = console.options.update(max_width=1000)
+    for name in _DISPENSABLE:
+        widest = max(console.measure(level_table(level, without), options=unlimited).maximum for level in levels)
+        if widest <= console.width:
+            break
+        without.add(name)
+    return without
 
 
 def print_timelines(console: Console, runs: Sequence[RunSummary]) -> None:

@@ -123,7 +123,9 @@ def simulate(
     plot: Annotated[
         Path | None, _in(_OUTPUT, "Draw latencies over rates or loads into this file: .png, .svg or .pdf.")
     ] = None,
-    timeline: Annotated[bool, _in(_OUTPUT, f"Show which job ran when; at most {_TIMELINE_JOBS} jobs.")] = False,
+    timeline: Annotated[
+        bool, _in(_OUTPUT, f"Show which job ran when; at most {_TIMELINE_JOBS} jobs.", "--timeline")
+    ] = False,
     progress: Annotated[
         bool | None,
         _in(_OUTPUT, "Progress on standard error.", "--progress/--no-progress", default="on a terminal"),
@@ -261,7 +263,8 @@ def _print(experiment: Experiment, setting: Setting, result: SweepResult, timeli
 
     from ..bench.simulation_tables import print_runs, print_timelines
 
-    console = Console(highlight=False)
+    # A file has all the room that a table wants.
+    console = Console(highlight=False, width=None if is_terminal(sys.stdout) else 140)
     console.print(experiment.title(setting), soft_wrap=True, markup=False)
     notes = [f"first {setting.warmup_jobs} jobs left out"] if setting.warmup_jobs else []
     print_runs(console, result.runs, notes)
