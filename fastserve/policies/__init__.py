@@ -1,38 +1,69 @@
-"""Scheduling policies by name."""
+"""Scheduling policies, by the name every surface uses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from ..config import SchedulerConfig
-from ..cost import CostModel
+from ..cost import Cost
 from ..types import InvalidRequest
 from .base import Policy
 from .fcfs import FirstComeFirstServed
+from .gittins import Gittins
+from .lengths import LengthDistribution
 from .mlfq import MultiLevelFeedbackQueue
+from .priority import ByPriority
+from .srpt import ShortestRemainingTime
 
-POLICIES: dict[str, Callable[[SchedulerConfig, CostModel], Policy]] = {
-    "fcfs": lambda config, cost: FirstComeFirstServed(),
-    "mlfq": lambda config, cost: MultiLevelFeedbackQueue(
+
+def _fcfs(config: SchedulerConfig, cost: Cost) -> Callable[[], Policy]:
+    return FirstComeFirstServed
+
+
+def _mlfq(config: SchedulerConfig, cost: Cost, *, skip_join: bool = False) -> Callable[[], Policy]:
+    return lambda: MultiLevelFeedbackQueue(
         quantum=cost.decode_seconds(1),
         num_levels=config.num_levels,
         starvation_limit=config.starvation_limit,
-        skip_join=False,
-    ),
-    "skip-join-mlfq": lambda config, cost: MultiLevelFeedbackQueue(
-        quantum=cost.decode_seconds(1),
+        slowdown_limit=config.slowdown_limit,
+        skip_join=skip_join,
+    )
+
+
+def _skip_join_mlfq(config: SchedulerConfig, cost: Cost) -> Callable[[], Policy]:
+    return _mlfq(config, cost, skip_join=True)
+
+
+def _srpt(config: SchedulerConfig, cost: Cost) -> Callable[[], Policy]:
+    return lambda: ShortestRemainingTime(cost)
+
+
+def _gittins(config: SchedulerConfig, cost: Cost) -> Callable[[], Policy]:
+    lengths = LengthDistribution()
+    return lambda: Gittins(
+        cost=cost,
+        lengths=lengths,
         num_levels=config.num_levels,
         starvation_limit=config.starvation_limit,
-        skip_join=True,
-    ),
+        slowdown_limit=config.slowdown_limit,
+    )
+
+
+# Each gives what makes one policy a priority value.
+POLICIES: dict[str, Callable[[SchedulerConfig, Cost], Callable[[], Policy]]] = {
+    "fcfs": _fcfs,
+    "mlfq": _mlfq,
+    "skip-join-mlfq": _skip_join_mlfq,
+    "srpt": _srpt,
+    "gittins": _gittins,
 }
 
 
-def create_policy(config: SchedulerConfig, cost: CostModel) -> Policy:
+def create_policy(config: SchedulerConfig, cost: Cost) -> Policy:
     """The policy that config.policy names. Raises InvalidRequest, listing the choices, for a name unknown."""
     if config.policy not in POLICIES:
         raise InvalidRequest("policy", f"must be one of {', '.join(POLICIES)}; got {config.policy!r}")
-    return POLICIES[config.policy](config, cost)
+    return ByPriority(POLICIES[config.policy](config, cost))
 
 
 __all__ = ["POLICIES", "Policy", "create_policy"]

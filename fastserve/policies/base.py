@@ -67,6 +67,10 @@ class Policy(ABC):
     def work_ahead(self, job: Job, now: float) -> float:
         """Modelled seconds of work before this job runs, if jobs ran one at a time; divide by the batch size."""
 
+    @abstractmethod
+    def backlog(self, now: float) -> float:
+        """Modelled seconds of work of all jobs, as work_ahead counts it for a job that comes after them all."""
+
     def level(self, job: Job) -> int:
         """The job's level, for display; 0 for policies without levels."""
         return 0

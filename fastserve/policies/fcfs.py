@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from ..types import Job
@@ -28,6 +29,9 @@ class FirstComeFirstServed(Policy):
     def on_service(self, job: Job, own_seconds: float, now: float) -> None:
         self._queue.set_seconds(job, job.next_seconds)
 
+    def horizon(self, job: Job) -> float:
+        return math.inf
+
     def iter_best(self, now: float) -> Iterator[Job]:
         return iter(self._queue)
 
@@ -36,6 +40,9 @@ class FirstComeFirstServed(Policy):
 
     def work_ahead(self, job: Job, now: float) -> float:
         return self._queue.ahead(job)
+
+    def backlog(self, now: float) -> float:
+        return self._queue.total()
 
     def __len__(self) -> int:
         return len(self._queue)

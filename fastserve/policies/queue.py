@@ -28,6 +28,9 @@ class JobQueue:
     def __iter__(self) -> Iterator[Job]:
         return iter(self._jobs)
 
+    def __contains__(self, job: Job) -> bool:
+        return job in self._jobs
+
     def append(self, job: Job, seconds: float) -> None:
         """Put the job at the tail."""
         if self._last_ticket == len(self._tree) - 1:
@@ -58,7 +61,14 @@ class JobQueue:
 
     def ahead(self, job: Job) -> float:
         """Sum of the seconds of the jobs before this one."""
-        ticket, total = self._jobs[job][0] - 1, 0.0
+        return self._before(self._jobs[job][0])
+
+    def total(self) -> float:
+        """Sum of the seconds of all jobs."""
+        return self._before(self._last_ticket + 1)
+
+    def _before(self, ticket: int) -> float:
+        ticket, total = ticket - 1, 0.0
         while ticket > 0:
             total += self._tree[ticket]
             ticket &= ticket - 1

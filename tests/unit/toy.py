@@ -73,8 +73,9 @@ class _Slot:
 
 
 def bare_job(index: int, next_seconds: float, arrival: float = 0.0) -> Job:
-    """A job for a policy to look at."""
+    """A job for a policy to look at, waiting since its arrival."""
     job = Job(str(index), [1], SamplingParams(), 0, arrival, 16, frozenset(), index)
+    job.waiting_since = arrival
     job.next_seconds = next_seconds
     return job
 

@@ -1,0 +1,81 @@
+"""Priorities before everything else: one policy a priority value."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Iterator
+from itertools import chain
+
+from ..types import Job
+from .base import Policy
+
+
+class ByPriority(Policy):
+    """Jobs of a lower `priority` value go first, whatever the policy says; among equals it decides, bounds included.
+
+    A value's policy is made when its first job comes and dropped when its last leaves, but for the only one there is;
+    `make` sees to it that what policies learn is shared.
+    """
+
+    def __init__(self, make: Callable[[], Policy]) -> None:
+        self._make = make
+        self._policies: dict[int, Policy] = {}
+        self._priorities: list[int] = []  # ascending
+
+    def add(self, job: Job, now: float) -> None:
+        policy = self._policies.get(job.priority)
+        if policy is not None:
+            policy.add(job, now)
+            return
+        policy = self._make()
+        policy.add(job, now)  # before anything changes: it may refuse
+        self._drop_empty()
+        self._policies[job.priority] = policy
+        insort(self._priorities, job.priority)
+
+    def remove(self, job: Job) -> None:
+        policy = self._policies[job.priority]
+        policy.remove(job)
+        if len(self._priorities) > 1 and not len(policy):
+            self._drop_empty()
+
+    def on_service(self, job: Job, own_seconds: float, now: float) -> None:
+        self._policies[job.priority].on_service(job, own_seconds, now)
+
+    def horizon(self, job: Job) -> float:
+        return self._policies[job.priority].horizon(job)
+
+    def on_finish(self, job: Job, output_tokens: int, now: float) -> None:
+        self._policies[job.priority].on_finish(job, output_tokens, now)
+
+    def next_deadline(self) -> float | None:
+        deadlines = (policy.next_deadline() for policy in self._policies.values())
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    def deadline(self, job: Job) -> float:
+        return self._policies[job.priority].deadline(job)
+
+    def iter_best(self, now: float) -> Iterator[Job]:
+        if len(self._priorities) == 1:
+            return self._policies[self._priorities[0]].iter_best(now)
+        return chain.from_iterable(self._policies[priority].iter_best(now) for priority in self._priorities)
+
+    def rank(self, job: Job) -> tuple[float, ...]:
+        return job.priority, *self._policies[job.priority].rank(job)
+
+    def work_ahead(self, job: Job, now: float) -> float:
+        before = (self._policies[priority].backlog(now) for priority in self._priorities if priority < job.priority)
+        return sum(before) + self._policies[job.priority].work_ahead(job, now)
+
+    def backlog(self, now: float) -> float:
+        return sum(policy.backlog(now) for policy in self._policies.values())
+
+    def level(self, job: Job) -> int:
+        return self._policies[job.priority].level(job)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._policies.values()))
+
+    def _drop_empty(self) -> None:
+        self._policies = {priority: policy for priority, policy in self._policies.items() if len(policy)}
+        self._priorities = sorted(self._policies)

@@ -1,0 +1,131 @@
+"""Shortest remaining processing time: the oracle that knows how long every output will be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Final
+
+from sortedcontainers import SortedDict
+
+from ..cost import Cost
+from ..types import InvalidRequest, Job
+from .base import Policy
+
+# Remaining seconds are sums of floats; what differs by less than a nanosecond is a tie, and ties break by arrival.
+_DIGITS: Final = 9
+
+# Work ahead is summed over buckets of remaining seconds, this many to a factor of 2 ...
+_PER_OCTAVE: Final = 4
+# ... between 2^-20 and 2^28 seconds.
+_LOWEST, _HIGHEST = -20 * _PER_OCTAVE, 28 * _PER_OCTAVE
+
+
+class ShortestRemainingTime(Policy):
+    """The job with the fewest modelled solo seconds left goes first; nothing else counts, no bound on waiting either.
+
+    Remaining seconds are those of the prefill not yet done and of the decodes not yet done, each at the mean of their
+    contexts, which is exact for a cost linear in the context. Jobs without `known_output` are refused.
+
+    A running job's remaining time only shrinks, so a stale one harms nobody until a job arrives that might fit in
+    between. Hence service is not asked for (the horizon is infinite); when a job has arrived, those that ran are looked
+    at again before anyone is chosen.
+    """
+
+    def __init__(self, cost: Cost) -> None:
+        self._cost = cost
+        self._keys: dict[Job, tuple[float, int]] = {}
+        self._order: SortedDict = SortedDict()  # (remaining seconds, index) → job
+        self._ran: dict[Job, None] = {}  # those whose key may be out of date
+        self._arrived = False
+        self._sums = [0.0] * (_HIGHEST - _LOWEST + 1)
+        self._counts = [0] * len(self._sums)
+
+    def add(self, job: Job, now: float) -> None:
+        """Raises InvalidRequest for a job whose output length nobody knows."""
+        if job.known_output is None:
+            raise InvalidRequest("policy", "srpt needs output lengths: simulator and replay only")
+        self._insert(job)
+        self._arrived = True
+
+    def remove(self, job: Job) -> None:
+        self._delete(job)
+        self._ran.pop(job, None)
+
+    def on_service(self, job: Job, own_seconds: float, now: float) -> None:
+        self._refresh(job)
+
+    def horizon(self, job: Job) -> float:
+        return math.inf
+
+    def iter_best(self, now: float) -> Iterator[Job]:
+        if self._arrived:
+            self._arrived = False
+            for job in list(self._ran):
+                self._refresh(job)
+                if job.waiting_since is not None:
+                    del self._ran[job]
+        return self._best()
+
+    def _best(self) -> Iterator[Job]:
+        ran = self._ran
+        for job in self._order.values():
+            ran[job] = None
+            yield job
+
+    def rank(self, job: Job) -> tuple[float, int]:
+        return self._keys[job]
+
+    def work_ahead(self, job: Job, now: float) -> float:
+        """Everything better jobs have left; those in the same bucket count as half of it."""
+        bucket = _bucket(self._keys[job][0])
+        own = self._keys[job][0]
+        return sum(self._sums[:bucket]) + max(0.0, self._sums[bucket] - own) / 2
+
+    def backlog(self, now: float) -> float:
+        return sum(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def _remaining(self, job: Job) -> float:
+        """Modelled solo seconds left. `known_output` is there: add saw to it."""
+        prompt = len(job.prompt)
+        # The token of an iteration is appended after its service is reported.
+        emitted = max(len(job.output), job.served - prompt + 1)
+        known = job.known_output or 0
+        seconds = 0.0
+        if job.served < prompt:
+            seconds, emitted = job.next_seconds, max(emitted, 1)  # a prefill ends with the first token
+        left = known - emitted
+        if left > 0:
+            # The decode that emits token k attends to prompt + k - 1 positions.
+            seconds += left * self._cost.decode_seconds(prompt + (emitted + known - 1 + 1) // 2)
+        return seconds
+
+    def _refresh(self, job: Job) -> None:
+        if round(self._remaining(job), _DIGITS) != self._keys[job][0]:
+            self._delete(job)
+            self._insert(job)
+
+    def _insert(self, job: Job) -> None:
+        key = self._keys[job] = round(self._remaining(job), _DIGITS), job.index
+        self._order[key] = job
+        bucket = _bucket(key[0])
+        self._sums[bucket] += key[0]
+        self._counts[bucket] += 1
+
+    def _delete(self, job: Job) -> None:
+        key = self._keys.pop(job)
+        del self._order[key]
+        bucket = _bucket(key[0])
+        self._counts[bucket] -= 1
+        # From an exact zero again when it can be, so that rounding does not pile up.
+        self._sums[bucket] = self._sums[bucket] - key[0] if self._counts[bucket] else 0.0
+
+
+def _bucket(seconds: float) -> int:
+    """The bucket of that many remaining seconds."""
+    if seconds <= 0:
+        return 0
+    return min(max(math.floor(math.log2(seconds) * _PER_OCTAVE), _LOWEST), _HIGHEST) - _LOWEST
