@@ -12,12 +12,13 @@ from typing import Any
 from ..config import SchedulerConfig, check_integer, parse_size
 from ..cost import Cost, CostModel, Link
 from ..policies import POLICIES
-from ..presets import Deployment, deployment
+from ..presets import DEVICES, Deployment, deployment
 from ..types import InvalidRequest
 from ..workloads import Recorded, Synthetic, parse_arrivals, parse_workload
 from .simulation import Setting, Workload
 from .sweep import Progress, SweepResult, sweep
 
+DEFAULT_POLICIES = ("fcfs", "mlfq", "skip-join-mlfq", "gittins", "srpt")
 DEFAULT_MODEL, DEFAULT_HARDWARE = "opt-13b", "a100-40g"
 DEFAULT_WORKLOAD, DEFAULT_JOBS, DEFAULT_LOAD = "sharegpt", 1000, 0.9
 _CONTEXT = 2048
@@ -26,6 +27,10 @@ _BATCH, _BATCHED_TOKENS = 16, 2048  # the paper's
 # Where nothing says how much memory there is, none runs short: of KV blocks there is one for every token that all jobs
 # could ever hold, within what bookkeeping can bear.
 _MOST_BLOCKS = 2**20
+
+# Host memory for swapping, for each device: nodes of eight A100 have one or two TB.
+_SWAP_SPACE = {"cpu": 0}
+_GPU_SWAP_SPACE = 64 * 2**30
 
 MAX_JOBS = 10**9
 _CONSTANT = "constant:"
@@ -114,7 +119,7 @@ class Experiment:
         loads = self.loads
         if not rates and not loads:
             rates, loads = ((None,), ()) if self.replays else ((), (DEFAULT_LOAD,))
-        policies = list(dict.fromkeys(self.policies or POLICIES))
+        policies = list(dict.fromkeys(self.policies or DEFAULT_POLICIES))
         seeds = list(dict.fromkeys(self.seeds))
         return sweep(
             setting,
@@ -172,7 +177,11 @@ class Experiment:
     def _deployment(self) -> Deployment | None:
         """None where only a cost was given."""
         if self.cost is not None and self.model is None:
+            if self.tensor_parallel_size != 1:
+                raise InvalidRequest("tensor_parallel_size", "needs --model; a --cost says how long iterations take")
             return None
+        if self.hardware is not None and self.hardware not in DEVICES:
+            raise InvalidRequest("hardware", f"must be one of {', '.join(DEVICES)}; got {self.hardware!r}")
         return deployment(
             self.model or DEFAULT_MODEL,
             self.hardware or DEFAULT_HARDWARE,
@@ -200,11 +209,16 @@ class Experiment:
     def _host_blocks(self) -> int:
         if self.swap_blocks is not None and self.swap_space is not None:
             raise InvalidRequest("swap_blocks", "cannot be given with --swap-space, which says the same in bytes")
-        if self.swap_space is None or self.swap_space.strip() == "0":
-            return self.swap_blocks or 0
+        if self.swap_blocks is not None:
+            return self.swap_blocks
         if self._deployment is None:
-            raise InvalidRequest("swap_space", "needs --model, to know how large a block is; or use --swap-blocks")
-        return parse_size("swap_space", self.swap_space) // self._deployment.block_bytes
+            if self.swap_space is not None:
+                raise InvalidRequest("swap_space", "needs --model, to know how large a block is; or use --swap-blocks")
+            return 0
+        if self.swap_space is None:
+            return self._deployment.host_blocks(_SWAP_SPACE.get(self._deployment.device, _GPU_SWAP_SPACE))
+        none = self.swap_space.strip() == "0"
+        return 0 if none else self._deployment.host_blocks(parse_size("swap_space", self.swap_space))
 
     def _link(self) -> Link:
         if self.swap_seconds is not None:

@@ -98,7 +98,7 @@ def _panel(axes: Axes, levels: Sequence[Level], measure: str) -> None:
         axes.set_ylim(bottom=0)
     if measure == "mean_normalized_latency" and max(values) > SLO / 2:
         axes.axhline(SLO, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
         axes.annotate(f"{SLO} s/token", (0.99, SLO), color=_QUIET, fontsize=8.5, **place)
     if by_load and max(level.load or 0.0 for level in levels) >= 1:
         _shade_overload(axes, levels)
@@ -112,7 +112,7 @@ def _shade_overload(axes: Axes, levels: Sequence[Level]) -> None:
     margin = 0.05 * (max(loads) - min(loads)) or 0.05
     axes.set_xlim(min(loads) - margin, max(loads) + margin)
     axes.axvspan(max(1.0, min(loads) - margin), max(loads) + margin, color="#f4f5f7", zorder=-1, linewidth=0)
-    place = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "bottom"}
+    place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "bottom"}
     axes.annotate(NO_STEADY_STATE, (max(loads) + 0.9 * margin, 0.02), color=_QUIET, fontsize=8, **place)
 
 

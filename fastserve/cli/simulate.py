@@ -67,9 +67,11 @@ def simulate(
     ] = None,
     seeds: Annotated[int | None, _in(_WORK, "Short for the seeds 0, 1, … of this many runs.")] = None,
     warmup_jobs: Annotated[int, _in(_WORK, "Leave the first jobs to arrive out of the statistics.", default=True)] = 0,
-    model: Annotated[str | None, _in(_MACHINE, "Model preset; see below.", default="opt-13b, without --cost")] = None,
+    model: Annotated[
+        str | None, _in(_MACHINE, "Model preset, from the list above.", default="opt-13b, without --cost")
+    ] = None,
     hardware: Annotated[
-        str | None, _in(_MACHINE, "Hardware preset; see below.", "--hardware", "--gpu", default="a100-40g")
+        str | None, _in(_MACHINE, "Hardware preset, from the list above.", "--hardware", "--gpu", default="a100-40g")
     ] = None,
     tensor_parallel_size: Annotated[int, _in(_MACHINE, "Devices that share every layer.", default=True)] = 1,
     pipeline_parallel_size: Annotated[int, _in(_MACHINE, "Stages that share the layers.", default=True)] = 1,
@@ -87,7 +89,7 @@ def simulate(
     ] = None,
     swap_space: Annotated[
         str | None,
-        _in(_MACHINE, "Host memory to swap KV blocks to, such as 64G, of all devices together.", default="0"),
+        _in(_MACHINE, "Host memory for each device to swap KV blocks to; 0: none.", default="64G a GPU, with --model"),
     ] = None,
     swap_blocks: Annotated[int | None, _in(_MACHINE, "The same, in blocks.")] = None,
     swap_seconds: Annotated[
@@ -154,6 +156,11 @@ def simulate(
     - bimodal:SHORT,LONG,SHARE,PROMPT: outputs of LONG tokens with probability SHARE
 
     **Arrivals**: poisson · gamma:CV (coefficient of variation of the gaps) · burst:SIZE
+
+    **Models**: gpt3-2.7b, gpt3-6.7b, gpt3-13b, gpt3-175b, opt-13b, opt-30b, opt-66b, opt-175b, llama-3-8b,
+    llama-3-70b, smollm2-135m
+
+    **Hardware**: a100-40g, a100-80g, h100, cpu
 
     **Examples**
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from itertools import islice, pairwise
 from statistics import NormalDist
 
@@ -29,6 +30,7 @@ SPECS = [
 PROCESSES = ["poisson", "gamma:4", "gamma:0", "burst:7"]
 
 
+@cache
 def workload(lengths: str = "zipf:1.5", arrivals: str = "poisson") -> Synthetic:
     return Synthetic(parse_workload(lengths), parse_arrivals(arrivals))
 
