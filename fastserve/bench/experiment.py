@@ -113,7 +113,7 @@ class Experiment:
             warmup_jobs=self.warmup_jobs,
         )
 
-    def run(self, setting: Setting, workers: int, timeline: bool, progress: Progress | None) -> SweepResult:
+    def run(self, setting: Setting, workers: int | None, timeline: bool, progress: Progress | None) -> SweepResult:
         """Every run, or what one of them raises."""
         rates: Sequence[float | None] = self.rates
         loads = self.loads
@@ -134,7 +134,7 @@ class Experiment:
 
     def title(self, setting: Setting) -> str:
         """The workload and what it runs on, in a line."""
-        arrivals = "as recorded" if self.replays else f"{self.arrivals or 'poisson'} arrivals"
+        arrivals = "recorded arrivals" if self.replays else f"{self.arrivals or 'poisson'} arrivals"
         config = setting.config
         return " · ".join(
             (

@@ -96,7 +96,7 @@ def _panel(axes: Axes, levels: Sequence[Level], measure: str) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
-    if measure == "mean_normalized_latency" and max(values) > SLO / 2:
+    if measure == "mean_normalized_latency" and max(values) > SLO > 0.5 * min(values):
         axes.axhline(SLO, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
         axes.annotate(f"{SLO} s/token", (0.99, SLO), color=_QUIET, fontsize=8.5, **place)

@@ -19,6 +19,7 @@ Progress = Callable[[float], None]  # hears the share of the work that is done, 
 
 _POLL_SECONDS = 0.2  # between two looks at how far the processes are
 _TELL_EVERY = 64  # jobs
+_WORTH_PROCESSES = 1000  # jobs in all: fewer are done before another process has started
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,6 @@ class SweepResult:
         return {"runs": [run.as_dict() for run in self.runs], "capacities": capacities}
 
 
-def available_workers() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def sweep(
     setting: Setting,
     policies: Sequence[str],
@@ -46,18 +42,21 @@ def sweep(
     *,
     rates: Sequence[float | None] = (),
     loads: Sequence[float] = (),
-    workers: int = 1,
+    workers: int | None = None,
     timeline: bool = False,
     progress: Progress | None = None,
 ) -> SweepResult:
     """Every policy at every rate and at every load, with every seed. A load is a share of the seed's own capacity.
 
-    Several workers are processes, and what comes out does not depend on their number. Raises what a run raises.
+    Several workers are processes, and what comes out does not depend on their number; None: one a core, or this process
+    alone where there is little to do. Raises what a run raises.
     """
     measured = [partial(capacity, setting, seed) for seed in seeds] if loads else []
     points = len(policies) * len(seeds) * (len(rates) + len(loads))
     jobs = len(measured) * min(setting.jobs, CAPACITY_JOBS) + points * setting.jobs
     tell = None if progress is None else lambda ended: progress(min(1.0, ended / jobs))
+    if workers is None:
+        workers = _available_cores() if jobs >= _WORTH_PROCESSES else 1
     with _Pool(min(workers, max(points, len(measured))), len(measured) + points, tell) as pool:
         capacities = dict(zip(seeds, pool.run(measured), strict=True)) if measured else {}
         grid = [Point(policy, rate, seed) for rate in rates for policy in policies for seed in seeds]
@@ -68,6 +67,10 @@ def sweep(
             for seed in seeds
         ]
         return SweepResult(pool.run([partial(run, setting, point, timeline=timeline) for point in grid]), capacities)
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Pool:

@@ -43,7 +43,9 @@ def simulate(
     trace: Annotated[
         Path | None,
         _in(
-            _WORK, "Jobs from a file instead: Azure LLM or BurstGPT CSV, Mooncake or FastServe JSONL, told by content."
+            _WORK,
+            "Jobs from a file instead: Azure LLM or BurstGPT CSV, Mooncake or FastServe JSONL, told by content. "
+            "Jobs without output are left out.",
         ),
     ] = None,
     arrivals: Annotated[
@@ -246,11 +248,8 @@ def _run(
         TimeRemainingColumn,
     )
 
-    from ..bench.sweep import available_workers
-
     if workers is not None and workers < 1:
         raise InvalidRequest("workers", f"must be an integer of at least 1, got {workers}")
-    workers = workers or available_workers()
     if not (is_terminal(sys.stderr) if show is None else show):
         return experiment.run(setting, workers, timeline, None)
     columns = (

@@ -60,7 +60,8 @@ class Recorded:
 
     def lengths(self) -> Empirical:
         """Its pairs of prompt and output tokens, to draw from."""
-        pairs = np.array(
-            [(job.prompt_tokens, job.output_tokens) for job in islice(read_trace(self.path), self.limit)], np.int64
-        ).reshape(-1, 2)
+        jobs = islice(read_trace(self.path), self.limit)
+        pairs = np.fromiter((n for job in jobs for n in (job.prompt_tokens, job.output_tokens)), np.int64).reshape(
+            -1, 2
+        )
         return Empirical(self.name, pairs[:, 0], pairs[:, 1])
