@@ -83,7 +83,7 @@ def record(seed: int, timeout: float | None = None, **options: Any) -> tuple[Rec
     return recorder.recording(), config
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "mlfq", "skip-join-mlfq"])
+@pytest.mark.parametrize("policy", ["fcfs", "mlfq", "skip-join-mlfq", "gittins"])
 @pytest.mark.parametrize(("in_flight", "timeout"), [(1, None), (2, None), (2, 0.007), (3, 0.02)])
 @pytest.mark.parametrize("blocks", [16, 500])
 def test_a_replay_is_the_run(policy: str, in_flight: int, timeout: float | None, blocks: int) -> None:

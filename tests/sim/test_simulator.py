@@ -47,7 +47,7 @@ TRACES = st.lists(
 ORDERS = {"fcfs": reference_queue.fcfs, "srpt": reference_queue.srpt}
 
 
-@pytest.mark.parametrize("policy", ["fcfs"])
+@pytest.mark.parametrize("policy", ["fcfs", "srpt"])
 @given(trace=TRACES, batch=st.integers(1, 5), seconds=st.sampled_from([1.0, 0.1, 0.037]))
 def test_finish_times_are_the_references(
     policy: str, trace: list[tuple[float, int, int]], batch: int, seconds: float
