@@ -87,12 +87,20 @@ SAMPLING: dict[str, Any] = {
     ),
     "ignore_eos": _sampling(bool | None, False, "Go on after the end-of-sequence token.", "--ignore-eos"),
 }
+SIMULATION = (
+    "workload", "trace", "arrivals", "jobs", "rate", "load", "seeds", "warmup_jobs", "hardware", "tensor_parallel_size",
+    "pipeline_parallel_size", "kv_blocks", "swap_space", "swap_blocks", "swap_seconds", "swap_mode", "admission",
+    "slowdown_limit", "workers", "plot", "timeline",
+)  # fmt: skip
 # What an InvalidRequest calls a field, where that is the name of an option.
 OPTION_NAMES = {
     **{name: f"--{name.replace('_', '-')}" for name in (*ENGINE, *SEED, *SAMPLING, "n", "model", "chat", "prompt")},
     **{name: f"--{name.replace('_', '-')}" for name in ("prompts_file", "prompt_token_ids", "input_len", "output_len")},
     **{name: f"--{name.replace('_', '-')}" for name in ("num_prompts", "batch_size", "warmup", "iterations", "output")},
+    **{name: f"--{name.replace('_', '-')}" for name in SIMULATION},
     "stop_token_ids": "--stop-token-id",
+    "num_blocks": "--kv-blocks",
+    "num_host_blocks": "--swap-blocks",
 }
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..types import InvalidRequest
 from .options import HARDWARE, JsonOption, ModelArgument, takes
-from .terminal import error_console
+from .terminal import check_writable, error_console
 
 if TYPE_CHECKING:
     from ..cost import CostModel
@@ -40,7 +38,7 @@ def profile(
     from ..llm import LLM
 
     if output is not None:
-        _check_writable(output)
+        check_writable("output", output)
     with error_console().status(f"loading {model}") as status:
         samples = itertools.count(1)
 
@@ -51,7 +49,7 @@ def profile(
         # Under this policy the engine starts without a profile.
         with LLM(model, policy="fcfs", skip_tokenizer=True, **engine) as llm:
             path = output or llm.profile_path
-            _check_writable(path)
+            check_writable("output", path)
             cost = llm.profile(full=not quick, on_sample=on_sample)
     if as_json:
         print(cost.to_json(), end="")
@@ -60,20 +58,6 @@ def profile(
     cost.save(path)  # last: what was measured has been shown, whatever becomes of the file
     if not as_json:
         print(f"saved as {path}")
-
-
-def _check_writable(path: Path) -> None:
-    """Before twenty seconds are spent on what could not be kept. Makes the file's folder, as saving would."""
-    if path.is_dir():
-        raise InvalidRequest("output", f"must be a file, and {path} is a folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except FileExistsError:
-        raise InvalidRequest("output", f"cannot write {path}: {path.parent} is no folder") from None
-    except OSError as error:
-        raise InvalidRequest("output", f"cannot write {path}: {error.strerror}") from error
 
 
 def _print(cost: CostModel) -> None:

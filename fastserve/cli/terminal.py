@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..types import InvalidRequest
@@ -43,6 +45,23 @@ def standard_input(otherwise: str) -> TextIO:
     if sys.stdin is None:
         raise InvalidRequest("prompt", f"cannot be read, as standard input is closed; {otherwise}")
     return sys.stdin
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Before time is spent on what could not be kept. Makes the file's folder, as saving would.
+
+    Raises InvalidRequest, naming the option, for a folder and for a file that cannot be written.
+    """
+    if path.is_dir():
+        raise InvalidRequest(option, f"must be a file, and {path} is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except FileExistsError:
+        raise InvalidRequest(option, f"cannot write {path}: {path.parent} is no folder") from None
+    except OSError as error:
+        raise InvalidRequest(option, f"cannot write {path}: {error.strerror}") from error
 
 
 def failure(outputs: Sequence[RequestOutput]) -> EngineError | None:

@@ -23,7 +23,7 @@ from fastserve.cli import main
 from fastserve.cli.options import ENGINE, OPTION_NAMES, SAMPLING, SEED
 from fastserve.cost import CostModel
 
-COMMANDS = ["generate", "chat", "info", "profile", "version", "bench", "bench latency", "bench throughput"]
+COMMANDS = ["generate", "chat", "info", "profile", "simulate", "version", "bench", "bench latency", "bench throughput"]
 GREEDY = ["--temperature", "0", "--ignore-eos"]
 
 
@@ -173,7 +173,7 @@ def test_sampling_options_reach_the_job(shell: Shell) -> None:
         ("bench", "Missing command"),
         ("generate --polcy fcfs", r"No such option: --polcy.*--policy.*Try: fastserve generate --help"),
         ("generate --prompt a --max-tokens many", "--max-tokens.*valid integer"),
-        ("generate --prompt a --policy lifo", "--policy: must be one of fcfs, mlfq, skip-join-mlfq; got 'lifo'"),
+        ("generate --prompt a --policy lifo", "--policy: must be one of fcfs, mlfq, skip-join-mlfq.*; got 'lifo'"),
         ("generate --prompt a --max-tokens -1", "--max-tokens: must be an integer of at least 1, got -1"),
         ("generate --prompt a --temperature nan", "--temperature: must be a number between 0 and 100, got nan"),
         ("generate --prompt a --top-p 0", "--top-p: must be a number above 0"),

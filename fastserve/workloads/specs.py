@@ -1,0 +1,92 @@
+"""Workloads and arrival processes by name, as options spell them: `zipf:2`, `gamma:4`, `constant:100,50`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from ..types import InvalidRequest
+from .arrivals import Arrivals, Bursts, Gamma, Poisson
+from .lengths import Bimodal, Constant, Lengths, alpaca, log_normal_pair, sharegpt, zipf_pair
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class _Entry(Generic[Made]):
+    """What a name takes after its colon, one kind a parameter; those from `required` on may be left out."""
+
+    usage: str
+    help: str
+    kinds: tuple[type[int] | type[float], ...]
+    required: int
+    make: Callable[..., Made]
+
+
+WORKLOADS: dict[str, _Entry[Lengths]] = {
+    "sharegpt": _Entry("sharegpt", "conversations: log-normal, mean prompt 161 and output 338 tokens", (), 0, sharegpt),
+    "alpaca": _Entry("alpaca", "instructions: log-normal, mean prompt 19 and output 58 tokens", (), 0, alpaca),
+    "zipf": _Entry(
+        "zipf:THETA[,LONGEST]",
+        "prompt and output each with probability ∝ k^-THETA, up to 1024 tokens unless said otherwise",
+        (float, int),
+        1,
+        zipf_pair,
+    ),
+    "constant": _Entry("constant:PROMPT,OUTPUT", "every job the same", (int, int), 2, Constant),
+    "bimodal": _Entry(
+        "bimodal:SHORT,LONG,SHARE,PROMPT",
+        "outputs of LONG tokens with probability SHARE, else SHORT",
+        (int, int, float, int),
+        4,
+        Bimodal,
+    ),
+    "lognormal": _Entry(
+        "lognormal:PROMPT_MEAN,PROMPT_SIGMA,OUTPUT_MEAN,OUTPUT_SIGMA[,LONGEST]",
+        "log-normal with these means, each cut at 1024 tokens unless said otherwise",
+        (float, float, float, float, int),
+        4,
+        log_normal_pair,
+    ),
+}
+
+ARRIVALS: dict[str, _Entry[Arrivals]] = {
+    "poisson": _Entry("poisson", "independent of each other", (), 0, Poisson),
+    "gamma": _Entry(
+        "gamma:CV", "gaps with this coefficient of variation: 1 is poisson, more is burstier", (float,), 1, Gamma
+    ),
+    "burst": _Entry("burst:SIZE", "SIZE jobs at once, at even distances", (int,), 1, Bursts),
+}
+
+
+def parse_workload(text: str) -> Lengths:
+    """The lengths of jobs that `text` names. Raises InvalidRequest, listing the choices."""
+    return _parse("workload", text, WORKLOADS)
+
+
+def parse_arrivals(text: str) -> Arrivals:
+    """The arrival process that `text` names. Raises InvalidRequest, listing the choices."""
+    return _parse("arrivals", text, ARRIVALS)
+
+
+def choices(entries: dict[str, _Entry[Lengths]] | dict[str, _Entry[Arrivals]]) -> list[tuple[str, str]]:
+    """(usage, help) of every name, for a command's help."""
+    return [(entry.usage, entry.help) for entry in entries.values()]
+
+
+def _parse(option: str, text: str, entries: dict[str, _Entry[Made]]) -> Made:
+    name, colon, rest = text.strip().partition(":")
+    entry = entries.get(name.lower())
+    if entry is None:
+        raise InvalidRequest(
+            option, f"must be one of {', '.join(each.usage for each in entries.values())}; got {text!r}"
+        )
+    words = rest.split(",") if colon else []
+    if not entry.required <= len(words) <= len(entry.kinds):
+        raise InvalidRequest(option, f"must be written {entry.usage}, got {text!r}")
+    try:
+        numbers = [kind(word) for kind, word in zip(entry.kinds, words, strict=False)]
+    except ValueError:
+        raise InvalidRequest(option, f"must be written {entry.usage}, with numbers, got {text!r}") from None
+    return entry.make(*numbers)

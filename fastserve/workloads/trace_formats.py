@@ -1,0 +1,153 @@
+"""The lines of trace files: four formats, told apart by what the first line holds, never by the file's name."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from datetime import datetime, timezone
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+FORMATS = (
+    "Azure LLM CSV (TIMESTAMP,ContextTokens,GeneratedTokens), BurstGPT CSV (Timestamp,Model,Request tokens,Response "
+    "tokens,…), Mooncake JSONL (timestamp, input_length, output_length) and FastServe JSONL (arrival, prompt_tokens, "
+    "output_tokens)"
+)
+
+
+class BadLine(ValueError):
+    """What is wrong with a line, without where it is."""
+
+
+class Record(NamedTuple):
+    """A job as its line tells it."""
+
+    time: Decimal  # seconds on the trace's own clock; exact, since clocks start far from 0
+    prompt_tokens: int
+    output_tokens: int
+    more: dict[str, Any]  # SimJob's other fields
+
+
+Parser = Callable[[str], Record]  # raises BadLine
+
+# (time, prompt, output) columns of each CSV format, and how its time is written.
+_COLUMNS: tuple[tuple[tuple[str, str, str], Callable[[str], Decimal]], ...] = (
+    (("TIMESTAMP", "ContextTokens", "GeneratedTokens"), lambda text: _date(text)),
+    (("Timestamp", "Request tokens", "Response tokens"), lambda text: _seconds(text)),
+)
+
+
+def parser_for(first: str) -> tuple[Parser | None, bool]:
+    """How to read the lines of a file that begins with this one, and whether this one is a header; None: unknown."""
+    if not first.lstrip().startswith("{"):
+        return _csv_parser(first), True
+    try:
+        keys = set(json.loads(first))
+    except ValueError:
+        keys = set()
+    if {"timestamp", "input_length", "output_length"} <= keys:
+        return _mooncake, False
+    if {"arrival", "prompt_tokens", "output_tokens"} <= keys:
+        return _own, False
+    return None, False
+
+
+def _csv_parser(header: str) -> Parser | None:
+    names = [name.strip() for name in next(csv.reader([header]))]
+    for columns, clock in _COLUMNS:
+        if set(columns) <= set(names):
+            return _parser_of_columns(names, columns, clock)
+    return None
+
+
+def _parser_of_columns(names: list[str], columns: tuple[str, str, str], clock: Callable[[str], Decimal]) -> Parser:
+    at, prompt_at, output_at = map(names.index, columns)
+
+    def parse(line: str) -> Record:
+        cells = next(csv.reader([line]))
+        if len(cells) != len(names):
+            raise BadLine(f"has {len(cells)} columns, and the header has {len(names)}")
+        prompt, output = _tokens(columns[1], cells[prompt_at]), _tokens(columns[2], cells[output_at])
+        return Record(clock(cells[at]), prompt, output, {})
+
+    return parse
+
+
+def _mooncake(line: str) -> Record:
+    values = _object(line)
+    time = _seconds(_member(values, "timestamp")) / 1000
+    return Record(time, _whole(values, "input_length"), _whole(values, "output_length"), {})
+
+
+def _own(line: str) -> Record:
+    values = _object(line)
+    more: dict[str, Any] = {}
+    if values.get("user") is not None:
+        more["user"] = str(values["user"])
+    if values.get("priority") is not None:
+        more["priority"] = _whole(values, "priority")
+    if values.get("max_tokens") is not None:
+        more["max_tokens"] = _whole(values, "max_tokens")
+        if more["max_tokens"] < _whole(values, "output_tokens"):
+            raise BadLine(f"max_tokens is {more['max_tokens']}, less than output_tokens")
+    time = _seconds(_member(values, "arrival"))
+    return Record(time, _whole(values, "prompt_tokens"), _whole(values, "output_tokens"), more)
+
+
+def _object(line: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise BadLine(f"is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise BadLine(f"must be a JSON object, got {line[:40]!r}")
+    return values
+
+
+def _member(values: dict[str, Any], key: str) -> Any:
+    if key not in values:
+        raise BadLine(f"lacks {key!r}")
+    return values[key]
+
+
+def _whole(values: dict[str, Any], key: str) -> int:
+    value = _member(values, key)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise BadLine(f"{key} must be a whole number, got {value!r}")
+    return value
+
+
+def _tokens(column: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise BadLine(f"{column} must be a whole number, got {text!r}") from None
+
+
+def _seconds(value: Any) -> Decimal:
+    """Of a number, or one written down."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise BadLine(f"the time must be a number, got {value!r}")
+    return Decimal(value) if isinstance(value, int) else Decimal(repr(number))
+
+
+def _date(text: str) -> Decimal:
+    """Seconds since 1970 of `2023-11-16 18:15:46.6805900`, with or without a zone (then UTC) and a fraction."""
+    clock, _, rest = text.strip().partition(".")
+    digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
+    zone = rest[len(digits) :]
+    try:
+        moment = datetime.fromisoformat(clock + zone.replace("Z", "+00:00"))
+    except ValueError:
+        raise BadLine(f"the time must be written 2023-11-16 18:15:46.6805900, got {text!r}") from None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=timezone.utc)
+    return int(moment.timestamp()) + Decimal(f"0.{digits or 0}")

@@ -1,0 +1,105 @@
+"""Trace files: jobs in, line by line, and out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import chain
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..types import InvalidRequest
+from .job import SimJob
+from .trace_formats import FORMATS, BadLine, Record, parser_for
+
+
+def read_trace(path: str | os.PathLike[str]) -> Iterator[SimJob]:
+    """The jobs of a trace file, one at a time, the first at 0 seconds.
+
+    Jobs without output produced nothing (BurstGPT: they failed) and are left out. Raises InvalidRequest, naming file
+    and line, for a file that cannot be read, a format unknown, a line that is malformed, and a job that arrives before
+    the one above it.
+    """
+    name = os.fspath(path)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            yield from _jobs(name, file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest("trace", f"cannot read {name}: {error}") from None
+
+
+def write_trace(path: str | os.PathLike[str], jobs: Iterable[SimJob]) -> int:
+    """Write jobs as FastServe JSONL, one a line, and return how many; what is default is left out."""
+    count = 0
+    with Path(path).open("w", encoding="utf-8") as file:
+        for job in jobs:
+            line: dict[str, Any] = {
+                "arrival": job.arrival,
+                "prompt_tokens": job.prompt_tokens,
+                "output_tokens": job.output_tokens,
+            }
+            if job.user is not None:
+                line["user"] = job.user
+            if job.priority:
+                line["priority"] = job.priority
+            if job.max_tokens is not None:
+                line["max_tokens"] = job.max_tokens
+            file.write(json.dumps(line) + "\n")
+            count += 1
+    return count
+
+
+@dataclass(frozen=True, slots=True)
+class TraceShape:
+    """A trace at a glance."""
+
+    jobs: int
+    seconds: float  # from the first arrival to the last
+    longest: int  # tokens of the longest job, prompt and output together
+
+    @property
+    def rate(self) -> float | None:
+        """Jobs a second; None where all arrive at once."""
+        return (self.jobs - 1) / self.seconds if self.seconds > 0 else None
+
+
+def shape_of(jobs: Iterable[SimJob]) -> TraceShape:
+    """Count jobs, seconds and tokens in one pass."""
+    count, last, longest = 0, 0.0, 0
+    for job in jobs:
+        count, last = count + 1, job.arrival
+        longest = max(longest, job.prompt_tokens + job.output_tokens)
+    return TraceShape(count, last, longest)
+
+
+def _jobs(name: str, file: TextIO) -> Iterator[SimJob]:
+    filled = ((number, line.rstrip("\r\n")) for number, line in enumerate(file, start=1) if line.strip())
+    first = next(filled, None)
+    if first is None:
+        raise InvalidRequest("trace", f"{name} is empty; readable are {FORMATS}")
+    parse, is_header = parser_for(first[1])
+    if parse is None:
+        raise InvalidRequest("trace", f"{name}, line {first[0]}: a format unknown; readable are {FORMATS}")
+    origin = last = None
+    for number, line in filled if is_header else chain([first], filled):
+        try:
+            record = parse(line)
+            _check(record, last)
+        except BadLine as error:
+            raise InvalidRequest("trace", f"{name}, line {number}: {error}") from None
+        last = record.time
+        if record.output_tokens:
+            origin = last if origin is None else origin
+            yield SimJob(float(last - origin), record.prompt_tokens, record.output_tokens, **record.more)
+
+
+def _check(record: Record, last: Decimal | None) -> None:
+    if last is not None and record.time < last:
+        raise BadLine("arrives before the job above it; sort the file by time")
+    if record.prompt_tokens < 1:
+        raise BadLine(f"a prompt must have at least 1 token, got {record.prompt_tokens}")
+    if record.output_tokens < 0:
+        raise BadLine(f"an output cannot have {record.output_tokens} tokens")
