@@ -152,7 +152,8 @@ class LengthDistribution:
         return self.hazards[index] if index < len(self.hazards) else self._prior(index)
 
     def _prior(self, index: int) -> float:
-        return 1 - ((edge(index) + self._mean) / (edge(index + 1) + self._mean)) ** _PRIOR_SHAPE
+        share: float = (edge(index) + self._mean) / (edge(index + 1) + self._mean)
+        return float(1.0 - share**_PRIOR_SHAPE)
 
     def saw_prompt(self, tokens: int) -> None:
         """A job of that many prompt tokens arrived."""

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Final, cast
+from typing import Final
 
 from ..config import SchedulerConfig
-from ..cost import Cost, CostModel, Link
+from ..cost import Cost, Link
 from ..engine import Engine, IterationRecord
 from ..types import OFFLOAD, UPLOAD, InvalidRequest, Job, SamplingParams
 from ..workloads.job import SimJob
@@ -75,7 +75,7 @@ def simulate(
     if config.num_host_blocks and link is None:
         raise InvalidRequest("link", f"is needed to move KV blocks to the {config.num_host_blocks} of host memory")
     if pipeline_stages > 1:
-        config = replace(config, max_in_flight=pipeline_stages)
+        config = replace(config, max_in_flight=pipeline_stages, pipeline_parallel_size=pipeline_stages)
     started = time.perf_counter()
     run = _Run(config, cost, link, pipeline_stages, on_finish, on_iteration)
     run.to_the_end(iter(jobs), math.inf if max_iterations is None else max_iterations, progress)
@@ -94,8 +94,7 @@ class _Run:
     ) -> None:
         self._clock = VirtualClock()
         self._executor = SimExecutor(cost, self._clock, link=link, stages=stages)
-        model = cast(CostModel, cost)  # whatever keeps Cost's contract
-        self._engine = Engine(config, self._executor, model, clock=self._clock, on_iteration=on_iteration)
+        self._engine = Engine(config, self._executor, cost, link=link, clock=self._clock, on_iteration=on_iteration)
         # With room for another plan in flight, an arrival need not wait for a result.
         self._interruptible = config.max_in_flight > 1
         self._on_finish = on_finish
@@ -123,9 +122,9 @@ class _Run:
                 continue
             before = clock.now
             updates = engine.step(upcoming.arrival - before if self._interruptible and upcoming is not None else None)
-            for update in updates:
-                if update.job.finish_reason is not None:
-                    self._finish(update.job)
+            for job, _ in updates:
+                if job.finish_reason is not None:
+                    self._finish(job)
             futile_steps = 0 if clock.now > before else futile_steps + 1
             if futile_steps == _FUTILE_STEPS:
                 raise RuntimeError(f"at {before} s the scheduler runs none of the {len(engine.jobs)} live jobs")
