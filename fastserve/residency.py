@@ -27,7 +27,7 @@ _GUESS: Final = 1 / 16
 # Blocks that each job of a batch should find free when it grows, before another job is let in.
 _HEADROOM: Final = 1
 
-# Iterations between two looks at a pool that has fewer free blocks than its reserve.
+# Iterations between two looks at a pool in which something is wanting.
 _PATIENCE: Final = 4
 
 
@@ -41,7 +41,7 @@ class Residency:
         self.link = LinkEstimate(link or Link(offload_block=guess, upload_block=guess))
         self.holders: dict[Job, float] = {}  # jobs with a slot, and what each had attained when it got it
         self.wants: list[Want] = []  # of the jobs that the batch being chosen lacks
-        self.blocked = False  # a job waits for room to start: nobody behind it may
+        self.closed = False  # nobody else may start: a better job waits for room to, or there is no token left
         self._config = config
         self._policy = policy
         self._cost = cost
@@ -51,7 +51,7 @@ class Residency:
         self._promised = 0  # blocks set aside for the longest outputs, with admission "reserve"
         self._room = self._unpromised = 0  # blocks that the decision being made has not given away
         self._starting = 0  # jobs to which it has given some to start with
-        self._looked = 0  # iterations since the reserve was looked after
+        self._looked = 0  # iterations since the last decision
         self._absent: dict[Job, None] = {}  # holders with blocks that are away or moving
         self._fresh: set[Job] = set()  # brought back, and not run since
         self._moved: dict[int, Job] = {}  # whose blocks each copy under way moves
@@ -68,7 +68,7 @@ class Residency:
     def begin(self) -> None:
         """Start a decision."""
         self.wants = []
-        self.blocked = False
+        self.closed = False
         self._room = self.blocks.free_blocks
         self._unpromised = self.blocks.num_blocks - self._promised
         self._starting = 0
@@ -80,21 +80,23 @@ class Residency:
         Room that it needs is given to it; when there is none, it is remembered.
         """
         if job.slot is None:
+            if self.closed:
+                return False
             blocks = self._to_start(job)
             if self._config.admission == "reserve":
-                self.blocked = blocks > self._unpromised
-                if not self.blocked:
+                self.closed = blocks > self._unpromised
+                if not self.closed:
                     self._unpromised -= blocks
-                return not self.blocked
+                return not self.closed
             owing = members if self.blocks.num_host_blocks else len(self.holders) + self._starting
             owed = _HEADROOM * (owing + 1) if owing else 0
-            self.blocked = blocks + owed > self._room
-            if self.blocked:
-                self.wants.append(Want(job, blocks + owed, 0.0, self._policy.rank(job)))
-            else:
+            if blocks + owed <= self._room:
                 self._room -= blocks
                 self._starting += 1
-            return not self.blocked
+                return True
+            self.closed = True
+            self.wants.append(Want(job, blocks + owed, 0.0, self._policy.rank(job)))
+            return False
         if job in self._absent:
             away = self.blocks.away(job.index)
             if away:
@@ -113,11 +115,6 @@ class Residency:
             return True
         self.wants.append(Want(job, 1, 0.0, self._policy.rank(job), first=members == 0))
         return False
-
-    def resident(self) -> list[Job]:
-        """The live jobs that have all their KV on the device, best first."""
-        here = [job for job in self.holders if not job.finished and job not in self._absent]
-        return sorted(here, key=self._policy.rank)
 
     def plan(self, mark: int, now: float) -> Moves | None:
         """What should move now; None: nothing. The jobs of the batch being chosen carry `mark`."""
@@ -194,9 +191,11 @@ class Residency:
 
     @property
     def short(self) -> bool:
-        """Whether it is time to look after the reserve. Asked once an iteration."""
+        """Whether it is time to look again for room that was wanted, or at the reserve. Asked once an iteration."""
         self._looked += 1
-        return self._proactive and self._looked >= _PATIENCE and self.blocks.free_blocks < self._reserve.blocks(2**31)
+        if self._looked < _PATIENCE:
+            return False
+        return bool(self.wants) or (self._proactive and self.blocks.free_blocks < self._reserve.blocks(2**31))
 
     def _to_start(self, job: Job) -> int:
         if self._config.admission == "reserve":

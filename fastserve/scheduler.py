@@ -28,9 +28,6 @@ from .policies import create_policy
 from .residency import Residency
 from .types import BatchPlan, FinishReason, Int32Array, InvalidRequest, Job, JobUpdate, StepResult, TokenLogprobs
 
-# How many prefills, in batches, a decision passes over once the token budget is gone, looking for decodes behind them.
-_PASSED_OVER: Final = 4
-
 # Times that a batch is chosen anew because room was made at once.
 _PASSES: Final = 12
 
@@ -218,7 +215,7 @@ class Scheduler:
         strict = self.residency.strict
         joins: list[Job] = []
         prefills: list[Job] = []
-        decodes = wanted = passed_over = 0
+        decodes = wanted = 0
         for job in self._candidates(now):
             if job.batch is batch:
                 if job in growers and not grows(job, decodes + len(prefills)):
@@ -227,9 +224,7 @@ class Scheduler:
                 continue
             elif not job.primed:
                 if wanted >= budget - decodes:
-                    passed_over += 1
-                    if passed_over == _PASSED_OVER * limit:
-                        break
+                    self.residency.closed = True
                 elif admits(job, decodes + len(prefills)):
                     job.mark = mark
                     prefills.append(job)
@@ -256,16 +251,18 @@ class Scheduler:
         return joins, prefills
 
     def _candidates(self, now: float) -> Iterator[Job]:
-        """The live jobs, best first; behind one that waits for room to start, only those that hold KV."""
-        residency = self.residency
+        """The live jobs, best first; once nobody may start any more, only those that have been served before."""
+        mark, residency = self._mark, self.residency
         for job in self.policy.iter_best(now):
+            job.seen = mark
             yield job
-            if residency.blocked:
+            if residency.closed:
                 break
         else:
             return
-        rank = self.policy.rank(job)
-        yield from (other for other in residency.resident() if self.policy.rank(other) > rank)
+        for job in self.policy.iter_served():
+            if job.seen != mark:
+                yield job
 
     def _available(self, job: Job) -> bool:
         """Whether a job that is not in the batch could be: not with its last token being sampled, or in another."""

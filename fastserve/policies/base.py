@@ -60,6 +60,13 @@ class Policy(ABC):
         """
 
     @abstractmethod
+    def iter_served(self) -> Iterator[Job]:
+        """Those of them that have been served before, in the order of the latest iter_best. As lazy.
+
+        For when nobody may start: however many wait that never ran, this does not look at them.
+        """
+
+    @abstractmethod
     def rank(self, job: Job) -> tuple[float, ...]:
         """A key that sorts jobs as iter_best does; good until the policy changes. O(1)."""
 

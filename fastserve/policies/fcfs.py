@@ -35,6 +35,9 @@ class FirstComeFirstServed(Policy):
     def iter_best(self, now: float) -> Iterator[Job]:
         return iter(self._queue)
 
+    def iter_served(self) -> Iterator[Job]:
+        return self._queue.served()
+
     def rank(self, job: Job) -> tuple[int, int]:
         return 0, self._queue.ticket(job)
 

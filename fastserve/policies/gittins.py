@@ -211,6 +211,12 @@ class Gittins(Policy):
             self._front.append(job, max(_PROMOTED_QUANTA * self._quantum, job.next_seconds))
         return chain(self._front, chain.from_iterable(map(self._sorted.__getitem__, self._order)))
 
+    def iter_served(self) -> Iterator[Job]:
+        if self._unlearned is not None:
+            return self._unlearned.iter_served()
+        queues = chain((self._front,), map(self._sorted.__getitem__, self._order))
+        return chain.from_iterable(queue.served() for queue in queues)
+
     def rank(self, job: Job) -> tuple[float, ...]:
         if self._unlearned is not None:
             return self._unlearned.rank(job)

@@ -54,7 +54,7 @@ class Hazards:
         return len(self._reached)
 
     def survived(self, first: int, last: int) -> None:
-        """A job passed buckets first … last - 1; or, where last is less, it has not passed last … first - 1 after all."""
+        """A job passed buckets first … last - 1; or, where last is less, did not pass last … first - 1 after all."""
         self._reach(last)
         for index in range(first, last):
             self._reached[index] += self._scale
@@ -194,8 +194,6 @@ class LengthDistribution:
             self._forget()
             return
         self.learned = True
-        self.hazards = [
-            self._slow.hazard(index, self._prior(index), _PRIOR_WEIGHT) for index in range(len(self._slow))
-        ]
+        self.hazards = [self._slow.hazard(index, self._prior(index), _PRIOR_WEIGHT) for index in range(len(self._slow))]
         low, high = self._RENEWALS
         self._next_renewal = self._completions + min(max(self._completions // 10, low), high)

@@ -95,6 +95,9 @@ class MultiLevelFeedbackQueue(Policy):
             self._enter(job, 0, max(self._quanta[0], job.next_seconds), now)
         return chain.from_iterable(self._levels)
 
+    def iter_served(self) -> Iterator[Job]:
+        return chain.from_iterable(level.served() for level in self._levels)
+
     def rank(self, job: Job) -> tuple[int, int]:
         level = self._places[job].level
         return level, self._levels[level].ticket(job)

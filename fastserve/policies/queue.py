@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
+from sortedcontainers import SortedDict
+
 from ..types import Job
 
 _SMALLEST = 64
@@ -19,6 +21,7 @@ class JobQueue:
 
     def __init__(self) -> None:
         self._jobs: OrderedDict[Job, tuple[int, float]] = OrderedDict()  # job → (ticket, seconds)
+        self._served: SortedDict = SortedDict()  # ticket → job, of the jobs that have been served before
         self._tree = [0.0] * (_SMALLEST + 1)
         self._last_ticket = 0
 
@@ -27,6 +30,10 @@ class JobQueue:
 
     def __iter__(self) -> Iterator[Job]:
         return iter(self._jobs)
+
+    def served(self) -> Iterator[Job]:
+        """The jobs that have been served before, in order."""
+        return iter(self._served.values())
 
     def __contains__(self, job: Job) -> bool:
         return job in self._jobs
@@ -38,9 +45,12 @@ class JobQueue:
         self._last_ticket += 1
         self._jobs[job] = (self._last_ticket, seconds)
         self._add(self._last_ticket, seconds)
+        if job.attained > 0.0:
+            self._served[self._last_ticket] = job
 
     def remove(self, job: Job) -> None:
         ticket, seconds = self._jobs.pop(job)
+        self._served.pop(ticket, None)
         if self._jobs:
             self._add(ticket, -seconds)
         else:  # start from exact zeros, so that rounding does not pile up over a day
@@ -50,8 +60,9 @@ class JobQueue:
         return self._jobs[job][1]
 
     def set_seconds(self, job: Job, seconds: float) -> None:
-        """Change what the job counts for; its place stays."""
+        """Change what the job counts for, now that it was served; its place stays."""
         ticket, before = self._jobs[job]
+        self._served[ticket] = job
         self._jobs[job] = (ticket, seconds)
         self._add(ticket, seconds - before)
 
@@ -88,6 +99,7 @@ class JobQueue:
         for ticket, (job, (_, seconds)) in enumerate(list(self._jobs.items()), start=1):
             self._jobs[job] = (ticket, seconds)
             tree[ticket] = seconds
+        self._served = SortedDict({self._jobs[job][0]: job for job in self._served.values()})
         for ticket in range(1, size + 1):  # every node passes its sum to its parent: O(n)
             parent = ticket + (ticket & -ticket)
             if parent <= size:

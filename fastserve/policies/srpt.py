@@ -36,6 +36,7 @@ class ShortestRemainingTime(Policy):
         self._cost = cost
         self._keys: dict[Job, tuple[float, int]] = {}
         self._order: SortedDict = SortedDict()  # (remaining seconds, index) → job
+        self._served: SortedDict = SortedDict()  # the same, of those that have been served before
         self._ran: dict[Job, None] = {}  # those whose key may be out of date
         self._arrived = False
         self._sums = [0.0] * (_HIGHEST - _LOWEST + 1)
@@ -72,6 +73,9 @@ class ShortestRemainingTime(Policy):
         for job in self._order.values():
             ran[job] = None
             yield job
+
+    def iter_served(self) -> Iterator[Job]:
+        return iter(self._served.values())
 
     def rank(self, job: Job) -> tuple[float, int]:
         return self._keys[job]
@@ -111,6 +115,8 @@ class ShortestRemainingTime(Policy):
     def _insert(self, job: Job) -> None:
         key = self._keys[job] = round(self._remaining(job), _DIGITS), job.index
         self._order[key] = job
+        if job.attained > 0.0:
+            self._served[key] = job
         bucket = _bucket(key[0])
         self._sums[bucket] += key[0]
         self._counts[bucket] += 1
@@ -118,6 +124,7 @@ class ShortestRemainingTime(Policy):
     def _delete(self, job: Job) -> None:
         key = self._keys.pop(job)
         del self._order[key]
+        self._served.pop(key, None)
         bucket = _bucket(key[0])
         self._counts[bucket] -= 1
         # From an exact zero again when it can be, so that rounding does not pile up.
