@@ -14,10 +14,11 @@ from typing import Final
 # Buckets are exact up to this age, then four an octave.
 _EXACT: Final = 8
 
-# How likely a job ends within a bucket of which nothing is known: as if lengths had a Pareto tail of index 1 ...
-_PRIOR_HAZARD: Final = 1 - 2**-0.25
-# ... which counts as much as this many jobs.
-_PRIOR_WEIGHT: Final = 1.0
+# What little is known of a bucket is mixed with a prior that counts as much as this many jobs: the older a job, the
+# longer it still has to go (a Lomax distribution of this shape, whose mean is that of the lengths seen), which makes
+# the index order jobs as a multi-level feedback queue does. It keeps chance from making up an order of its own.
+_PRIOR_WEIGHT: Final = 40.0
+_PRIOR_SHAPE: Final = 2.0
 
 _LARGEST_SCALE: Final = 1e100
 
@@ -53,10 +54,12 @@ class Hazards:
         return len(self._reached)
 
     def survived(self, first: int, last: int) -> None:
-        """A job passed buckets first … last - 1."""
+        """A job passed buckets first … last - 1; where last is less, it has not passed last … first - 1 after all."""
         self._reach(last)
         for index in range(first, last):
             self._reached[index] += self._scale
+        for index in range(last, first):
+            self._reached[index] -= self._scale
 
     def ended(self, index: int) -> None:
         """A job ended in the bucket."""
@@ -80,10 +83,10 @@ class Hazards:
             return 0.0, 0.0
         return self._reached[index] / self._scale, self._ended[index] / self._scale
 
-    def hazard(self, index: int) -> float:
-        """The share of the jobs reaching the bucket that end in it."""
+    def hazard(self, index: int, prior: float = 0.5, weight: float = 1.0) -> float:
+        """The share of the jobs reaching the bucket that end in it, as if `weight` more had, `prior` of them ending."""
         reached, ended = self.counts(index)
-        return (ended + _PRIOR_WEIGHT * _PRIOR_HAZARD) / (reached + _PRIOR_WEIGHT)
+        return (ended + weight * prior) / (reached + weight)
 
     def _reach(self, buckets: int) -> None:
         missing = buckets - len(self._reached)
@@ -92,26 +95,28 @@ class Hazards:
             self._ended += [0.0] * missing
 
 
-def excess(recent: Hazards, past: Hazards) -> tuple[float, float]:
-    """How far recent ends deviate from what past hazards foretell: in standard deviations, and as a share of jobs.
+def excess(recent: Hazards, longer: Hazards) -> tuple[float, float]:
+    """How far recent ends deviate from what those before foretell: in standard deviations, and as a share of jobs.
 
-    A log-rank test, cumulative: the largest deviation, over all ages, of the ends up to that age from those expected,
-    by the standard deviation of the whole sum (ends within a bucket are binomial); like Kolmogorov and Smirnov's, but
-    right with censored jobs. The second number is the largest distance between the two survival curves.
+    Those before are what `longer` remembers of the same jobs and `recent` does not. A log-rank test, cumulative: the
+    largest deviation, over all ages, of the ends up to that age from those expected, by the standard deviation of the
+    whole sum (ends within a bucket are binomial); like Kolmogorov and Smirnov's, but right with censored jobs. The
+    second number is the largest distance between the two survival curves.
     """
     deviation = largest = variance = distance = 0.0
-    alive_recent = alive_past = 1.0
+    alive = alive_before = 1.0
     for index in range(len(recent)):
         reached, ended = recent.counts(index)
-        before, _ = past.counts(index)
-        hazard = past.hazard(index)
+        all_reached, all_ended = longer.counts(index)
+        before = max(0.0, all_reached - reached)
+        hazard = (max(0.0, all_ended - ended) + 0.5) / (before + 1)
         deviation += ended - reached * hazard
         largest = max(largest, abs(deviation))
-        # The past is known from so many jobs only.
-        variance += reached * hazard * (1 - hazard) * (1 + reached / (before + _PRIOR_WEIGHT))
-        alive_recent *= 1 - recent.hazard(index)
-        alive_past *= 1 - hazard
-        distance = max(distance, abs(alive_recent - alive_past))
+        # What came before is known from so many jobs only.
+        variance += reached * hazard * max(0.0, 1 - hazard) * (1 + reached / (before + 1))
+        alive *= 1 - recent.hazard(index)
+        alive_before *= 1 - min(1.0, hazard)
+        distance = max(distance, abs(alive - alive_before))
     return largest / math.sqrt(max(variance, 1.0)), distance
 
 
@@ -129,7 +134,7 @@ class LengthDistribution:
     # To be taken for drift, a deviation has this many standard deviations (chance makes it once in 10⁸) and this size.
     _DRIFT_DEVIATIONS, _DRIFT_DISTANCE = 6.0, 0.15
 
-    def __init__(self, learn_after: int = 300) -> None:
+    def __init__(self, learn_after: int = 200) -> None:
         self._learn_after = learn_after
         self.version = 0  # of the table
         self.mean_prompt = 0.0  # tokens, of the last thousand jobs or so
@@ -141,11 +146,15 @@ class LengthDistribution:
         self.hazards: list[float] = []  # the table; see hazard() for the buckets beyond it
         self._slow, self._fast = Hazards(self._SLOW), Hazards(self._FAST)
         self._completions = 0
+        self._mean = 1.0  # output tokens of a completed job, lately
         self._next_renewal = self._learn_after
 
     def hazard(self, index: int) -> float:
         """The table's hazard of a bucket."""
-        return self.hazards[index] if index < len(self.hazards) else _PRIOR_HAZARD
+        return self.hazards[index] if index < len(self.hazards) else self._prior(index)
+
+    def _prior(self, index: int) -> float:
+        return 1 - math.pow((edge(index) + self._mean) / (edge(index + 1) + self._mean), _PRIOR_SHAPE)
 
     def saw_prompt(self, tokens: int) -> None:
         """A job of that many prompt tokens arrived."""
@@ -158,12 +167,12 @@ class LengthDistribution:
         self._fast.survived(first, last)
 
     def ended(self, first: int, length: int) -> None:
-        """A job's output is complete; its buckets before `first` have been reported."""
+        """A job's output is complete; as far as reported, it had survived the buckets before `first`."""
         index = bucket(length - 1)
         for hazards in (self._slow, self._fast):
             hazards.survived(first, index)
             hazards.ended(index)
-        self._complete()
+        self._complete(length)
 
     def censored(self, first: int, length: int, *, complete: bool) -> None:
         """A job ended for another reason: by max_tokens (`complete`), or aborted."""
@@ -171,13 +180,13 @@ class LengthDistribution:
         share = (length - edge(index)) / (edge(index + 1) - edge(index))
         for hazards in (self._slow, self._fast):
             hazards.survived(first, index)
-            if first <= index:
-                hazards.censored(index, share)
+            hazards.censored(index, share)
         if complete:
-            self._complete()
+            self._complete(length)
 
-    def _complete(self) -> None:
+    def _complete(self, length: int) -> None:
         self._completions += 1
+        self._mean += (length - self._mean) / min(self._completions, self._SLOW)
         if self._completions < self._next_renewal:
             return
         deviations, distance = excess(self._fast, self._slow) if self.learned else (0.0, 0.0)
@@ -186,6 +195,6 @@ class LengthDistribution:
             self._forget()
             return
         self.learned = True
-        self.hazards = [self._slow.hazard(index) for index in range(len(self._slow))]
+        self.hazards = [self._slow.hazard(index, self._prior(index), _PRIOR_WEIGHT) for index in range(len(self._slow))]
         low, high = self._RENEWALS
         self._next_renewal = self._completions + min(max(self._completions // 10, low), high)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toy import EOS, VOCAB, Toy
 
 from fastserve.cost import CostModel
-from fastserve.policies import POLICIES
+from fastserve.policies import ONLINE_POLICIES
 from fastserve.types import FinishReason, Job
 
 Trace = list[tuple[int, dict[str, Any], int | None]]
@@ -24,7 +24,7 @@ COSTS = [
 def options(draw: st.DrawFn) -> dict[str, Any]:
     rows = draw(st.integers(1, 5))
     return {
-        "policy": draw(st.sampled_from(sorted(POLICIES))),
+        "policy": draw(st.sampled_from(sorted(ONLINE_POLICIES))),
         "max_num_seqs": rows,
         "max_num_batched_tokens": rows + draw(st.integers(0, 20)),
         "block_size": draw(st.sampled_from([1, 2, 3, 4, 8])),
