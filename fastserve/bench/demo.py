@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from ..loaders.spec import ModelError
-from ..policies import POLICIES
+from ..policies import ONLINE_POLICIES
 from ..types import InvalidRequest, JobMetrics
 from .plots import plot_runs
 from .runs import Iteration, JobRun, PolicyRun, different_jobs, job_spans
@@ -201,7 +201,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--policy",
         action="append",
-        choices=list(POLICIES),
+        choices=list(ONLINE_POLICIES),
         help=f"repeatable, the baseline first (default: {' and '.join(DEFAULT_POLICIES)})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the trace and its sampling (default: 0)")

@@ -72,6 +72,8 @@ class Experiment:
             for value in values:
                 if not 0 < value <= most:
                     raise InvalidRequest(option, f"must be a number above 0 and at most {most:g}, got {value!r}")
+        if self.rates and self.loads:
+            raise InvalidRequest("load", "cannot be given with --rate: a sweep is over one of them")
         if self.replays and len(set(self.seeds)) > 1:
             raise InvalidRequest(
                 "seed", "changes nothing in a trace that is replayed; give one, or draw from the trace with --arrivals"

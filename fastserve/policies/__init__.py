@@ -58,6 +58,9 @@ POLICIES: dict[str, Callable[[SchedulerConfig, Cost], Callable[[], Policy]]] = {
     "gittins": _gittins,
 }
 
+# Those that can serve, not knowing how long an output will be.
+ONLINE_POLICIES = tuple(name for name in POLICIES if name != "srpt")
+
 
 def create_policy(config: SchedulerConfig, cost: Cost) -> Policy:
     """The policy that config.policy names. Raises InvalidRequest, listing the choices, for a name unknown."""
@@ -66,4 +69,4 @@ def create_policy(config: SchedulerConfig, cost: Cost) -> Policy:
     return ByPriority(POLICIES[config.policy](config, cost))
 
 
-__all__ = ["POLICIES", "Policy", "create_policy"]
+__all__ = ["ONLINE_POLICIES", "POLICIES", "Policy", "create_policy"]

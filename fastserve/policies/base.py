@@ -14,7 +14,7 @@ class Policy(ABC):
 
     It reads what the scheduler keeps up to date in a job and changes nothing of it: `next_seconds` (modelled solo time
     of its next iteration), `attained` (what `on_service` has reported), `waiting_since` and `waited`, `arrival`,
-    `index`, `max_output`, `prompt` and `output`. Every call costs O(log n) in the number of jobs.
+    `index`, `max_output`, `prompt`, `output` and `served`. Every call costs O(log n) in the number of jobs.
     """
 
     @abstractmethod
@@ -45,7 +45,7 @@ class Policy(ABC):
         return None
 
     def next_deadline(self) -> float | None:
-        """When time alone will next change the order; None: never."""
+        """When time alone will next change the order, or, for the sake of running jobs, earlier; None: never."""
         return None
 
     def deadline(self, job: Job) -> float:

@@ -104,7 +104,8 @@ class Gittins(Policy):
         self._starvation_limit, self._slowdown_limit = starvation_limit, slowdown_limit
         self._quantum = cost.decode_seconds(1)
         self._places: dict[Job, _Place] = {}
-        self._unlearned: MultiLevelFeedbackQueue | None = self._skip_join()  # what decides, until enough is learned
+        # What decides until enough is learned.
+        self._unlearned: MultiLevelFeedbackQueue | None = None if lengths.learned else self._skip_join()
         self._clear()
 
     def _clear(self) -> None:
@@ -193,10 +194,10 @@ class Gittins(Policy):
         return (place.next_age - _age(job)) * job.next_seconds * (1 - SPENT)
 
     def next_deadline(self) -> float | None:
-        return (self._unlearned or self)._deadlines.next()
+        return self._deadlines.next() if self._unlearned is None else self._unlearned.next_deadline()
 
     def deadline(self, job: Job) -> float:
-        return (self._unlearned or self)._deadlines.of(job)
+        return self._deadlines.of(job) if self._unlearned is None else self._unlearned.deadline(job)
 
     def iter_best(self, now: float) -> Iterator[Job]:
         if (self._unlearned is None) is not self._lengths.learned:

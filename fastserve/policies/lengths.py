@@ -17,7 +17,7 @@ _EXACT: Final = 8
 # What little is known of a bucket is mixed with a prior that counts as much as this many jobs: the older a job, the
 # longer it still has to go (a Lomax distribution of this shape, whose mean is that of the lengths seen), which makes
 # the index order jobs as a multi-level feedback queue does. It keeps chance from making up an order of its own.
-_PRIOR_WEIGHT: Final = 25.0
+_PRIOR_WEIGHT: Final = 40.0
 _PRIOR_SHAPE: Final = 2.0
 
 _LARGEST_SCALE: Final = 1e100
@@ -54,7 +54,7 @@ class Hazards:
         return len(self._reached)
 
     def survived(self, first: int, last: int) -> None:
-        """A job passed buckets first … last - 1; or, where last is less, did not pass last … first - 1 after all."""
+        """A job passed buckets first … last - 1; where last is less, it has not passed last … first - 1 after all."""
         self._reach(last)
         for index in range(first, last):
             self._reached[index] += self._scale
@@ -95,26 +95,28 @@ class Hazards:
             self._ended += [0.0] * missing
 
 
-def excess(recent: Hazards, past: Hazards) -> tuple[float, float]:
-    """How far recent ends deviate from what past hazards foretell: in standard deviations, and as a share of jobs.
+def excess(recent: Hazards, longer: Hazards) -> tuple[float, float]:
+    """How far recent ends deviate from what those before foretell: in standard deviations, and as a share of jobs.
 
-    A log-rank test, cumulative: the largest deviation, over all ages, of the ends up to that age from those expected,
-    by the standard deviation of the whole sum (ends within a bucket are binomial); like Kolmogorov and Smirnov's, but
-    right with censored jobs. The second number is the largest distance between the two survival curves.
+    Those before are what `longer` remembers of the same jobs and `recent` does not. A log-rank test, cumulative: the
+    largest deviation, over all ages, of the ends up to that age from those expected, by the standard deviation of the
+    whole sum (ends within a bucket are binomial); like Kolmogorov and Smirnov's, but right with censored jobs. The
+    second number is the largest distance between the two survival curves.
     """
     deviation = largest = variance = distance = 0.0
-    alive_recent = alive_past = 1.0
+    alive = alive_before = 1.0
     for index in range(len(recent)):
         reached, ended = recent.counts(index)
-        before, _ = past.counts(index)
-        hazard = past.hazard(index)
+        all_reached, all_ended = longer.counts(index)
+        before = max(0.0, all_reached - reached)
+        hazard = (max(0.0, all_ended - ended) + 0.5) / (before + 1)
         deviation += ended - reached * hazard
         largest = max(largest, abs(deviation))
-        # The past is known from so many jobs only.
-        variance += reached * hazard * (1 - hazard) * (1 + reached / (before + 1))
-        alive_recent *= 1 - recent.hazard(index)
-        alive_past *= 1 - hazard
-        distance = max(distance, abs(alive_recent - alive_past))
+        # What came before is known from so many jobs only.
+        variance += reached * hazard * max(0.0, 1 - hazard) * (1 + reached / (before + 1))
+        alive *= 1 - recent.hazard(index)
+        alive_before *= 1 - min(1.0, hazard)
+        distance = max(distance, abs(alive - alive_before))
     return largest / math.sqrt(max(variance, 1.0)), distance
 
 
@@ -132,7 +134,7 @@ class LengthDistribution:
     # To be taken for drift, a deviation has this many standard deviations (chance makes it once in 10⁸) and this size.
     _DRIFT_DEVIATIONS, _DRIFT_DISTANCE = 6.0, 0.15
 
-    def __init__(self, learn_after: int = 300) -> None:
+    def __init__(self, learn_after: int = 200) -> None:
         self._learn_after = learn_after
         self.version = 0  # of the table
         self.mean_prompt = 0.0  # tokens, of the last thousand jobs or so
@@ -152,8 +154,7 @@ class LengthDistribution:
         return self.hazards[index] if index < len(self.hazards) else self._prior(index)
 
     def _prior(self, index: int) -> float:
-        share: float = (edge(index) + self._mean) / (edge(index + 1) + self._mean)
-        return float(1.0 - share**_PRIOR_SHAPE)
+        return 1 - math.pow((edge(index) + self._mean) / (edge(index + 1) + self._mean), _PRIOR_SHAPE)
 
     def saw_prompt(self, tokens: int) -> None:
         """A job of that many prompt tokens arrived."""

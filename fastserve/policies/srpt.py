@@ -24,8 +24,8 @@ _LOWEST, _HIGHEST = -20 * _PER_OCTAVE, 28 * _PER_OCTAVE
 class ShortestRemainingTime(Policy):
     """The job with the fewest modelled solo seconds left goes first; nothing else counts, no bound on waiting either.
 
-    Remaining seconds are those of the prefill not yet done and of the decodes not yet done, each at the mean of their
-    contexts, which is exact for a cost linear in the context. Jobs without `known_output` are refused.
+    Remaining seconds are those of the prefill not yet done and of the decodes not yet done, each taken to cost the mean
+    of the first and the last, which is exact for a cost linear in the context. Jobs without `known_output` are refused.
 
     A running job's remaining time only shrinks, so a stale one harms nobody until a job arrives that might fit in
     between. Hence service is not asked for (the horizon is infinite); when a job has arrived, those that ran are looked
@@ -104,7 +104,8 @@ class ShortestRemainingTime(Policy):
         left = known - emitted
         if left > 0:
             # The decode that emits token k attends to prompt + k - 1 positions.
-            seconds += left * self._cost.decode_seconds(prompt + (emitted + known - 1 + 1) // 2)
+            first, last = prompt + emitted, prompt + known - 1
+            seconds += left * (self._cost.decode_seconds(first) + self._cost.decode_seconds(last)) / 2
         return seconds
 
     def _refresh(self, job: Job) -> None:

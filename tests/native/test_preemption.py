@@ -14,7 +14,7 @@ from fastserve.config import RuntimeConfig, SchedulerConfig
 from fastserve.cost import CostModel
 from fastserve.engine import Engine
 from fastserve.native import NativeRuntime
-from fastserve.policies import POLICIES
+from fastserve.policies import ONLINE_POLICIES
 from fastserve.types import Job, SamplingParams
 
 MODELS = {
@@ -91,7 +91,7 @@ def test_tokens_are_those_of_running_alone(data: st.DataObject, jobs: list[Any])
         # The largest job fits, and then little beside it, or everything.
         blocks=needed + data.draw(st.one_of(st.integers(0, 12), st.just(300))),
         block_size=block_size,
-        policy=data.draw(st.sampled_from(sorted(POLICIES))),
+        policy=data.draw(st.sampled_from(sorted(ONLINE_POLICIES))),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + data.draw(st.integers(0, 60)),
         max_in_flight=data.draw(st.integers(1, 2)),

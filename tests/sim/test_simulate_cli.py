@@ -329,6 +329,7 @@ def test_help_teaches(shell: Shell) -> None:
         ("--jobs 0", "--jobs: must be an integer between 1 and"),
         ("--rate 0", "--rate: must be a number above 0"),
         ("--rate nan", "--rate: must be a number above 0"),
+        ("--load 0.5 --rate 1", "--load: cannot be given with --rate"),
         ("--load -1", "--load: must be a number above 0"),
         ("--seed -1 --jobs 5", "--seed: a seed must be an integer between 0"),
         ("--seeds 0", "--seeds: must be an integer between 1 and 1000, got 0"),

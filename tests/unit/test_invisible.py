@@ -10,7 +10,7 @@ from toy import EOS, VOCAB, Toy
 
 from fastserve.config import ADMISSIONS, SWAP_MODES
 from fastserve.cost import CostModel
-from fastserve.policies import POLICIES
+from fastserve.policies import ONLINE_POLICIES
 from fastserve.types import OFFLOAD, UPLOAD, FinishReason, Job
 
 Trace = list[tuple[int, dict[str, Any], int | None]]
@@ -25,7 +25,7 @@ COSTS = [
 def options(draw: st.DrawFn) -> dict[str, Any]:
     rows = draw(st.integers(1, 5))
     return {
-        "policy": draw(st.sampled_from(sorted(POLICIES))),
+        "policy": draw(st.sampled_from(sorted(ONLINE_POLICIES))),
         "max_num_seqs": rows,
         "max_num_batched_tokens": rows + draw(st.integers(0, 20)),
         "block_size": draw(st.sampled_from([1, 2, 3, 4, 8])),

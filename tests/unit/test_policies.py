@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import bare_job
+from unit_server import COST, UnitServer, unit_job
 
 from fastserve.config import SchedulerConfig
 from fastserve.cost import CostModel
@@ -17,12 +21,16 @@ from fastserve.types import InvalidRequest, Job
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_are_made_by_name(name: str) -> None:
     policy = create_policy(SchedulerConfig(policy=name), CostModel.constant(0.01))
-    policy.add(bare_job(0, 0.01), 0.0)
+    job = bare_job(0, 0.01)
+    job.known_output = 3
+    policy.add(job, 0.0)
     assert len(policy) == 1
 
 
 def test_an_unknown_policy_is_refused_with_the_choices() -> None:
-    with pytest.raises(InvalidRequest, match=r"policy: must be one of fcfs, mlfq, skip-join-mlfq; got 'lifo'"):
+    with pytest.raises(
+        InvalidRequest, match=r"policy: must be one of fcfs, mlfq, skip-join-mlfq, srpt, gittins; got 'lifo'"
+    ):
         create_policy(SchedulerConfig(policy="lifo"), CostModel.constant(0.01))
 
 
@@ -45,6 +53,7 @@ def test_fcfs_keeps_the_order_of_arrival_whatever_is_served() -> None:
     policy.remove(jobs[2])
     assert [entry.index for entry in policy.iter_best(9.0)] == [0, 1, 3]
     assert [policy.work_ahead(entry, 9.0) for entry in (jobs[0], jobs[1], jobs[3])] == [0.0, 0.5, 2.5]
+    assert policy.backlog(9.0) == 4.5 and policy.horizon(jobs[0]) == math.inf
 
 
 def test_work_ahead_is_the_papers_sum() -> None:
@@ -55,6 +64,52 @@ def test_work_ahead_is_the_papers_sum() -> None:
         policy.add(entry, 0.0)
     policy.on_service(jobs[3], 3.0, 1.0)
     assert [policy.work_ahead(entry, 1.0) for entry in jobs] == [0, 1, 2 * 3, 2 * 7 + 4, 2 * 7 + 4 + 5]
+    assert policy.backlog(1.0) == 2 * 15 + 12 + 8 + 8  # up to the last level
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(POLICIES)), st.integers(0, 10**6), st.integers(1, 4), st.booleans(), st.booleans())
+def test_the_order_is_that_of_ranks_and_work_is_conserved(
+    name: str, seed: int, batch: int, lumped: bool, ranked: bool
+) -> None:
+    draw = random.Random(seed)
+    limits = {"starvation_limit": draw.choice([None, 9.0]), "slowdown_limit": draw.choice([None, 2.0])}
+    server = UnitServer(create_policy(SchedulerConfig(policy=name, **limits), COST), batch, lumped=lumped)
+    jobs = [
+        unit_job(
+            i, float(draw.randrange(60)), draw.randint(1, 9), draw.randint(1, 20), priority=ranked * draw.choice([0, 1])
+        )
+        for i in range(30)
+    ]
+    waiting = sorted(jobs, key=lambda job: job.arrival, reverse=True)
+    policy = server.policy
+    while waiting or len(policy):
+        if not len(policy):
+            server.now = max(server.now, waiting[-1].arrival)
+        while waiting and waiting[-1].arrival <= server.now:
+            server.add(waiting.pop())
+        order = list(policy.iter_best(server.now))
+        assert len(order) == len(set(order)) == len(policy)
+        assert order == sorted(order, key=policy.rank)
+        assert name == "srpt" or policy.work_ahead(order[0], server.now) == 0.0
+        for job in order:  # whoever is overdue has been promoted; after a part of a prompt, a little late
+            assert policy.deadline(job) > server.now - (limits["slowdown_limit"] or 0)
+        assert len(server.step()) == min(batch, len(order))
+    assert len(server.finish) == 30
+    assert sum(map(len, server.schedule)) == sum(len(job.prompt) + len(job.output) - 1 for job in jobs)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.sampled_from(["fcfs", "mlfq", "skip-join-mlfq", "srpt"]), st.integers(0, 10**6), st.integers(1, 4))
+def test_service_in_lumps_gives_the_same_schedule(name: str, seed: int, batch: int) -> None:
+    schedules = []
+    for lumped in (False, True):
+        draw = random.Random(seed)
+        config = SchedulerConfig(policy=name, starvation_limit=15.0)
+        server = UnitServer(create_policy(config, COST), batch, lumped=lumped)
+        server.run([unit_job(i, float(draw.randrange(60)), draw.randint(1, 9), draw.randint(1, 20)) for i in range(30)])
+        schedules.append([tuple(sorted(ran)) for ran in server.schedule])
+    assert schedules[0] == schedules[1]
 
 
 actions = st.lists(
