@@ -173,7 +173,8 @@ class Scheduler:
         for _ in range(_PASSES):
             self._mark += 1
             joins, prefills = self._select(batch, growers, now)
-            moves = residency.plan(self._mark, now)
+            blocks = batch.blocks(self.config.block_size) + sum(self.blocks.held(job.index) for job in prefills)
+            moves = residency.plan(self._mark, blocks, now)
             if moves is None:
                 break
             self._barred.update(moves.pauses, moves.drops, (job for job, _ in moves.offloads))

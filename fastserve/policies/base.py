@@ -60,10 +60,10 @@ class Policy(ABC):
         """
 
     @abstractmethod
-    def iter_served(self) -> Iterator[Job]:
-        """Those of them that have been served before, in the order of the latest iter_best. As lazy.
+    def iter_served(self, worst_first: bool = False) -> Iterator[Job]:
+        """Those of them that have been served before, in the order of the latest iter_best or against it. As lazy.
 
-        For when nobody may start: however many wait that never ran, this does not look at them.
+        For when nobody may start, and for who must give way: however many never ran, this does not look at them.
         """
 
     @abstractmethod

@@ -35,8 +35,8 @@ class FirstComeFirstServed(Policy):
     def iter_best(self, now: float) -> Iterator[Job]:
         return iter(self._queue)
 
-    def iter_served(self) -> Iterator[Job]:
-        return self._queue.served()
+    def iter_served(self, worst_first: bool = False) -> Iterator[Job]:
+        return self._queue.served(worst_first)
 
     def rank(self, job: Job) -> tuple[int, int]:
         return 0, self._queue.ticket(job)

@@ -212,11 +212,12 @@ class Gittins(Policy):
             self._front.append(job, max(_PROMOTED_QUANTA * self._quantum, job.next_seconds))
         return chain(self._front, chain.from_iterable(map(self._sorted.__getitem__, self._order)))
 
-    def iter_served(self) -> Iterator[Job]:
+    def iter_served(self, worst_first: bool = False) -> Iterator[Job]:
         if self._unlearned is not None:
-            return self._unlearned.iter_served()
-        queues = chain((self._front,), map(self._sorted.__getitem__, self._order))
-        return chain.from_iterable(queue.served() for queue in queues)
+            return self._unlearned.iter_served(worst_first)
+        cohorts = map(self._sorted.__getitem__, reversed(self._order) if worst_first else self._order)
+        queues = chain(cohorts, (self._front,)) if worst_first else chain((self._front,), cohorts)
+        return chain.from_iterable(queue.served(worst_first) for queue in queues)
 
     def rank(self, job: Job) -> tuple[float, ...]:
         if self._unlearned is not None:

@@ -95,8 +95,9 @@ class MultiLevelFeedbackQueue(Policy):
             self._enter(job, 0, max(self._quanta[0], job.next_seconds), now)
         return chain.from_iterable(self._levels)
 
-    def iter_served(self) -> Iterator[Job]:
-        return chain.from_iterable(level.served() for level in self._levels)
+    def iter_served(self, worst_first: bool = False) -> Iterator[Job]:
+        levels = reversed(self._levels) if worst_first else self._levels
+        return chain.from_iterable(level.served(worst_first) for level in levels)
 
     def rank(self, job: Job) -> tuple[int, int]:
         level = self._places[job].level

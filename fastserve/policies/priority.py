@@ -60,8 +60,9 @@ class ByPriority(Policy):
             return self._policies[self._priorities[0]].iter_best(now)
         return chain.from_iterable(self._policies[priority].iter_best(now) for priority in self._priorities)
 
-    def iter_served(self) -> Iterator[Job]:
-        return chain.from_iterable(self._policies[priority].iter_served() for priority in self._priorities)
+    def iter_served(self, worst_first: bool = False) -> Iterator[Job]:
+        priorities = reversed(self._priorities) if worst_first else self._priorities
+        return chain.from_iterable(self._policies[priority].iter_served(worst_first) for priority in priorities)
 
     def rank(self, job: Job) -> tuple[float, ...]:
         return job.priority, *self._policies[job.priority].rank(job)

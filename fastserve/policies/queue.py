@@ -31,9 +31,9 @@ class JobQueue:
     def __iter__(self) -> Iterator[Job]:
         return iter(self._jobs)
 
-    def served(self) -> Iterator[Job]:
-        """The jobs that have been served before, in order."""
-        return iter(self._served.values())
+    def served(self, last_first: bool = False) -> Iterator[Job]:
+        """The jobs that have been served before, in order or against it."""
+        return map(self._served.__getitem__, reversed(self._served) if last_first else self._served)
 
     def __contains__(self, job: Job) -> bool:
         return job in self._jobs

@@ -74,8 +74,8 @@ class ShortestRemainingTime(Policy):
             ran[job] = None
             yield job
 
-    def iter_served(self) -> Iterator[Job]:
-        return iter(self._served.values())
+    def iter_served(self, worst_first: bool = False) -> Iterator[Job]:
+        return map(self._served.__getitem__, reversed(self._served) if worst_first else self._served)
 
     def rank(self, job: Job) -> tuple[float, int]:
         return self._keys[job]
