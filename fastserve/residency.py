@@ -58,6 +58,7 @@ class Residency:
         self._starting = 0  # jobs to which it has given some to start with
         self._looked = 0  # iterations since the last decision
         self._absent: dict[Job, None] = {}  # holders with blocks that are away or moving
+        self._gone: set[Job] = set()  # those of them without a block on the device
         self._fresh: set[Job] = set()  # brought back, and not run since
         self._moved: dict[int, Job] = {}  # whose blocks each copy under way moves
         self._offloading = 0  # blocks
@@ -170,6 +171,7 @@ class Residency:
             self._copies += copies
             self._tables.setdefault(job.slot, []).extend(table)
             self._fresh.add(job)
+            self._gone.discard(job)
             self._moved[copies[0][0]] = job
         return freed
 
@@ -229,7 +231,7 @@ class Residency:
         """Who could give up blocks: not those whose blocks are moving, or came back and have not been used."""
         blocks = self.blocks
         for job in self._policy.iter_served(worst_first=True):
-            if job.slot is None or job in self._fresh or blocks.moving(job.index):
+            if job.slot is None or job in self._gone or job in self._fresh or blocks.moving(job.index):
                 continue
             missing = blocks.missing(job.index)
             here = blocks.held(job.index) - missing
@@ -275,6 +277,7 @@ class Residency:
         self.blocks.release(job.index)
         self._absent.pop(job, None)
         self._fresh.discard(job)
+        self._gone.discard(job)
         self._tables.pop(job.slot, None)
         self._closed.append(job.slot)
         self._free_slots.append(job.slot)
@@ -290,6 +293,8 @@ class Residency:
         if direction == OFFLOAD:
             self._offloading -= blocks
         job = self._moved.pop(copy)
+        if job in self._absent and self.blocks.away(owner) == self.blocks.held(owner):
+            self._gone.add(job)
         if job in self._absent and not self.blocks.missing(owner):
             del self._absent[job]
 

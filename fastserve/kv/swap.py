@@ -24,7 +24,7 @@ _REPAYMENT: Final = 16.0
 
 _SMOOTHING: Final = 0.2  # weight of the newest copy in the measured speed of the link
 _FEWEST: Final = 8  # blocks that leave together, where the victim has as many: few large copies
-_REFUSALS: Final = 64  # victims that may turn out not to be, one after the other, before the search is given up
+_REFUSALS: Final = 16  # victims that may turn out not to be, one after the other, before the search is given up
 _WINDOW: Final = 4.0  # iterations over which the demand for blocks is summed
 _FADING: Final = 1.0 / 256  # of the largest demand seen, an iteration
 
