@@ -215,8 +215,8 @@ def test_work_ahead_is_what_better_jobs_are_expected_to_need() -> None:
     assert best(made) == [3, 0, 1, 2]
     one = 60.5  # the last bucket is that of 57 … 64
     ahead = [made.work_ahead(jobs[index], 0.0) for index in (3, 0, 1, 2)]
-    assert ahead == pytest.approx([0, one - 32, 2 * one - 32, 3 * one - 32], rel=0.05)
-    assert made.backlog(0.0) == pytest.approx(4 * one - 32, rel=0.05)
+    assert ahead == pytest.approx([0, one - 32, 2 * one - 32, 3 * one - 32], rel=0.1)
+    assert made.backlog(0.0) == pytest.approx(4 * one - 32, rel=0.1)
 
 
 def test_waiting_jobs_share_an_index() -> None:
