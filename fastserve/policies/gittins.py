@@ -14,15 +14,12 @@ from ..types import FinishReason, Job
 from .base import Policy
 from .deadlines import Deadlines
 from .lengths import LengthDistribution, bucket, edge
-from .mlfq import SPENT, MultiLevelFeedbackQueue
+from .mlfq import PROMOTED_QUANTA, SPENT, MultiLevelFeedbackQueue
 from .queue import JobQueue
 
 # Indices within this factor of each other are as good as equal: the table is not known better, and what an order among
 # them could gain is less than what preempting for it costs.
 _RESOLUTION: Final = 1.2
-
-# A promoted job gets this many first quanta: fewer tokens are not worth moving its KV for.
-_PROMOTED_QUANTA: Final = 8
 
 # Remaining prefills, in decodes of a full batch, are told apart two to an octave, down to 2^-4 decodes.
 _PREFILLS_PER_OCTAVE: Final = 2
@@ -217,7 +214,7 @@ class Gittins(Policy):
         for job in self._deadlines.pop_due(now):
             self._leave(job)
             self._places[job].cohort = None
-            self._front.append(job, max(_PROMOTED_QUANTA * self._quantum, job.next_seconds))
+            self._front.append(job, max(PROMOTED_QUANTA * self._quantum, job.next_seconds))
         return chain(self._front, chain.from_iterable(map(self._sorted.__getitem__, self._order)))
 
     def rank(self, job: Job) -> tuple[float, ...]:
