@@ -79,15 +79,16 @@ class JobQueue:
         return self._before(self._last_ticket + 1)
 
     def _before(self, ticket: int) -> float:
-        ticket, total = ticket - 1, 0.0
+        tree, ticket, total = self._tree, ticket - 1, 0.0
         while ticket > 0:
-            total += self._tree[ticket]
+            total += tree[ticket]
             ticket &= ticket - 1
         return total
 
     def _add(self, ticket: int, seconds: float) -> None:
-        while ticket < len(self._tree):
-            self._tree[ticket] += seconds
+        tree, size = self._tree, len(self._tree)
+        while ticket < size:
+            tree[ticket] += seconds
             ticket += ticket & -ticket
 
     def _renumber(self) -> None:
