@@ -223,15 +223,15 @@ class Residency:
         if not self._proactive or not self._absent:
             return
         lacking = {want.job for want in self.wants}
-        for job in islice(self._policy.iter_served(), _LOOKAHEAD * self._config.max_num_seqs):
+        for job in islice(self._policy.iter_holders(), _LOOKAHEAD * self._config.max_num_seqs):
             if job in self._absent and job not in lacking and (away := self.blocks.away(job.index)):
                 yield Want(job, away, max(1e-9, self._enst(job, now)), self._policy.rank(job), upload=True)
 
     def _victims(self, mark: int, now: float) -> Iterator[Holder]:
         """Who could give up blocks: not those whose blocks are moving, or came back and have not been used."""
         blocks = self.blocks
-        for job in self._policy.iter_served(worst_first=True):
-            if job.slot is None or job in self._gone or job in self._fresh or blocks.moving(job.index):
+        for job in self._policy.iter_holders(worst_first=True):
+            if job in self._gone or job in self._fresh or blocks.moving(job.index):
                 continue
             missing = blocks.missing(job.index)
             here = blocks.held(job.index) - missing
@@ -256,6 +256,7 @@ class Residency:
         job.slot = self._free_slots.pop() if self._free_slots else self._num_slots
         self._num_slots = max(self._num_slots, job.slot + 1)
         self.holders[job] = job.attained
+        self._policy.hold(job, True)
         if self._config.admission == "reserve":
             self._promised += self._to_start(job)
         plan.open(job, job.slot)
@@ -283,6 +284,8 @@ class Residency:
         self._free_slots.append(job.slot)
         del self.holders[job]
         job.slot = None
+        if not job.finished:
+            self._policy.hold(job, False)
         job.computed = 0
         job.primed = False
 

@@ -256,7 +256,7 @@ class Scheduler:
         return joins, prefills
 
     def _candidates(self, now: float) -> Iterator[Job]:
-        """The live jobs, best first; once nobody may start any more, only those that have been served before."""
+        """The live jobs, best first; once nobody may start any more, only those that hold KV."""
         mark, residency = self._mark, self.residency
         for job in self.policy.iter_best(now):
             job.seen = mark
@@ -265,7 +265,7 @@ class Scheduler:
                 break
         else:
             return
-        for job in islice(self.policy.iter_served(), _LOOKAHEAD * self.config.max_num_seqs):
+        for job in islice(self.policy.iter_holders(), _LOOKAHEAD * self.config.max_num_seqs):
             if job.seen != mark:
                 yield job
 
