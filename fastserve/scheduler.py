@@ -27,7 +27,17 @@ from .decode_rows import DecodeRows
 from .planning import Iteration, PlanBuilder, Row
 from .policies import create_policy
 from .residency import Residency
-from .types import BatchPlan, FinishReason, Int32Array, InvalidRequest, Job, JobUpdate, StepResult, TokenLogprobs
+from .types import (
+    DEVICE,
+    BatchPlan,
+    FinishReason,
+    Int32Array,
+    InvalidRequest,
+    Job,
+    JobUpdate,
+    StepResult,
+    TokenLogprobs,
+)
 
 # How many batches of jobs are looked at for rows that nobody may start in.
 _LOOKAHEAD: Final = 4
@@ -176,9 +186,9 @@ class Scheduler:
         self._barred.clear()
         for _ in range(_PASSES):
             self._mark += 1
-            joins, prefills = self._select(batch, growers, now)
+            joins, prefills, last = self._select(batch, growers, now)
             blocks = batch.blocks(self.config.block_size) + sum(self.blocks.held(job.index) for job in prefills)
-            moves = residency.plan(self._mark, blocks, now)
+            moves = residency.plan(self._mark, blocks, last, now)
             if moves is None:
                 break
             self._barred.update(moves.pauses, moves.drops, (job for job, _ in moves.offloads))
@@ -206,8 +216,8 @@ class Scheduler:
         self._deadline = self.policy.next_deadline()
         return batch.growing()
 
-    def _select(self, batch: DecodeRows, growers: set[Job], now: float) -> tuple[list[Job], list[Job]]:
-        """Mark the members of the next batch; returns those who join its decodes, and its prefills.
+    def _select(self, batch: DecodeRows, growers: set[Job], now: float) -> tuple[list[Job], list[Job], Job | None]:
+        """Mark the next batch; returns who joins its decodes, its prefills, and its last job if it is full.
 
         Every decode chosen has its token set aside, so a prefill, however long and however important, never stalls the
         jobs it shares the iteration with; one for which nothing is left gives up its row. A job whose KV is not on the
@@ -235,28 +245,28 @@ class Scheduler:
                     prefills.append(job)
                     wanted += job.known - job.computed
                     if decodes + len(prefills) == limit:
-                        break
+                        return joins, prefills, job
                 continue
             elif admits(job, decodes + len(prefills)):
                 joins.append(job)
             elif strict:
                 decodes += 1  # its row stays empty
                 if decodes + len(prefills) == limit:
-                    break
+                    return joins, prefills, job
                 continue
             else:
                 continue
             job.mark = mark
             decodes += 1
-            while prefills and wanted - (last := prefills[-1].known - prefills[-1].computed) >= budget - decodes:
+            while prefills and wanted - (least := prefills[-1].known - prefills[-1].computed) >= budget - decodes:
                 prefills.pop().mark = 0
-                wanted -= last
+                wanted -= least
             if decodes + len(prefills) == limit:
-                break
-        return joins, prefills
+                return joins, prefills, job
+        return joins, prefills, None
 
     def _candidates(self, now: float) -> Iterator[Job]:
-        """The live jobs, best first; once nobody may start any more, only those that hold KV."""
+        """The live jobs, best first; once nobody may start any more, only those whose KV is there."""
         mark, residency = self._mark, self.residency
         for job in self.policy.iter_best(now):
             job.seen = mark
@@ -265,7 +275,7 @@ class Scheduler:
                 break
         else:
             return
-        for job in islice(self.policy.iter_holders(), _LOOKAHEAD * self.config.max_num_seqs):
+        for job in islice(self.policy.iter_tier(DEVICE), _LOOKAHEAD * self.config.max_num_seqs):
             if job.seen != mark:
                 yield job
 
