@@ -31,6 +31,12 @@ _GUESS: Final = 1 / 16
 # Blocks that each job of a batch should find free when it grows, before another job is let in.
 _HEADROOM: Final = 1
 
+# Iterations for which those that decode should find blocks, however important the job that wants to start.
+_GROWTH: Final = 4
+
+# Iterations of offloads that may be under way.
+_BACKLOG: Final = 4
+
 # Iterations between two looks at a pool in which something is wanting.
 _PATIENCE: Final = 4
 
@@ -44,6 +50,7 @@ class Residency:
         self.blocks = BlockManager(config.num_blocks, config.block_size, host_blocks)
         self.link = LinkEstimate(link or Link(offload_block=guess, upload_block=guess))
         self.holders: dict[Job, float] = {}  # jobs with a slot, and what each had attained when it got it
+        self.iteration_seconds = cost.decode_seconds(1)  # of the latest iteration
         self.wants: list[Want] = []  # of the jobs that the batch being chosen lacks
         self.closed = False  # nobody else may start: a better job waits for room to, or there is no token left
         self._config = config
@@ -55,6 +62,7 @@ class Residency:
         self._promised = 0  # blocks set aside for the longest outputs, with admission "reserve"
         self._room = self._unpromised = 0  # blocks that the decision being made has not given away
         self._starting = 0  # jobs to which it has given some to start with
+        self._growth = 0  # blocks that those which decode take before others can be made free
         self._looked = 0  # iterations since the last decision
         self._absent: dict[Job, None] = {}  # holders with blocks that are away or moving
         self._gone: set[Job] = set()  # those of them without a block on the device
@@ -70,13 +78,14 @@ class Residency:
 
     # --- one decision ------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Start a decision."""
+    def begin(self, rows: int) -> None:
+        """Start a decision, `rows` jobs decoding until now."""
         self.wants = []
         self.closed = False
         self._room = self.blocks.free_blocks
         self._unpromised = self.blocks.num_blocks - self._promised
         self._starting = 0
+        self._growth = rows * _GROWTH // self.blocks.block_size
         self._looked = 0
 
     def admits(self, job: Job, members: int) -> bool:
@@ -94,7 +103,7 @@ class Residency:
                     self._unpromised -= blocks
                 return not self.closed
             owing = members if self.blocks.num_host_blocks else len(self.holders) + self._starting
-            owed = _HEADROOM * (owing + 1) if owing else 0
+            owed = max(_HEADROOM * (owing + 1) if owing else 0, self._growth)
             if blocks + owed <= self._room:
                 self._room -= blocks
                 self._starting += 1
@@ -145,6 +154,7 @@ class Residency:
             whole=self._reactive,
             link=self.link,
             backlog=self.link.seconds(OFFLOAD, self._offloading),
+            patience=_BACKLOG * self.iteration_seconds,
         )
 
     def move(self, moves: Moves) -> bool:

@@ -224,7 +224,7 @@ class Scheduler:
         device, or that finds no room there, is passed over, and room is made for it. While a job waits for room to
         start, nobody behind it starts, so small jobs do not keep a large one out; only jobs that hold KV follow.
         """
-        self.residency.begin()
+        self.residency.begin(len(batch.jobs))
         admits, grows = self.residency.admits, self.residency.grows
         mark, limit, budget = self._mark, self.config.max_num_seqs, self.config.max_num_batched_tokens
         strict = self.residency.strict
@@ -357,6 +357,8 @@ class Scheduler:
         # Plans overlap when several are in flight; no second is counted twice.
         seconds = now - max(iteration.scheduled, self._last_completed)
         self._last_completed = now
+        if samples:
+            self.residency.iteration_seconds = seconds
         updates: list[JobUpdate] = []
         tokens = result.tokens.tolist()
         errors = result.errors
