@@ -53,6 +53,10 @@ class Policy(ABC):
         return math.inf
 
     @abstractmethod
+    def move(self, job: Job, tier: int | None) -> None:
+        """The job's KV is now in another tier, or gone; `job.tier` is about to say so."""
+
+    @abstractmethod
     def iter_best(self, now: float) -> Iterator[Job]:
         """The jobs, highest priority first. Lazy: taking k jobs costs O(k), however many there are.
 
@@ -60,10 +64,10 @@ class Policy(ABC):
         """
 
     @abstractmethod
-    def iter_served(self) -> Iterator[Job]:
-        """Those of them that have been served before, in the order of the latest iter_best. As lazy.
+    def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:
+        """Those of them whose KV is in a tier, in the order of the latest iter_best or against it. As lazy.
 
-        For when nobody may start: however many wait that never ran, this does not look at them.
+        For when nobody may start, and for who must give way: however many hold none, this does not look at them.
         """
 
     @abstractmethod
