@@ -120,13 +120,25 @@ class Scheduler:
             growing = self._choose(batch, growing, now)
         idle = residency.waits or not (batch.jobs or batch.prefills)
         if idle and not self.in_flight and self.jobs and not residency.moving:
-            if residency.wants:
-                residency.force()  # otherwise the jobs were in another stage's batch when this one was chosen
-            growing = self._choose(batch, growing, now)
-            idle = False
+            growing = self._unstick(batch, growing, now)
+            idle = residency.waits or not (batch.jobs or batch.prefills)
         if idle and (self.in_flight or not (residency.untold or residency.moving)):
             return None
         return self._plan(batch, growing, idle, now)
+
+    def _unstick(self, batch: DecodeRows, growing: list[int], now: float) -> list[int]:
+        """Nothing runs and nothing moves, though jobs live: choose anew, now that no plan holds anybody's blocks.
+
+        If that is not enough, others give up their KV for the best job that wants room, and it fits alone.
+        """
+        growing = self._choose(batch, growing, now)
+        if not (batch.jobs or batch.prefills or self.residency.moving):
+            for other in self._batches:
+                for job in list(other.jobs):
+                    self._leave(job, now)
+            self.residency.force()
+            growing = self._choose(batch, [], now)
+        return growing
 
     def _plan(self, batch: DecodeRows, growing: list[int], idle: bool, now: float) -> BatchPlan:
         """One iteration of the batch, or, if `idle`, one without rows."""
@@ -210,6 +222,13 @@ class Scheduler:
             if not residency.move(moves):
                 break
             # Blocks became free at once: whom they were made free for may run.
+        chosen = joins or prefills or any(job.mark == self._mark for job in batch.jobs)
+        if residency.strict and not (chosen or residency.moving or self.in_flight):
+            # Nobody's KV can be brought here: those run whose KV is.
+            residency.strict = False
+            self._mark += 1
+            joins, prefills, _ = self._select(batch, growers, now)
+            residency.strict = True
         mark = self._mark
         for job in [job for job in batch.jobs if job.mark != mark]:
             self._leave(job, now)
