@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
 from itertools import islice
 from typing import Final
 
@@ -67,7 +66,7 @@ class Scheduler:
         self._version = 0  # counts what may change a batch
         self._deadline: float | None = None  # when time alone may change one
         self._mark = 0  # of the decision being made: chosen jobs carry it
-        self._barred: set[Job] = set()  # jobs that must stay out of the batch being chosen
+        self._barred: dict[Job, None] = {}  # jobs that must stay out of the batch being chosen
         self._unreported: dict[Job, float] = {}  # service that the policy has not been told of
         self._last_completed = -math.inf
         self._next_plan = 1
@@ -133,8 +132,9 @@ class Scheduler:
         """One iteration of the batch, or, if `idle`, one without rows."""
         plan = PlanBuilder()
         decodes: list[Job] = []
+        exhausted: list[Job] = []
         prefills: list[Row] = []
-        rows, taken = _NO_ROWS, 0
+        rows, taken, logprobs = _NO_ROWS, 0, batch.logprobs
         if not idle:
             taken = sum(self._grow(plan, batch, row) for row in growing)
             decodes = batch.jobs.copy()
@@ -142,7 +142,8 @@ class Scheduler:
                 job.in_flight += 1
                 job.pending += 1
             rows = batch.advance()
-            for job in batch.exhausted():
+            exhausted = batch.exhausted()
+            for job in exhausted:
                 self._leave(job)
             budget = self.config.max_num_batched_tokens - len(decodes)
             for job in batch.prefills:
@@ -151,8 +152,18 @@ class Scheduler:
             if prefills:
                 self._version += 1  # they have other rows next time
         closed, copies = self.residency.tell(plan, taken)
-        iteration = Iteration(self._next_plan, now, decodes, prefills, (), 0, self.blocks.free_blocks, len(copies))
-        iteration.waiting = len(self.jobs) - len(decodes) - len(prefills)
+        iteration = Iteration(
+            plan_id=self._next_plan,
+            scheduled=now,
+            decodes=decodes,
+            prefills=prefills,
+            exhausted=exhausted,
+            stop_tokens=batch.stop_tokens,
+            logprobs=logprobs,
+            waiting=len(self.jobs) - len(decodes) - len(prefills),
+            free_blocks=self.blocks.free_blocks,
+            copied_blocks=len(copies),
+        )
         if self.record_levels:
             iteration.levels = tuple(map(self.policy.level, iteration.jobs))
         self.in_flight.append(iteration)
@@ -192,7 +203,7 @@ class Scheduler:
             moves = residency.plan(self._mark, blocks, last, now)
             if moves is None:
                 break
-            self._barred.update(moves.pauses, moves.drops, (job for job, _ in moves.offloads))
+            self._barred.update(dict.fromkeys([*moves.pauses, *moves.drops, *(job for job, _ in moves.offloads)]))
             for job in self._barred:
                 job.mark = 0
                 self._leave(job, now)
@@ -225,60 +236,55 @@ class Scheduler:
         device, or that finds no room there, is passed over, and room is made for it. While a job waits for room to
         start, nobody behind it starts, so small jobs do not keep a large one out; only jobs that hold KV follow.
         """
-        self.residency.begin(len(batch.jobs))
-        admits, grows = self.residency.admits, self.residency.grows
+        residency = self.residency
+        residency.begin(len(batch.jobs))
         mark, limit, budget = self._mark, self.config.max_num_seqs, self.config.max_num_batched_tokens
-        strict = self.residency.strict
         joins: list[Job] = []
         prefills: list[Job] = []
-        decodes = wanted = 0
-        for job in self._candidates(now):
-            if job.batch is batch:
-                if job in growers and not grows(job, decodes + len(prefills)):
+        rows = wanted = 0  # rows taken, and the tokens that the prefills among them have to compute
+        candidates = self.policy.iter_best(now)
+        for nobody_starts in (False, True):
+            for job in candidates:
+                if job.batch is batch:
+                    if job.mark == mark or (growers and job in growers and not residency.grows(job, rows)):
+                        continue
+                elif job.mark == mark or not self._available(job):
                     continue
-            elif not self._available(job):
-                continue
-            elif not job.primed:
-                if wanted >= budget - decodes:
-                    self.residency.closed = True
-                elif admits(job, decodes + len(prefills)):
-                    job.mark = mark
-                    prefills.append(job)
-                    wanted += job.known - job.computed
-                    if decodes + len(prefills) == limit:
+                elif not job.primed:
+                    if wanted >= budget - rows + len(prefills):
+                        residency.closed = True
+                    elif residency.admits(job, rows):
+                        job.mark = mark
+                        prefills.append(job)
+                        wanted += job.known - job.computed
+                        rows += 1
+                        if rows == limit:
+                            return joins, prefills, job
+                    if residency.closed and not nobody_starts:
+                        break
+                    continue
+                elif residency.admits(job, rows):
+                    joins.append(job)
+                elif residency.strict:
+                    rows += 1  # it stays empty
+                    if rows == limit:
                         return joins, prefills, job
-                continue
-            elif admits(job, decodes + len(prefills)):
-                joins.append(job)
-            elif strict:
-                decodes += 1  # its row stays empty
-                if decodes + len(prefills) == limit:
+                    continue
+                else:
+                    continue
+                job.mark = mark
+                rows += 1
+                while prefills and wanted - _to_compute(prefills[-1]) >= budget - rows + len(prefills):
+                    rows -= 1
+                    least = prefills.pop()
+                    least.mark = 0
+                    wanted -= _to_compute(least)
+                if rows == limit:
                     return joins, prefills, job
-                continue
             else:
-                continue
-            job.mark = mark
-            decodes += 1
-            while prefills and wanted - (least := prefills[-1].known - prefills[-1].computed) >= budget - decodes:
-                prefills.pop().mark = 0
-                wanted -= least
-            if decodes + len(prefills) == limit:
-                return joins, prefills, job
+                break  # there is nobody else
+            candidates = islice(self.policy.iter_tier(DEVICE), _LOOKAHEAD * limit)
         return joins, prefills, None
-
-    def _candidates(self, now: float) -> Iterator[Job]:
-        """The live jobs, best first; once nobody may start any more, only those whose KV is there."""
-        mark, residency = self._mark, self.residency
-        for job in self.policy.iter_best(now):
-            job.seen = mark
-            yield job
-            if residency.closed:
-                break
-        else:
-            return
-        for job in islice(self.policy.iter_tier(DEVICE), _LOOKAHEAD * self.config.max_num_seqs):
-            if job.seen != mark:
-                yield job
 
     def _available(self, job: Job) -> bool:
         """Whether a job that is not in the batch could be: not with its last token being sampled, or in another."""
@@ -352,6 +358,8 @@ class Scheduler:
         if iteration is None or result.plan_id != iteration.plan_id or len(result.tokens) != samples:
             raise RuntimeError(f"result of plan {result.plan_id} with {len(result.tokens)} tokens matches no plan")
         self.in_flight.popleft()
+        if len(self._batches) > 1:
+            self._version += 1  # its jobs may now join another batch
         for copy, taken in zip(result.copies.tolist(), result.copy_seconds.tolist(), strict=True):
             self.residency.acknowledge(copy, taken)
             self._version += 1
@@ -361,25 +369,25 @@ class Scheduler:
         if samples:
             self.residency.iteration_seconds = seconds
         updates: list[JobUpdate] = []
-        tokens = result.tokens.tolist()
-        errors = result.errors
+        stops, plain = iteration.stop_tokens, not (result.errors or iteration.logprobs)
         sample = 0
-        for job in iteration.decodes:
+        for job, token in zip(iteration.decodes, result.tokens.tolist(), strict=False):
             job.in_flight -= 1
             job.pending -= 1
-            if job.finish_reason is None:
+            if job.finish_reason is not None:
+                if not job.in_flight:
+                    self._release(job)
+            else:
                 job.metrics.decode_seconds += seconds
-                token = tokens[sample]
-                if token in job.stop_tokens or job.params.logprobs is not None or errors:
-                    updates.append((job, self._append(job, result, sample, now)))
-                else:
+                if plain and token not in stops:
                     job.output.append(token)
                     updates.append((job, token))
-                    if len(job.output) >= job.max_output:
-                        self._end(job, FinishReason.LENGTH, now)
-            elif not job.in_flight:
-                self._release(job)
+                else:
+                    updates.append((job, self._append(job, result, sample, now)))
             sample += 1
+        for job in iteration.exhausted:
+            if job.finish_reason is None and len(job.output) == job.max_output:
+                self._end(job, FinishReason.LENGTH, now)
         for row in iteration.prefills:
             job = row.job
             job.in_flight -= 1
@@ -470,6 +478,11 @@ class Scheduler:
                 or (job.slot is None) != (job not in holders)
             ):
                 raise RuntimeError(f"job {job.job_id!r} is out of step with its blocks or plans: {job}")
+
+
+def _to_compute(job: Job) -> int:
+    """Known tokens whose KV is not computed."""
+    return job.known - job.computed
 
 
 def _logprobs(result: StepResult, sample: int, alternatives: int) -> TokenLogprobs:

@@ -273,7 +273,6 @@ class Job:
     batch: object = None  # the DecodeRows it is in
     row: int = -1  # its place there
     mark: int = 0  # the decision that last chose it
-    seen: int = 0  # the decision that last considered it
     known_output: int | None = None  # its output length, for the oracle that srpt is; None: nobody knows
     next_seconds: float = 0.0  # modelled solo time of the whole remaining uncharged prefill, else of one decode
     finish_reason: FinishReason | None = None
