@@ -132,7 +132,7 @@ class Scheduler:
             for other in self._batches:
                 for job in list(other.jobs):
                     self._leave(job, now)
-            self.residency.force()
+            self.residency.force(now)
             growing = self._choose(batch, [], now)
         return growing
 
