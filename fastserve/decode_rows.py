@@ -69,6 +69,10 @@ class DecodeRows:
         count = len(self.jobs)
         return (self._rows[:count, 1] >= self._capacity[:count]).nonzero()[0].tolist()
 
+    def blocks(self, block_size: int) -> int:
+        """How many blocks the jobs hold."""
+        return int(self._capacity[: len(self.jobs)].sum()) // block_size
+
     def grew(self, row: int, capacity: int) -> None:
         self._capacity[row] = capacity
 

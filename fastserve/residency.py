@@ -11,6 +11,8 @@ free. The config's swap_mode says how:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Final, cast
 
 from .config import SchedulerConfig
@@ -26,6 +28,9 @@ _GUESS: Final = 1 / 16
 
 # Blocks that each job of a batch should find free when it grows, before another job is let in.
 _HEADROOM: Final = 1
+
+# How far ahead of the batch, in batches, KV is brought back.
+_LOOKAHEAD: Final = 2
 
 # Iterations between two looks at a pool in which something is wanting.
 _PATIENCE: Final = 4
@@ -53,6 +58,7 @@ class Residency:
         self._starting = 0  # jobs to which it has given some to start with
         self._looked = 0  # iterations since the last decision
         self._absent: dict[Job, None] = {}  # holders with blocks that are away or moving
+        self._gone: set[Job] = set()  # those of them without a block on the device
         self._fresh: set[Job] = set()  # brought back, and not run since
         self._moved: dict[int, Job] = {}  # whose blocks each copy under way moves
         self._offloading = 0  # blocks
@@ -95,12 +101,11 @@ class Residency:
                 self._starting += 1
                 return True
             self.closed = True
-            self.wants.append(Want(job, blocks + owed, 0.0, self._policy.rank(job)))
+            self._want(job, blocks + owed)
             return False
         if job in self._absent:
-            away = self.blocks.away(job.index)
-            if away:
-                self.wants.append(Want(job, away, 0.0, self._policy.rank(job), upload=True))
+            if away := self.blocks.away(job.index):
+                self._want(job, away, upload=True)
             self.blocks.recall(job.index)
             return False
         return job.computed < self.blocks.held(job.index) * self.blocks.block_size or self.grows(job, members)
@@ -113,18 +118,23 @@ class Residency:
         if self._room > 0:
             self._room -= 1
             return True
-        self.wants.append(Want(job, 1, 0.0, self._policy.rank(job), first=members == 0))
+        self._want(job, 1, first=members == 0)
         return False
 
-    def plan(self, mark: int, now: float) -> Moves | None:
+    def _want(self, job: Job, blocks: int, *, upload: bool = False, first: bool = False) -> None:
+        if len(self.wants) < self._config.max_num_seqs:  # more can hardly be served
+            self.wants.append(Want(job, blocks, 0.0, self._policy.rank(job), upload, first))
+
+    def plan(self, mark: int, batch_blocks: int, now: float) -> Moves | None:
         """What should move now; None: nothing. The jobs of the batch being chosen carry `mark`."""
         if self._config.admission == "reserve":
             return None  # everybody has what they will need
-        reserve = self._burst_reserve(mark)
+        # Never so many that the batch would be the one to lose them.
+        reserve = self._reserve.blocks((self.blocks.num_blocks - batch_blocks) // 2) if self._proactive else 0
         if not self.wants and not (self._proactive and (self._absent or self._room + self.blocks.leaving < reserve)):
             return None
         return plan_moves(
-            self.wants + (self._prefetches(now) if self._proactive else []),
+            chain(self.wants, self._prefetches(now)),
             self._victims(mark, now),
             free=self._room,
             leaving=self.blocks.leaving,
@@ -161,6 +171,7 @@ class Residency:
             self._copies += copies
             self._tables.setdefault(job.slot, []).extend(table)
             self._fresh.add(job)
+            self._gone.discard(job)
             self._moved[copies[0][0]] = job
         return freed
 
@@ -202,52 +213,41 @@ class Residency:
             return self.blocks.blocks_for(len(job.prompt) + job.max_output - 1)
         return self.blocks.blocks_for(job.known)
 
-    def _burst_reserve(self, mark: int) -> int:
-        """Blocks to keep free: never so many that the batch would be the one to lose them."""
-        if not self._proactive:
-            return 0
-        members = sum(self.blocks.held(job.index) for job in self.holders if job.mark == mark)
-        return self._reserve.blocks((self.blocks.num_blocks - members) // 2)
-
     def _enst(self, job: Job, now: float) -> float:
         """Estimated time until the job is scheduled, in seconds: min(T_promote, T_execute) of the paper."""
         execute = self._policy.work_ahead(job, now) / self._config.max_num_seqs
         return max(0.0, min(execute, self._policy.deadline(job) - now))
 
-    def _prefetches(self, now: float) -> list[Want]:
+    def _prefetches(self, now: float) -> Iterator[Want]:
         """Jobs whose KV is away and which the batch will take soon, though it does not lack them yet."""
+        if not self._proactive or not self._absent:
+            return
         lacking = {want.job for want in self.wants}
-        wants = [
-            Want(job, away, max(1e-9, self._enst(job, now)), self._policy.rank(job), upload=True)
-            for job in self._absent
-            if job not in lacking and not job.finished and (away := self.blocks.away(job.index))
-        ]
-        wants.sort(key=lambda want: (want.enst, want.rank))
-        return wants[: self._config.max_num_seqs]
+        for job in islice(self._policy.iter_holders(), _LOOKAHEAD * self._config.max_num_seqs):
+            if job in self._absent and job not in lacking and (away := self.blocks.away(job.index)):
+                yield Want(job, away, max(1e-9, self._enst(job, now)), self._policy.rank(job), upload=True)
 
-    def _victims(self, mark: int, now: float) -> list[Holder]:
+    def _victims(self, mark: int, now: float) -> Iterator[Holder]:
         """Who could give up blocks: not those whose blocks are moving, or came back and have not been used."""
         blocks = self.blocks
-        victims = []
-        for job, attained in self.holders.items():
+        for job in self._policy.iter_holders(worst_first=True):
+            if job in self._gone or job in self._fresh or blocks.moving(job.index):
+                continue
             missing = blocks.missing(job.index)
             here = blocks.held(job.index) - missing
-            batch = cast(DecodeRows | None, job.batch)
-            if here and not job.finished and job not in self._fresh and not blocks.moving(job.index):
-                victims.append(
-                    Holder(
-                        job=job,
-                        here=here,
-                        unsaved=blocks.unsaved(job.index),
-                        away=missing,
-                        enst=0.0 if job.mark == mark else self._enst(job, now),
-                        rank=self._policy.rank(job),
-                        recompute=self._cost.prefill_seconds(0, batch.position(job.row) if batch else job.computed),
-                        service=job.attained - attained + (batch.unreported(job) if batch else 0.0),
-                        busy=job.in_flight > 0,
-                    )
+            if here:
+                batch = cast(DecodeRows | None, job.batch)
+                yield Holder(
+                    job=job,
+                    here=here,
+                    unsaved=blocks.unsaved(job.index),
+                    away=missing,
+                    enst=0.0 if job.mark == mark else self._enst(job, now),
+                    rank=self._policy.rank(job),
+                    recompute=self._cost.prefill_seconds(0, batch.position(job.row) if batch else job.computed),
+                    service=job.attained - self.holders[job] + (batch.unreported(job) if batch else 0.0),
+                    busy=job.in_flight > 0,
                 )
-        return victims
 
     # --- slots and blocks --------------------------------------------------------------------------------------------
 
@@ -256,6 +256,7 @@ class Residency:
         job.slot = self._free_slots.pop() if self._free_slots else self._num_slots
         self._num_slots = max(self._num_slots, job.slot + 1)
         self.holders[job] = job.attained
+        self._policy.hold(job, True)
         if self._config.admission == "reserve":
             self._promised += self._to_start(job)
         plan.open(job, job.slot)
@@ -277,11 +278,14 @@ class Residency:
         self.blocks.release(job.index)
         self._absent.pop(job, None)
         self._fresh.discard(job)
+        self._gone.discard(job)
         self._tables.pop(job.slot, None)
         self._closed.append(job.slot)
         self._free_slots.append(job.slot)
         del self.holders[job]
         job.slot = None
+        if not job.finished:
+            self._policy.hold(job, False)
         job.computed = 0
         job.primed = False
 
@@ -292,6 +296,8 @@ class Residency:
         if direction == OFFLOAD:
             self._offloading -= blocks
         job = self._moved.pop(copy)
+        if job in self._absent and self.blocks.away(owner) == self.blocks.held(owner):
+            self._gone.add(job)
         if job in self._absent and not self.blocks.missing(owner):
             del self._absent[job]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -28,8 +29,11 @@ from .policies import create_policy
 from .residency import Residency
 from .types import BatchPlan, FinishReason, Int32Array, InvalidRequest, Job, JobUpdate, StepResult, TokenLogprobs
 
+# How many batches of jobs are looked at for rows that nobody may start in.
+_LOOKAHEAD: Final = 4
+
 # Times that a batch is chosen anew because room was made at once.
-_PASSES: Final = 12
+_PASSES: Final = 3
 
 _NO_ROWS: Int32Array = np.zeros((0, 4), np.int32)
 
@@ -174,7 +178,8 @@ class Scheduler:
         for _ in range(_PASSES):
             self._mark += 1
             joins, prefills = self._select(batch, growers, now)
-            moves = residency.plan(self._mark, now)
+            blocks = batch.blocks(self.config.block_size) + sum(self.blocks.held(job.index) for job in prefills)
+            moves = residency.plan(self._mark, blocks, now)
             if moves is None:
                 break
             self._barred.update(moves.pauses, moves.drops, (job for job, _ in moves.offloads))
@@ -252,7 +257,7 @@ class Scheduler:
         return joins, prefills
 
     def _candidates(self, now: float) -> Iterator[Job]:
-        """The live jobs, best first; once nobody may start any more, only those that have been served before."""
+        """The live jobs, best first; once nobody may start any more, only those that hold KV."""
         mark, residency = self._mark, self.residency
         for job in self.policy.iter_best(now):
             job.seen = mark
@@ -261,7 +266,7 @@ class Scheduler:
                 break
         else:
             return
-        for job in self.policy.iter_served():
+        for job in islice(self.policy.iter_holders(), _LOOKAHEAD * self.config.max_num_seqs):
             if job.seen != mark:
                 yield job
 

@@ -11,7 +11,7 @@ first, and the two never cross: nothing is taken for a job that will run later t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -24,6 +24,7 @@ _REPAYMENT: Final = 16.0
 
 _SMOOTHING: Final = 0.2  # weight of the newest copy in the measured speed of the link
 _FEWEST: Final = 8  # blocks that leave together, where the victim has as many: few large copies
+_REFUSALS: Final = 16  # victims that may turn out not to be, one after the other, before the search is given up
 _WINDOW: Final = 4.0  # iterations over which the demand for blocks is summed
 _FADING: Final = 1.0 / 256  # of the largest demand seen, an iteration
 
@@ -38,6 +39,10 @@ class Want:
     rank: tuple[float, ...]
     upload: bool = False  # its KV is on the host; else the blocks are only set aside
     first: bool = False  # the best of all that hold KV: others give up theirs, even if it has not repaid its cost
+
+    @property
+    def urgent(self) -> bool:
+        return self.enst <= 0.0
 
 
 @dataclass(slots=True)
@@ -102,7 +107,7 @@ class BurstReserve:
 
 def plan_moves(
     wants: Iterable[Want],
-    holders: Iterable[Holder],
+    victims: Iterator[Holder],
     *,
     free: int,
     leaving: int,
@@ -114,6 +119,8 @@ def plan_moves(
 ) -> Moves:
     """Decide the moves of one iteration.
 
+    wants        in the order in which the jobs will run
+    victims      against the order in which they will run; looked at no further than needed
     free         device blocks that are nobody's and not needed by this iteration
     leaving      device blocks that copies under way will free
     host_places  blocks the host has room for
@@ -122,20 +129,17 @@ def plan_moves(
     backlog      seconds of offloads under way
     """
     moves = Moves()
-    victims = sorted(holders, key=lambda holder: (holder.enst, holder.rank), reverse=True)
-    state = _Room(free, leaving, host_places, whole, backlog, link, moves)
-    for want in sorted(wants, key=lambda want: (want.enst, want.rank)):
-        urgent = want.enst <= 0.0
-        needed = want.blocks + (0 if urgent else reserve)
-        if needed > state.free + state.coming:
-            state.make(needed, victims, want)
-        if needed > state.free:
+    room = _Room(victims, free, leaving, host_places, whole, backlog, link, moves)
+    for want in wants:
+        needed = want.blocks + (0 if want.urgent else reserve)
+        room.make(needed, want)
+        if needed > room.free:
             break  # what is free, and what comes, is kept for it
-        state.free -= want.blocks
+        room.free -= want.blocks
         if want.upload:
             moves.uploads.append(want.job)
     else:
-        state.make(reserve, victims, None)
+        room.make(reserve, None)
     return moves
 
 
@@ -143,6 +147,7 @@ def plan_moves(
 class _Room:
     """The blocks there are while moves are chosen."""
 
+    victims: Iterator[Holder]
     free: int
     coming: int
     host_places: int
@@ -150,27 +155,27 @@ class _Room:
     backlog: float
     link: LinkEstimate
     moves: Moves
+    next: Holder | None = None  # the victim looked at, when it was not taken
 
-    def make(self, needed: int, victims: list[Holder], want: Want | None) -> None:
+    def make(self, needed: int, want: Want | None) -> None:
         """Take from victims, the last to run first, until `needed` blocks are free or coming, or nobody is left."""
-        kept: list[Holder] = []
-        while victims and self.free + self.coming < needed:
-            victim = victims.pop(0)
-            if not self._take(victim, needed - self.free - self.coming, want):
-                kept.append(victim)
-        victims[:0] = kept
+        refusals = 0
+        while self.free + self.coming < needed and refusals < _REFUSALS:
+            victim = self.next or next(self.victims, None)
+            self.next = victim
+            if victim is None or (want is not None and want.urgent and victim.rank <= want.rank):
+                return  # nobody is left who will run later
+            refusals += not self._take(victim, needed - self.free - self.coming, want)
+            self.next = None
 
     def _take(self, victim: Holder, short: int, want: Want | None) -> bool:
         """Have the victim give up to `short` blocks, the cheapest way; False: keeping them is cheaper."""
-        urgent = want is not None and want.enst <= 0.0
+        urgent = want is not None and want.urgent
         short = victim.here if self.whole else min(victim.here, max(short, _FEWEST))
         copied = min(max(0, short - (victim.here - victim.unsaved)), victim.unsaved, self.host_places)
         out = self.link.seconds(OFFLOAD, copied)
         there_and_back = self.backlog + out + self.link.seconds(UPLOAD, victim.away + short)
-        if want is not None and urgent:
-            if victim.rank <= want.rank:
-                return False
-        elif victim.enst <= there_and_back + (0.0 if want is None else want.enst):
+        if not urgent and victim.enst <= there_and_back + (want.enst if want else 0.0):
             return False  # it would not be back in time
         swaps = bool(copied or victim.here > victim.unsaved)
         swaps = swaps and max(0.0, there_and_back - victim.enst) <= victim.recompute

@@ -43,6 +43,7 @@ def _gittins(config: SchedulerConfig, cost: Cost) -> Callable[[], Policy]:
     return lambda: Gittins(
         cost=cost,
         lengths=lengths,
+        batch=config.max_num_seqs,
         num_levels=config.num_levels,
         starvation_limit=config.starvation_limit,
         slowdown_limit=config.slowdown_limit,

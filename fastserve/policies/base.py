@@ -53,6 +53,10 @@ class Policy(ABC):
         return math.inf
 
     @abstractmethod
+    def hold(self, job: Job, holds: bool) -> None:
+        """The job got KV blocks, or lost them all. (One that is added, or moved, holds some if it has a slot.)"""
+
+    @abstractmethod
     def iter_best(self, now: float) -> Iterator[Job]:
         """The jobs, highest priority first. Lazy: taking k jobs costs O(k), however many there are.
 
@@ -60,10 +64,10 @@ class Policy(ABC):
         """
 
     @abstractmethod
-    def iter_served(self) -> Iterator[Job]:
-        """Those of them that have been served before, in the order of the latest iter_best. As lazy.
+    def iter_holders(self, worst_first: bool = False) -> Iterator[Job]:
+        """Those of them that hold KV, in the order of the latest iter_best or against it. As lazy.
 
-        For when nobody may start: however many wait that never ran, this does not look at them.
+        For when nobody may start, and for who must give way: however many hold none, this does not look at them.
         """
 
     @abstractmethod

@@ -14,17 +14,14 @@ from ..types import FinishReason, Job
 from .base import Policy
 from .deadlines import Deadlines
 from .lengths import LengthDistribution, bucket, edge
-from .mlfq import SPENT, MultiLevelFeedbackQueue
+from .mlfq import PROMOTED_QUANTA, SPENT, MultiLevelFeedbackQueue
 from .queue import JobQueue
 
 # Indices within this factor of each other are as good as equal: the table is not known better, and what an order among
 # them could gain is less than what preempting for it costs.
 _RESOLUTION: Final = 1.2
 
-# A promoted job gets this many first quanta: fewer tokens are not worth moving its KV for.
-_PROMOTED_QUANTA: Final = 8
-
-# Remaining prefills, in decodes, are told apart two to an octave, down to 2^-4 decodes.
+# Remaining prefills, in decodes of a full batch, are told apart two to an octave, down to 2^-4 decodes.
 _PREFILLS_PER_OCTAVE: Final = 2
 _LOWEST_PREFILL: Final = -4 * _PREFILLS_PER_OCTAVE
 
@@ -39,26 +36,28 @@ Key = tuple[int, int, int, int]
 
 def gittins(
     prefill: float, age: int, last: int, hazard: Callable[[int], float], decode: Callable[[int], float]
-) -> tuple[float, float]:
-    """The Gittins index and the expected remaining seconds of a job in bucket `age` with `prefill` seconds left.
+) -> tuple[float, float, float]:
+    """The Gittins index of a job in bucket `age` with `prefill` seconds left; its expected seconds and decodes left.
 
     The index is the least, over all stretches ahead, of the expected seconds spent within the stretch by the chance to
     be done within it; a small one is good. `hazard(b)` is the chance to end in bucket b for a job that reaches it, and
     `decode(b)` the seconds of a token in it. All end in bucket `last`. Ends are evenly spread over their bucket; the
     first token of all comes with the prefill.
     """
-    spent, alive, best = prefill, 1.0, math.inf
+    spent, decodes, alive, best = prefill, 0.0, 1.0, math.inf
     for index in range(age, last + 1):
         ends = hazard(index) if index < last else 1.0
         if index > 0:
             tokens = edge(index + 1) - edge(index)
-            spent += alive * ((1 - ends) * tokens + ends * (tokens + 1) / 2) * decode(index)
+            expected = alive * ((1 - ends) * tokens + ends * (tokens + 1) / 2)
+            decodes += expected
+            spent += expected * decode(index)
         alive *= 1 - ends
         if alive < 1.0:
             best = min(best, spent / (1 - alive))
         if alive < _NEGLIGIBLE:
             break
-    return best, spent
+    return best, spent, decodes
 
 
 @dataclass(slots=True, eq=False)
@@ -85,6 +84,9 @@ class Gittins(Policy):
     sorted by their index, in steps of 20 %; on a tie the older goes first, so that lengths without a surprise in them
     (constant, exponential) are served first come, first served, to completion.
 
+    For the index, seconds are what a job takes from the others in a full batch: its share of what an iteration costs
+    whatever is in it, and all of what it adds. By its solo time, a long prompt would look cheap beside the decodes.
+
     Jobs that waited too long (see Deadlines) go to the very front, for a quantum.
     """
 
@@ -94,15 +96,18 @@ class Gittins(Policy):
         cost: Cost,
         lengths: LengthDistribution,
         num_levels: int,
+        batch: int = 1,
         starvation_limit: float | None,
         slowdown_limit: float | None = None,
     ) -> None:
-        """`lengths` may be shared."""
+        """`lengths` may be shared; `batch` is the largest number of jobs in an iteration."""
         self._cost = cost
         self._lengths = lengths
         self._num_levels = num_levels
         self._starvation_limit, self._slowdown_limit = starvation_limit, slowdown_limit
         self._quantum = cost.decode_seconds(1)
+        self._shared = max(0.0, self._quantum - cost.prefill_charge(1, 2)) * (1 - 1 / batch)  # paid by the others
+        self._unit = self._quantum - self._shared
         self._places: dict[Job, _Place] = {}
         # What decides until enough is learned.
         self._unlearned: MultiLevelFeedbackQueue | None = None if lengths.learned else self._skip_join()
@@ -199,6 +204,13 @@ class Gittins(Policy):
     def deadline(self, job: Job) -> float:
         return self._deadlines.of(job) if self._unlearned is None else self._unlearned.deadline(job)
 
+    def hold(self, job: Job, holds: bool) -> None:
+        if self._unlearned is not None:
+            self._unlearned.hold(job, holds)
+        else:
+            cohort = self._places[job].cohort
+            (cohort.jobs if cohort is not None else self._front).hold(job, holds)
+
     def iter_best(self, now: float) -> Iterator[Job]:
         if (self._unlearned is None) is not self._lengths.learned:
             self._switch(now)
@@ -209,14 +221,15 @@ class Gittins(Policy):
         for job in self._deadlines.pop_due(now):
             self._leave(job)
             self._places[job].cohort = None
-            self._front.append(job, max(_PROMOTED_QUANTA * self._quantum, job.next_seconds))
+            self._front.append(job, max(PROMOTED_QUANTA * self._quantum, job.next_seconds))
         return chain(self._front, chain.from_iterable(map(self._sorted.__getitem__, self._order)))
 
-    def iter_served(self) -> Iterator[Job]:
+    def iter_holders(self, worst_first: bool = False) -> Iterator[Job]:
         if self._unlearned is not None:
-            return self._unlearned.iter_served()
-        queues = chain((self._front,), map(self._sorted.__getitem__, self._order))
-        return chain.from_iterable(queue.served() for queue in queues)
+            return self._unlearned.iter_holders(worst_first)
+        cohorts = map(self._sorted.__getitem__, reversed(self._order) if worst_first else self._order)
+        queues = chain(cohorts, (self._front,)) if worst_first else chain((self._front,), cohorts)
+        return chain.from_iterable(queue.holders(worst_first) for queue in queues)
 
     def rank(self, job: Job) -> tuple[float, ...]:
         if self._unlearned is not None:
@@ -288,7 +301,9 @@ class Gittins(Policy):
         age = _age(job)
         prefill = 0
         if job.served < len(job.prompt):
-            level = round(_PREFILLS_PER_OCTAVE * math.log2(max(job.next_seconds / self._quantum, 1e-9)))
+            # The first part of a prompt is charged what an iteration costs whatever is in it, the others are not.
+            seconds = job.next_seconds - (0.0 if job.served else self._shared)
+            level = round(_PREFILLS_PER_OCTAVE * math.log2(max(seconds / self._unit, 1e-9)))
             prefill = 1 + max(0, level - _LOWEST_PREFILL)
         return prefill, bucket(age), bucket(max(job.max_output, age + 1) - 1)
 
@@ -299,17 +314,19 @@ class Gittins(Policy):
             prefill, age, last = kind
             seconds = 0.0
             if prefill:
-                seconds = self._quantum * 2 ** ((prefill - 1 + _LOWEST_PREFILL) / _PREFILLS_PER_OCTAVE)
-            known = self._indices[kind] = gittins(seconds, age, last, self._lengths.hazard, self._decode)
+                seconds = self._unit * 2 ** ((prefill - 1 + _LOWEST_PREFILL) / _PREFILLS_PER_OCTAVE)
+            index, remaining, decodes = gittins(seconds, age, last, self._lengths.hazard, self._decode)
+            known = self._indices[kind] = index, remaining + self._shared * (decodes + bool(prefill))
         index, remaining = known
-        level = round(math.log(index / self._quantum, _RESOLUTION))
+        level = round(math.log(index / self._unit, _RESOLUTION))
         return (level, -kind[1], kind[0], kind[2]), remaining
 
     def _decode(self, index: int) -> float:
-        """Seconds of a token of a job in a bucket, after a prompt of the usual length."""
+        """Seconds that a token of a job in a bucket takes from the others, after a prompt of the usual length."""
         for more in range(len(self._decodes), index + 1):
             age = (edge(more) + edge(more + 1)) // 2
-            self._decodes.append(self._cost.decode_seconds(round(self._lengths.mean_prompt) + max(1, age)))
+            solo = self._cost.decode_seconds(round(self._lengths.mean_prompt) + max(1, age))
+            self._decodes.append(solo - self._shared)
         return self._decodes[index]
 
     def _work(self, key: Key) -> float:

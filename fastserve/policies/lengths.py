@@ -17,7 +17,7 @@ _EXACT: Final = 8
 # What little is known of a bucket is mixed with a prior that counts as much as this many jobs: the older a job, the
 # longer it still has to go (a Lomax distribution of this shape, whose mean is that of the lengths seen), which makes
 # the index order jobs as a multi-level feedback queue does. It keeps chance from making up an order of its own.
-_PRIOR_WEIGHT: Final = 40.0
+_PRIOR_WEIGHT: Final = 50.0
 _PRIOR_SHAPE: Final = 2.0
 
 _LARGEST_SCALE: Final = 1e100

@@ -16,6 +16,10 @@ from .queue import JobQueue
 # Quanta are sums of floats: what is left after spending all of one may miss 0 by rounding.
 SPENT: Final = 1e-9
 
+# First quanta for a job promoted for its slowdown: it will soon be overdue again, and fewer tokens at a turn would have
+# the batch change all the time. One promoted for starvation gets the paper's single one.
+PROMOTED_QUANTA: Final = 8
+
 
 @dataclass(slots=True)
 class _Place:
@@ -32,7 +36,7 @@ class MultiLevelFeedbackQueue(Policy):
       none left it goes to the tail of the first level below whose quantum covers its *next* iteration, with a fresh
       quantum; from the last level it goes to the tail of the last level.
     - A job below level 0 that has waited too long (see Deadlines) goes to the tail of level 0 with a quantum that
-      covers at least one iteration.
+      covers at least one iteration, and several where slowdowns are bounded.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class MultiLevelFeedbackQueue(Policy):
         self._deadlines = Deadlines(
             starvation_limit=starvation_limit, slowdown_limit=slowdown_limit, quantum=quantum
         )  # of the jobs below level 0
+        self._promoted_quantum = quantum if slowdown_limit is None else PROMOTED_QUANTA * quantum
 
     def add(self, job: Job, now: float) -> None:
         level = self._first_fitting(0, job.next_seconds) if self._skip_join else 0
@@ -89,14 +94,18 @@ class MultiLevelFeedbackQueue(Policy):
     def deadline(self, job: Job) -> float:
         return self._deadlines.of(job)
 
+    def hold(self, job: Job, holds: bool) -> None:
+        self._levels[self._places[job].level].hold(job, holds)
+
     def iter_best(self, now: float) -> Iterator[Job]:
         for job in self._deadlines.pop_due(now):
             self._levels[self._places[job].level].remove(job)
-            self._enter(job, 0, max(self._quanta[0], job.next_seconds), now)
+            self._enter(job, 0, max(self._promoted_quantum, job.next_seconds), now)
         return chain.from_iterable(self._levels)
 
-    def iter_served(self) -> Iterator[Job]:
-        return chain.from_iterable(level.served() for level in self._levels)
+    def iter_holders(self, worst_first: bool = False) -> Iterator[Job]:
+        levels = reversed(self._levels) if worst_first else self._levels
+        return chain.from_iterable(level.holders(worst_first) for level in levels)
 
     def rank(self, job: Job) -> tuple[int, int]:
         level = self._places[job].level

@@ -21,7 +21,7 @@ class JobQueue:
 
     def __init__(self) -> None:
         self._jobs: OrderedDict[Job, tuple[int, float]] = OrderedDict()  # job → (ticket, seconds)
-        self._served: SortedDict = SortedDict()  # ticket → job, of the jobs that have been served before
+        self._holders: SortedDict = SortedDict()  # ticket → job, of the jobs that hold KV
         self._tree = [0.0] * (_SMALLEST + 1)
         self._last_ticket = 0
 
@@ -31,9 +31,17 @@ class JobQueue:
     def __iter__(self) -> Iterator[Job]:
         return iter(self._jobs)
 
-    def served(self) -> Iterator[Job]:
-        """The jobs that have been served before, in order."""
-        return iter(self._served.values())
+    def hold(self, job: Job, holds: bool) -> None:
+        """The job got KV blocks, or lost them."""
+        ticket = self._jobs[job][0]
+        if holds:
+            self._holders[ticket] = job
+        else:
+            self._holders.pop(ticket, None)
+
+    def holders(self, last_first: bool = False) -> Iterator[Job]:
+        """The jobs that hold KV, in order or against it."""
+        return map(self._holders.__getitem__, reversed(self._holders) if last_first else self._holders)
 
     def __contains__(self, job: Job) -> bool:
         return job in self._jobs
@@ -45,12 +53,12 @@ class JobQueue:
         self._last_ticket += 1
         self._jobs[job] = (self._last_ticket, seconds)
         self._add(self._last_ticket, seconds)
-        if job.attained > 0.0:
-            self._served[self._last_ticket] = job
+        if job.slot is not None:
+            self._holders[self._last_ticket] = job
 
     def remove(self, job: Job) -> None:
         ticket, seconds = self._jobs.pop(job)
-        self._served.pop(ticket, None)
+        self._holders.pop(ticket, None)
         if self._jobs:
             self._add(ticket, -seconds)
         else:  # start from exact zeros, so that rounding does not pile up over a day
@@ -60,9 +68,8 @@ class JobQueue:
         return self._jobs[job][1]
 
     def set_seconds(self, job: Job, seconds: float) -> None:
-        """Change what the job counts for, now that it was served; its place stays."""
+        """Change what the job counts for; its place stays."""
         ticket, before = self._jobs[job]
-        self._served[ticket] = job
         self._jobs[job] = (ticket, seconds)
         self._add(ticket, seconds - before)
 
@@ -79,15 +86,16 @@ class JobQueue:
         return self._before(self._last_ticket + 1)
 
     def _before(self, ticket: int) -> float:
-        ticket, total = ticket - 1, 0.0
+        tree, ticket, total = self._tree, ticket - 1, 0.0
         while ticket > 0:
-            total += self._tree[ticket]
+            total += tree[ticket]
             ticket &= ticket - 1
         return total
 
     def _add(self, ticket: int, seconds: float) -> None:
-        while ticket < len(self._tree):
-            self._tree[ticket] += seconds
+        tree, size = self._tree, len(self._tree)
+        while ticket < size:
+            tree[ticket] += seconds
             ticket += ticket & -ticket
 
     def _renumber(self) -> None:
@@ -99,7 +107,7 @@ class JobQueue:
         for ticket, (job, (_, seconds)) in enumerate(list(self._jobs.items()), start=1):
             self._jobs[job] = (ticket, seconds)
             tree[ticket] = seconds
-        self._served = SortedDict({self._jobs[job][0]: job for job in self._served.values()})
+        self._holders = SortedDict({self._jobs[job][0]: job for job in self._holders.values()})
         for ticket in range(1, size + 1):  # every node passes its sum to its parent: O(n)
             parent = ticket + (ticket & -ticket)
             if parent <= size:

