@@ -110,6 +110,11 @@ class SchedulerConfig:
         for option, unit in (("starvation_limit", " seconds"), ("slowdown_limit", "")):
             object.__setattr__(self, option, _checked_limit(option, getattr(self, option), unit))
 
+    @property
+    def swaps(self) -> bool:
+        """Whether KV ever goes to the host: not where it is thrown away, nor where everybody keeps what they have."""
+        return self.swap_mode != "recompute" and self.admission != "reserve"
+
 
 def _checked_limit(option: str, value: Any, unit: str) -> float | None:
     if value is None:

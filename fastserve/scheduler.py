@@ -27,7 +27,17 @@ from .decode_rows import DecodeRows
 from .planning import Iteration, PlanBuilder, Row
 from .policies import create_policy
 from .residency import Residency
-from .types import BatchPlan, FinishReason, Int32Array, InvalidRequest, Job, JobUpdate, StepResult, TokenLogprobs
+from .types import (
+    DEVICE,
+    BatchPlan,
+    FinishReason,
+    Int32Array,
+    InvalidRequest,
+    Job,
+    JobUpdate,
+    StepResult,
+    TokenLogprobs,
+)
 
 # How many batches of jobs are looked at for rows that nobody may start in.
 _LOOKAHEAD: Final = 4
@@ -177,9 +187,9 @@ class Scheduler:
         self._barred.clear()
         for _ in range(_PASSES):
             self._mark += 1
-            joins, prefills = self._select(batch, growers, now)
+            joins, prefills, last = self._select(batch, growers, now)
             blocks = batch.blocks(self.config.block_size) + sum(self.blocks.held(job.index) for job in prefills)
-            moves = residency.plan(self._mark, blocks, now)
+            moves = residency.plan(self._mark, blocks, last, now)
             if moves is None:
                 break
             self._barred.update(moves.pauses, moves.drops, (job for job, _ in moves.offloads))
@@ -207,15 +217,15 @@ class Scheduler:
         self._deadline = self.policy.next_deadline()
         return batch.growing()
 
-    def _select(self, batch: DecodeRows, growers: set[Job], now: float) -> tuple[list[Job], list[Job]]:
-        """Mark the members of the next batch; returns those who join its decodes, and its prefills.
+    def _select(self, batch: DecodeRows, growers: set[Job], now: float) -> tuple[list[Job], list[Job], Job | None]:
+        """Mark the next batch; returns who joins its decodes, its prefills, and its last job if it is full.
 
         Every decode chosen has its token set aside, so a prefill, however long and however important, never stalls the
         jobs it shares the iteration with; one for which nothing is left gives up its row. A job whose KV is not on the
         device, or that finds no room there, is passed over, and room is made for it. While a job waits for room to
         start, nobody behind it starts, so small jobs do not keep a large one out; only jobs that hold KV follow.
         """
-        self.residency.begin()
+        self.residency.begin(len(batch.jobs))
         admits, grows = self.residency.admits, self.residency.grows
         mark, limit, budget = self._mark, self.config.max_num_seqs, self.config.max_num_batched_tokens
         strict = self.residency.strict
@@ -236,28 +246,28 @@ class Scheduler:
                     prefills.append(job)
                     wanted += job.known - job.computed
                     if decodes + len(prefills) == limit:
-                        break
+                        return joins, prefills, job
                 continue
             elif admits(job, decodes + len(prefills)):
                 joins.append(job)
             elif strict:
                 decodes += 1  # its row stays empty
                 if decodes + len(prefills) == limit:
-                    break
+                    return joins, prefills, job
                 continue
             else:
                 continue
             job.mark = mark
             decodes += 1
-            while prefills and wanted - (last := prefills[-1].known - prefills[-1].computed) >= budget - decodes:
+            while prefills and wanted - (least := prefills[-1].known - prefills[-1].computed) >= budget - decodes:
                 prefills.pop().mark = 0
-                wanted -= last
+                wanted -= least
             if decodes + len(prefills) == limit:
-                break
-        return joins, prefills
+                return joins, prefills, job
+        return joins, prefills, None
 
     def _candidates(self, now: float) -> Iterator[Job]:
-        """The live jobs, best first; once nobody may start any more, only those that hold KV."""
+        """The live jobs, best first; once nobody may start any more, only those whose KV is there."""
         mark, residency = self._mark, self.residency
         for job in self.policy.iter_best(now):
             job.seen = mark
@@ -266,7 +276,7 @@ class Scheduler:
                 break
         else:
             return
-        for job in islice(self.policy.iter_holders(), _LOOKAHEAD * self.config.max_num_seqs):
+        for job in islice(self.policy.iter_tier(DEVICE), _LOOKAHEAD * self.config.max_num_seqs):
             if job.seen != mark:
                 yield job
 
@@ -348,6 +358,8 @@ class Scheduler:
         # Plans overlap when several are in flight; no second is counted twice.
         seconds = now - max(iteration.scheduled, self._last_completed)
         self._last_completed = now
+        if samples:
+            self.residency.iteration_seconds = seconds
         updates: list[JobUpdate] = []
         tokens = result.tokens.tolist()
         errors = result.errors
