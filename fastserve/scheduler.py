@@ -67,7 +67,7 @@ class Scheduler:
         self._version = 0  # counts what may change a batch
         self._deadline: float | None = None  # when time alone may change one
         self._mark = 0  # of the decision being made: chosen jobs carry it
-        self._barred: set[Job] = set()  # jobs that must stay out of the batch being chosen
+        self._barred: dict[Job, None] = {}  # jobs that must stay out of the batch being chosen
         self._unreported: dict[Job, float] = {}  # service that the policy has not been told of
         self._last_completed = -math.inf
         self._next_plan = 1
@@ -192,7 +192,7 @@ class Scheduler:
             moves = residency.plan(self._mark, blocks, last, now)
             if moves is None:
                 break
-            self._barred.update(moves.pauses, moves.drops, (job for job, _ in moves.offloads))
+            self._barred.update(dict.fromkeys([*moves.pauses, *moves.drops, *(job for job, _ in moves.offloads)]))
             for job in self._barred:
                 job.mark = 0
                 self._leave(job, now)
@@ -352,6 +352,8 @@ class Scheduler:
         if iteration is None or result.plan_id != iteration.plan_id or len(result.tokens) != samples:
             raise RuntimeError(f"result of plan {result.plan_id} with {len(result.tokens)} tokens matches no plan")
         self.in_flight.popleft()
+        if len(self._batches) > 1:
+            self._version += 1  # its jobs may now join another batch
         for copy, taken in zip(result.copies.tolist(), result.copy_seconds.tolist(), strict=True):
             self.residency.acknowledge(copy, taken)
             self._version += 1
