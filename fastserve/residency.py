@@ -189,14 +189,14 @@ class Residency:
             self._moved[copies[0][0]] = job
         return freed
 
-    def force(self) -> None:
+    def force(self, now: float) -> None:
         """Have the best job that wants room find it: nothing runs and nothing moves, so nothing else will help it."""
-        want = min(self.wants, key=lambda want: want.rank)
+        want = min(chain(self.wants, self._returns(None, now)), key=attrgetter("rank"))
         needed = want.blocks if want.job.slot is not None else self._to_start(want.job)
         for job in sorted(self.holders, key=self._policy.rank, reverse=True):
             if self.blocks.free_blocks >= needed:
                 return
-            if job is not want.job:
+            if job is not want.job and self.blocks.held(job.index) > self.blocks.missing(job.index):
                 self.release(job)
 
     @property

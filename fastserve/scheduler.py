@@ -121,9 +121,10 @@ class Scheduler:
             growing = self._choose(batch, growing, now)
         idle = residency.waits or not (batch.jobs or batch.prefills)
         if idle and not self.in_flight and self.jobs and not residency.moving:
-            if residency.wants:
-                residency.force()  # otherwise the jobs were in another stage's batch when this one was chosen
-            growing = self._choose(batch, growing, now)
+            growing = self._choose(batch, growing, now)  # jobs may have been in another stage's batch
+            if not (batch.jobs or batch.prefills or residency.moving):
+                residency.force(now)
+                growing = self._choose(batch, growing, now)
             idle = False
         if idle and (self.in_flight or not (residency.untold or residency.moving)):
             return None
