@@ -72,23 +72,32 @@ class AsyncLLM(ServingCore):
         atexit.register(self.shutdown)
 
     def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
-        """The answers so far, whenever they grow; the last output is `finished`.
+        """The answers so far, whenever they grow; the last output is `finished`. Lower `priority` goes first.
 
         Closing the iterator, or cancelling the task that waits for it, aborts the request. Raises InvalidRequest, here
         or when iteration starts, and EngineError when the engine has stopped.
         """
-        return self._outputs(self._request(prompt, _given(sampling_params), request_id=request_id))
+        params = _given(sampling_params)
+        return self._outputs(self._request(prompt, params, request_id=request_id, priority=priority))
 
     def chat(
         self,
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
+        *,
+        priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
         """Like generate, for the next message of a conversation."""
-        return self._outputs(self._chat_request(messages, _given(sampling_params), request_id=request_id))
+        params = _given(sampling_params)
+        return self._outputs(self._chat_request(messages, params, request_id=request_id, priority=priority))
 
     def abort(self, request_id: str) -> None:
         """End a request: its stream closes with finish_reason "abort". Nothing happens when it is unknown or done."""

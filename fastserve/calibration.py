@@ -1,4 +1,4 @@
-"""The cost model of this machine and model: measured once, then remembered."""
+"""The cost model of this machine and model, measured once and remembered; and its link, measured at every start."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .config import SchedulerConfig
-from .cost import CostModel, profile_path
-from .profiler import measure
+from .cost import CostModel, Link, profile_path
+from .profiler import measure, measure_link
 from .types import Executor, InvalidRequest
 from .version import __version__
 
@@ -73,6 +73,13 @@ class Calibration:
             version=__version__,
             on_sample=on_sample,
         )
+
+    def link(self) -> Link | None:
+        """How fast KV moves between device and host, measured in a fifth of a second at most; None without a host pool.
+
+        Not remembered: it takes milliseconds where the link is fast, and a throttle changes it.
+        """
+        return measure_link(self._executor, self._config.num_blocks, self._config.num_host_blocks)
 
     def _remembered(self, path: Path) -> CostModel | None:
         if not path.exists():

@@ -15,6 +15,9 @@ from .types import Int32Array, Job
 # Service is a sum of floats: what is left of a horizon after spending all of it may miss 0 by rounding.
 _ALL = 1.0 - 1e-9
 
+# Those of jobs that left are forgotten when there are more than this.
+_MANY_STOP_TOKENS = 256
+
 
 class DecodeRows:
     """Up to `limit` jobs. Job.row is a job's place; it changes when others leave."""
@@ -23,12 +26,19 @@ class DecodeRows:
         self.jobs: list[Job] = []
         self.prefills: list[Job] = []  # the other members of the batch: they have more than one token to compute
         self.version = -1  # of the decision that made the batch
+        self.stop_tokens: frozenset[int] = frozenset()  # tokens that end one job or another, those that left included
         self._cost = cost
+        self._logprobs = 0  # jobs that ask for some
         self._rows = np.ones((limit, 4), np.int32)  # slot, position, 1, 1: as in BatchPlan.rows
         self._capacity = np.zeros(limit, np.int32)  # positions for which the job has blocks
         self._left = np.zeros(limit, np.int32)  # tokens it may still sample
         self._service = np.zeros(limit)  # seconds not reported to the policy
         self._horizon = np.zeros(limit)  # seconds at which it must be
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether a job asks for some."""
+        return self._logprobs > 0
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -37,6 +47,11 @@ class DecodeRows:
         """A job with one token to compute joins. `capacity`: positions it has blocks for; `horizon`: Policy.horizon."""
         row = job.row = len(self.jobs)
         job.batch = self
+        if not job.stop_tokens <= self.stop_tokens:
+            if len(self.stop_tokens) > _MANY_STOP_TOKENS:
+                self.stop_tokens = frozenset().union(*(other.stop_tokens for other in self.jobs))
+            self.stop_tokens |= job.stop_tokens
+        self._logprobs += job.params.logprobs is not None
         self.jobs.append(job)
         self._rows[row, 0] = -1 if job.slot is None else job.slot
         self._rows[row, 1] = job.computed
@@ -56,6 +71,7 @@ class DecodeRows:
             for column in (self._rows, self._capacity, self._left, self._service, self._horizon):
                 column[row] = column[last]
         self.jobs.pop()
+        self._logprobs -= job.params.logprobs is not None
         job.batch, job.row = None, -1
         return service
 

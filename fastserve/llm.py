@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+from .calibration import Calibration
 from .cost import CostModel
 from .outputs import LiveRequest, Request, RequestOutput
 from .serving import EngineError, Message, Prompt, ServingCore
@@ -34,20 +35,23 @@ class LLM(ServingCore):
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Answer every prompt; outputs come in the order of the prompts.
 
-        A prompt is text or a list of token ids; both may be mixed. `sampling_params` is for all prompts or one for
-        each. Raises InvalidRequest, naming the parameter and the prompt, before any of them starts.
+        A prompt is text or a list of token ids; both may be mixed. `sampling_params` and `priority` (lower goes first,
+        whatever the policy says) are for all prompts or one for each. Raises InvalidRequest, naming the parameter and
+        the prompt, before any of them starts.
         """
-        return self._answer(self._requests(prompts, sampling_params), progress)
+        return self._answer(self._requests(prompts, sampling_params, priority), progress)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Continue one conversation, or each of several: lists of {"role": …, "content": …}. Raises InvalidRequest."""
@@ -55,22 +59,25 @@ class LLM(ServingCore):
         several = isinstance(given, (list, tuple)) and bool(given) and isinstance(given[0], (list, tuple))
         conversations = cast(Sequence[Sequence[Message]], messages if several else [messages])
         params = _one_each(sampling_params, len(conversations))
+        priorities = _priorities(priority, len(conversations))
         requests = []
-        for i, (conversation, each) in enumerate(zip(conversations, params, strict=True)):
+        for i, (conversation, each, first) in enumerate(zip(conversations, params, priorities, strict=True)):
             with _naming(i, len(conversations)):
-                requests.append(self._chat_request(conversation, each))
+                requests.append(self._chat_request(conversation, each, priority=first))
         return self._answer(requests, progress)
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> Generator[RequestOutput, None, None]:
         """Like generate, but yields a request's answers so far whenever they grow; the last of each is `finished`.
 
         Prompts are checked at once. Leaving the iterator early (closing it, an exception) aborts what is unfinished.
         """
-        return self._stream(self._requests(prompts, sampling_params))
+        return self._stream(self._requests(prompts, sampling_params, priority))
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
@@ -85,6 +92,7 @@ class LLM(ServingCore):
         on_update: Callable[[RequestOutput], None] | None = None,
         *,
         request_ids: Sequence[str] | None = None,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Answer requests that arrive over time: (seconds after the start, prompt, parameters), in any order.
 
@@ -94,11 +102,13 @@ class LLM(ServingCore):
         """
         if request_ids is not None and len(request_ids) != len(requests):
             raise InvalidRequest("request_ids", f"must be one for each of {len(requests)}, got {len(request_ids)}")
+        priorities = _priorities(priority, len(requests))
         made = []
         for i, (offset, prompt, params) in enumerate(requests):
             with _naming(i, len(requests)):
                 _check_offset(offset)
-                made.append(self._request(prompt, params, request_id=request_ids[i] if request_ids else None))
+                name = request_ids[i] if request_ids else None
+                made.append(self._request(prompt, params, request_id=name, priority=priorities[i]))
         self._check(made)
         start = self._clock()
         due = sorted(((start + requests[i][0], i) for i in range(len(made))), reverse=True)  # the next one is last
@@ -124,7 +134,7 @@ class LLM(ServingCore):
     @property
     def profile_path(self) -> Path:
         """The file in which this model's cost profile on this machine is remembered, where there is one."""
-        return self._calibration.path
+        return self._measured().path
 
     def profile(
         self, *, full: bool = True, on_sample: Callable[[list[tuple[int, int]], float], None] | None = None
@@ -136,8 +146,12 @@ class LLM(ServingCore):
         """
         if next(self._numbers) > 0:
             raise EngineError("profiling takes an engine that has served no request")
+        return self._measured().measure(full=full, on_sample=on_sample)
+
+    def _measured(self) -> Calibration:
         self._need_engine()
-        return self._calibration.measure(full=full, on_sample=on_sample)
+        assert self._calibration is not None  # goes with the engine
+        return self._calibration
 
     def _step(self, timeout: float | None = None) -> None:
         with _uninterrupted():
@@ -147,13 +161,14 @@ class LLM(ServingCore):
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int],
     ) -> list[Request]:
         prompts = _as_list(prompts)
-        params = _one_each(sampling_params, len(prompts))
+        params, priorities = _one_each(sampling_params, len(prompts)), _priorities(priority, len(prompts))
         requests = []
-        for i, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+        for i, (prompt, each, first) in enumerate(zip(prompts, params, priorities, strict=True)):
             with _naming(i, len(prompts)):
-                requests.append(self._request(prompt, each))
+                requests.append(self._request(prompt, each, priority=first))
         return requests
 
     def _answer(self, requests: list[Request], progress: bool) -> list[RequestOutput]:
@@ -274,6 +289,15 @@ def _one_each(params: Any, count: int) -> Sequence[SamplingParams]:
     if len(params) != count:
         raise InvalidRequest("sampling_params", f"must be one for all or one for each of {count}, got {len(params)}")
     return params
+
+
+def _priorities(given: Any, count: int) -> Sequence[int]:
+    """One for each; that they are integers is checked with the request they belong to."""
+    if not isinstance(given, Sequence) and not getattr(given, "ndim", 0):
+        return [given] * count
+    if isinstance(given, str) or len(given) != count:
+        raise InvalidRequest("priority", f"must be an integer, or one for each of {count}, got {given!r:.80}")
+    return cast(Sequence[int], given)
 
 
 def _check_offset(seconds: Any) -> None:

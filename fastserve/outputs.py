@@ -143,6 +143,7 @@ class Request:
     token_ids: list[int]
     params: SamplingParams
     seed: int
+    priority: int = 0  # lower goes first, whatever the policy says
 
 
 class LiveRequest:

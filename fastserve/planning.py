@@ -29,10 +29,13 @@ class Iteration:
     scheduled: float
     decodes: list[Job]  # one token each
     prefills: list[Row]
-    levels: tuple[int, ...]  # of all of them, where somebody wants to know
+    exhausted: list[Job]  # decodes that may not sample another token
+    stop_tokens: frozenset[int]  # tokens that end one decode or another
+    logprobs: bool  # whether one of the decodes asked for some
     waiting: int  # live jobs that are not in it
     free_blocks: int
     copied_blocks: int  # blocks in the copies that it starts
+    levels: tuple[int, ...] = ()  # of all its jobs, where somebody wants to know
 
     @property
     def samples(self) -> int:

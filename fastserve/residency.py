@@ -12,7 +12,9 @@ free. The config's swap_mode says how:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain, islice
+from heapq import merge
+from itertools import chain
+from operator import attrgetter
 from typing import Final, cast
 
 from .config import SchedulerConfig
@@ -21,7 +23,7 @@ from .decode_rows import DecodeRows
 from .kv import BlockManager, BurstReserve, CopyRow, Holder, LinkEstimate, Moves, Want, plan_moves
 from .planning import PlanBuilder
 from .policies import Policy
-from .types import OFFLOAD, Job
+from .types import DEVICE, HOST, OFFLOAD, Job
 
 # Until the link has been measured: what moving one block takes, in decodes.
 _GUESS: Final = 1 / 16
@@ -29,8 +31,11 @@ _GUESS: Final = 1 / 16
 # Blocks that each job of a batch should find free when it grows, before another job is let in.
 _HEADROOM: Final = 1
 
-# How far ahead of the batch, in batches, KV is brought back.
-_LOOKAHEAD: Final = 2
+# Iterations for which those that decode should find blocks, however important the job that wants to start.
+_GROWTH: Final = 4
+
+# Iterations of offloads that may be under way.
+_BACKLOG: Final = 4
 
 # Iterations between two looks at a pool in which something is wanting.
 _PATIENCE: Final = 4
@@ -45,6 +50,7 @@ class Residency:
         self.blocks = BlockManager(config.num_blocks, config.block_size, host_blocks)
         self.link = LinkEstimate(link or Link(offload_block=guess, upload_block=guess))
         self.holders: dict[Job, float] = {}  # jobs with a slot, and what each had attained when it got it
+        self.iteration_seconds = cost.decode_seconds(1)  # of the latest iteration
         self.wants: list[Want] = []  # of the jobs that the batch being chosen lacks
         self.closed = False  # nobody else may start: a better job waits for room to, or there is no token left
         self._config = config
@@ -52,10 +58,13 @@ class Residency:
         self._cost = cost
         self._proactive = config.swap_mode == "proactive" and host_blocks > 0
         self._reactive = config.swap_mode == "reactive" and host_blocks > 0
+        # Whether a batch keeps the row of a job whose KV is not here, and waits, instead of giving it to the next.
+        self.strict = self._reactive
         self._reserve = BurstReserve()
         self._promised = 0  # blocks set aside for the longest outputs, with admission "reserve"
         self._room = self._unpromised = 0  # blocks that the decision being made has not given away
         self._starting = 0  # jobs to which it has given some to start with
+        self._growth = 0  # blocks that those which decode take before others can be made free
         self._looked = 0  # iterations since the last decision
         self._absent: dict[Job, None] = {}  # holders with blocks that are away or moving
         self._gone: set[Job] = set()  # those of them without a block on the device
@@ -71,13 +80,14 @@ class Residency:
 
     # --- one decision ------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Start a decision."""
+    def begin(self, rows: int) -> None:
+        """Start a decision, `rows` jobs decoding until now."""
         self.wants = []
         self.closed = False
         self._room = self.blocks.free_blocks
         self._unpromised = self.blocks.num_blocks - self._promised
         self._starting = 0
+        self._growth = rows * _GROWTH // self.blocks.block_size
         self._looked = 0
 
     def admits(self, job: Job, members: int) -> bool:
@@ -95,7 +105,7 @@ class Residency:
                     self._unpromised -= blocks
                 return not self.closed
             owing = members if self.blocks.num_host_blocks else len(self.holders) + self._starting
-            owed = _HEADROOM * (owing + 1) if owing else 0
+            owed = max(_HEADROOM * (owing + 1) if owing else 0, self._growth)
             if blocks + owed <= self._room:
                 self._room -= blocks
                 self._starting += 1
@@ -103,9 +113,7 @@ class Residency:
             self.closed = True
             self._want(job, blocks + owed)
             return False
-        if job in self._absent:
-            if away := self.blocks.away(job.index):
-                self._want(job, away, upload=True)
+        if job.tier == HOST:
             self.blocks.recall(job.index)
             return False
         return job.computed < self.blocks.held(job.index) * self.blocks.block_size or self.grows(job, members)
@@ -121,20 +129,25 @@ class Residency:
         self._want(job, 1, first=members == 0)
         return False
 
-    def _want(self, job: Job, blocks: int, *, upload: bool = False, first: bool = False) -> None:
+    def _want(self, job: Job, blocks: int, *, first: bool = False) -> None:
         if len(self.wants) < self._config.max_num_seqs:  # more can hardly be served
-            self.wants.append(Want(job, blocks, 0.0, self._policy.rank(job), upload, first))
+            self.wants.append(Want(job, blocks, 0.0, self._policy.rank(job), first=first))
 
-    def plan(self, mark: int, batch_blocks: int, now: float) -> Moves | None:
-        """What should move now; None: nothing. The jobs of the batch being chosen carry `mark`."""
+    def plan(self, mark: int, batch_blocks: int, last: Job | None, now: float) -> Moves | None:
+        """What should move now; None: nothing.
+
+        The jobs of the batch being chosen carry `mark`, and hold that many blocks; `last` is the last of them when the
+        batch is full: jobs before it belong in the batch, and lack their KV.
+        """
         if self._config.admission == "reserve":
             return None  # everybody has what they will need
         # Never so many that the batch would be the one to lose them.
         reserve = self._reserve.blocks((self.blocks.num_blocks - batch_blocks) // 2) if self._proactive else 0
-        if not self.wants and not (self._proactive and (self._absent or self._room + self.blocks.leaving < reserve)):
+        short = self._proactive and self._room + self.blocks.leaving < reserve
+        if not (self.wants or self._absent or short):
             return None
         return plan_moves(
-            chain(self.wants, self._prefetches(now)),
+            merge(self.wants, self._returns(last, now), key=attrgetter("rank")),
             self._victims(mark, now),
             free=self._room,
             leaving=self.blocks.leaving,
@@ -143,6 +156,7 @@ class Residency:
             whole=self._reactive,
             link=self.link,
             backlog=self.link.seconds(OFFLOAD, self._offloading),
+            patience=_BACKLOG * self.iteration_seconds,
         )
 
     def move(self, moves: Moves) -> bool:
@@ -157,7 +171,9 @@ class Residency:
             copies, _ = self.blocks.offload(job.index, count)
             self._copies += copies
             self._offloading += len(copies)
-            self._absent[job] = None
+            self._settle(job, HOST)
+            if self.blocks.away(job.index) == self.blocks.held(job.index):
+                self._gone.add(job)
             if copies:
                 self._moved[copies[0][0]] = job
         for job in moves.drops:
@@ -175,20 +191,17 @@ class Residency:
             self._moved[copies[0][0]] = job
         return freed
 
-    def force(self) -> None:
+    def force(self, now: float) -> None:
         """Have the best job that wants room find it: nothing runs and nothing moves, so nothing else will help it."""
-        want = min(self.wants, key=lambda want: want.rank)
+        want = min(chain(self.wants, self._returns(None, now)), key=attrgetter("rank"), default=None)
+        if want is None:
+            return
         needed = want.blocks if want.job.slot is not None else self._to_start(want.job)
         for job in sorted(self.holders, key=self._policy.rank, reverse=True):
             if self.blocks.free_blocks >= needed:
                 return
-            if job is not want.job:
+            if job is not want.job and self.blocks.held(job.index) > self.blocks.missing(job.index):
                 self.release(job)
-
-    @property
-    def strict(self) -> bool:
-        """Whether a batch keeps the row of a job whose KV is not here, and waits, instead of giving it to the next."""
-        return self._reactive
 
     @property
     def waits(self) -> bool:
@@ -218,36 +231,52 @@ class Residency:
         execute = self._policy.work_ahead(job, now) / self._config.max_num_seqs
         return max(0.0, min(execute, self._policy.deadline(job) - now))
 
-    def _prefetches(self, now: float) -> Iterator[Want]:
-        """Jobs whose KV is away and which the batch will take soon, though it does not lack them yet."""
-        if not self._proactive or not self._absent:
-            return
-        lacking = {want.job for want in self.wants}
-        for job in islice(self._policy.iter_holders(), _LOOKAHEAD * self._config.max_num_seqs):
-            if job in self._absent and job not in lacking and (away := self.blocks.away(job.index)):
-                yield Want(job, away, max(1e-9, self._enst(job, now)), self._policy.rank(job), upload=True)
+    def _returns(self, last: Job | None, now: float) -> Iterator[Want]:
+        """Jobs whose KV is away: those that the batch lacks, and those that it will take soon."""
+        rank_of, end = self._policy.rank, None if last is None else self._policy.rank(last)
+        for job in self._policy.iter_tier(HOST):
+            if away := self.blocks.away(job.index):
+                rank = rank_of(job)
+                lacking = end is None or rank < end
+                if not lacking and not self._proactive:
+                    return
+                yield Want(job, away, 0.0 if lacking else max(1e-9, self._enst(job, now)), rank, upload=True)
 
     def _victims(self, mark: int, now: float) -> Iterator[Holder]:
-        """Who could give up blocks: not those whose blocks are moving, or came back and have not been used."""
+        """Who could give up blocks, the last to run first: not those whose blocks came back and have not been used.
+
+        Those that have given up some already go first: what is left of them is of no use.
+        """
         blocks = self.blocks
-        for job in self._policy.iter_holders(worst_first=True):
-            if job in self._gone or job in self._fresh or blocks.moving(job.index):
+        partial = [job for job in self._absent if job not in self._gone and not blocks.moving(job.index)]
+        partial.sort(key=self._policy.rank, reverse=True)
+        for job in chain(partial, self._policy.iter_tier(DEVICE, worst_first=True)):
+            if job in self._fresh:
                 continue
             missing = blocks.missing(job.index)
-            here = blocks.held(job.index) - missing
-            if here:
-                batch = cast(DecodeRows | None, job.batch)
-                yield Holder(
-                    job=job,
-                    here=here,
-                    unsaved=blocks.unsaved(job.index),
-                    away=missing,
-                    enst=0.0 if job.mark == mark else self._enst(job, now),
-                    rank=self._policy.rank(job),
-                    recompute=self._cost.prefill_seconds(0, batch.position(job.row) if batch else job.computed),
-                    service=job.attained - self.holders[job] + (batch.unreported(job) if batch else 0.0),
-                    busy=job.in_flight > 0,
-                )
+            batch = cast(DecodeRows | None, job.batch)
+            yield Holder(
+                job=job,
+                here=blocks.held(job.index) - missing,
+                unsaved=blocks.unsaved(job.index),
+                away=missing,
+                enst=0.0 if job.mark == mark else self._enst(job, now),
+                rank=self._policy.rank(job),
+                recompute=self._cost.prefill_seconds(0, batch.position(job.row) if batch else job.computed),
+                service=job.attained - self.holders[job] + (batch.unreported(job) if batch else 0.0),
+                busy=job.in_flight > 0,
+            )
+
+    def _settle(self, job: Job, tier: int | None) -> None:
+        """The job's KV is in another tier now, or gone."""
+        if job.tier != tier:
+            if not job.finished:
+                self._policy.move(job, tier)
+            job.tier = tier
+        if tier == HOST:
+            self._absent[job] = None
+        else:
+            self._absent.pop(job, None)
 
     # --- slots and blocks --------------------------------------------------------------------------------------------
 
@@ -256,7 +285,7 @@ class Residency:
         job.slot = self._free_slots.pop() if self._free_slots else self._num_slots
         self._num_slots = max(self._num_slots, job.slot + 1)
         self.holders[job] = job.attained
-        self._policy.hold(job, True)
+        self._settle(job, DEVICE)
         if self._config.admission == "reserve":
             self._promised += self._to_start(job)
         plan.open(job, job.slot)
@@ -276,7 +305,7 @@ class Residency:
         if self._config.admission == "reserve":
             self._promised -= self._to_start(job)
         self.blocks.release(job.index)
-        self._absent.pop(job, None)
+        self._settle(job, None)
         self._fresh.discard(job)
         self._gone.discard(job)
         self._tables.pop(job.slot, None)
@@ -284,8 +313,6 @@ class Residency:
         self._free_slots.append(job.slot)
         del self.holders[job]
         job.slot = None
-        if not job.finished:
-            self._policy.hold(job, False)
         job.computed = 0
         job.primed = False
 
@@ -299,7 +326,7 @@ class Residency:
         if job in self._absent and self.blocks.away(owner) == self.blocks.held(owner):
             self._gone.add(job)
         if job in self._absent and not self.blocks.missing(owner):
-            del self._absent[job]
+            self._settle(job, DEVICE)
 
     # --- for the next plan -------------------------------------------------------------------------------------------
 
@@ -326,7 +353,8 @@ class Residency:
             "a slot is lost or doubled": sorted(map(int, slots)) == list(range(self._num_slots)),  # type: ignore[arg-type]
             "a block belongs to no job": {job.index for job in self.holders} == blocks.owners(),
             "an absent job is not known as such": set(self._absent)
-            == {job for job in self.holders if blocks.missing(job.index)},
+            == {job for job in self.holders if blocks.missing(job.index)}
+            == {job for job in self.holders if job.tier == HOST},
             "blocks are promised to nobody": self._promised
             == (sum(map(self._to_start, self.holders)) if self._config.admission == "reserve" else 0),
         }.items():

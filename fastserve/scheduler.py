@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
-from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -27,10 +25,17 @@ from .decode_rows import DecodeRows
 from .planning import Iteration, PlanBuilder, Row
 from .policies import create_policy
 from .residency import Residency
-from .types import BatchPlan, FinishReason, Int32Array, InvalidRequest, Job, JobUpdate, StepResult, TokenLogprobs
-
-# How many batches of jobs are looked at for rows that nobody may start in.
-_LOOKAHEAD: Final = 4
+from .selection import Selection, select
+from .types import (
+    BatchPlan,
+    FinishReason,
+    Int32Array,
+    InvalidRequest,
+    Job,
+    JobUpdate,
+    StepResult,
+    TokenLogprobs,
+)
 
 # Times that a batch is chosen anew because room was made at once.
 _PASSES: Final = 3
@@ -57,7 +62,7 @@ class Scheduler:
         self._version = 0  # counts what may change a batch
         self._deadline: float | None = None  # when time alone may change one
         self._mark = 0  # of the decision being made: chosen jobs carry it
-        self._barred: set[Job] = set()  # jobs that must stay out of the batch being chosen
+        self._barred: dict[Job, None] = {}  # jobs that must stay out of the batch being chosen
         self._unreported: dict[Job, float] = {}  # service that the policy has not been told of
         self._last_completed = -math.inf
         self._next_plan = 1
@@ -111,19 +116,33 @@ class Scheduler:
             growing = self._choose(batch, growing, now)
         idle = residency.waits or not (batch.jobs or batch.prefills)
         if idle and not self.in_flight and self.jobs and not residency.moving:
-            residency.force()
-            growing = self._choose(batch, growing, now)
-            idle = False
+            growing = self._unstick(batch, growing, now)
+            idle = residency.waits or not (batch.jobs or batch.prefills)
         if idle and (self.in_flight or not (residency.untold or residency.moving)):
             return None
         return self._plan(batch, growing, idle, now)
+
+    def _unstick(self, batch: DecodeRows, growing: list[int], now: float) -> list[int]:
+        """Nothing runs and nothing moves, though jobs live: choose anew, now that no plan holds anybody's blocks.
+
+        If that is not enough, others give up their KV for the best job that wants room, and it fits alone.
+        """
+        growing = self._choose(batch, growing, now)
+        if not (batch.jobs or batch.prefills or self.residency.moving):
+            for other in self._batches:
+                for job in list(other.jobs):
+                    self._leave(job, now)
+            self.residency.force(now)
+            growing = self._choose(batch, [], now)
+        return growing
 
     def _plan(self, batch: DecodeRows, growing: list[int], idle: bool, now: float) -> BatchPlan:
         """One iteration of the batch, or, if `idle`, one without rows."""
         plan = PlanBuilder()
         decodes: list[Job] = []
+        exhausted: list[Job] = []
         prefills: list[Row] = []
-        rows, taken = _NO_ROWS, 0
+        rows, taken, logprobs = _NO_ROWS, 0, batch.logprobs
         if not idle:
             taken = sum(self._grow(plan, batch, row) for row in growing)
             decodes = batch.jobs.copy()
@@ -131,7 +150,8 @@ class Scheduler:
                 job.in_flight += 1
                 job.pending += 1
             rows = batch.advance()
-            for job in batch.exhausted():
+            exhausted = batch.exhausted()
+            for job in exhausted:
                 self._leave(job)
             budget = self.config.max_num_batched_tokens - len(decodes)
             for job in batch.prefills:
@@ -140,8 +160,18 @@ class Scheduler:
             if prefills:
                 self._version += 1  # they have other rows next time
         closed, copies = self.residency.tell(plan, taken)
-        iteration = Iteration(self._next_plan, now, decodes, prefills, (), 0, self.blocks.free_blocks, len(copies))
-        iteration.waiting = len(self.jobs) - len(decodes) - len(prefills)
+        iteration = Iteration(
+            plan_id=self._next_plan,
+            scheduled=now,
+            decodes=decodes,
+            prefills=prefills,
+            exhausted=exhausted,
+            stop_tokens=batch.stop_tokens,
+            logprobs=logprobs,
+            waiting=len(self.jobs) - len(decodes) - len(prefills),
+            free_blocks=self.blocks.free_blocks,
+            copied_blocks=len(copies),
+        )
         if self.record_levels:
             iteration.levels = tuple(map(self.policy.level, iteration.jobs))
         self.in_flight.append(iteration)
@@ -175,19 +205,25 @@ class Scheduler:
         growers = {batch.jobs[row] for row in growing}
         self._barred.clear()
         for _ in range(_PASSES):
-            self._mark += 1
-            joins, prefills = self._select(batch, growers, now)
-            blocks = batch.blocks(self.config.block_size) + sum(self.blocks.held(job.index) for job in prefills)
-            moves = residency.plan(self._mark, blocks, now)
+            chosen = self._select(batch, growers, now)
+            blocks = batch.blocks(self.config.block_size)
+            blocks += sum(self.blocks.held(job.index) for job in chosen.prefills)
+            moves = residency.plan(self._mark, blocks, chosen.last, now)
             if moves is None:
                 break
-            self._barred.update(moves.pauses, moves.drops, (job for job, _ in moves.offloads))
+            self._barred.update(dict.fromkeys([*moves.pauses, *moves.drops, *(job for job, _ in moves.offloads)]))
             for job in self._barred:
                 job.mark = 0
                 self._leave(job, now)
             if not residency.move(moves):
                 break
             # Blocks became free at once: whom they were made free for may run.
+        anybody = chosen.joins or chosen.prefills or any(job.mark == self._mark for job in batch.jobs)
+        if residency.strict and not (anybody or residency.moving or self.in_flight):
+            # Nobody's KV can be brought here: those run whose KV is.
+            residency.strict = False
+            chosen = self._select(batch, growers, now)
+            residency.strict = True
         mark = self._mark
         for job in [job for job in batch.jobs if job.mark != mark]:
             self._leave(job, now)
@@ -195,8 +231,8 @@ class Scheduler:
             if job.mark != mark and job.batch is None and not job.finished and job.waiting_since is None:
                 self._pause(job, now)
         self._flush(now)
-        batch.prefills = [job for job in prefills if job.mark == mark]
-        for job in joins:
+        batch.prefills = [job for job in chosen.prefills if job.mark == mark]
+        for job in chosen.joins:
             if job.mark == mark:
                 self._runs(job, now)
                 batch.add(job, self.blocks.held(job.index) * self.blocks.block_size, self.policy.horizon(job))
@@ -206,68 +242,18 @@ class Scheduler:
         self._deadline = self.policy.next_deadline()
         return batch.growing()
 
-    def _select(self, batch: DecodeRows, growers: set[Job], now: float) -> tuple[list[Job], list[Job]]:
-        """Mark the members of the next batch; returns those who join its decodes, and its prefills.
-
-        Every decode chosen has its token set aside, so a prefill, however long and however important, never stalls the
-        jobs it shares the iteration with; one for which nothing is left gives up its row. A job whose KV is not on the
-        device, or that finds no room there, is passed over, and room is made for it. While a job waits for room to
-        start, nobody behind it starts, so small jobs do not keep a large one out; only jobs that hold KV follow.
-        """
-        self.residency.begin()
-        admits, grows = self.residency.admits, self.residency.grows
-        mark, limit, budget = self._mark, self.config.max_num_seqs, self.config.max_num_batched_tokens
-        strict = self.residency.strict
-        joins: list[Job] = []
-        prefills: list[Job] = []
-        decodes = wanted = 0
-        for job in self._candidates(now):
-            if job.batch is batch:
-                if job in growers and not grows(job, decodes + len(prefills)):
-                    continue
-            elif not self._available(job):
-                continue
-            elif not job.primed:
-                if wanted >= budget - decodes:
-                    self.residency.closed = True
-                elif admits(job, decodes + len(prefills)):
-                    job.mark = mark
-                    prefills.append(job)
-                    wanted += job.known - job.computed
-                    if decodes + len(prefills) == limit:
-                        break
-                continue
-            elif admits(job, decodes + len(prefills)):
-                joins.append(job)
-            elif strict:
-                decodes += 1  # its row stays empty
-                if decodes + len(prefills) == limit:
-                    break
-                continue
-            else:
-                continue
-            job.mark = mark
-            decodes += 1
-            while prefills and wanted - (last := prefills[-1].known - prefills[-1].computed) >= budget - decodes:
-                prefills.pop().mark = 0
-                wanted -= last
-            if decodes + len(prefills) == limit:
-                break
-        return joins, prefills
-
-    def _candidates(self, now: float) -> Iterator[Job]:
-        """The live jobs, best first; once nobody may start any more, only those that hold KV."""
-        mark, residency = self._mark, self.residency
-        for job in self.policy.iter_best(now):
-            job.seen = mark
-            yield job
-            if residency.closed:
-                break
-        else:
-            return
-        for job in islice(self.policy.iter_holders(), _LOOKAHEAD * self.config.max_num_seqs):
-            if job.seen != mark:
-                yield job
+    def _select(self, batch: DecodeRows, growers: set[Job], now: float) -> Selection:
+        self._mark += 1
+        return select(
+            batch,
+            growers,
+            self._mark,
+            now,
+            config=self.config,
+            policy=self.policy,
+            residency=self.residency,
+            available=self._available,
+        )
 
     def _available(self, job: Job) -> bool:
         """Whether a job that is not in the batch could be: not with its last token being sampled, or in another."""
@@ -341,32 +327,36 @@ class Scheduler:
         if iteration is None or result.plan_id != iteration.plan_id or len(result.tokens) != samples:
             raise RuntimeError(f"result of plan {result.plan_id} with {len(result.tokens)} tokens matches no plan")
         self.in_flight.popleft()
+        if len(self._batches) > 1:
+            self._version += 1  # its jobs may now join another batch
         for copy, taken in zip(result.copies.tolist(), result.copy_seconds.tolist(), strict=True):
             self.residency.acknowledge(copy, taken)
             self._version += 1
         # Plans overlap when several are in flight; no second is counted twice.
         seconds = now - max(iteration.scheduled, self._last_completed)
         self._last_completed = now
+        if samples:
+            self.residency.iteration_seconds = seconds
         updates: list[JobUpdate] = []
-        tokens = result.tokens.tolist()
-        errors = result.errors
+        stops, plain = iteration.stop_tokens, not (result.errors or iteration.logprobs)
         sample = 0
-        for job in iteration.decodes:
+        for job, token in zip(iteration.decodes, result.tokens.tolist(), strict=False):
             job.in_flight -= 1
             job.pending -= 1
-            if job.finish_reason is None:
+            if job.finish_reason is not None:
+                if not job.in_flight:
+                    self._release(job)
+            else:
                 job.metrics.decode_seconds += seconds
-                token = tokens[sample]
-                if token in job.stop_tokens or job.params.logprobs is not None or errors:
-                    updates.append((job, self._append(job, result, sample, now)))
-                else:
+                if plain and token not in stops:
                     job.output.append(token)
                     updates.append((job, token))
-                    if len(job.output) >= job.max_output:
-                        self._end(job, FinishReason.LENGTH, now)
-            elif not job.in_flight:
-                self._release(job)
+                else:
+                    updates.append((job, self._append(job, result, sample, now)))
             sample += 1
+        for job in iteration.exhausted:
+            if job.finish_reason is None and len(job.output) == job.max_output:
+                self._end(job, FinishReason.LENGTH, now)
         for row in iteration.prefills:
             job = row.job
             job.in_flight -= 1

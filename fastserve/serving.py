@@ -10,26 +10,23 @@ A request is `n` jobs of the engine; a job is followed by a Completion, which tu
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import random
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
 from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from .calibration import UNMEASURED, Calibration, device_name
-from .config import RuntimeConfig, SchedulerConfig, check_integer
+from .assembly import assemble
+from .calibration import Calibration
+from .config import check_integer
 from .cost import CostModel
 from .engine import Engine, IterationRecord
-from .loaders import open_model
-from .native import NativeRuntime, block_bytes
 from .outputs import Completion, LiveRequest, Request
-from .policies import create_policy
-from .sizing import pool_blocks
 from .tokenizer import Tokenizer
 from .types import MAX_SEED, FinishReason, InvalidRequest, SamplingParams
 
@@ -60,8 +57,13 @@ class ServingCore:
         max_num_batched_tokens: int = 512,
         block_size: int = 16,
         kv_cache_memory: str | int | None = None,
+        swap_space: str | int | None = None,
+        swap_mode: Literal["proactive", "reactive", "recompute"] = "proactive",
+        swap_bandwidth: str | int | None = None,
+        admission: Literal["paged", "reserve"] = "paged",
         seed: int = 0,
         starvation_limit: float | None = 60.0,
+        slowdown_limit: float | None = None,
         num_levels: int = 12,
         max_in_flight: int = 2,
         skip_tokenizer: bool = False,
@@ -70,7 +72,7 @@ class ServingCore:
     ) -> None:
         """Load `model`: smollm2, a .gguf file, a directory in Hugging Face layout, or a hub id.
 
-        policy           fcfs, mlfq or skip-join-mlfq
+        policy           fcfs, mlfq, skip-join-mlfq or gittins
         dtype            of computation and of the KV cache: bfloat16 or float32
         device           cpu
         threads          0: one a core
@@ -80,8 +82,16 @@ class ServingCore:
         block_size       tokens in one block of the KV cache
         kv_cache_memory  bytes, or text such as 512M; None: room for max_num_seqs full contexts, but at most a quarter
                          of the memory available
+        swap_space       host memory for the KV of preempted jobs, in bytes or text such as 4G; 0: none, and what loses
+                         its place is computed again; None: 4G, but at most a quarter of what the KV cache leaves free
+        swap_mode        when the KV cache is full: proactive moves KV to the host and back ahead of need, while others
+                         run; reactive moves it when it is needed, while all wait; recompute throws it away
+        swap_bandwidth   slows each direction of swapping to so many bytes a second, at least 1M, to try a slow link
+        admission        paged: a job starts when its prompt fits in the KV cache; reserve: when its longest output
+                         does, too, so that it never gives up its place
         seed             draws the seeds of requests that bring none
-        starvation_limit seconds after which the MLFQ moves a waiting job to its highest level; None: never
+        starvation_limit seconds after which mlfq, skip-join-mlfq and gittins let a waiting job go first; None: never
+        slowdown_limit   so does one that has waited this many times its own service; None: never
         num_levels       of the MLFQ
         max_in_flight    plans handed to the runtime ahead of their results; 2 keeps it busy while Python plans
         skip_tokenizer   serve token-id prompts only
@@ -101,58 +111,41 @@ class ServingCore:
         # Names of requests that bring none must not be names that a caller thinks of.
         self._request_prefix = f"req-{secrets.token_hex(4)}"
 
-        self.model = model = _checked_model(model)
-        source = open_model(model)
-        self.spec = source.spec
-        # Both are checked before the weights are loaded; the pool's size takes the model's shape to know.
-        scheduling = SchedulerConfig(
-            policy=policy,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            block_size=block_size,
-            max_model_len=_context_length(max_model_len, self.spec.max_position),
-            max_in_flight=max_in_flight,
-            num_levels=num_levels,
-            starvation_limit=starvation_limit,
+        assembly = assemble(
+            model,
+            scheduler={
+                "policy": policy,
+                "max_num_seqs": max_num_seqs,
+                "max_num_batched_tokens": max_num_batched_tokens,
+                "block_size": block_size,
+                "max_in_flight": max_in_flight,
+                "num_levels": num_levels,
+                "starvation_limit": starvation_limit,
+                "slowdown_limit": slowdown_limit,
+                "admission": admission,
+                "swap_mode": swap_mode,
+            },
+            runtime={"dtype": dtype, "device": device, "threads": threads},
+            max_model_len=max_model_len,
+            kv_cache_memory=kv_cache_memory,
+            swap_space=swap_space,
+            swap_bandwidth=swap_bandwidth,
+            skip_tokenizer=skip_tokenizer,
+            cost=cost,
         )
-        create_policy(scheduling, UNMEASURED)
-        running = RuntimeConfig(
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            block_size=block_size,
-            max_num_batched_tokens=max_num_batched_tokens,
-        )
-        self._block_bytes = block_bytes(self.spec, dtype, block_size)
-        num_blocks = pool_blocks(
-            kv_cache_memory,
-            self._block_bytes,
-            block_size=block_size,
-            max_num_seqs=max_num_seqs,
-            max_model_len=scheduling.max_model_len,
-        )
-        self._scheduling = replace(scheduling, num_blocks=num_blocks)
-        self._running = replace(running, num_blocks=num_blocks)
-
-        data = None if skip_tokenizer else source.tokenizer_data()
-        self.tokenizer = Tokenizer.from_data(data) if data is not None else None
-        runtime = NativeRuntime(source, self._running)
-        self._hardware = {"instruction_set": runtime.instruction_set, "threads": runtime.threads}
-        self._weights = {
-            "parameters": source.num_parameters,
-            "weights_dtype": source.weights_dtype,
-            "weight_bytes": runtime.weight_bytes,
-        }
-        self._calibration = Calibration(
-            runtime,
-            self._scheduling,
-            vocab_size=self.spec.vocab_size,
-            model=f"{model} {source.num_parameters} {source.weights_dtype}",
-            device=device_name(device, dtype, runtime.instruction_set, runtime.threads),
-        )
-        self.cost = self._calibration.cost_model(cost)
+        self.model: str = assembly.info["model"]
+        self.spec = assembly.spec
+        self.tokenizer = assembly.tokenizer
+        self.cost = assembly.cost
+        self._info = assembly.info
+        self._calibration: Calibration | None = assembly.calibration
         self._engine: Engine | None = Engine(
-            self._scheduling, runtime, self.cost, clock=self._clock, on_iteration=on_iteration
+            assembly.scheduling,
+            assembly.runtime,
+            assembly.cost,
+            link=assembly.link,
+            clock=self._clock,
+            on_iteration=on_iteration,
         )
         self._start()
 
@@ -162,38 +155,24 @@ class ServingCore:
     @property
     def info(self) -> dict[str, Any]:
         """What is served and with what, ready for JSON. Sizes are in bytes."""
-        config, running = self._scheduling, self._running
-        return {
-            "model": self.model,
-            "family": self.spec.family,
-            **self._weights,
-            "dtype": running.dtype,
-            "device": running.device,
-            **self._hardware,
-            "policy": config.policy,
-            "max_model_len": config.max_model_len,
-            "max_num_seqs": config.max_num_seqs,
-            "max_num_batched_tokens": config.max_num_batched_tokens,
-            "max_in_flight": config.max_in_flight,
-            "block_size": config.block_size,
-            "num_blocks": config.num_blocks,
-            "kv_cache_bytes": config.num_blocks * self._block_bytes,
-            "kv_cache_tokens": config.num_blocks * config.block_size,
-            "num_levels": config.num_levels,
-            "starvation_limit": config.starvation_limit,
-            "cost": asdict(self.cost),
-        }
+        return copy.deepcopy(self._info)
 
     # --- prompts in --------------------------------------------------------------------------------------------------
 
     def _request(
-        self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, text: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        text: str | None = None,
+        priority: int = 0,
     ) -> Request:
         """Turn a prompt into a request. `text` is what to report as the prompt where `prompt` holds token ids.
 
         Raises InvalidRequest when the prompt is neither text nor token ids, when text is asked for or given and the
-        model has no tokenizer, and when the request's id is no name. What depends on the engine's limits is checked by
-        `_add`.
+        model has no tokenizer, when the request's id is no name and its priority no integer of 32 bits. What depends on
+        the engine's limits is checked by `_add`.
         """
         self._check_process()
         given: Any = params
@@ -209,10 +188,22 @@ class ServingCore:
         if params.stop:
             self._need_tokenizer("stop", "use stop_token_ids")
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-        return Request(request_id=request_id, prompt=text, token_ids=token_ids, params=params, seed=seed)
+        return Request(
+            request_id=request_id,
+            prompt=text,
+            token_ids=token_ids,
+            params=params,
+            seed=seed,
+            priority=check_integer("priority", priority, -(2**31), 2**31 - 1),
+        )
 
     def _chat_request(
-        self, messages: Sequence[Message], params: SamplingParams, *, request_id: str | None = None
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
     ) -> Request:
         """A conversation, written out by the model's chat template, as a request. Raises InvalidRequest."""
         given: Any = messages
@@ -221,7 +212,7 @@ class ServingCore:
         tokenizer = self._need_tokenizer("messages", "use generate with token ids")
         text = tokenizer.apply_chat_template(messages)
         token_ids = tokenizer.encode(text, add_special_tokens=False)
-        return self._request(token_ids, params, request_id=request_id, text=text)
+        return self._request(token_ids, params, request_id=request_id, text=text, priority=priority)
 
     def _add(
         self, request: Request, on_news: Callable[[LiveRequest], None], arrival: float | None = None
@@ -245,6 +236,7 @@ class ServingCore:
                     seed=derived_seed(request.seed, i),
                     vocab_size=self.spec.vocab_size,
                     eos_token_ids=self.spec.eos_token_ids,
+                    priority=request.priority,
                     arrival=arrival,
                 )
                 live.completions.append(Completion(i, job, self.tokenizer))
@@ -305,7 +297,7 @@ class ServingCore:
         self._stop(EngineError("the engine was closed"))
         if self._inherited:  # to end the runtime is to wait for threads, and they are the other process's
             return
-        self._engine = None
+        self._engine = self._calibration = None
 
     def _stop(self, failure: EngineError) -> None:
         self._failure = self._failure or failure
@@ -361,23 +353,6 @@ def derived_seed(seed: int, index: int) -> int:
 def check_request_id(request_id: Any) -> None:
     if not isinstance(request_id, str) or not request_id:
         raise InvalidRequest("request_id", f"must be a string that is not empty, got {request_id!r}")
-
-
-def _checked_model(model: Any) -> str:
-    name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
-    if not isinstance(name, str) or not name:
-        raise InvalidRequest(
-            "model", f"must be smollm2, a .gguf file, a directory in Hugging Face layout or a hub id, got {model!r}"
-        )
-    return name
-
-
-def _context_length(asked: Any, limit: int) -> int:
-    if asked is None:
-        return limit
-    if check_integer("max_model_len", asked, 1, 2**63) > limit:
-        raise InvalidRequest("max_model_len", f"must be at most {limit}, the model's longest context; got {asked}")
-    return int(asked)
 
 
 def _token_ids(prompt: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""How many KV blocks fit in the memory given, and how many there are when nobody says."""
+"""What sizes mean: how many KV blocks fit in the memory given, or when nobody says, and how fast they may move."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .types import InvalidRequest
 
 _MEMORY_SHARE = 4  # a default pool takes at most one part in this many of the memory that is free
 _SWAP_SPACE = 4 * 2**30  # bytes of the host pool when nobody says
+_SLOWEST_LINK = 2**20  # bytes a second: below, a block takes seconds
 
 
 def pool_blocks(
@@ -68,6 +69,19 @@ def host_blocks(swap_space: str | int | None, block_bytes: int, *, promised: int
             "swap_space", f"must fit in the memory available, {left // 2**20}M{beside}, got {swap_space!r}"
         )
     return size // block_bytes
+
+
+def link_bandwidth(swap_bandwidth: str | int | None) -> int | None:
+    """Bytes a second of `200M` or a plain number; None for a link that is not slowed down.
+
+    Raises InvalidRequest below 1 MiB a second.
+    """
+    if swap_bandwidth is None:
+        return None
+    rate = parse_size("swap_bandwidth", swap_bandwidth)
+    if rate < _SLOWEST_LINK:
+        raise InvalidRequest("swap_bandwidth", f"must be at least 1M, in bytes a second, got {swap_bandwidth!r}")
+    return rate
 
 
 def available_memory() -> int | None:

@@ -18,6 +18,10 @@ Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
 UInt64Array = npt.NDArray[np.uint64]
 
+# Where the KV of a job is: all of it on the device, or some of it on the host only or on its way.
+DEVICE = 0
+HOST = 1
+
 # Directions of a copy of KV blocks.
 OFFLOAD = 0  # device → host
 UPLOAD = 1  # host → device
@@ -261,6 +265,7 @@ class Job:
     pending: int = 0  # output tokens being sampled by plans in flight
     in_flight: int = 0  # plans in flight that hold a row of this job
     slot: int | None = None  # the runtime's slot, while the job holds KV
+    tier: int | None = None  # where that is: DEVICE or HOST
     attained: float = 0.0  # modelled solo seconds of service reported to the policy so far
     waiting_since: float | None = None  # when it was last left out of a batch, or arrived; None while it runs
     waited: float = 0.0  # seconds of the waits before that one
@@ -268,7 +273,6 @@ class Job:
     batch: object = None  # the DecodeRows it is in
     row: int = -1  # its place there
     mark: int = 0  # the decision that last chose it
-    seen: int = 0  # the decision that last considered it
     known_output: int | None = None  # its output length, for the oracle that srpt is; None: nobody knows
     next_seconds: float = 0.0  # modelled solo time of the whole remaining uncharged prefill, else of one decode
     finish_reason: FinishReason | None = None

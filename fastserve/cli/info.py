@@ -8,7 +8,7 @@ from typing import Any
 
 from .options import JsonOption, ModelArgument
 
-_BLOCK = 16
+_BLOCK, _ROWS = 16, 32  # the defaults of block_size and max_num_seqs
 _SUPPORTED = "smollm2, a .gguf file, a directory in Hugging Face layout (config.json and safetensors) or a hub id"
 
 
@@ -59,6 +59,19 @@ def describe(model: str) -> dict[str, Any]:
         "eos_token_ids": list(spec.eos_token_ids),
         "kv_bytes_per_token": {dtype: block_bytes(spec, dtype, _BLOCK) // _BLOCK for dtype in ("bfloat16", "float32")},
         "instruction_sets": instruction_sets(),
+        **_default_pools(block_bytes(spec, "bfloat16", _BLOCK), spec.max_position),
+    }
+
+
+def _default_pools(block: int, context: int) -> dict[str, int]:
+    """KV blocks that an engine would have here, now and with the defaults: on the device and to swap to."""
+    from ..sizing import host_blocks, pool_blocks
+
+    blocks = pool_blocks(None, block, block_size=_BLOCK, max_num_seqs=_ROWS, max_model_len=context)
+    return {
+        "kv_block_bytes": block,
+        "kv_blocks": blocks,
+        "swap_blocks": host_blocks(None, block, promised=blocks * block),
     }
 
 

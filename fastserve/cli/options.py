@@ -55,11 +55,36 @@ HARDWARE: dict[str, Any] = {
         "room for max-num-seqs full contexts, at most a quarter of free memory",
         "Size of the KV cache, such as 512M or 4G.",
     ),
+    "swap_space": _engine(
+        str | None,
+        "4G, at most a quarter of what the KV cache leaves",
+        "Host memory for the KV of preempted jobs, such as 4G; 0: none, and what loses its place is computed again. On "
+        "a CPU it is the same memory as --kv-cache-memory's, which is the first to raise.",
+    ),
+    "swap_bandwidth": _engine(
+        str | None,
+        "as fast as it goes",
+        "Slow each direction of swapping to so many bytes a second, such as 200M, to try a slow link; at least 1M.",
+    ),
 }
 SCHEDULING: dict[str, Any] = {
-    "policy": _engine(str | None, "skip-join-mlfq", "Who runs next: fcfs, mlfq or skip-join-mlfq."),
+    "policy": _engine(str | None, "skip-join-mlfq", "Who runs next: fcfs, mlfq, skip-join-mlfq or gittins."),
+    "admission": _engine(
+        str | None,
+        "paged",
+        "When a job starts: paged, when its prompt fits in the KV cache; reserve, when its longest output does, too.",
+    ),
+    "swap_mode": _engine(
+        str | None,
+        "proactive",
+        "When the KV cache is full: proactive swaps ahead of need, while others run; reactive when it is needed, while "
+        "all wait; recompute throws KV away.",
+    ),
     "starvation_limit": _engine(
-        str | None, "60", "Seconds after which the MLFQ moves a waiting job to its highest level; none: never."
+        str | None, "60", "Seconds after which a waiting job goes first, under any policy but fcfs; none: never."
+    ),
+    "slowdown_limit": _engine(
+        str | None, "none", "So does one that has waited this many times its own service; none: never."
     ),
     "num_levels": _engine(int | None, "12", "Levels of the MLFQ."),
     "cost": _engine(
@@ -87,10 +112,11 @@ SAMPLING: dict[str, Any] = {
     ),
     "ignore_eos": _sampling(bool | None, False, "Go on after the end-of-sequence token.", "--ignore-eos"),
 }
+_LIMITS = {"starvation_limit": " of seconds", "slowdown_limit": ""}
+
 SIMULATION = (
     "workload", "trace", "arrivals", "jobs", "rate", "load", "seeds", "warmup_jobs", "hardware", "tensor_parallel_size",
-    "pipeline_parallel_size", "kv_blocks", "swap_space", "swap_blocks", "swap_seconds", "swap_mode", "admission",
-    "slowdown_limit", "workers", "plot", "timeline",
+    "pipeline_parallel_size", "kv_blocks", "swap_blocks", "swap_seconds", "workers", "plot", "timeline",
 )  # fmt: skip
 # What an InvalidRequest calls a field, where that is the name of an option.
 OPTION_NAMES = {
@@ -138,12 +164,13 @@ def takes(**groups: Mapping[str, Any]) -> Callable[[Command], Command]:
 
 
 def engine_options(given: dict[str, Any]) -> dict[str, Any]:
-    """As LLM takes them. Raises InvalidRequest for a starvation limit that is neither a number nor `none`."""
-    limit = given.get("starvation_limit")
-    if limit is None:
-        return given
+    """As LLM takes them. Raises InvalidRequest for a limit that is neither a number nor `none`."""
+    limits = {name: _limit(name, unit, given[name]) for name, unit in _LIMITS.items() if name in given}
+    return {**given, **limits}
+
+
+def _limit(option: str, unit: str, text: str) -> float | None:
     try:
-        seconds = None if limit.lower() == "none" else float(limit)
+        return None if text.lower() == "none" else float(text)
     except ValueError:
-        raise InvalidRequest("starvation_limit", f"must be a number of seconds or none, got {limit!r}") from None
-    return {**given, "starvation_limit": seconds}
+        raise InvalidRequest(option, f"must be a number{unit} or none, got {text!r}") from None

@@ -51,16 +51,17 @@ def profile(
             path = output or llm.profile_path
             check_writable("output", path)
             cost = llm.profile(full=not quick, on_sample=on_sample)
+            link = llm.info["link"]
     if as_json:
         print(cost.to_json(), end="")
     else:
-        _print(cost)
+        _print(cost, link)
     cost.save(path)  # last: what was measured has been shown, whatever becomes of the file
     if not as_json:
         print(f"saved as {path}")
 
 
-def _print(cost: CostModel) -> None:
+def _print(cost: CostModel, link: dict[str, float] | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -69,3 +70,6 @@ def _print(cost: CostModel) -> None:
         prefill, decode = cost.prefill_seconds(0, tokens), cost.decode_seconds(context)
         table.add_row(f"{tokens}", f"{1e3 * prefill:.1f} ms", f"{context}", f"{1e3 * decode:.1f} ms")
     Console().print(f"one job alone on {cost.device}", table, highlight=False, soft_wrap=True)
+    if link is not None:
+        out, back = (link[f"{way}_bytes_per_second"] / 1e9 for way in ("offload", "upload"))
+        print(f"KV moves to the host at {out:.2f} GB/s, back at {back:.2f} GB/s (measured at every start)")

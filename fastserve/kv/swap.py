@@ -116,6 +116,7 @@ def plan_moves(
     whole: bool,
     link: LinkEstimate,
     backlog: float,
+    patience: float,
 ) -> Moves:
     """Decide the moves of one iteration.
 
@@ -127,19 +128,25 @@ def plan_moves(
     reserve      device blocks to keep free for bursts; only wants of ENST 0 may use them
     whole        whether all of a victim leaves, or only what is short
     backlog      seconds of offloads under way
+    patience     seconds of offloads that may be
     """
     moves = Moves()
-    room = _Room(victims, free, leaving, host_places, whole, backlog, link, moves)
+    room = _Room(victims, free, leaving, host_places, whole, backlog, patience, link, moves)
+    owed = 0  # blocks that better jobs wait for: what becomes free is theirs
     for want in wants:
-        needed = want.blocks + (0 if want.urgent else reserve)
-        room.make(needed, want)
-        if needed > room.free:
-            break  # what is free, and what comes, is kept for it
-        room.free -= want.blocks
-        if want.upload:
-            moves.uploads.append(want.job)
+        if owed and not want.urgent:
+            break
+        needed = owed + want.blocks + (0 if want.urgent else reserve)
+        if not room.make(needed, want):
+            break
+        if owed or needed > room.free:
+            owed += want.blocks
+        else:
+            room.free -= want.blocks
+            if want.upload:
+                moves.uploads.append(want.job)
     else:
-        room.make(reserve, None)
+        room.make(owed + reserve, None)
     return moves
 
 
@@ -153,20 +160,23 @@ class _Room:
     host_places: int
     whole: bool
     backlog: float
+    patience: float
     link: LinkEstimate
     moves: Moves
     next: Holder | None = None  # the victim looked at, when it was not taken
 
-    def make(self, needed: int, want: Want | None) -> None:
-        """Take from victims, the last to run first, until `needed` blocks are free or coming, or nobody is left."""
+    def make(self, needed: int, want: Want | None) -> bool:
+        """Take from victims, the last to run first, until that many blocks are free or coming; whether they are."""
         refusals = 0
-        while self.free + self.coming < needed and refusals < _REFUSALS:
-            victim = self.next or next(self.victims, None)
-            self.next = victim
+        while self.free + self.coming < needed:
+            if refusals == _REFUSALS or self.backlog > self.patience:
+                return False
+            victim = self.next = self.next or next(self.victims, None)
             if victim is None or (want is not None and want.urgent and victim.rank <= want.rank):
-                return  # nobody is left who will run later
+                return False  # nobody is left who will run later
             refusals += not self._take(victim, needed - self.free - self.coming, want)
             self.next = None
+        return True
 
     def _take(self, victim: Holder, short: int, want: Want | None) -> bool:
         """Have the victim give up to `short` blocks, the cheapest way; False: keeping them is cheaper."""

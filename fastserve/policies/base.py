@@ -53,8 +53,8 @@ class Policy(ABC):
         return math.inf
 
     @abstractmethod
-    def hold(self, job: Job, holds: bool) -> None:
-        """The job got KV blocks, or lost them all. (One that is added, or moved, holds some if it has a slot.)"""
+    def move(self, job: Job, tier: int | None) -> None:
+        """The job's KV is now in another tier, or gone; `job.tier` is about to say so."""
 
     @abstractmethod
     def iter_best(self, now: float) -> Iterator[Job]:
@@ -64,8 +64,8 @@ class Policy(ABC):
         """
 
     @abstractmethod
-    def iter_holders(self, worst_first: bool = False) -> Iterator[Job]:
-        """Those of them that hold KV, in the order of the latest iter_best or against it. As lazy.
+    def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:
+        """Those of them whose KV is in a tier, in the order of the latest iter_best or against it. As lazy.
 
         For when nobody may start, and for who must give way: however many hold none, this does not look at them.
         """

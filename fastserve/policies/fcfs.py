@@ -32,14 +32,14 @@ class FirstComeFirstServed(Policy):
     def horizon(self, job: Job) -> float:
         return math.inf
 
-    def hold(self, job: Job, holds: bool) -> None:
-        self._queue.hold(job, holds)
+    def move(self, job: Job, tier: int | None) -> None:
+        self._queue.move(job, tier)
 
     def iter_best(self, now: float) -> Iterator[Job]:
         return iter(self._queue)
 
-    def iter_holders(self, worst_first: bool = False) -> Iterator[Job]:
-        return self._queue.holders(worst_first)
+    def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:
+        return self._queue.tier(tier, worst_first)
 
     def rank(self, job: Job) -> tuple[int, int]:
         return 0, self._queue.ticket(job)

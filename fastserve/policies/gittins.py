@@ -204,12 +204,12 @@ class Gittins(Policy):
     def deadline(self, job: Job) -> float:
         return self._deadlines.of(job) if self._unlearned is None else self._unlearned.deadline(job)
 
-    def hold(self, job: Job, holds: bool) -> None:
+    def move(self, job: Job, tier: int | None) -> None:
         if self._unlearned is not None:
-            self._unlearned.hold(job, holds)
+            self._unlearned.move(job, tier)
         else:
             cohort = self._places[job].cohort
-            (cohort.jobs if cohort is not None else self._front).hold(job, holds)
+            (cohort.jobs if cohort is not None else self._front).move(job, tier)
 
     def iter_best(self, now: float) -> Iterator[Job]:
         if (self._unlearned is None) is not self._lengths.learned:
@@ -224,12 +224,12 @@ class Gittins(Policy):
             self._front.append(job, max(PROMOTED_QUANTA * self._quantum, job.next_seconds))
         return chain(self._front, chain.from_iterable(map(self._sorted.__getitem__, self._order)))
 
-    def iter_holders(self, worst_first: bool = False) -> Iterator[Job]:
+    def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:
         if self._unlearned is not None:
-            return self._unlearned.iter_holders(worst_first)
+            return self._unlearned.iter_tier(tier, worst_first)
         cohorts = map(self._sorted.__getitem__, reversed(self._order) if worst_first else self._order)
         queues = chain(cohorts, (self._front,)) if worst_first else chain((self._front,), cohorts)
-        return chain.from_iterable(queue.holders(worst_first) for queue in queues)
+        return chain.from_iterable(queue.tier(tier, worst_first) for queue in queues)
 
     def rank(self, job: Job) -> tuple[float, ...]:
         if self._unlearned is not None:

@@ -94,8 +94,8 @@ class MultiLevelFeedbackQueue(Policy):
     def deadline(self, job: Job) -> float:
         return self._deadlines.of(job)
 
-    def hold(self, job: Job, holds: bool) -> None:
-        self._levels[self._places[job].level].hold(job, holds)
+    def move(self, job: Job, tier: int | None) -> None:
+        self._levels[self._places[job].level].move(job, tier)
 
     def iter_best(self, now: float) -> Iterator[Job]:
         for job in self._deadlines.pop_due(now):
@@ -103,9 +103,9 @@ class MultiLevelFeedbackQueue(Policy):
             self._enter(job, 0, max(self._promoted_quantum, job.next_seconds), now)
         return chain.from_iterable(self._levels)
 
-    def iter_holders(self, worst_first: bool = False) -> Iterator[Job]:
+    def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:
         levels = reversed(self._levels) if worst_first else self._levels
-        return chain.from_iterable(level.holders(worst_first) for level in levels)
+        return chain.from_iterable(level.tier(tier, worst_first) for level in levels)
 
     def rank(self, job: Job) -> tuple[int, int]:
         level = self._places[job].level

@@ -55,17 +55,17 @@ class ByPriority(Policy):
     def deadline(self, job: Job) -> float:
         return self._policies[job.priority].deadline(job)
 
-    def hold(self, job: Job, holds: bool) -> None:
-        self._policies[job.priority].hold(job, holds)
+    def move(self, job: Job, tier: int | None) -> None:
+        self._policies[job.priority].move(job, tier)
 
     def iter_best(self, now: float) -> Iterator[Job]:
         if len(self._priorities) == 1:
             return self._policies[self._priorities[0]].iter_best(now)
         return chain.from_iterable(self._policies[priority].iter_best(now) for priority in self._priorities)
 
-    def iter_holders(self, worst_first: bool = False) -> Iterator[Job]:
+    def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:
         priorities = reversed(self._priorities) if worst_first else self._priorities
-        return chain.from_iterable(self._policies[priority].iter_holders(worst_first) for priority in priorities)
+        return chain.from_iterable(self._policies[priority].iter_tier(tier, worst_first) for priority in priorities)
 
     def rank(self, job: Job) -> tuple[float, ...]:
         return job.priority, *self._policies[job.priority].rank(job)

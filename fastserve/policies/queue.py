@@ -21,7 +21,7 @@ class JobQueue:
 
     def __init__(self) -> None:
         self._jobs: OrderedDict[Job, tuple[int, float]] = OrderedDict()  # job → (ticket, seconds)
-        self._holders: SortedDict = SortedDict()  # ticket → job, of the jobs that hold KV
+        self._tiers: tuple[SortedDict, SortedDict] = (SortedDict(), SortedDict())  # ticket → job, by Job.tier
         self._tree = [0.0] * (_SMALLEST + 1)
         self._last_ticket = 0
 
@@ -31,17 +31,18 @@ class JobQueue:
     def __iter__(self) -> Iterator[Job]:
         return iter(self._jobs)
 
-    def hold(self, job: Job, holds: bool) -> None:
-        """The job got KV blocks, or lost them."""
+    def move(self, job: Job, tier: int | None) -> None:
+        """The job's KV is now in another tier, or gone."""
         ticket = self._jobs[job][0]
-        if holds:
-            self._holders[ticket] = job
-        else:
-            self._holders.pop(ticket, None)
+        if job.tier is not None:
+            self._tiers[job.tier].pop(ticket, None)
+        if tier is not None:
+            self._tiers[tier][ticket] = job
 
-    def holders(self, last_first: bool = False) -> Iterator[Job]:
-        """The jobs that hold KV, in order or against it."""
-        return map(self._holders.__getitem__, reversed(self._holders) if last_first else self._holders)
+    def tier(self, tier: int, last_first: bool = False) -> Iterator[Job]:
+        """The jobs whose KV is in a tier, in order or against it."""
+        jobs = self._tiers[tier]
+        return map(jobs.__getitem__, reversed(jobs) if last_first else jobs)
 
     def __contains__(self, job: Job) -> bool:
         return job in self._jobs
@@ -53,12 +54,13 @@ class JobQueue:
         self._last_ticket += 1
         self._jobs[job] = (self._last_ticket, seconds)
         self._add(self._last_ticket, seconds)
-        if job.slot is not None:
-            self._holders[self._last_ticket] = job
+        if job.tier is not None:
+            self._tiers[job.tier][self._last_ticket] = job
 
     def remove(self, job: Job) -> None:
         ticket, seconds = self._jobs.pop(job)
-        self._holders.pop(ticket, None)
+        if job.tier is not None:
+            del self._tiers[job.tier][ticket]
         if self._jobs:
             self._add(ticket, -seconds)
         else:  # start from exact zeros, so that rounding does not pile up over a day
@@ -107,7 +109,10 @@ class JobQueue:
         for ticket, (job, (_, seconds)) in enumerate(list(self._jobs.items()), start=1):
             self._jobs[job] = (ticket, seconds)
             tree[ticket] = seconds
-        self._holders = SortedDict({self._jobs[job][0]: job for job in self._holders.values()})
+        for jobs in self._tiers:
+            renumbered = [(self._jobs[job][0], job) for job in jobs.values()]
+            jobs.clear()
+            jobs.update(renumbered)
         for ticket in range(1, size + 1):  # every node passes its sum to its parent: O(n)
             parent = ticket + (ticket & -ticket)
             if parent <= size:

@@ -36,7 +36,7 @@ class ShortestRemainingTime(Policy):
         self._cost = cost
         self._keys: dict[Job, tuple[float, int]] = {}
         self._order: SortedDict = SortedDict()  # (remaining seconds, index) → job
-        self._holders: SortedDict = SortedDict()  # the same, of those that hold KV
+        self._tiers: tuple[SortedDict, SortedDict] = (SortedDict(), SortedDict())  # the same, by Job.tier
         self._ran: dict[Job, None] = {}  # those whose key may be out of date
         self._arrived = False
         self._sums = [0.0] * (_HIGHEST - _LOWEST + 1)
@@ -59,11 +59,12 @@ class ShortestRemainingTime(Policy):
     def horizon(self, job: Job) -> float:
         return math.inf
 
-    def hold(self, job: Job, holds: bool) -> None:
-        if holds:
-            self._holders[self._keys[job]] = job
-        else:
-            self._holders.pop(self._keys[job], None)
+    def move(self, job: Job, tier: int | None) -> None:
+        key = self._keys[job]
+        if job.tier is not None:
+            self._tiers[job.tier].pop(key, None)
+        if tier is not None:
+            self._tiers[tier][key] = job
 
     def iter_best(self, now: float) -> Iterator[Job]:
         if self._arrived:
@@ -80,8 +81,9 @@ class ShortestRemainingTime(Policy):
             ran[job] = None
             yield job
 
-    def iter_holders(self, worst_first: bool = False) -> Iterator[Job]:
-        return map(self._holders.__getitem__, reversed(self._holders) if worst_first else self._holders)
+    def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:
+        jobs = self._tiers[tier]
+        return map(jobs.__getitem__, reversed(jobs) if worst_first else jobs)
 
     def rank(self, job: Job) -> tuple[float, int]:
         return self._keys[job]
@@ -122,8 +124,8 @@ class ShortestRemainingTime(Policy):
     def _insert(self, job: Job) -> None:
         key = self._keys[job] = round(self._remaining(job), _DIGITS), job.index
         self._order[key] = job
-        if job.slot is not None:
-            self._holders[key] = job
+        if job.tier is not None:
+            self._tiers[job.tier][key] = job
         bucket = _bucket(key[0])
         self._sums[bucket] += key[0]
         self._counts[bucket] += 1
@@ -131,7 +133,8 @@ class ShortestRemainingTime(Policy):
     def _delete(self, job: Job) -> None:
         key = self._keys.pop(job)
         del self._order[key]
-        self._holders.pop(key, None)
+        if job.tier is not None:
+            self._tiers[job.tier].pop(key, None)
         bucket = _bucket(key[0])
         self._counts[bucket] -= 1
         # From an exact zero again when it can be, so that rounding does not pile up.

@@ -1,7 +1,7 @@
 """A run recorded plan by plan, and run again on the virtual clock: what the simulator decides is what was decided.
 
-    real run:  Engine(config, recorder, cost, clock=recorder.clock, on_iteration=recorder.on_iteration)
-    replay:    replay(recorder.recording(), config, cost)
+    real run:  Engine(config, recorder, cost, link=link, clock=recorder.clock, on_iteration=recorder.on_iteration)
+    replay:    replay(recorder.recording(), config, cost, link=link)
 
 Only times are taken from the recording (when jobs entered, when plans were submitted and completed), and what came back
 from the device: tokens, finished copies, failed rows. Who runs when, and in which blocks, is decided anew.
@@ -15,12 +15,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import cast
 
 import numpy as np
 
 from ..config import SchedulerConfig
-from ..cost import Cost, CostModel
+from ..cost import Cost, Link
 from ..engine import Engine, IterationRecord
 from ..types import BatchPlan, Executor, FinishReason, Float32Array, Int32Array, Job, StepResult
 from .executor import VirtualClock
@@ -100,14 +99,15 @@ class Recorder:
         return Recording(list(self._entries), list(self._iterations), dict(self._outcomes))
 
 
-def replay(recording: Recording, config: SchedulerConfig, cost: Cost) -> list[Job]:
+def replay(recording: Recording, config: SchedulerConfig, cost: Cost, *, link: Link | None = None) -> list[Job]:
     """Run a recording again and return its jobs as they ended this time, in the order in which they entered.
 
+    The configuration, cost and link must be those that the engine was given when it was recorded.
     Raises ReplayDiverged, naming the plan, at the first that is not the recorded one to the last bit.
     """
     clock = VirtualClock()
     executor = _RecordedExecutor(recording, clock)
-    engine = Engine(config, executor, cast(CostModel, cost), clock=clock)
+    engine = Engine(config, executor, cost, link=link, clock=clock)
     executor.engine = engine
     jobs: list[Job] = []
     happenings = executor.happenings

@@ -76,10 +76,10 @@ def record(seed: int, timeout: float | None = None, **options: Any) -> tuple[Rec
                 f"j{number}", prompt, params, seed=number % 5, vocab_size=VOCAB, eos_token_ids=(EOS,), arrival=when
             )
             recorder.entered(job)
-        for update in engine.step(timeout):
-            number = int(update.job.job_id[1:])
-            if not update.finished and aborts.get(number) == len(update.job.output):
-                engine.abort(update.job.job_id, FinishReason.STOP if number % 2 else FinishReason.ABORT)
+        for job, _ in engine.step(timeout):
+            number = int(job.job_id[1:])
+            if not job.finished and aborts.get(number) == len(job.output):
+                engine.abort(job.job_id, FinishReason.STOP if number % 2 else FinishReason.ABORT)
     return recorder.recording(), config
 
 
@@ -104,6 +104,27 @@ def test_a_replay_is_the_run(policy: str, in_flight: int, timeout: float | None,
         jobs = replay(recording, config, COST)
         for again, (_, job) in zip(jobs, recording.entries, strict=True):
             assert (again.output, again.finish_reason, again.metrics) == (job.output, job.finish_reason, job.metrics)
+
+
+@pytest.mark.parametrize("mode", ["proactive", "reactive"])
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_a_replay_moves_the_same_blocks(mode: str, in_flight: int) -> None:
+    copies = 0
+    for seed in range(4):
+        recording, config = record(
+            seed,
+            policy="skip-join-mlfq",
+            num_blocks=16,
+            num_host_blocks=60,
+            swap_mode=mode,
+            max_in_flight=in_flight,
+            max_model_len=64,
+        )
+        jobs = replay(recording, config, COST)
+        assert [job.output for job in jobs] == [job.output for _, job in recording.entries]
+        assert [job.metrics.finish for job in jobs] == [job.metrics.finish for _, job in recording.entries]
+        copies += sum(len(outcome.copies) for outcome in recording.outcomes.values())
+    assert copies > 10
 
 
 def test_another_schedule_is_noticed() -> None:

@@ -1,4 +1,4 @@
-"""Bookkeeping of blocks: the states of the module's diagram one by one, then everything in any order against a model."""
+"""Blocks: the states of the module's diagram one by one, then everything in any order against a model."""
 
 from __future__ import annotations
 

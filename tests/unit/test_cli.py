@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import toy_llm
 from toy import expected_output
-from toy_llm import ALPHABET, CONTEXT, ToySource, ToyWorld
+from toy_llm import ALPHABET, BLOCK_BYTES, CONTEXT, ToySource, ToyWorld
 
 import fastserve.loaders
 from fastserve import LLM, SamplingParams
@@ -173,7 +173,17 @@ def test_sampling_options_reach_the_job(shell: Shell) -> None:
         ("bench", "Missing command"),
         ("generate --polcy fcfs", r"No such option: --polcy.*--policy.*Try: fastserve generate --help"),
         ("generate --prompt a --max-tokens many", "--max-tokens.*valid integer"),
-        ("generate --prompt a --policy lifo", "--policy: must be one of fcfs, mlfq, skip-join-mlfq.*; got 'lifo'"),
+        ("generate --prompt a --policy lifo", "--policy: must be one of fcfs, mlfq, skip-join-mlfq, gittins; got 'li"),
+        (
+            "generate --prompt a --policy srpt",
+            "--policy: .*; srpt has to be told how long every output is, as fastserve s",
+        ),
+        ("generate --prompt a --slowdown-limit often", "--slowdown-limit: must be a number or none, got 'often'"),
+        ("generate --prompt a --swap-space 900T", "--swap-space: must fit in the memory available, .* got '900T'"),
+        ("generate --prompt a --swap-space 1", "--swap-space: must be 0 or hold at least one KV block of"),
+        ("generate --prompt a --swap-bandwidth 100K", "--swap-bandwidth: must be at least 1M, in bytes a second"),
+        ("generate --prompt a --swap-mode lazy", "--swap-mode: must be one of proactive, reactive, recompute; got"),
+        ("bench throughput --admission first", "--admission: must be one of paged, reserve; got 'first'"),
         ("generate --prompt a --max-tokens -1", "--max-tokens: must be an integer of at least 1, got -1"),
         ("generate --prompt a --temperature nan", "--temperature: must be a number between 0 and 100, got nan"),
         ("generate --prompt a --top-p 0", "--top-p: must be a number above 0"),
@@ -236,7 +246,7 @@ def test_closed_standard_output_is_one_line(shell: Shell, monkeypatch: pytest.Mo
 
 def test_an_answer_that_fails_is_a_line_and_code_1(shell: Shell, world: ToyWorld) -> None:
     world.no_token = lambda result: {0: "no probability left"}
-    words = ["--prompt", "a", "--policy", "fcfs"]
+    words = ["--prompt", "a", "--policy", "fcfs", "--swap-space", "0"]
     shell("generate", *words, code=1)
     assert shell.errors == "fastserve: no probability left\n"
     (result,) = json.loads(shell("generate", *words, "--json", code=1))["results"]
@@ -271,7 +281,7 @@ def test_a_model_that_does_not_exist_is_one_line(capsys: pytest.CaptureFixture[s
 
 def test_other_failures_are_one_line_and_code_1(shell: Shell, world: ToyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     world.fail_at = 0
-    shell("generate", "--prompt", "a", "--policy", "fcfs", code=1)
+    shell("generate", "--prompt", "a", "--policy", "fcfs", "--swap-space", "0", code=1)
     assert shell.errors == "fastserve: the engine stopped: the device is gone\n"
 
     def broken(*_: Any, **__: Any) -> None:
@@ -360,6 +370,7 @@ def test_info(shell: Shell) -> None:
     assert (result["family"], result["vocabulary"], result["context"]) == ("toy", 61, CONTEXT)
     assert result["kv_bytes_per_token"]["float32"] == 2 * result["kv_bytes_per_token"]["bfloat16"]
     assert (result["tokenizer"], result["chat_template"], result["eos_token_ids"]) == (True, True, [3])
+    assert result["swap_blocks"] > 0 < result["kv_blocks"] <= 32 * CONTEXT // 16
     table = shell("info", "toy")
     assert re.search(r"vocabulary +61", table) and re.search(r"tokenizer +yes", table)
 
@@ -371,7 +382,9 @@ def test_profile_writes_what_cost_reads(shell: Shell, tmp_path: Path) -> None:
     assert json.loads(printed) == json.loads(file.read_text())
     assert cost.decode_seconds(1) == pytest.approx(1.01, rel=0.05)  # the toy takes 1 s an iteration, 0.01 s a token
     shell("generate", "--prompt", "a", "--cost", str(file))
-    assert re.search("prompt tokens.*prefill.*context.*decode", shell("profile", "toy", "--quick"))
+    shown = shell("profile", "toy", "--quick", "--swap-space", "1M")
+    assert re.search("prompt tokens.*prefill.*context.*decode", shown) and "KV moves to the host at 0.00 GB/s" in shown
+    assert "KV moves" not in shell("profile", "toy", "--quick", "--swap-space", "0")
 
 
 def test_bench_prints_json(shell: Shell) -> None:
@@ -380,6 +393,21 @@ def test_bench_prints_json(shell: Shell) -> None:
     assert [each["batch_size"] for each in latency["results"]] == [1, 2]
     throughput = json.loads(shell("bench", "throughput", "--num-prompts", "5", "--policy", "fcfs", *lengths))
     assert (throughput["output_tokens"], throughput["engine"]["policy"]) == (20, "fcfs")
+
+
+def test_swapping_is_set_from_the_command_line(shell: Shell, world: ToyWorld) -> None:
+    """Eight blocks for five jobs of three to five blocks: KV goes to the host and comes back."""
+    lengths = ["--num-prompts", "5", "--input-len", "40", "--output-len", "30", "--json", "--policy", "mlfq"]
+    memory = ["--kv-cache-memory", f"{8 * BLOCK_BYTES}", "--swap-space", f"{20 * BLOCK_BYTES}"]
+    limits = ["--swap-bandwidth", "200M", "--slowdown-limit", "8", "--starvation-limit", "none"]
+    engine = json.loads(shell("bench", "throughput", *lengths, *memory, *limits))["engine"]
+    assert (engine["num_blocks"], engine["num_host_blocks"], engine["swap_mode"]) == (8, 20, "proactive")
+    assert (engine["slowdown_limit"], engine["starvation_limit"], engine["admission"]) == (8.0, None, "paged")
+    assert engine["swap_bandwidth"] == 200 * 2**20
+    assert engine["link"]["offload_bytes_per_second"] == BLOCK_BYTES / 0.125  # the toy copies a block in 1/8 s
+    assert min(world.runtimes[-1].copied.values()) > 0
+    engine = json.loads(shell("bench", "throughput", *lengths, *memory, "--admission", "reserve"))["engine"]
+    assert (engine["num_host_blocks"], engine["link"], engine["admission"]) == (0, None, "reserve")
 
 
 def test_a_real_model_from_another_process() -> None:

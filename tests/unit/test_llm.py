@@ -206,7 +206,14 @@ def test_without_a_tokenizer_token_ids_are_served(world: ToyWorld) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": "lifo"}, "policy: must be one of fcfs, mlfq, skip-join-mlfq; got 'lifo'"),
+        ({"policy": "lifo"}, "policy: must be one of fcfs, mlfq, skip-join-mlfq, gittins; got 'lifo'"),
+        ({"policy": "srpt"}, "policy: must be one of .*; got 'srpt'; srpt has to be told how long every output is"),
+        ({"swap_space": "900T"}, "swap_space: must fit in the memory available, .*, beside the KV pool of"),
+        ({"swap_space": -1}, "swap_space: must be at least 0"),
+        ({"swap_mode": "lazy"}, "swap_mode: must be one of proactive, reactive, recompute; got 'lazy'"),
+        ({"swap_bandwidth": 2**20 - 1}, "swap_bandwidth: must be at least 1M, in bytes a second, got 1048575"),
+        ({"admission": "never"}, "admission: must be one of paged, reserve; got 'never'"),
+        ({"slowdown_limit": 0}, "slowdown_limit: must be above 0, or none, got 0"),
         ({"dtype": "float16"}, "dtype: must be float32 or bfloat16, got 'float16'"),
         ({"device": "tpu"}, "device: must be cpu or cuda"),
         ({"max_model_len": 257}, "max_model_len: must be at most 256"),

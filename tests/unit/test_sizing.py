@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastserve import sizing
-from fastserve.sizing import available_memory, host_blocks, pool_blocks
+from fastserve.sizing import available_memory, host_blocks, link_bandwidth, pool_blocks
 from fastserve.types import InvalidRequest
 
 LIMITS = {"block_size": 16, "max_num_seqs": 4, "max_model_len": 100}  # 4 jobs of 7 blocks
@@ -66,6 +66,13 @@ def test_a_swap_space_that_cannot_be_is_refused_by_name(monkeypatch: pytest.Monk
         host_blocks("1M", 1000, promised=2**20)
     monkeypatch.setattr(sizing, "available_memory", lambda: None)
     assert host_blocks("1T", 2**30) == 1024
+
+
+def test_a_throttle_is_a_size_of_at_least_a_mebibyte_a_second() -> None:
+    assert [link_bandwidth(rate) for rate in (None, "1M", 2**20, "1.5G")] == [None, 2**20, 2**20, 3 * 2**29]
+    for rate in (0, "0", 2**20 - 1, "1023K", "fast", 2.0**30):
+        with pytest.raises(InvalidRequest, match="swap_bandwidth: must be"):
+            link_bandwidth(rate)  # type: ignore[arg-type]
 
 
 def test_available_memory_is_within_the_machines() -> None:

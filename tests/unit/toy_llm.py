@@ -11,14 +11,16 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from toy import EOS, VOCAB, Clock, ToyExecutor
 
-from fastserve import async_llm, llm, serving
+from fastserve import assembly, async_llm, llm, serving
 from fastserve.config import RuntimeConfig, SchedulerConfig
 from fastserve.cost import CostModel
 from fastserve.loaders.spec import ModelSpec, TokenizerData
+from fastserve.native import block_bytes
 from fastserve.types import StepResult
 
 CONTEXT = 256
 COST = CostModel(per_iteration=1.0, per_token=0.01)
+SMALL: dict[str, Any] = {"kv_cache_memory": "1M", "swap_space": 0, "cost": COST}
 # Token 3 ends a sequence; every other one is a letter or a digit.
 ALPHABET = "ab <cdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456"[:VOCAB]
 TEMPLATE = "{% for message in messages %}{{ message.role[0] }}{{ message.content }}Z{% endfor %}a"
@@ -39,6 +41,7 @@ SPEC = ModelSpec(
     gated_mlp=True,
     eos_token_ids=(EOS,),
 )
+BLOCK_BYTES = block_bytes(SPEC, "bfloat16", 16)
 
 
 def _tokenizer_json() -> str:
@@ -73,7 +76,7 @@ class ToyRuntime(ToyExecutor):
 
     def poll(self, timeout: float | None) -> StepResult | None:
         result = super().poll(timeout)
-        if result is not None and self.no_token is not None:
+        if result is not None and self.no_token is not None and len(result.tokens):
             result.errors = self.no_token(result)
             result.tokens[list(result.errors)] = -1
         if self.interrupt_at is not None and len(self.plans) >= self.interrupt_at:
@@ -102,6 +105,7 @@ class ToyWorld:
             max_num_batched_tokens=config.max_num_batched_tokens,
             block_size=config.block_size,
             num_blocks=config.num_blocks,
+            num_host_blocks=config.num_host_blocks,
             max_in_flight=2,
         )
         runtime = ToyRuntime(limits, COST, self.clock)
@@ -111,10 +115,10 @@ class ToyWorld:
         return runtime
 
     def llm(self, **options: Any) -> llm.LLM:
-        return llm.LLM("toy", **{"kv_cache_memory": "1M", "cost": COST, **options})
+        return llm.LLM("toy", **{**SMALL, **options})
 
     def async_llm(self, **options: Any) -> async_llm.AsyncLLM:
-        return async_llm.AsyncLLM("toy", **{"kv_cache_memory": "1M", "cost": COST, **options})
+        return async_llm.AsyncLLM("toy", **{**SMALL, **options})
 
     def sleep(self, seconds: float) -> None:
         self.clock.now += seconds
@@ -127,8 +131,8 @@ class ToyWorld:
 def enter(monkeypatch: pytest.MonkeyPatch) -> ToyWorld:
     """From here on, every model is the toy."""
     world = ToyWorld()
-    monkeypatch.setattr(serving, "open_model", lambda model: ToySource())
-    monkeypatch.setattr(serving, "NativeRuntime", world.runtime)
+    monkeypatch.setattr(assembly, "open_model", lambda model: ToySource())
+    monkeypatch.setattr(assembly, "NativeRuntime", world.runtime)
     monkeypatch.setattr(serving, "time", SimpleNamespace(monotonic=world.clock))
     monkeypatch.setattr(llm, "time", SimpleNamespace(sleep=world.sleep))
     return world

@@ -1,0 +1,173 @@
+"""A model file, its runtime and what was measured of both: all that has to be there before an engine is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .calibration import UNMEASURED, Calibration, device_name
+from .config import RuntimeConfig, SchedulerConfig, check_integer
+from .cost import CostModel, Link
+from .loaders import open_model
+from .loaders.spec import ModelSpec
+from .native import NativeRuntime, block_bytes
+from .policies import ONLINE_POLICIES, create_policy
+from .sizing import host_blocks, link_bandwidth, pool_blocks
+from .tokenizer import Tokenizer
+from .types import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """A loaded model, and how to run it."""
+
+    spec: ModelSpec
+    tokenizer: Tokenizer | None
+    runtime: NativeRuntime
+    scheduling: SchedulerConfig
+    calibration: Calibration
+    cost: CostModel
+    link: Link | None  # between device and host; None where nothing is swapped
+    info: dict[str, Any]  # ready for JSON; sizes in bytes
+
+
+def assemble(
+    model: str | os.PathLike[str],
+    *,
+    scheduler: Mapping[str, Any],
+    runtime: Mapping[str, Any],
+    max_model_len: int | None,
+    kv_cache_memory: str | int | None,
+    swap_space: str | int | None,
+    swap_bandwidth: str | int | None,
+    skip_tokenizer: bool,
+    cost: CostModel | str | os.PathLike[str] | None,
+) -> Assembly:
+    """Load a model and measure what has to be known of it. `scheduler` and `runtime` hold fields of the two configs.
+
+    Every option is checked before the weights are loaded. Raises InvalidRequest, naming the option, and ModelError.
+    """
+    model = _checked_model(model)
+    source = open_model(model)
+    spec = source.spec
+    scheduling = SchedulerConfig(max_model_len=_context_length(max_model_len, spec.max_position), **scheduler)
+    _check_policy(scheduling)
+    running = RuntimeConfig(
+        block_size=scheduling.block_size,
+        max_num_batched_tokens=scheduling.max_num_batched_tokens,
+        swap_bandwidth=link_bandwidth(swap_bandwidth),
+        **runtime,
+    )
+    bytes_each = block_bytes(spec, running.dtype, running.block_size)
+    num_blocks = pool_blocks(
+        kv_cache_memory,
+        bytes_each,
+        block_size=scheduling.block_size,
+        max_num_seqs=scheduling.max_num_seqs,
+        max_model_len=scheduling.max_model_len,
+    )
+    # On a CPU the two pools are one memory.
+    num_host_blocks = host_blocks(swap_space, bytes_each, promised=num_blocks * bytes_each)
+    if not scheduling.swaps:
+        num_host_blocks = 0
+    scheduling = replace(scheduling, num_blocks=num_blocks, num_host_blocks=num_host_blocks)
+    running = replace(running, num_blocks=num_blocks, num_host_blocks=num_host_blocks)
+
+    data = None if skip_tokenizer else source.tokenizer_data()
+    tokenizer = Tokenizer.from_data(data) if data is not None else None
+    native = NativeRuntime(source, running)
+    calibration = Calibration(
+        native,
+        scheduling,
+        vocab_size=spec.vocab_size,
+        model=f"{model} {source.num_parameters} {source.weights_dtype}",
+        device=device_name(running.device, running.dtype, native.instruction_set, native.threads),
+    )
+    costs, link = calibration.cost_model(cost), calibration.link()
+    info = {
+        "model": model,
+        "family": spec.family,
+        "parameters": source.num_parameters,
+        "weights_dtype": source.weights_dtype,
+        "weight_bytes": native.weight_bytes,
+        "dtype": running.dtype,
+        "device": running.device,
+        "instruction_set": native.instruction_set,
+        "threads": native.threads,
+        **_limits(scheduling),
+        "kv_cache_bytes": num_blocks * bytes_each,
+        "kv_cache_tokens": num_blocks * scheduling.block_size,
+        "swap_space_bytes": num_host_blocks * bytes_each,
+        "swap_bandwidth": running.swap_bandwidth,
+        "link": None if link is None else _bytes_per_second(link, bytes_each),
+        "cost": asdict(costs),
+    }
+    return Assembly(
+        spec=spec,
+        tokenizer=tokenizer,
+        runtime=native,
+        scheduling=scheduling,
+        calibration=calibration,
+        cost=costs,
+        link=link,
+        info=info,
+    )
+
+
+def _limits(config: SchedulerConfig) -> dict[str, Any]:
+    """What the scheduler goes by, ready for JSON."""
+    return {
+        "policy": config.policy,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "max_in_flight": config.max_in_flight,
+        "num_levels": config.num_levels,
+        "starvation_limit": config.starvation_limit,
+        "slowdown_limit": config.slowdown_limit,
+        "admission": config.admission,
+        "swap_mode": config.swap_mode if config.num_host_blocks else "recompute",
+        "block_size": config.block_size,
+        "num_blocks": config.num_blocks,
+        "num_host_blocks": config.num_host_blocks,
+    }
+
+
+def _bytes_per_second(link: Link, block: int) -> dict[str, float]:
+    """The link's speed for large copies, and the seconds it takes before the first byte of any."""
+    return {
+        "offload_bytes_per_second": block / link.offload_block,
+        "upload_bytes_per_second": block / link.upload_block,
+        "latency": link.latency,
+    }
+
+
+def _check_policy(config: SchedulerConfig) -> None:
+    """Raise InvalidRequest for a policy unknown, and for one that cannot serve."""
+    if config.policy not in ONLINE_POLICIES:
+        oracle = "; srpt has to be told how long every output is, as fastserve simulate does"
+        raise InvalidRequest(
+            "policy",
+            f"must be one of {', '.join(ONLINE_POLICIES)}; got {config.policy!r}"
+            f"{oracle if config.policy == 'srpt' else ''}",
+        )
+    create_policy(config, UNMEASURED)
+
+
+def _checked_model(model: Any) -> str:
+    name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
+    if not isinstance(name, str) or not name:
+        raise InvalidRequest(
+            "model", f"must be smollm2, a .gguf file, a directory in Hugging Face layout or a hub id, got {model!r}"
+        )
+    return name
+
+
+def _context_length(asked: Any, limit: int) -> int:
+    if asked is None:
+        return limit
+    if check_integer("max_model_len", asked, 1, 2**63) > limit:
+        raise InvalidRequest("max_model_len", f"must be at most {limit}, the model's longest context; got {asked}")
+    return int(asked)
