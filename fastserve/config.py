@@ -99,6 +99,10 @@ class SchedulerConfig:
                 "num_host_blocks": (0, _BLOCKS[1]),
             },
         )
+        if 1 < self.pipeline_parallel_size < self.max_in_flight:
+            raise InvalidRequest(
+                "max_in_flight", f"must be at most the {self.pipeline_parallel_size} stages, got {self.max_in_flight}"
+            )
         _check_choice("admission", self.admission, ADMISSIONS)
         _check_choice("swap_mode", self.swap_mode, SWAP_MODES)
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -58,6 +58,8 @@ class Residency:
         self._cost = cost
         self._proactive = config.swap_mode == "proactive" and host_blocks > 0
         self._reactive = config.swap_mode == "reactive" and host_blocks > 0
+        # Whether a batch keeps the row of a job whose KV is not here, and waits, instead of giving it to the next.
+        self.strict = self._reactive
         self._reserve = BurstReserve()
         self._promised = 0  # blocks set aside for the longest outputs, with admission "reserve"
         self._room = self._unpromised = 0  # blocks that the decision being made has not given away
@@ -189,20 +191,17 @@ class Residency:
             self._moved[copies[0][0]] = job
         return freed
 
-    def force(self) -> None:
+    def force(self, now: float) -> None:
         """Have the best job that wants room find it: nothing runs and nothing moves, so nothing else will help it."""
-        want = min(self.wants, key=lambda want: want.rank)
+        want = min(chain(self.wants, self._returns(None, now)), key=attrgetter("rank"), default=None)
+        if want is None:
+            return
         needed = want.blocks if want.job.slot is not None else self._to_start(want.job)
         for job in sorted(self.holders, key=self._policy.rank, reverse=True):
             if self.blocks.free_blocks >= needed:
                 return
-            if job is not want.job:
+            if job is not want.job and self.blocks.held(job.index) > self.blocks.missing(job.index):
                 self.release(job)
-
-    @property
-    def strict(self) -> bool:
-        """Whether a batch keeps the row of a job whose KV is not here, and waits, instead of giving it to the next."""
-        return self._reactive
 
     @property
     def waits(self) -> bool:

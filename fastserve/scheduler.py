@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -26,8 +25,8 @@ from .decode_rows import DecodeRows
 from .planning import Iteration, PlanBuilder, Row
 from .policies import create_policy
 from .residency import Residency
+from .selection import Selection, select
 from .types import (
-    DEVICE,
     BatchPlan,
     FinishReason,
     Int32Array,
@@ -37,9 +36,6 @@ from .types import (
     StepResult,
     TokenLogprobs,
 )
-
-# How many batches of jobs are looked at for rows that nobody may start in.
-_LOOKAHEAD: Final = 4
 
 # Times that a batch is chosen anew because room was made at once.
 _PASSES: Final = 3
@@ -120,13 +116,25 @@ class Scheduler:
             growing = self._choose(batch, growing, now)
         idle = residency.waits or not (batch.jobs or batch.prefills)
         if idle and not self.in_flight and self.jobs and not residency.moving:
-            if residency.wants:
-                residency.force()  # otherwise the jobs were in another stage's batch when this one was chosen
-            growing = self._choose(batch, growing, now)
-            idle = False
+            growing = self._unstick(batch, growing, now)
+            idle = residency.waits or not (batch.jobs or batch.prefills)
         if idle and (self.in_flight or not (residency.untold or residency.moving)):
             return None
         return self._plan(batch, growing, idle, now)
+
+    def _unstick(self, batch: DecodeRows, growing: list[int], now: float) -> list[int]:
+        """Nothing runs and nothing moves, though jobs live: choose anew, now that no plan holds anybody's blocks.
+
+        If that is not enough, others give up their KV for the best job that wants room, and it fits alone.
+        """
+        growing = self._choose(batch, growing, now)
+        if not (batch.jobs or batch.prefills or self.residency.moving):
+            for other in self._batches:
+                for job in list(other.jobs):
+                    self._leave(job, now)
+            self.residency.force(now)
+            growing = self._choose(batch, [], now)
+        return growing
 
     def _plan(self, batch: DecodeRows, growing: list[int], idle: bool, now: float) -> BatchPlan:
         """One iteration of the batch, or, if `idle`, one without rows."""
@@ -197,10 +205,10 @@ class Scheduler:
         growers = {batch.jobs[row] for row in growing}
         self._barred.clear()
         for _ in range(_PASSES):
-            self._mark += 1
-            joins, prefills, last = self._select(batch, growers, now)
-            blocks = batch.blocks(self.config.block_size) + sum(self.blocks.held(job.index) for job in prefills)
-            moves = residency.plan(self._mark, blocks, last, now)
+            chosen = self._select(batch, growers, now)
+            blocks = batch.blocks(self.config.block_size)
+            blocks += sum(self.blocks.held(job.index) for job in chosen.prefills)
+            moves = residency.plan(self._mark, blocks, chosen.last, now)
             if moves is None:
                 break
             self._barred.update(dict.fromkeys([*moves.pauses, *moves.drops, *(job for job, _ in moves.offloads)]))
@@ -210,6 +218,12 @@ class Scheduler:
             if not residency.move(moves):
                 break
             # Blocks became free at once: whom they were made free for may run.
+        anybody = chosen.joins or chosen.prefills or any(job.mark == self._mark for job in batch.jobs)
+        if residency.strict and not (anybody or residency.moving or self.in_flight):
+            # Nobody's KV can be brought here: those run whose KV is.
+            residency.strict = False
+            chosen = self._select(batch, growers, now)
+            residency.strict = True
         mark = self._mark
         for job in [job for job in batch.jobs if job.mark != mark]:
             self._leave(job, now)
@@ -217,8 +231,8 @@ class Scheduler:
             if job.mark != mark and job.batch is None and not job.finished and job.waiting_since is None:
                 self._pause(job, now)
         self._flush(now)
-        batch.prefills = [job for job in prefills if job.mark == mark]
-        for job in joins:
+        batch.prefills = [job for job in chosen.prefills if job.mark == mark]
+        for job in chosen.joins:
             if job.mark == mark:
                 self._runs(job, now)
                 batch.add(job, self.blocks.held(job.index) * self.blocks.block_size, self.policy.horizon(job))
@@ -228,63 +242,18 @@ class Scheduler:
         self._deadline = self.policy.next_deadline()
         return batch.growing()
 
-    def _select(self, batch: DecodeRows, growers: set[Job], now: float) -> tuple[list[Job], list[Job], Job | None]:
-        """Mark the next batch; returns who joins its decodes, its prefills, and its last job if it is full.
-
-        Every decode chosen has its token set aside, so a prefill, however long and however important, never stalls the
-        jobs it shares the iteration with; one for which nothing is left gives up its row. A job whose KV is not on the
-        device, or that finds no room there, is passed over, and room is made for it. While a job waits for room to
-        start, nobody behind it starts, so small jobs do not keep a large one out; only jobs that hold KV follow.
-        """
-        residency = self.residency
-        residency.begin(len(batch.jobs))
-        mark, limit, budget = self._mark, self.config.max_num_seqs, self.config.max_num_batched_tokens
-        joins: list[Job] = []
-        prefills: list[Job] = []
-        rows = wanted = 0  # rows taken, and the tokens that the prefills among them have to compute
-        candidates = self.policy.iter_best(now)
-        for nobody_starts in (False, True):
-            for job in candidates:
-                if job.batch is batch:
-                    if job.mark == mark or (growers and job in growers and not residency.grows(job, rows)):
-                        continue
-                elif job.mark == mark or not self._available(job):
-                    continue
-                elif not job.primed:
-                    if wanted >= budget - rows + len(prefills):
-                        residency.closed = True
-                    elif residency.admits(job, rows):
-                        job.mark = mark
-                        prefills.append(job)
-                        wanted += job.known - job.computed
-                        rows += 1
-                        if rows == limit:
-                            return joins, prefills, job
-                    if residency.closed and not nobody_starts:
-                        break
-                    continue
-                elif residency.admits(job, rows):
-                    joins.append(job)
-                elif residency.strict:
-                    rows += 1  # it stays empty
-                    if rows == limit:
-                        return joins, prefills, job
-                    continue
-                else:
-                    continue
-                job.mark = mark
-                rows += 1
-                while prefills and wanted - _to_compute(prefills[-1]) >= budget - rows + len(prefills):
-                    rows -= 1
-                    least = prefills.pop()
-                    least.mark = 0
-                    wanted -= _to_compute(least)
-                if rows == limit:
-                    return joins, prefills, job
-            else:
-                break  # there is nobody else
-            candidates = islice(self.policy.iter_tier(DEVICE), _LOOKAHEAD * limit)
-        return joins, prefills, None
+    def _select(self, batch: DecodeRows, growers: set[Job], now: float) -> Selection:
+        self._mark += 1
+        return select(
+            batch,
+            growers,
+            self._mark,
+            now,
+            config=self.config,
+            policy=self.policy,
+            residency=self.residency,
+            available=self._available,
+        )
 
     def _available(self, job: Job) -> bool:
         """Whether a job that is not in the batch could be: not with its last token being sampled, or in another."""
@@ -478,11 +447,6 @@ class Scheduler:
                 or (job.slot is None) != (job not in holders)
             ):
                 raise RuntimeError(f"job {job.job_id!r} is out of step with its blocks or plans: {job}")
-
-
-def _to_compute(job: Job) -> int:
-    """Known tokens whose KV is not computed."""
-    return job.known - job.computed
 
 
 def _logprobs(result: StepResult, sample: int, alternatives: int) -> TokenLogprobs:

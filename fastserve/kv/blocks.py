@@ -158,7 +158,7 @@ class BlockManager:
         if table is None or table.moving:
             return False
         here = len(table.device) - table.missing
-        return here > 0 and (self._has_saved_here(table) or self._host_places(owner) > 0)
+        return here > 0 and (self._has_saved_here(table) or self.free_host_blocks > 0)
 
     def offload(self, owner: int, blocks: int) -> tuple[list[CopyRow], int]:
         """Take up to `blocks` blocks off the device: those with a good copy on the host, then as many as find a place.
@@ -279,11 +279,6 @@ class BlockManager:
     def _has_saved_here(self, table: _Table) -> bool:
         """Whether a block is on the device and, in a good copy, on the host."""
         return table.copies > table.missing - table.moving
-
-    def _host_places(self, owner: int) -> int:
-        """Places on the host for blocks of the owner: its own spare copies are none."""
-        own = self._spare.get(owner)
-        return self.free_host_blocks - (own.copies if own else 0)
 
     def _take_host(self, count: int) -> list[int]:
         """Free places on the host, at the cost of spare copies where it must be."""

@@ -1,0 +1,102 @@
+"""Who is in the next batch: the policy's order, cut to rows, tokens and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Final
+
+from .config import SchedulerConfig
+from .decode_rows import DecodeRows
+from .policies import Policy
+from .residency import Residency
+from .types import DEVICE, Job
+
+# How many batches of jobs are looked at for rows that nobody may start in.
+_LOOKAHEAD: Final = 4
+
+
+@dataclass(slots=True)
+class Selection:
+    """The next batch, but for those of its decodes that are in it already. All its jobs carry the decision's mark."""
+
+    joins: list[Job] = field(default_factory=list)  # decodes that were not in the batch
+    prefills: list[Job] = field(default_factory=list)
+    last: Job | None = None  # the last of its jobs, if the batch is full
+
+
+def select(
+    batch: DecodeRows,
+    growers: set[Job],
+    mark: int,
+    now: float,
+    *,
+    config: SchedulerConfig,
+    policy: Policy,
+    residency: Residency,
+    available: Callable[[Job], bool],
+) -> Selection:
+    """Choose, best first. `growers` decode in the batch and need another block; `available`: may a job be in it?
+
+    Every decode chosen has its token set aside, so a prefill, however long and however important, never stalls the jobs
+    it shares the iteration with; one for which nothing is left gives up its row. A job whose KV is not on the device,
+    or that finds no room there, is passed over, and room is made for it. While a job waits for room to start, nobody
+    behind it starts, so small jobs do not keep a large one out; only jobs whose KV is there follow.
+    """
+    residency.begin(len(batch.jobs))
+    limit, budget = config.max_num_seqs, config.max_num_batched_tokens
+    chosen = Selection()
+    prefills = chosen.prefills
+    rows = wanted = 0  # rows taken, and the tokens that the prefills among them have to compute
+    candidates = policy.iter_best(now)
+    for nobody_starts in (False, True):
+        for job in candidates:
+            if job.batch is batch:
+                if job.mark == mark or (growers and job in growers and not residency.grows(job, rows)):
+                    continue
+            elif job.mark == mark or not available(job):
+                continue
+            elif not job.primed:
+                if wanted >= budget - rows + len(prefills):
+                    residency.closed = True
+                elif residency.admits(job, rows):
+                    job.mark = mark
+                    prefills.append(job)
+                    wanted += _to_compute(job)
+                    rows += 1
+                    if rows == limit:
+                        chosen.last = job
+                        return chosen
+                if residency.closed and not nobody_starts:
+                    break
+                continue
+            elif residency.admits(job, rows):
+                chosen.joins.append(job)
+            elif residency.strict:
+                rows += 1  # it stays empty
+                if rows == limit:
+                    chosen.last = job
+                    return chosen
+                continue
+            else:
+                continue
+            job.mark = mark
+            rows += 1
+            while prefills and wanted - _to_compute(prefills[-1]) >= budget - rows + len(prefills):
+                rows -= 1
+                least = prefills.pop()
+                least.mark = 0
+                wanted -= _to_compute(least)
+            if rows == limit:
+                chosen.last = job
+                return chosen
+        else:
+            break  # there is nobody else
+        candidates = islice(policy.iter_tier(DEVICE), _LOOKAHEAD * limit)
+    return chosen
+
+
+def _to_compute(job: Job) -> int:
+    """Known tokens whose KV is not computed."""
+    return job.known - job.computed
