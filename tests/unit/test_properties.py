@@ -96,7 +96,7 @@ def test_on_every_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(seen_in_examples.values()), f"no example did what this is about: {seen_in_examples}"
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(setups())
 def every_trace(setup: Setup) -> None:
     run = setup.start()
