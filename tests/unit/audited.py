@@ -15,7 +15,7 @@ from fastserve.cost import CostModel, Link
 from fastserve.engine import Engine, IterationRecord
 from fastserve.simulator import SimExecutor, VirtualClock
 from fastserve.simulator.replay import plan_digest
-from fastserve.types import OFFLOAD, BatchPlan, FinishReason, Job, SamplingParams, StepResult
+from fastserve.types import OFFLOAD, BatchPlan, Job, SamplingParams, StepResult
 
 
 class Given(NamedTuple):
