@@ -5,7 +5,6 @@ That tokens are those of running alone is test_invisible.py's; here it is work, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
