@@ -16,10 +16,10 @@ CPP = $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.
 # A virtual environment of the caller, or packages of theirs, must not leak in.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
-.PHONY: help setup setup-dev build demo test test-all lint format bench clean
+.PHONY: help setup setup-dev build demo test test-all lint format bench bench-scheduler clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(STAMPS)/model build  ## Virtual environment, build, demo model and MPI
 
@@ -52,6 +52,10 @@ format: $(STAMPS)/dev  ## Format Python and C++ in place
 
 bench: setup  ## Tokens per second of the demo model at batch 1, 8 and 32
 	$(BIN)/fastserve bench latency --model smollm2 --batch-size 1 --batch-size 8 --batch-size 32
+
+bench-scheduler: setup-dev  ## Microseconds of a decision, an arrival and an abort, with up to 100,000 jobs waiting (minutes)
+	$(BIN)/python -m pytest -q benchmarks/decision.py --benchmark-timer=time.thread_time \
+	  --benchmark-columns=median,iqr,mean,max,rounds --benchmark-json=scheduler.json
 
 clean:  ## Remove the build and caches, keep .venv
 	rm -rf build dist *.egg-info fastserve/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -75,6 +75,10 @@ def test_the_first_to_run_come_first_and_nobody_overtakes() -> None:
     # The 2 that are free are kept for 1; for 2 some more leave.
     victims = [holder(9, 10), holder(8, 10)]
     assert numbers(decide([want(1, 10), want(2, 8)], victims, free=2)) == {"offload": [(9, 8), (8, 8)]}
+    # So they do if they run soon: the batch is more urgent. But not for one outside the batch, while 1 waits.
+    soon = [holder(9, 8), holder(8, 10, enst=0.1)]
+    assert numbers(decide([want(1, 10), want(2, 8)], soon, free=2)) == {"offload": [(9, 8), (8, 8)]}
+    assert numbers(decide([want(1, 10), want(2, 8, enst=0.5)], victims, free=2)) == {"offload": [(9, 8)]}
 
 
 def test_a_part_of_a_victim_leaves_unless_all_is_asked_for() -> None:
@@ -99,6 +103,9 @@ def test_nothing_is_taken_for_a_job_that_runs_later() -> None:
     assert numbers(decide([want(3, 10, enst=5.0)], [holder(9, 50, enst=5.29)])) == {}
     assert numbers(decide([want(3, 10, enst=5.0)], [holder(9, 50, enst=5.31)])) == {"offload": [(9, 10)]}
     assert numbers(decide([want(3, 10, enst=5.0)], [holder(9, 50, enst=5.31)], backlog=0.1)) == {}
+    # What has left already has to come back as well: 0.1 + 0.6 s.
+    assert numbers(decide([want(3, 10, enst=5.0)], [holder(9, 50, away=20, enst=5.69)])) == {}
+    assert numbers(decide([want(3, 10, enst=5.0)], [holder(9, 50, away=20, enst=5.71)])) == {"offload": [(9, 10)]}
 
 
 def test_no_more_leaves_than_the_link_takes_in_time() -> None:
@@ -127,6 +134,9 @@ def test_the_reserve_is_filled_ahead_of_need_but_not_from_the_batch() -> None:
     assert numbers(decide([], idle, free=2, reserve=12)) == {"offload": [(9, 10)]}
     assert numbers(decide([], idle, free=2, leaving=10, reserve=12)) == {}
     assert numbers(decide([], [holder(9, 30, enst=0.0)], free=2, reserve=12)) == {}
+    # Blocks that are owed are no reserve.
+    victims = [holder(9, 8), holder(8, 9)]
+    assert numbers(decide([want(1, 10)], victims, free=2, reserve=6)) == {"offload": [(9, 8), (8, 8)]}
     # Nor is anything dropped for it.
     assert numbers(decide([], [holder(9, 30, recompute=0.0)], free=2, reserve=12, host_places=0)) == {}
 
