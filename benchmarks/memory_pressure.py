@@ -29,6 +29,7 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
+from cpu_clock import CpuTimed, use_cpu_clock
 from rich.console import Console
 
 from fastserve import LLM, CostModel, SamplingParams
@@ -116,9 +117,12 @@ def run(model: str, cost: CostModel, entries: Sequence[Entry], **options: Any) -
     }
 
 
-def measure(model: str, seed: int, runs: int, threads: int, console: Console) -> dict[str, Any]:
+def measure(model: str, seed: int, runs: int, threads: int, cpu_clock: bool, console: Console) -> dict[str, Any]:
     """All runs, and how many jobs of each differed from the run with ample memory."""
     with LLM(model, policy="fcfs", skip_tokenizer=True, threads=threads, swap_space=0, **LIMITS) as llm:
+        assert llm._calibration is not None
+        if cpu_clock:
+            llm._calibration._executor = CpuTimed(llm._calibration._executor)
         cost = llm.profile(full=False)
         entries = trace(seed, llm.spec.vocab_size, cost)
     ample = run(model, cost, entries, kv_cache_memory=AMPLE, swap_space=0, threads=threads)
@@ -129,6 +133,8 @@ def measure(model: str, seed: int, runs: int, threads: int, console: Console) ->
     slow = 0
     for number in range(runs):
         for name, (mode, throttled) in MODES.items():
+            if throttled and cpu_clock:
+                continue  # it waits on the wall
             options = {"swap_mode": mode, "swap_bandwidth": slow if throttled else None}
             result = run(model, cost, entries, threads=threads, **pressed, **options)
             result["different"] = sum(a != b for a, b in zip(result.pop("tokens"), ample["tokens"], strict=True))
@@ -142,6 +148,7 @@ def measure(model: str, seed: int, runs: int, threads: int, console: Console) ->
         "seed": seed,
         "jobs": len(entries),
         "policy": "skip-join-mlfq",
+        "clock": "cpu" if cpu_clock else "wall",
         **LIMITS,
         "load_average": os.getloadavg(),
         "ample": ample,
@@ -195,9 +202,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the trace (default: 0)")
     parser.add_argument("--threads", type=int, default=0, help="0: one a core")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument(
+        "--cpu-clock", action="store_true", help="count processor seconds: for a busy machine; 1 thread"
+    )
     options = parser.parse_args(arguments)
+    if options.cpu_clock:
+        options.threads = 1
+        use_cpu_clock()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    result = measure(options.model, options.seed, options.runs, options.threads, console)
+    result = measure(options.model, options.seed, options.runs, options.threads, options.cpu_clock, console)
     _print(result, console)
     runs = [each for several in result["runs"].values() for each in several]
     different, unfinished = (sum(each[what] for each in runs) for what in ("different", "unfinished"))
