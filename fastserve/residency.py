@@ -180,9 +180,12 @@ class Residency:
             self.release(job)
         freed = self.blocks.free_blocks > free
         for job in moves.uploads:
-            if not self.blocks.can_upload(job.index):
+            if not self.blocks.can_upload(job.index) or self._to_return(job) > self.blocks.free_blocks:
                 continue
+            grows = job.computed == self.blocks.held(job.index) * self.blocks.block_size
             copies, table = self.blocks.upload(job.index)
+            if grows:
+                table += self.blocks.grow(job.index, job.computed + 1)
             assert job.slot is not None
             self._copies += copies
             self._tables.setdefault(job.slot, []).extend(table)
@@ -226,6 +229,11 @@ class Residency:
             return self.blocks.blocks_for(len(job.prompt) + job.max_output - 1)
         return self.blocks.blocks_for(job.known)
 
+    def _to_return(self, job: Job) -> int:
+        """Blocks with which a job whose KV is away can run: with the others comes the one that it has to grow into."""
+        held = self.blocks.held(job.index)
+        return self.blocks.away(job.index) + (job.computed == held * self.blocks.block_size)
+
     def _enst(self, job: Job, now: float) -> float:
         """Estimated time until the job is scheduled, in seconds: min(T_promote, T_execute) of the paper."""
         execute = self._policy.work_ahead(job, now) / self._config.max_num_seqs
@@ -235,12 +243,14 @@ class Residency:
         """Jobs whose KV is away: those that the batch lacks, and those that it will take soon."""
         rank_of, end = self._policy.rank, None if last is None else self._policy.rank(last)
         for job in self._policy.iter_tier(HOST):
-            if away := self.blocks.away(job.index):
+            if self.blocks.away(job.index):
                 rank = rank_of(job)
                 lacking = end is None or rank < end
                 if not lacking and not self._proactive:
                     return
-                yield Want(job, away, 0.0 if lacking else max(1e-9, self._enst(job, now)), rank, upload=True)
+                yield Want(
+                    job, self._to_return(job), 0.0 if lacking else max(1e-9, self._enst(job, now)), rank, upload=True
+                )
 
     def _victims(self, mark: int, now: float) -> Iterator[Holder]:
         """Who could give up blocks, the last to run first: not those whose blocks came back and have not been used.

@@ -149,6 +149,8 @@ class Scheduler:
             for job in decodes:
                 job.in_flight += 1
                 job.pending += 1
+                if job.waiting_since is not None:
+                    self._runs(job, now)
             rows = batch.advance()
             exhausted = batch.exhausted()
             for job in exhausted:
@@ -234,10 +236,7 @@ class Scheduler:
         batch.prefills = [job for job in chosen.prefills if job.mark == mark]
         for job in chosen.joins:
             if job.mark == mark:
-                self._runs(job, now)
                 batch.add(job, self.blocks.held(job.index) * self.blocks.block_size, self.policy.horizon(job))
-        for job in batch.prefills:
-            self._runs(job, now)
         batch.version = self._version
         self._deadline = self.policy.next_deadline()
         return batch.growing()
@@ -274,13 +273,14 @@ class Scheduler:
                 self._pause(job, preempted)
 
     def _pause(self, job: Job, now: float) -> None:
-        job.metrics.preemptions += 1
-        job.waiting_since = now
+        if job.waiting_since is None:  # else it was chosen for a batch that never ran
+            job.metrics.preemptions += 1
+            job.waiting_since = now
 
     def _runs(self, job: Job, now: float) -> None:
-        if job.waiting_since is not None:
-            job.waited += max(0.0, now - job.waiting_since)
-            job.waiting_since = None
+        assert job.waiting_since is not None
+        job.waited += max(0.0, now - job.waiting_since)
+        job.waiting_since = None
         if job.metrics.first_scheduled is None:
             job.metrics.first_scheduled = now
         self.residency.runs(job)
@@ -295,6 +295,8 @@ class Scheduler:
 
     def _prefill(self, plan: PlanBuilder, job: Job, budget: int, rows: list[Row], now: float) -> int:
         """A row for as many of the job's tokens as the budget allows; returns how many blocks that took."""
+        if job.waiting_since is not None:
+            self._runs(job, now)
         taken = self.residency.open(job, plan) if job.slot is None else 0
         assert job.slot is not None
         tokens = min(job.known - job.computed, budget)

@@ -121,7 +121,8 @@ def plan_moves(
     """Decide the moves of one iteration.
 
     wants        in the order in which the jobs will run
-    victims      against the order in which they will run; looked at no further than needed
+    victims      against the order in which they will run, those with blocks away before the others; looked at no
+                 further than needed
     free         device blocks that are nobody's and not needed by this iteration
     leaving      device blocks that copies under way will free
     host_places  blocks the host has room for
@@ -171,11 +172,13 @@ class _Room:
         while self.free + self.coming < needed:
             if refusals == _REFUSALS or self.backlog > self.patience:
                 return False
-            victim = self.next = self.next or next(self.victims, None)
-            if victim is None or (want is not None and want.urgent and victim.rank <= want.rank):
-                return False  # nobody is left who will run later
-            refusals += not self._take(victim, needed - self.free - self.coming, want)
+            victim = self.next or next(self.victims, None)
             self.next = None
+            runs_before = victim is not None and want is not None and want.urgent and victim.rank <= want.rank
+            if victim is None or (runs_before and not victim.away):
+                self.next = victim
+                return False  # nobody is left who will run later
+            refusals += runs_before or not self._take(victim, needed - self.free - self.coming, want)
         return True
 
     def _take(self, victim: Holder, short: int, want: Want | None) -> bool:

@@ -1,6 +1,6 @@
 """An engine on a virtual clock whose every plan is checked, by what the plans alone say, before the simulator runs it.
 
-    Audited ── Engine ──▶ Auditor (rules of a plan, work done) ──▶ SimExecutor (times)
+Audited ── Engine ──▶ Auditor (rules of a plan, work done) ──▶ SimExecutor (times)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastserve.cost import CostModel, Link
 from fastserve.engine import Engine, IterationRecord
 from fastserve.simulator import SimExecutor, VirtualClock
 from fastserve.simulator.replay import plan_digest
-from fastserve.types import OFFLOAD, BatchPlan, FinishReason, Job, SamplingParams, StepResult
+from fastserve.types import OFFLOAD, BatchPlan, Job, SamplingParams, StepResult
 
 
 class Given(NamedTuple):
@@ -140,9 +140,7 @@ class Audited:
         self.jobs: list[Job] = []
         self._inner = SimExecutor(cost, self.clock, link=link, stages=config.pipeline_parallel_size)
         self.auditor = Auditor(config, self._inner)
-        self.engine = Engine(
-            config, self.auditor, cost, link=link, clock=self.clock, on_iteration=self.records.append
-        )
+        self.engine = Engine(config, self.auditor, cost, link=link, clock=self.clock, on_iteration=self.records.append)
 
     def add(self, given: Given) -> Job:
         number = len(self.jobs)

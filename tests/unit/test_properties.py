@@ -5,7 +5,7 @@ That tokens are those of running alone is test_invisible.py's; here it is work, 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy import bare_job
 
+from fastserve import residency
 from fastserve.config import ADMISSIONS, SWAP_MODES, SchedulerConfig
 from fastserve.cost import CostModel, Link
-from fastserve.kv import Moves
+from fastserve.kv import Holder, Moves, Want, plan_moves
 from fastserve.policies import POLICIES
 from fastserve.types import OFFLOAD, UPLOAD, FinishReason, Job
 
@@ -88,7 +89,8 @@ def setups(draw: st.DrawFn) -> Setup:
 seen_in_examples = {"preempted": 0, "recomputed": 0, "offloaded": 0, "uploaded": 0, "moved for the reserve": 0}
 
 
-def test_on_every_trace() -> None:
+def test_on_every_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "plan_moves", watched_plan_moves)
     every_trace()
     assert all(seen_in_examples.values()), f"no example did what this is about: {seen_in_examples}"
 
@@ -112,6 +114,30 @@ def every_trace(setup: Setup) -> None:
     seen_in_examples["recomputed"] += any(job.metrics.recomputed_tokens for job in run.jobs)
     seen_in_examples["offloaded"] += run.auditor.copied[OFFLOAD] > 0
     seen_in_examples["uploaded"] += run.auditor.copied[UPLOAD] > 0
+
+
+def watched_plan_moves(wants: Iterable[Want], victims: Iterable[Holder], **room: Any) -> Moves:
+    """Nobody loses KV to a job behind it, and those of the batch, whose ENST is 0, lose none but to the batch."""
+    asked, offered = [], dict[Job, Holder]()
+
+    def asking() -> Iterator[Want]:
+        for want in wants:
+            asked.append(want)
+            yield want
+
+    def offering() -> Iterator[Holder]:
+        for victim in victims:
+            offered[victim.job] = victim
+            yield victim
+
+    moves = plan_moves(asking(), offering(), **room)
+    losers = [*moves.pauses, *moves.drops, *(job for job, _ in moves.offloads)]
+    for job in losers:
+        if offered[job].enst <= 0.0:
+            assert any(want.urgent and want.rank < offered[job].rank for want in asked), "the batch lost to the reserve"
+    assert not {want.job for want in asked if want.job in moves.uploads} & set(losers)
+    seen_in_examples["moved for the reserve"] += bool(losers) and not any(want.urgent for want in asked)
+    return moves
 
 
 def elsewhere_in_memory() -> None:
@@ -154,31 +180,19 @@ def work_is_conserved(run: Audited, job: Job) -> None:
 
 
 def watch_movements(run: Audited) -> None:
-    """Have it noticed when KV that was brought back leaves before it was used, or when the batch loses to the reserve."""
-    residency = run.engine.scheduler.residency
+    """Have it noticed when KV that was brought back leaves before it was used."""
+    blocks = run.engine.scheduler.blocks
     fresh: set[int] = set()  # brought back and not in a row since; seeds are the indices of jobs
-    upload, offload, plan = residency.blocks.upload, residency.blocks.offload, residency.plan
+    upload, offload = blocks.upload, blocks.offload
 
     def watched_upload(owner: int) -> Any:
         fresh.add(owner)
         return upload(owner)
 
-    def watched_offload(owner: int, blocks: int) -> Any:
+    def watched_offload(owner: int, count: int) -> Any:
         assert owner not in fresh, "KV was brought back for nothing"
-        return offload(owner, blocks)
+        return offload(owner, count)
 
-    def watched_plan(mark: int, batch_blocks: int, now: float) -> Moves | None:
-        wants = residency.wants
-        moves = plan(mark, batch_blocks, now)
-        if moves is not None:
-            losers = [*moves.pauses, *moves.drops, *(job for job, _ in moves.offloads)]
-            for job in losers:
-                rank = residency._policy.rank(job)
-                assert job.mark != mark or any(want.rank < rank for want in wants), "the batch lost to the reserve"
-            seen_in_examples["moved for the reserve"] += bool(losers) and not wants
-        return moves
-
-    residency.blocks.upload = watched_upload  # type: ignore[method-assign]
-    residency.blocks.offload = watched_offload  # type: ignore[method-assign]
-    residency.plan = watched_plan  # type: ignore[method-assign]
+    blocks.upload = watched_upload  # type: ignore[method-assign]
+    blocks.offload = watched_offload  # type: ignore[method-assign]
     run.auditor.on_row = fresh.discard
