@@ -2,12 +2,12 @@
 
     python benchmarks/memory_pressure.py [--runs 3] [--json pressure.json]
 
-Long jobs come first and short ones after them, under skip-join-mlfq: whoever is long gives way to whoever is short, so
-that nearly every job holds KV at once. A run with memory for all tells how much that takes and what the tokens are; then
-the pool is cut to a quarter. Arrivals are spread over a share of the time that the work takes by the measured cost model,
-so that a slower machine sees the same crowd. Runs are interleaved and medians taken. The last mode is proactive on a link
-slowed down until a median upload takes about two iterations: on a CPU both tiers are one memory, and copies that nobody
-slows take no time worth hiding.
+Long jobs come first and short ones after them, under skip-join-mlfq: whoever is long gives way to whoever is short,
+so that nearly every job holds KV at once. A run with memory for all tells how much that takes and what the tokens are;
+then the pool is cut to a quarter. Arrivals are spread over a share of the time that the work takes by the measured cost
+model, so that a slower machine sees the same crowd. Runs are interleaved and medians taken. The last mode is proactive
+on a link slowed down until a median upload takes about two iterations: on a CPU both tiers are one memory, and copies
+that nobody slows take no time worth hiding.
 
 The share of swap time that is hidden is 1 - S / C, with C the sum of all copies' seconds on their streams, and S the
 seconds in which the device stood still for KV: the spans of iterations without rows while jobs were alive, each from
