@@ -27,11 +27,11 @@ PAPER_MEAN, PAPER_P95 = 5.1, 6.4
 
 def case(scale: Scale, theta: float = THETA, batch: int = BATCH, workload: str | None = None) -> Case:
     if workload is not None:  # a light tail settles sooner
-        jobs, warmup = scale.pick((2_500, 500), (300, 50))
+        jobs, warmup = scale.pick((1_200, 200), (300, 50))
     elif (theta, batch) == (THETA, BATCH):
         jobs, warmup = scale.pick((24_000, 4_000), (2_000, 400))
     else:
-        jobs, warmup = scale.pick((12_000, 2_000), (1_000, 200))
+        jobs, warmup = scale.pick((6_000, 1_000), (1_000, 200))
     return Case(
         workload=workload or f"zipf:{theta:g}",
         jobs=jobs,
@@ -48,8 +48,8 @@ def measure(lab: Lab, scale: Scale) -> None:
     seeds = scale.seeds(SEEDS)
     main = case(scale)
     at_loads(lab, [main], LOADS, CONTENDERS, seeds, scale)
-    others = [case(scale, theta) for theta in THETAS if theta != THETA]
-    others += [case(scale, batch=batch) for batch in BATCHES if batch != BATCH]
+    others = [case(scale, batch=batch) for batch in BATCHES if batch != BATCH]
+    others += [case(scale, theta) for theta in THETAS if theta != THETA]
     others += [case(scale, workload=workload) for workload in LIGHT]
     seeds = scale.seeds(SIDE_SEEDS)
     capacities(lab, [contender(case(scale, batch=batch), ORCA)[0] for batch in BATCHES], seeds, scale)
@@ -80,7 +80,7 @@ def section(data: Data) -> str:
     parts = [
         f"""GPT-3 175B on 16 A100-40G (TP 8 × PP 2), prompt and output each Zipf(θ) over 1 … 1024
 tokens, Gamma arrivals with a coefficient of variation of 1, {main.jobs} jobs of which the first {main.warmup_jobs}
-are left out, {seeds} seeds ({SIDE_SEEDS}, and 12000 jobs less 2000, for other θ and batches). A batch of {BATCH} is
+are left out, {seeds} seeds ({SIDE_SEEDS}, and 6000 jobs less 1000, for other θ and batches). A batch of {BATCH} is
 one of each of the two pipeline stages. *Orca* is fcfs with `--admission reserve`: KV for 2048 tokens from the start.
 A load is the rate as a share of what fcfs with paged admission gets done; all loads here are below saturation.
 
