@@ -12,7 +12,7 @@ from toy import bare_job
 
 from fastserve.cost import Link
 from fastserve.kv import BurstReserve, Holder, LinkEstimate, Moves, Want, plan_moves
-from fastserve.types import OFFLOAD, UPLOAD, Job
+from fastserve.types import OFFLOAD, UPLOAD
 
 LINK = Link(offload_block=0.01, upload_block=0.02)  # seconds a block
 JOBS = [bare_job(number, 1.0) for number in range(40)]  # named by their numbers, which are their ranks as well
