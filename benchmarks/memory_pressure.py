@@ -5,9 +5,9 @@
 Long jobs come first and short ones after them, under skip-join-mlfq: whoever is long gives way to whoever is short,
 so that nearly every job holds KV at once. A run with memory for all tells how much that takes and what the tokens are;
 then the pool is cut to a quarter. Arrivals are spread over a share of the time that the work takes by the measured cost
-model, so that a slower machine sees the same crowd. Runs are interleaved and medians taken. The last mode is proactive
-on a link slowed down until a median upload takes about two iterations: on a CPU both tiers are one memory, and copies
-that nobody slows take no time worth hiding.
+model, so that a slower machine sees the same crowd. Runs are interleaved and medians taken. The last two are on a link
+slowed down until a median upload takes about two iterations: on a CPU both tiers are one memory, and copies that nobody
+slows take no time worth hiding.
 
 The share of swap time that is hidden is 1 - S / C, with C the sum of all copies' seconds on their streams, and S the
 seconds in which the device stood still for KV: the spans of iterations without rows while jobs were alive, each from
@@ -29,6 +29,7 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
+from cpu_clock import CpuTimed, use_cpu_clock
 from rich.console import Console
 
 from fastserve import LLM, CostModel, SamplingParams
@@ -42,7 +43,14 @@ LONG_SPAN = 0.06  # and the long ones within this
 ITERATIONS_PER_UPLOAD = 2.0  # what the slow link is slowed down to
 LIMITS: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 256, "max_model_len": 1024}
 AMPLE = "1G"
-_SLOW = "proactive, slow link"
+# Rows of the table, and the order within a round. The slow link's speed comes from the first proactive run.
+MODES: dict[str, tuple[str, bool]] = {
+    "proactive": ("proactive", False),
+    "reactive": ("reactive", False),
+    "recompute": ("recompute", False),
+    "proactive, slow link": ("proactive", True),
+    "reactive, slow link": ("reactive", True),
+}
 
 Entry = tuple[float, list[int], SamplingParams]
 
@@ -109,25 +117,29 @@ def run(model: str, cost: CostModel, entries: Sequence[Entry], **options: Any) -
     }
 
 
-def measure(model: str, seed: int, runs: int, threads: int, console: Console) -> dict[str, Any]:
+def measure(model: str, seed: int, runs: int, threads: int, cpu_clock: bool, console: Console) -> dict[str, Any]:
     """All runs, and how many jobs of each differed from the run with ample memory."""
     with LLM(model, policy="fcfs", skip_tokenizer=True, threads=threads, swap_space=0, **LIMITS) as llm:
+        assert llm._calibration is not None
+        if cpu_clock:
+            llm._calibration._executor = CpuTimed(llm._calibration._executor)
         cost = llm.profile(full=False)
         entries = trace(seed, llm.spec.vocab_size, cost)
     ample = run(model, cost, entries, kv_cache_memory=AMPLE, swap_space=0, threads=threads)
     quarter = ample["peak_blocks"] // 4
     console.print(f"ample memory: {ample['peak_blocks']} blocks at the peak, mean JCT {ample['mean_jct']:.2f} s")
     pressed: dict[str, Any] = {"kv_cache_memory": quarter * ample["block_bytes"], "swap_space": "1G"}
-    modes: dict[str, dict[str, Any]] = {mode: {"swap_mode": mode} for mode in ("proactive", "reactive", "recompute")}
     results: dict[str, list[dict[str, Any]]] = {}
+    slow = 0
     for number in range(runs):
-        for name in ("proactive", "reactive", "recompute", _SLOW):
-            if name == _SLOW and name not in modes:
-                slow = _slow_link(results["proactive"][0])
-                modes[name] = {"swap_mode": "proactive", "swap_bandwidth": slow}
-            result = run(model, cost, entries, threads=threads, **pressed, **modes[name])
+        for name, (mode, throttled) in MODES.items():
+            if throttled and cpu_clock:
+                continue  # it waits on the wall
+            options = {"swap_mode": mode, "swap_bandwidth": slow if throttled else None}
+            result = run(model, cost, entries, threads=threads, **pressed, **options)
             result["different"] = sum(a != b for a, b in zip(result.pop("tokens"), ample["tokens"], strict=True))
             results.setdefault(name, []).append(result)
+            slow = slow or _slow_link(result)
             _tell(console, number, name, result)
     ample.pop("tokens")
     return {
@@ -136,6 +148,7 @@ def measure(model: str, seed: int, runs: int, threads: int, console: Console) ->
         "seed": seed,
         "jobs": len(entries),
         "policy": "skip-join-mlfq",
+        "clock": "cpu" if cpu_clock else "wall",
         **LIMITS,
         "load_average": os.getloadavg(),
         "ample": ample,
@@ -189,9 +202,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the trace (default: 0)")
     parser.add_argument("--threads", type=int, default=0, help="0: one a core")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument(
+        "--cpu-clock", action="store_true", help="count processor seconds: for a busy machine; 1 thread"
+    )
     options = parser.parse_args(arguments)
+    if options.cpu_clock:
+        options.threads = 1
+        use_cpu_clock()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    result = measure(options.model, options.seed, options.runs, options.threads, console)
+    result = measure(options.model, options.seed, options.runs, options.threads, options.cpu_clock, console)
     _print(result, console)
     runs = [each for several in result["runs"].values() for each in several]
     different, unfinished = (sum(each[what] for each in runs) for what in ("different", "unfinished"))

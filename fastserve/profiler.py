@@ -22,6 +22,10 @@ _CHUNKS: Final = 32  # of one prefill
 # Other programs can only make an iteration slower, so each is run this often and its fastest time counts: a profile
 # taken on a busy machine is kept, and schedules by it for a long time.
 _REPEATS: Final = 2
+# In full mode, batches of up to so many rows are measured at this context, too, which takes prefills in such chunks.
+_BATCH_ROWS: Final = 16
+_BATCH_CONTEXT: Final = 128
+_BATCH_CHUNK: Final = 32
 _LINK_SECONDS: Final = 0.2
 _COPY_BLOCKS: Final = 8  # of the larger copies
 _COPY_REPEATS: Final = 4  # the first finds no pages behind the host's blocks
@@ -50,7 +54,7 @@ def measure(
     decodes = 4 if full else 1  # of each shape
     bench.warm_up()
     for slots in (1, 2, 4, 8, 16, 32, 64) if full else (1, 8):
-        bench.batch(slots, decodes)
+        bench.batch(slots, decodes, context=_BATCH_CONTEXT if full and slots <= _BATCH_ROWS else 0)
     for chunk in (64, 256, 512) if full else (32,):
         bench.one_job(chunk, decodes, grow=not full)
     bench.close()
@@ -138,10 +142,20 @@ class _Bench:
         self.samples.clear()
         self._spent = 0.0
 
-    def batch(self, slots: int, decodes: int) -> None:
-        """Decodes of `slots` jobs (at most those that fit in an iteration) at short contexts."""
-        self._open(min(slots, self._config.max_num_seqs))
+    def batch(self, slots: int, decodes: int, *, context: int = 0) -> None:
+        """Decodes of `slots` jobs (at most those that fit in an iteration) at the shortest contexts, then at `context`.
+
+        Many rows of some context read more than one row of a long one does, for the same number of positions.
+        """
+        slots = min(slots, self._config.max_num_seqs)
+        self._open(slots)
         for _ in range(decodes):
+            self._run(1)
+        chunk = min(_BATCH_CHUNK, self._config.max_num_batched_tokens // slots)
+        while self._computed[0] < context:
+            if not self._run(chunk):
+                return
+        for _ in range(decodes if context else 0):
             self._run(1)
 
     def one_job(self, chunk: int, decodes: int, *, grow: bool) -> None:

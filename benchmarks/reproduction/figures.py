@@ -10,7 +10,7 @@ from typing import Any, Final
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fastserve.bench.stats import Estimate
 
@@ -61,8 +61,9 @@ def plain(axes: Axes, title: str = "") -> None:
 
 
 def logarithmic(axis: Any) -> None:
-    """Plain numbers on a logarithmic axis."""
-    axis.set_major_formatter(ScalarFormatter())
+    """Plain numbers on a logarithmic axis, at 1, 2 and 5 of each decade."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -87,7 +88,8 @@ def over_loads(
     with canvas(path, title, (4.4 * len(panels), 4.2)) as figure:
         for axes, (name, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             for policy, estimates in lines.items():
-                line(axes, policy, loads, estimates)
+                # Orca is often the same as fcfs, and must not hide behind it.
+                line(axes, policy, loads, estimates, **({"linestyle": ":", "zorder": 5} if policy == "orca" else {}))
             axes.set_yscale("log")
             logarithmic(axes.yaxis)
             axes.set_xlabel("load (share of fcfs's capacity)")

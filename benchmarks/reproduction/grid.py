@@ -17,14 +17,14 @@ NAME = "grid"
 TITLE = "Over the grid: gittins never far behind"
 
 WORKLOADS: Final = {
-    "sharegpt": "ShareGPT-like",
     "alpaca": "Alpaca-like",
-    "zipf:0.99": "Zipf 0.99",
-    "zipf:1.5": "Zipf 1.5",
     "zipf:2": "Zipf 2",
+    "zipf:1.5": "Zipf 1.5",
     "constant:128,128": "constant",
     "bimodal:32,512,0.1,128": "bimodal",
+    "zipf:0.99": "Zipf 0.99",
     AZURE: "Azure conversation",
+    "sharegpt": "ShareGPT-like",
 }
 HEAVY: Final = ("zipf:1.5", "zipf:2", "bimodal:32,512,0.1,128")
 LOADS = (0.5, 0.7, 0.9, 1.0, 1.2)

@@ -9,7 +9,7 @@ from typing import Any, Final
 from .cases import Case, rounded, simulate
 
 SLO: Final = 0.3  # seconds a token, mean: what the paper calls sustained
-PRECISION: Final = 0.02  # of a sustained rate
+PRECISION: Final = 0.03  # of a sustained rate
 
 
 @dataclass(frozen=True)

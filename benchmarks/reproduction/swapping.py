@@ -19,12 +19,12 @@ TITLE = "Swapping: proactive, reactive, recompute"
 
 MODES = ("proactive", "reactive", "recompute")
 WORKLOADS = ("sharegpt",)
-JOBS, SEEDS = 400, 3
+JOBS, SEEDS = 400, 2
 HOST_BLOCKS = 20_000  # 262 GB of 13 MB blocks: more than is ever used
 # 988 blocks are what the weights of OPT-13B leave on an A100-40G; the others are smaller pools on the same device.
-BLOCKS = (988, 600, 400, 300)
+BLOCKS = (988, 300, 200)
 CURVE_BLOCKS = BLOCKS[1]
-CURVE_RATES = (0.5, 1, 1.5, 2, 3, 4, 6)
+CURVE_RATES = (0.5, 1, 1.5, 2, 3, 4)
 PAPER: Final = {"proactive": 2.78, "reactive": 1.72, "recompute": 1.03}
 
 

@@ -34,15 +34,15 @@ TINY = Case(workload="constant:64,16", jobs=30)
 @given(st.floats(0.01, 60.0), st.floats(0.1, 10.0), st.floats(0.5, 4.0))
 def test_the_crossing_of_a_known_curve_is_found(where: float, start: float, power: float) -> None:
     found = crossing(lambda rate: (rate / where) ** power, 1.0, start, most=64.0)
-    assert found.rate is not None and found.rate == pytest.approx(where, rel=0.03)
+    assert found.rate is not None and found.rate == pytest.approx(where, rel=0.04)
     below = [rate for rate, value in found.tried if value <= 1.0]
     above = [rate for rate, value in found.tried if value > 1.0]
-    assert max(below) <= min(above) <= max(below) * 1.05
+    assert max(below) <= min(above) <= max(below) * 1.07
 
 
 def test_a_step_is_found_too() -> None:
     found = crossing(lambda rate: float(rate > 3.7), 0.5, 1.0, most=100.0)
-    assert found.rate == pytest.approx(3.7, rel=0.03)
+    assert found.rate == pytest.approx(3.7, rel=0.04)
 
 
 def test_no_crossing_below_the_highest_rate_is_no_rate() -> None:

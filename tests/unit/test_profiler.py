@@ -85,6 +85,32 @@ def test_measuring_stays_within_the_limits(options: dict[str, int], full: bool) 
     assert measure(executor, config, vocab_size=VOCAB, full=full).decode_seconds(1) > 0
 
 
+def test_full_mode_measures_batches_with_a_context() -> None:
+    """Where positions read by many rows cost more than those that one row reads, batches come out right."""
+
+    class ManyReaders(ToyExecutor):
+        def poll(self, timeout: float | None) -> StepResult | None:
+            result = super().poll(timeout)
+            rows = self.plans[result.plan_id].rows if result is not None else []
+            if result is not None and len(rows) > 1:
+                result.seconds += 2e-6 * int((rows[:, 1] + rows[:, 2]).sum())
+            return result
+
+    config = SchedulerConfig(num_blocks=2048)
+    seen: list[list[tuple[int, int]]] = []
+    found = measure(
+        ManyReaders(config, TRUE),
+        config,
+        vocab_size=VOCAB,
+        full=True,
+        on_sample=lambda rows, seconds: seen.append(rows),
+    )
+    decodes = {(len(rows), rows[0][0] >= 128) for rows in seen if rows[0][1] == 1}
+    assert {(rows, deep) for rows in (1, 2, 4, 8, 16) for deep in (False, True)} <= decodes
+    truth = TRUE.iteration_seconds([(128, 1)] * 8) + 2e-6 * 8 * 129
+    assert found.iteration_seconds([(128, 1)] * 8) == pytest.approx(truth, rel=0.1)
+
+
 def test_slots_are_given_back() -> None:
     config = SchedulerConfig()
     executor = ToyExecutor(config, TRUE)
