@@ -84,7 +84,7 @@ def values(data: Data, measure: str, case: Case, policy: str, **more: Any) -> li
     """One measure of the runs of a contender, by seed. Raises Missing when there is none."""
     found = data.values(measure, case=case.as_dict(), policy=policy, **more)
     if not found:
-        raise Missing(f"{policy} on {case}")
+        raise Missing(f"{policy} on {case.workload}")
     return found
 
 
@@ -92,7 +92,7 @@ def capacities_of(data: Data, case: Case) -> list[float]:
     """Jobs a second, by seed, as `capacities` has measured. Raises Missing when it has not."""
     found = data.values("jobs_per_second", capacity=case.as_dict())
     if not found:
-        raise Missing(f"the capacity of {case}")
+        raise Missing(f"the capacity on {case.workload}")
     return found
 
 
