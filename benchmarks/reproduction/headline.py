@@ -94,7 +94,8 @@ def section(data: Data) -> str:
         f"""GPT-3 175B on 16 A100-40G (TP 8 × PP 2), prompt and output each Zipf(θ) over 1 … 1024
 tokens, Gamma arrivals with a coefficient of variation of 1, {main.jobs} jobs of which the first {main.warmup_jobs}
 are left out, {seeds} seeds; for other θ and batches {side.jobs} jobs less {side.warmup_jobs} and {SIDE_SEEDS} seeds.
-A batch of {BATCH} is one of each of the two pipeline stages. *Orca* is fcfs with `--admission reserve`: KV for 2048 tokens from the start.
+A batch of {BATCH} is one of each of the two pipeline stages.
+*Orca* is fcfs with `--admission reserve`: KV for 2048 tokens from the start.
 A load is the rate as a share of what fcfs with paged admission gets done; all loads here are below saturation.
 
 At **θ = {THETA:g}, batch {BATCH}, load {LOAD:g}**, skip-join-mlfq against Orca, ratios taken seed by seed:
