@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastserve.bench.simulation_tables import number
 from fastserve.bench.stats import estimate
@@ -84,7 +85,7 @@ def values(data: Data, measure: str, case: Case, policy: str, **more: Any) -> li
     """One measure of the runs of a contender, by seed. Raises Missing when there is none."""
     found = data.values(measure, case=case.as_dict(), policy=policy, **more)
     if not found:
-        raise Missing(f"{policy} on {case}")
+        raise Missing(f"{policy} on {case.workload}")
     return found
 
 
@@ -92,7 +93,7 @@ def capacities_of(data: Data, case: Case) -> list[float]:
     """Jobs a second, by seed, as `capacities` has measured. Raises Missing when it has not."""
     found = data.values("jobs_per_second", capacity=case.as_dict())
     if not found:
-        raise Missing(f"the capacity of {case}")
+        raise Missing(f"the capacity on {case.workload}")
     return found
 
 
@@ -115,6 +116,17 @@ def text(numbers: Sequence[float]) -> str:
 def times(numbers: Sequence[float]) -> str:
     """`5.12 ± 0.40 ×`"""
     return f"{text(numbers)} ×"
+
+
+Item = TypeVar("Item")
+Row = TypeVar("Row")
+
+
+def present(make: Callable[[Item], Row], items: Iterable[Item]) -> Iterator[Row]:
+    """What is made of each item, without those whose runs are missing."""
+    for item in items:
+        with suppress(Missing):
+            yield make(item)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:

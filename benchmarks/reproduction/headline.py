@@ -8,7 +8,20 @@ from fastserve.bench.stats import estimate
 
 from . import figures
 from .cases import Case
-from .common import ORCA, Scale, at_loads, capacities, capacities_of, contender, ratios, table, text, times, values
+from .common import (
+    ORCA,
+    Scale,
+    at_loads,
+    capacities,
+    capacities_of,
+    contender,
+    present,
+    ratios,
+    table,
+    text,
+    times,
+    values,
+)
 from .lab import Data, Lab
 
 NAME = "headline"
@@ -74,14 +87,15 @@ def draw(data: Data, folder: Path) -> None:
 def section(data: Data) -> str:
     scale = Scale(data.quick)
     seeds = len(scale.seeds(SEEDS))
-    main = case(scale)
+    main, side = case(scale), case(scale, batch=BATCHES[-1])
     mean = ratios(data, "mean_jct", main, ORCA, "skip-join-mlfq", load=LOAD)
     tail = ratios(data, "p95_jct", main, ORCA, "skip-join-mlfq", load=LOAD)
     parts = [
         f"""GPT-3 175B on 16 A100-40G (TP 8 × PP 2), prompt and output each Zipf(θ) over 1 … 1024
 tokens, Gamma arrivals with a coefficient of variation of 1, {main.jobs} jobs of which the first {main.warmup_jobs}
-are left out, {seeds} seeds ({SIDE_SEEDS}, and 6000 jobs less 1000, for other θ and batches). A batch of {BATCH} is
-one of each of the two pipeline stages. *Orca* is fcfs with `--admission reserve`: KV for 2048 tokens from the start.
+are left out, {seeds} seeds; for other θ and batches {side.jobs} jobs less {side.warmup_jobs} and {SIDE_SEEDS} seeds.
+A batch of {BATCH} is one of each of the two pipeline stages.
+*Orca* is fcfs with `--admission reserve`: KV for 2048 tokens from the start.
 A load is the rate as a share of what fcfs with paged admission gets done; all loads here are below saturation.
 
 At **θ = {THETA:g}, batch {BATCH}, load {LOAD:g}**, skip-join-mlfq against Orca, ratios taken seed by seed:
@@ -100,19 +114,22 @@ At **θ = {THETA:g}, batch {BATCH}, load {LOAD:g}**, skip-join-mlfq against Orca
         "\nOver the load, how many times smaller than Orca's:\n\n",
         table(
             _ratio_head("load"),
-            (_ratio_row(f"{load:g}", data, main, load) for load in LOADS),
+            present(lambda load: _ratio_row(f"{load:g}", data, main, load), LOADS),
         ),
         f"\nOver θ, at load {LOAD:g}; the larger θ, the fewer of the jobs hold most of the work:\n\n",
-        table(_ratio_head("θ"), (_ratio_row(f"{theta:g}", data, case(scale, theta), LOAD) for theta in THETAS)),
+        table(
+            _ratio_head("θ"),
+            present(lambda theta: _ratio_row(f"{theta:g}", data, case(scale, theta), LOAD), THETAS),
+        ),
         f"\nOver the batch, at load {LOAD:g} of that batch's own capacity:\n\n",
         table(
             ("batch", "Orca saturates at", "skip-join: mean", "P95", "P99", "over paged fcfs: mean", "P95", "P99"),
-            (_batch_row(data, case(scale, batch=batch)) for batch in BATCHES),
+            present(lambda batch: _batch_row(data, case(scale, batch=batch)), BATCHES),
         ),
         "\nOrca's saturation is a load too: below 1, reserving for the longest output keeps out jobs that would fit; "
         f"where it is below {LOAD:g}, Orca's queue only grows, so that the ratio over it is that of a finite trace.\n",
         "\n**Where preemption does not pay.** ",
-        _does_not_pay(data, scale),
+        *(present(lambda part: part(data, scale), (_low_load, _large_batch, _light_tails))),
     ]
     return "".join(parts)
 
@@ -172,19 +189,36 @@ def _saturation(data: Data, which: Case) -> str:
     return text([own / base for own, base in zip(reserve, paged, strict=False)])
 
 
-def _does_not_pay(data: Data, scale: Scale) -> str:
-    def gain(measure: str, which: Case, policy: str = "skip-join-mlfq", base: str = ORCA, load: float = LOAD) -> str:
-        return times(ratios(data, measure, which, base, policy, load=load))
+def _gain(
+    data: Data, measure: str, which: Case, policy: str = "skip-join-mlfq", base: str = ORCA, load: float = LOAD
+) -> str:
+    return times(ratios(data, measure, which, base, policy, load=load))
 
-    main, big, low = case(scale), case(scale, batch=BATCHES[-1]), LOADS[0]
+
+def _low_load(data: Data, scale: Scale) -> str:
+    main, low = case(scale), LOADS[0]
+    return (
+        f"At load {low:g} hardly anybody waits: mean {_gain(data, 'mean_jct', main, load=low)}, P95 "
+        f"{_gain(data, 'p95_jct', main, load=low)}, P99 {_gain(data, 'p99_jct', main, load=low)}. P99 gains "
+        "less than the mean at every load, since the longest jobs wait for all others. "
+    )
+
+
+def _large_batch(data: Data, scale: Scale) -> str:
+    big = case(scale, batch=BATCHES[-1])
+    return (
+        f"In a batch of {BATCHES[-1]} short jobs find a place anyway: against paged fcfs, mean "
+        f"{_gain(data, 'mean_jct', big, base='fcfs')}, P99 {_gain(data, 'p99_jct', big, base='fcfs')}. "
+    )
+
+
+def _light_tails(data: Data, scale: Scale) -> str:
     light = ", ".join(
-        f"`{which.workload}` {gain('mean_jct', which)} (gittins {gain('mean_jct', which, 'gittins')})"
+        f"`{which.workload}` {_gain(data, 'mean_jct', which)} (gittins {_gain(data, 'mean_jct', which, 'gittins')})"
         for which in (case(scale, workload=workload) for workload in LIGHT)
     )
+    jobs = case(scale, workload=LIGHT[0])
     return (
-        f"At load {low:g} hardly anybody waits: mean {gain('mean_jct', main, load=low)}, P95 "
-        f"{gain('p95_jct', main, load=low)}, P99 {gain('p99_jct', main, load=low)}. In a batch of {BATCHES[-1]} short "
-        f"jobs find a place anyway: against paged fcfs, mean {gain('mean_jct', big, base='fcfs')}. On light tails, at "
-        f"load {LOAD:g}, there is little to gain from going first, and sharing delays everybody: {light}. A ratio "
-        "below 1 is a loss. And the tail gains less than the mean everywhere: the longest jobs wait for all others.\n"
+        f"On light tails, at load {LOAD:g} ({jobs.jobs} jobs less {jobs.warmup_jobs}), there is little to gain from "
+        f"going first, and sharing delays everybody: {light}. A ratio below 1 is a loss.\n"
     )

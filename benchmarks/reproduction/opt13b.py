@@ -166,8 +166,8 @@ capacity can be "sustained". So the gain over fcfs is a property of the trace's 
         "done.\n\n",
         "![Normalized latency over rate](opt13b.svg)\n\n",
         "Mean normalized latency (s/token), ShareGPT-like; the paper's are of real ShareGPT lengths. Its fcfs rises "
-        "more steeply: waiting is divided by output tokens, so that jobs of few tokens decide, and a log-normal has "
-        "fewer of those than people's conversations.\n\n",
+        "more steeply, probably because waiting is divided by output tokens, so that jobs of few tokens decide, and a "
+        "log-normal has fewer of those than people's conversations.\n\n",
         _curve(data, scale, min(lengths)),
     ]
     return "".join(parts)

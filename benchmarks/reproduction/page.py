@@ -36,11 +36,12 @@ def render(experiments: Mapping[str, ModuleType], folder: Path) -> Path:
             continue
         if data.quick:
             parts.append("*A quick run, with few jobs: it shows that everything works, and little else.*\n\n")
-        try:
-            module.draw(data, folder)
-            parts.append(module.section(data))
-        except Missing as missing:
-            parts.append(f"Not complete (there is no run of {missing}): `python benchmarks/paper.py --only {name}`.\n")
+        for part in (module.draw, module.section):
+            try:
+                parts.append((part(data, folder) if part is module.draw else part(data)) or "")
+            except Missing as missing:
+                more = f"`python benchmarks/paper.py --only {name}`"
+                parts.append(f"*Not complete: there is no run of {missing}; {more} goes on.*\n\n")
     page = folder / "README.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("".join(parts), encoding="utf-8")

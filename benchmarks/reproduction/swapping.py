@@ -9,7 +9,7 @@ from fastserve.bench.stats import estimate
 
 from . import figures
 from .cases import Case, rounded
-from .common import Scale, capacities, capacities_of, point, table, text, times, values
+from .common import Scale, capacities, capacities_of, point, present, table, text, times, values
 from .lab import Data, Lab, Task
 from .opt13b import MOST, gain_text, rate_text, rates_of
 from .search import SLO, sustained
@@ -131,7 +131,9 @@ The last column is what fcfs sustains with the same memory.
             f"Mean normalized latency (s/token) with {CURVE_BLOCKS} blocks:\n\n",
             table(
                 ("jobs/s", *MODES),
-                ((f"{rate:g}", *(text(_latencies(data, mode, rate, scale)) for mode in MODES)) for rate in rates),
+                present(
+                    lambda rate: (f"{rate:g}", *(text(_latencies(data, mode, rate, scale)) for mode in MODES)), rates
+                ),
             ),
         )
     )
