@@ -183,6 +183,8 @@ class _Room:
 
     def _take(self, victim: Holder, short: int, want: Want | None) -> bool:
         """Have the victim give up to `short` blocks, the cheapest way; False: keeping them is cheaper."""
+        if victim.away and victim.job in self.moves.uploads:
+            return False  # it is coming back for the batch, and is no reserve
         urgent = want is not None and want.urgent
         short = victim.here if self.whole else min(victim.here, max(short, _FEWEST))
         copied = min(max(0, short - (victim.here - victim.unsaved)), victim.unsaved, self.host_places)

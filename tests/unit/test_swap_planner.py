@@ -108,6 +108,11 @@ def test_nothing_is_taken_for_a_job_that_runs_later() -> None:
     assert numbers(decide([want(3, 10, enst=5.0)], [holder(9, 50, away=20, enst=5.71)])) == {"offload": [(9, 10)]}
 
 
+def test_who_comes_back_for_the_batch_is_no_reserve() -> None:
+    partly_away = [holder(1, 10, away=4), holder(9, 20)]
+    assert numbers(decide([want(1, 4)], partly_away, free=4, reserve=8)) == {"upload": [1], "offload": [(9, 8)]}
+
+
 def test_no_more_leaves_than_the_link_takes_in_time() -> None:
     victims = [holder(number, 10) for number in (9, 8, 7)]
     assert numbers(decide([want(1, 30)], victims, patience=0.15)) == {"offload": [(9, 10), (8, 10)]}
