@@ -202,9 +202,11 @@ class Residency:
         needed = want.blocks if want.job.slot is not None else self._to_start(want.job)
         for job in sorted(self.holders, key=self._policy.rank, reverse=True):
             if self.blocks.free_blocks >= needed:
-                return
+                break
             if job is not want.job and self.blocks.held(job.index) > self.blocks.missing(job.index):
                 self.release(job)
+        if want.upload:  # now, or those who gave their KV for it would start over in its room
+            self.move(Moves(uploads=[want.job]))
 
     @property
     def waits(self) -> bool:

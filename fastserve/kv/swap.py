@@ -140,7 +140,7 @@ def plan_moves(
         needed = owed + want.blocks + (0 if want.urgent else reserve)
         if not room.make(needed, want):
             break
-        if owed or needed > room.free:
+        if owed or needed > room.free or want.job in room.losers:
             owed += want.blocks
         else:
             room.free -= want.blocks
@@ -165,6 +165,7 @@ class _Room:
     link: LinkEstimate
     moves: Moves
     next: Holder | None = None  # the victim looked at, when it was not taken
+    losers: set[Job] = field(default_factory=set)  # taken from: what they want comes in another iteration
 
     def make(self, needed: int, want: Want | None) -> bool:
         """Take from victims, the last to run first, until that many blocks are free or coming; whether they are."""
@@ -199,9 +200,11 @@ class _Room:
             return False
         if victim.busy:
             if urgent:
+                self.losers.add(victim.job)
                 self.moves.pauses.append(victim.job)
                 self.coming += victim.here
             return urgent
+        self.losers.add(victim.job)
         if swaps:
             leave = min(short, victim.here - victim.unsaved + copied)
             self.moves.offloads.append((victim.job, leave))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from audited import Audited, Given
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from toy import bare_job
 
@@ -95,6 +95,23 @@ def test_on_every_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(seen_in_examples.values()), f"no example did what this is about: {seen_in_examples}"
 
 
+# One row, almost no room on the host: the best job has to come back, into room that another makes by starting over.
+_TIGHT = SchedulerConfig(
+    policy="gittins",
+    max_num_seqs=1,
+    max_num_batched_tokens=1,
+    block_size=1,
+    num_blocks=15,
+    max_model_len=80,
+    max_in_flight=1,
+    num_levels=1,
+    starvation_limit=None,
+    num_host_blocks=12,
+)
+_COMES_BACK_LATE = [Given(0.0, prompt, output, limited=False) for prompt, output in [(1, 1), (1, 1), (1, 9), (11, 2)]]
+
+
+@example(Setup(_TIGHT, COSTS[2], LINKS[0], _COMES_BACK_LATE))
 @settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(setups())
 def every_trace(setup: Setup) -> None:

@@ -113,6 +113,11 @@ def test_who_comes_back_for_the_batch_is_no_reserve() -> None:
     assert numbers(decide([want(1, 4)], partly_away, free=4, reserve=8)) == {"upload": [1], "offload": [(9, 8)]}
 
 
+def test_who_gives_up_blocks_for_a_better_one_is_not_brought_back_at_once() -> None:
+    moves = decide([want(1, 8), want(2, 4)], [holder(2, 10, unsaved=0, away=4), holder(9, 20)], free=4)
+    assert numbers(moves) == {"upload": [1], "offload": [(2, 8)]}
+
+
 def test_no_more_leaves_than_the_link_takes_in_time() -> None:
     victims = [holder(number, 10) for number in (9, 8, 7)]
     assert numbers(decide([want(1, 30)], victims, patience=0.15)) == {"offload": [(9, 10), (8, 10)]}
