@@ -81,6 +81,7 @@ class SchedulerConfig:
     admission: str = "paged"  # a job starts when its prompt fits; "reserve": when prompt and longest output do (Orca)
     num_host_blocks: int = 0  # KV blocks in host memory, for swapping
     swap_mode: str = "proactive"  # when memory runs out: move KV ahead of need, "reactive": on need, or "recompute" it
+    repayment: float = 16.0  # a job keeps its KV until served this many times what bringing it back costs; paper: 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, str):
@@ -111,6 +112,8 @@ class SchedulerConfig:
                 f"must be at least max_num_seqs ({self.max_num_seqs}), so that every row of an iteration can decode; "
                 f"got {self.max_num_batched_tokens}",
             )
+        if not _is_number(self.repayment) or not 0 <= self.repayment < math.inf:
+            raise InvalidRequest("repayment", f"must be a number from 0 on, got {self.repayment!r}")
         for option, unit in (("starvation_limit", " seconds"), ("slowdown_limit", "")):
             object.__setattr__(self, option, _checked_limit(option, getattr(self, option), unit))
 
@@ -120,11 +123,14 @@ class SchedulerConfig:
         return self.swap_mode != "recompute" and self.admission != "reserve"
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _checked_limit(option: str, value: Any, unit: str) -> float | None:
     if value is None:
         return None
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (number and 0 < value < math.inf):
+    if not (_is_number(value) and 0 < value < math.inf):
         raise InvalidRequest(option, f"must be above 0{unit}, or none, got {value!r}")
     return float(value)
 

@@ -23,7 +23,7 @@ from .decode_rows import DecodeRows
 from .kv import BlockManager, BurstReserve, CopyRow, Holder, LinkEstimate, Moves, Want, plan_moves
 from .planning import PlanBuilder
 from .policies import Policy
-from .types import DEVICE, HOST, OFFLOAD, Job
+from .types import DEVICE, HOST, OFFLOAD, UPLOAD, Job
 
 # Until the link has been measured: what moving one block takes, in decodes.
 _GUESS: Final = 1 / 16
@@ -34,8 +34,8 @@ _HEADROOM: Final = 1
 # Iterations for which those that decode should find blocks, however important the job that wants to start.
 _GROWTH: Final = 4
 
-# Iterations of offloads that may be under way.
-_BACKLOG: Final = 4
+# Iterations of offloads, and of uploads, that may be under way.
+_BACKLOG: Final = 2
 
 # Iterations between two looks at a pool in which something is wanting.
 _PATIENCE: Final = 4
@@ -49,7 +49,7 @@ class Residency:
         guess = cost.decode_seconds(1) * _GUESS
         self.blocks = BlockManager(config.num_blocks, config.block_size, host_blocks)
         self.link = LinkEstimate(link or Link(offload_block=guess, upload_block=guess))
-        self.holders: dict[Job, float] = {}  # jobs with a slot, and what each had attained when it got it
+        self.holders: dict[Job, float] = {}  # jobs with a slot, and what each had attained when its KV was last brought
         self.iteration_seconds = cost.decode_seconds(1)  # of the latest iteration
         self.wants: list[Want] = []  # of the jobs that the batch being chosen lacks
         self.closed = False  # nobody else may start: a better job waits for room to, or there is no token left
@@ -70,7 +70,7 @@ class Residency:
         self._gone: set[Job] = set()  # those of them without a block on the device
         self._fresh: set[Job] = set()  # brought back, and not run since
         self._moved: dict[int, Job] = {}  # whose blocks each copy under way moves
-        self._offloading = 0  # blocks
+        self._under_way = [0, 0]  # blocks, by direction
         # What the next plan shall tell the runtime.
         self._copies: list[CopyRow] = []
         self._tables: dict[int, list[tuple[int, int]]] = {}  # by slot
@@ -155,7 +155,8 @@ class Residency:
             reserve=reserve,
             whole=self._reactive,
             link=self.link,
-            backlog=self.link.seconds(OFFLOAD, self._offloading),
+            repayment=self._config.repayment,
+            backlog=(self._backlog(OFFLOAD), self._backlog(UPLOAD)),
             patience=_BACKLOG * self.iteration_seconds,
         )
 
@@ -170,7 +171,7 @@ class Residency:
                 continue
             copies, _ = self.blocks.offload(job.index, count)
             self._copies += copies
-            self._offloading += len(copies)
+            self._under_way[OFFLOAD] += len(copies)
             self._settle(job, HOST)
             if self.blocks.away(job.index) == self.blocks.held(job.index):
                 self._gone.add(job)
@@ -188,8 +189,10 @@ class Residency:
                 table += self.blocks.grow(job.index, job.computed + 1)
             assert job.slot is not None
             self._copies += copies
+            self._under_way[UPLOAD] += len(copies)
             self._tables.setdefault(job.slot, []).extend(table)
             self._fresh.add(job)
+            self.holders[job] = job.attained
             self._gone.discard(job)
             self._moved[copies[0][0]] = job
         return freed
@@ -225,6 +228,9 @@ class Residency:
         if self._looked < _PATIENCE:
             return False
         return bool(self.wants) or (self._proactive and self.blocks.free_blocks < self._reserve.blocks(2**31))
+
+    def _backlog(self, direction: int) -> float:
+        return self.link.seconds(direction, self._under_way[direction])
 
     def _to_start(self, job: Job) -> int:
         if self._config.admission == "reserve":
@@ -332,8 +338,7 @@ class Residency:
         """A copy is done. Raises ValueError for one that is not under way."""
         owner, direction, blocks = self.blocks.acknowledge(copy)
         self.link.observe(direction, blocks, seconds)
-        if direction == OFFLOAD:
-            self._offloading -= blocks
+        self._under_way[direction] -= blocks
         job = self._moved.pop(copy)
         if job in self._absent and self.blocks.away(owner) == self.blocks.held(owner):
             self._gone.add(job)

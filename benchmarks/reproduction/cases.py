@@ -55,6 +55,7 @@ class Case:
     swap_blocks: int | None = None
     admission: str | None = None
     swap_mode: str | None = None
+    repayment: float | None = None
     starvation_limit: str | None = None
     slowdown_limit: str | None = None
 
@@ -75,7 +76,9 @@ class Case:
         if self.workload == AZURE and azure is None:
             raise ValueError("needs the trace file given by --azure")
         scheduler: dict[str, Any] = {"max_num_seqs": self.max_num_seqs}
-        scheduler |= {name: value for name in ("admission", "swap_mode") if (value := getattr(self, name)) is not None}
+        for name in ("admission", "swap_mode", "repayment"):
+            if (value := getattr(self, name)) is not None:
+                scheduler[name] = value
         for name in ("starvation_limit", "slowdown_limit"):
             if (text := getattr(self, name)) is not None:
                 scheduler[name] = None if text == "none" else float(text)

@@ -116,6 +116,10 @@ def simulate(
     swap_mode: Annotated[
         str, _in(_LIMITS, "When memory runs out: swap proactive, reactive, or recompute.", default=True)
     ] = "proactive",
+    repayment: Annotated[
+        float,
+        _in(_LIMITS, "A job keeps its KV until served this many times what bringing it back costs.", default=True),
+    ] = 16.0,
     starvation_limit: Annotated[
         str | None, _in(_LIMITS, "Seconds after which a waiting job goes first; none: never.", default="60")
     ] = None,
@@ -194,6 +198,7 @@ def simulate(
         "block_size": block_size,
         "admission": admission,
         "swap_mode": swap_mode,
+        "repayment": repayment,
         "num_levels": num_levels,
     }
     experiment = Experiment(

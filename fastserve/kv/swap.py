@@ -1,7 +1,9 @@
 """Which KV blocks should move between device and host, and when (Wu et al., arXiv 2305.05920, section 4.2). Pure.
 
 Jobs that want blocks come smallest ENST (estimated next scheduled time) first, jobs that can give some up largest ENST
-first, and the two never cross: nothing is taken for a job that will run later than its victim.
+first, and the two never cross: nothing is taken for a job that will run later than its victim. And nothing is taken
+from a job that has not been served several times what bringing its KV back will cost: else, when all jobs take turns,
+as they do in an overload, the link and the device do nothing but bring KV back for a token each.
 
     wants ──▶ enough free? ──yes──▶ upload, or set aside
                    │ no
@@ -11,16 +13,13 @@ first, and the two never cross: nothing is taken for a job that will run later t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
 from ..cost import Link
 from ..types import OFFLOAD, UPLOAD, Job
-
-# A job's KV may be thrown away for another's sake once it was served this many times what computing it again costs.
-# With 8, traces finish later than under fcfs.
-_REPAYMENT: Final = 16.0
 
 _SMOOTHING: Final = 0.2  # weight of the newest copy in the measured speed of the link
 _FEWEST: Final = 8  # blocks that leave together, where the victim has as many: few large copies
@@ -38,7 +37,7 @@ class Want:
     enst: float  # seconds; 0: it belongs in the batch that is being planned
     rank: tuple[float, ...]
     upload: bool = False  # its KV is on the host; else the blocks are only set aside
-    first: bool = False  # the best of all that hold KV: others give up theirs, even if it has not repaid its cost
+    first: bool = False  # the best of all that hold KV: others give up theirs, whatever they were served
 
     @property
     def urgent(self) -> bool:
@@ -56,7 +55,7 @@ class Holder:
     enst: float  # seconds
     rank: tuple[float, ...]
     recompute: float  # seconds of computing its KV again
-    service: float  # seconds of service since it began to hold KV
+    service: float  # seconds of service since its KV was last computed or brought back
     busy: bool  # a plan in flight works on it: it must be left out of a batch first
 
 
@@ -114,8 +113,9 @@ def plan_moves(
     host_places: int,
     reserve: int,
     whole: bool,
+    repayment: float,
     link: LinkEstimate,
-    backlog: float,
+    backlog: tuple[float, float],
     patience: float,
 ) -> Moves:
     """Decide the moves of one iteration.
@@ -128,15 +128,19 @@ def plan_moves(
     host_places  blocks the host has room for
     reserve      device blocks to keep free for bursts; only wants of ENST 0 may use them
     whole        whether all of a victim leaves, or only what is short
-    backlog      seconds of offloads under way
-    patience     seconds of offloads that may be
+    repayment    a job keeps its KV until it was served this many times what bringing it back costs
+    backlog      seconds of offloads and of uploads under way
+    patience     seconds of each that may be: blocks on their way are of no use to anybody
     """
     moves = Moves()
-    room = _Room(victims, free, leaving, host_places, whole, backlog, patience, link, moves)
+    room = _Room(victims, free, leaving, host_places, whole, repayment, backlog[OFFLOAD], patience, link, moves)
+    coming = backlog[UPLOAD]  # seconds of uploads
     owed = 0  # blocks that better jobs wait for: what becomes free is theirs
     for want in wants:
         if owed and not want.urgent:
             break
+        if want.upload and coming > patience:
+            continue
         needed = owed + want.blocks + (0 if want.urgent else reserve)
         if not room.make(needed, want):
             break
@@ -146,6 +150,7 @@ def plan_moves(
             room.free -= want.blocks
             if want.upload:
                 moves.uploads.append(want.job)
+                coming += link.seconds(UPLOAD, want.blocks)
     else:
         room.make(owed + reserve, None)
     return moves
@@ -160,6 +165,7 @@ class _Room:
     coming: int
     host_places: int
     whole: bool
+    repayment: float
     backlog: float
     patience: float
     link: LinkEstimate
@@ -193,10 +199,12 @@ class _Room:
         there_and_back = self.backlog + out + self.link.seconds(UPLOAD, victim.away + short)
         if not urgent and victim.enst <= there_and_back + (want.enst if want else 0.0):
             return False  # it would not be back in time
+        first = want is not None and want.first
+        earned = victim.service / self.repayment if self.repayment and not first else math.inf  # seconds of cost
         swaps = bool(copied or victim.here > victim.unsaved)
         swaps = swaps and max(0.0, there_and_back - victim.enst) <= victim.recompute
-        repaid = victim.service >= _REPAYMENT * victim.recompute
-        if not swaps and not (want is not None and urgent and (want.first or repaid)):
+        swaps = swaps and (victim.away > 0 or earned >= self.link.seconds(UPLOAD, victim.here))
+        if not swaps and not (urgent and earned >= victim.recompute):
             return False
         if victim.busy:
             if urgent:

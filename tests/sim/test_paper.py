@@ -132,7 +132,7 @@ STATED = {
     "headline": headline.case(Scale()),
     "batch": headline.case(Scale(), batch=64),
     "alpha": opt13b.case("sharegpt", 400, "paper"),
-    "recompute": swapping.case(400, "recompute", Scale()),
+    "recompute": swapping.case("recompute", "0.3", 0.0, Scale()),
     "grid": grid.case("bimodal:32,512,0.1,128", 256, Scale()),
     "slowdown": slowdown.case("16", Scale()),
 }

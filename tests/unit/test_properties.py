@@ -80,6 +80,7 @@ def setups(draw: st.DrawFn) -> Setup:
         admission=draw(st.sampled_from(ADMISSIONS)),
         num_host_blocks=draw(st.sampled_from([0, 3, 12, 200])),
         swap_mode=draw(st.sampled_from(SWAP_MODES)),
+        repayment=draw(st.sampled_from([0.0, 1.0, 16.0])),
     )
     return Setup(config, draw(st.sampled_from(COSTS)), draw(st.sampled_from(LINKS)), trace)
 
@@ -97,18 +98,28 @@ def test_on_every_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # One row, almost no room on the host: the best job has to come back, into room that another makes by starting over.
 _TIGHT = SchedulerConfig(
-    policy="gittins",
+    policy="mlfq",
     max_num_seqs=1,
     max_num_batched_tokens=1,
-    block_size=1,
-    num_blocks=15,
+    block_size=2,
+    num_blocks=16,
     max_model_len=80,
-    max_in_flight=1,
-    num_levels=1,
+    num_levels=2,
     starvation_limit=None,
-    num_host_blocks=12,
+    slowdown_limit=0.5,
+    num_host_blocks=3,
+    swap_mode="reactive",
+    repayment=1.0,
 )
-_COMES_BACK_LATE = [Given(0.0, prompt, output, limited=False) for prompt, output in [(1, 1), (1, 1), (1, 9), (11, 2)]]
+_COMES_BACK_LATE = [
+    Given(2.75, 6, 10, limited=False, priority=1),
+    Given(27.25, 4, 22, limited=False, priority=1),
+    Given(23.5, 2, 26, abort=6.75),
+    Given(28.75, 5, 12),
+    Given(27.5, 13, 13, limited=False, abort=27.5),
+    Given(8.75, 17, 3, limited=False),
+    Given(17.75, 2, 1, limited=False),
+]
 
 
 @example(Setup(_TIGHT, COSTS[2], LINKS[0], _COMES_BACK_LATE))

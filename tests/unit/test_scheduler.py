@@ -11,7 +11,6 @@ import pytest
 from toy import Toy
 
 from fastserve.cost import CostModel
-from fastserve.kv import swap
 from fastserve.types import InvalidRequest, Job, SamplingParams, StepResult
 
 
@@ -286,10 +285,9 @@ def test_a_job_in_flight_is_no_victim() -> None:
     assert [job.output for job in jobs] == [toy.expected(job) for job in jobs]
 
 
-def test_jobs_in_flight_pause_for_one_that_needs_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_in_flight_pause_for_one_that_needs_their_blocks() -> None:
     """With two plans in flight, a job that runs in every plan could otherwise keep its blocks from a better one."""
-    monkeypatch.setattr(swap, "_REPAYMENT", 0.0)
-    toy = Toy(CostModel(per_iteration=0, per_token=1), max_in_flight=2, max_num_seqs=2, num_blocks=3)
+    toy = Toy(CostModel(per_iteration=0, per_token=1), max_in_flight=2, max_num_seqs=2, num_blocks=3, repayment=0.0)
     long = toy.add("long", 33, 15)  # holds all 3 blocks from its first plan on
     toy.engine.step()
     short = toy.add("short", 20, 2)

@@ -24,13 +24,14 @@ def want(number: int, blocks: int, enst: float = 0.0, **options: Any) -> Want:
 
 def holder(number: int, here: int, enst: float = 1000.0, **options: Any) -> Holder:
     """Long idle, none of its blocks on the host, and dear to compute again."""
-    given: dict[str, Any] = {"unsaved": here, "away": 0, "recompute": 500.0, "service": 0.0, "busy": False, **options}
+    given: dict[str, Any] = {"unsaved": here, "away": 0, "recompute": 500.0, "service": 100.0, "busy": False, **options}
     return Holder(JOBS[number], here, enst=enst, rank=(number,), **given)
 
 
 def decide(wants: list[Want], victims: Iterator[Holder] | list[Holder], free: int = 0, **options: Any) -> Moves:
     defaults: dict[str, Any] = {
-        "leaving": 0, "host_places": 1000, "reserve": 0, "whole": False, "backlog": 0.0, "patience": 60.0,
+        "leaving": 0, "host_places": 1000, "reserve": 0, "whole": False, "backlog": (0.0, 0.0), "patience": 60.0,
+        "repayment": 16.0,
     }  # fmt: skip
     return plan_moves(wants, iter(victims), free=free, link=LinkEstimate(LINK), **{**defaults, **options})
 
@@ -102,7 +103,7 @@ def test_nothing_is_taken_for_a_job_that_runs_later() -> None:
     # 10 blocks out and in again are 0.1 + 0.2 s.
     assert numbers(decide([want(3, 10, enst=5.0)], [holder(9, 50, enst=5.29)])) == {}
     assert numbers(decide([want(3, 10, enst=5.0)], [holder(9, 50, enst=5.31)])) == {"offload": [(9, 10)]}
-    assert numbers(decide([want(3, 10, enst=5.0)], [holder(9, 50, enst=5.31)], backlog=0.1)) == {}
+    assert numbers(decide([want(3, 10, enst=5.0)], [holder(9, 50, enst=5.31)], backlog=(0.1, 0.0))) == {}
     # What has left already has to come back as well: 0.1 + 0.6 s.
     assert numbers(decide([want(3, 10, enst=5.0)], [holder(9, 50, away=20, enst=5.69)])) == {}
     assert numbers(decide([want(3, 10, enst=5.0)], [holder(9, 50, away=20, enst=5.71)])) == {"offload": [(9, 10)]}
@@ -121,7 +122,27 @@ def test_who_gives_up_blocks_for_a_better_one_is_not_brought_back_at_once() -> N
 def test_no_more_leaves_than_the_link_takes_in_time() -> None:
     victims = [holder(number, 10) for number in (9, 8, 7)]
     assert numbers(decide([want(1, 30)], victims, patience=0.15)) == {"offload": [(9, 10), (8, 10)]}
-    assert numbers(decide([want(1, 30)], victims, patience=0.15, backlog=0.2)) == {}
+    assert numbers(decide([want(1, 30)], victims, patience=0.15, backlog=(0.2, 0.0))) == {}
+
+
+def test_no_more_comes_than_the_link_brings_in_time() -> None:
+    wants = [want(1, 10), want(2, 10), want(3, 10), want(4, 2, upload=False)]
+    assert numbers(decide(wants, nobody(), free=40, patience=0.3)) == {"upload": [1, 2]}
+    assert numbers(decide(wants, nobody(), free=40, patience=0.3, backlog=(0.0, 0.35))) == {}
+    # Those that need no copy do not wait for the link.
+    behind = [holder(9, 8)]
+    assert numbers(decide(wants, behind, patience=0.3, backlog=(0.0, 0.35))) == {"offload": [(9, 8)]}
+
+
+def test_kv_that_came_back_stays_until_it_was_worth_it() -> None:
+    """10 blocks take 0.2 s to come back."""
+    assert numbers(decide([want(1, 10)], [holder(9, 10, service=3.2)])) == {"offload": [(9, 10)]}
+    for urgency in (0.0, 5.0):
+        assert numbers(decide([want(1, 10, enst=urgency)], [holder(9, 10, service=3.1)])) == {}
+    assert numbers(decide([want(1, 10)], [holder(9, 10, service=0.0)], repayment=0.0)) == {"offload": [(9, 10)]}
+    # For the best of all, and where it has begun to leave, it goes.
+    assert numbers(decide([want(1, 10, first=True)], [holder(9, 10, service=3.1)])) == {"offload": [(9, 10)]}
+    assert numbers(decide([want(1, 10)], [holder(9, 10, service=3.1, away=1)])) == {"offload": [(9, 10)]}
 
 
 def test_the_search_for_victims_gives_up() -> None:
@@ -223,7 +244,8 @@ def decisions(draw: st.DrawFn) -> tuple[list[Want], list[Holder], dict[str, Any]
         "host_places": draw(st.sampled_from([0, 5, 30, 1000])),
         "reserve": draw(st.integers(0, 15)),
         "whole": draw(st.booleans()),
-        "backlog": draw(st.sampled_from([0.0, 0.5])),
+        "repayment": draw(st.sampled_from([0.0, 4.0, 16.0])),
+        "backlog": (draw(st.sampled_from([0.0, 0.5])), draw(st.sampled_from([0.0, 0.5]))),
         "patience": draw(st.sampled_from([0.1, 1.0, 100.0])),
     }
     return wants, victims, room
@@ -266,9 +288,16 @@ def test_no_decision_promises_what_is_not_there(case: tuple[list[Want], list[Hol
         if job in moves.drops or job in moves.pauses:
             assert for_the_batch
 
+    # Nor before it was served for long enough, but for the best of all.
+    for job in losers:
+        cost = 0.0 if of[job].away else min(of[job].recompute, 0.02 * of[job].here)
+        assert of[job].service >= room["repayment"] * cost or any(entry.first for entry in wants)
+
     # Where there is room for all, nobody loses anything.
     if sum(entry.blocks for entry in wants) + room["reserve"] <= room["free"]:
-        assert not losers and moves.uploads == coming
+        assert not losers
+        under_way = room["backlog"][UPLOAD] + 0.02 * sum(entry.blocks for entry in wants)
+        assert moves.uploads == coming or under_way > room["patience"]
 
 
 # --- what the planner goes by -----------------------------------------------------------------------------------------
