@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Final
+from collections.abc import Iterable
+from typing import Final, cast
 
 import numpy as np
 
@@ -130,8 +131,7 @@ class Scheduler:
         growing = self._choose(batch, growing, now)
         if not (batch.jobs or batch.prefills or self.residency.moving):
             for other in self._batches:
-                for job in list(other.jobs):
-                    self._leave(job, now)
+                self._leave(other.jobs, now)
             self.residency.force(now)
             growing = self._choose(batch, [], now)
         return growing
@@ -153,8 +153,7 @@ class Scheduler:
                     self._runs(job, now)
             rows = batch.advance()
             exhausted = batch.exhausted()
-            for job in exhausted:
-                self._leave(job)
+            self._leave(exhausted)
             budget = self.config.max_num_batched_tokens - len(decodes)
             for job in batch.prefills:
                 taken += self._prefill(plan, job, budget, prefills, now)
@@ -183,10 +182,11 @@ class Scheduler:
     def _report(self, batch: DecodeRows, now: float) -> None:
         """Tell the policy of service that may change a job's place."""
         self._flush(now)
-        for job in batch.expired():
-            batch.sync(job)
-            self._serve(job, batch.take_service(job), now)
-            batch.set_horizon(job, self.policy.horizon(job))
+        jobs, seconds = batch.expired()
+        if jobs:
+            for job, own in zip(jobs, seconds, strict=True):
+                self._serve(job, own, now)
+            batch.renew([self.policy.horizon(job) for job in jobs])
 
     def _flush(self, now: float) -> None:
         for job in list(self._unreported):
@@ -216,7 +216,7 @@ class Scheduler:
             self._barred.update(dict.fromkeys([*moves.pauses, *moves.drops, *(job for job, _ in moves.offloads)]))
             for job in self._barred:
                 job.mark = 0
-                self._leave(job, now)
+                self._leave([job], now)
             if not residency.move(moves):
                 break
             # Blocks became free at once: whom they were made free for may run.
@@ -227,16 +227,15 @@ class Scheduler:
             chosen = self._select(batch, growers, now)
             residency.strict = True
         mark = self._mark
-        for job in [job for job in batch.jobs if job.mark != mark]:
-            self._leave(job, now)
+        self._leave([job for job in batch.jobs if job.mark != mark], now)
         for job in batch.prefills:
             if job.mark != mark and job.batch is None and not job.finished and job.waiting_since is None:
                 self._pause(job, now)
         self._flush(now)
         batch.prefills = [job for job in chosen.prefills if job.mark == mark]
-        for job in chosen.joins:
-            if job.mark == mark:
-                batch.add(job, self.blocks.held(job.index) * self.blocks.block_size, self.policy.horizon(job))
+        joins = [job for job in chosen.joins if job.mark == mark]
+        capacities = [self.blocks.held(job.index) * self.blocks.block_size for job in joins]
+        batch.extend(joins, capacities, [self.policy.horizon(job) for job in joins])
         batch.version = self._version
         self._deadline = self.policy.next_deadline()
         return batch.growing()
@@ -259,13 +258,16 @@ class Scheduler:
         if job in self._barred or (job.in_flight and len(self._batches) > 1):
             return False
         if job.batch is not None:
-            self._leave(job)
+            self._leave([job])
         return len(job.output) + job.pending < job.max_output
 
-    def _leave(self, job: Job, preempted: float | None = None) -> None:
-        """Take a job out of the decodes, if it is there: at a time `preempted`, or because it has nothing to do."""
-        if isinstance(job.batch, DecodeRows):
-            seconds = job.batch.remove(job)
+    def _leave(self, jobs: Iterable[Job], preempted: float | None = None) -> None:
+        """Take jobs out of the decodes, those that are there: at a time `preempted`, or as they have nothing to do."""
+        decoding = [job for job in jobs if job.batch is not None]
+        if not decoding:
+            return
+        batch = cast(DecodeRows, decoding[0].batch)
+        for job, seconds in zip(decoding, batch.remove(decoding), strict=True):
             if seconds > 0.0:
                 self._unreported[job] = seconds
                 self._version += 1
@@ -402,7 +404,7 @@ class Scheduler:
 
     def _end(self, job: Job, reason: FinishReason, now: float) -> None:
         """Finish a live job; its blocks and slot go back when no plan in flight works on it."""
-        self._leave(job)
+        self._leave([job])
         self._serve(job, 0.0, now)
         job.finish_reason = reason
         job.metrics.finish = now

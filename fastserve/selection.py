@@ -52,10 +52,12 @@ def select(
     candidates = policy.iter_best(now)
     for nobody_starts in (False, True):
         for job in candidates:
+            if job.mark == mark:
+                continue
             if job.batch is batch:
-                if job.mark == mark or (growers and job in growers and not residency.grows(job, rows)):
+                if growers and job in growers and not residency.grows(job, rows):
                     continue
-            elif job.mark == mark or not available(job):
+            elif not available(job):
                 continue
             elif not job.primed:
                 if wanted >= budget - rows + len(prefills):
@@ -83,7 +85,7 @@ def select(
                 continue
             job.mark = mark
             rows += 1
-            while prefills and wanted - _to_compute(prefills[-1]) >= budget - rows + len(prefills):
+            while prefills and wanted > budget - rows + len(prefills) <= wanted - _to_compute(prefills[-1]):
                 rows -= 1
                 least = prefills.pop()
                 least.mark = 0

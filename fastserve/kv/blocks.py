@@ -125,17 +125,20 @@ class BlockManager:
 
     def grow(self, owner: int, tokens: int) -> list[tuple[int, int]]:
         """Make the owner's table hold `tokens` tokens in all; returns what was added, as (index in table, block)."""
-        if not self.can_grow(owner, tokens):
-            raise ValueError(f"owner {owner} needs room for {tokens} tokens and can have {self.capacity(owner)}")
         table = self._tables.get(owner)
+        first = len(table.device) if table else 0
+        count = self.blocks_for(tokens) - first
+        if count > len(self._free):
+            raise ValueError(f"owner {owner} needs room for {tokens} tokens and can have {self.capacity(owner)}")
+        if count <= 0:
+            return []
         if table is None:
             table = self._tables[owner] = _Table()
-        first, needed = len(table.device), self.blocks_for(tokens)
-        added = [(index, self._free.pop()) for index in range(first, needed)]
-        for _, block in added:
-            table.device.append(block)
-            table.host.append(_NOWHERE)
-        return added
+        blocks = self._free[: -count - 1 : -1]
+        del self._free[-count:]
+        table.device += blocks
+        table.host += [_NOWHERE] * count
+        return list(enumerate(blocks, first))
 
     def release(self, owner: int) -> int:
         """Take back every block of the owner, those in transfer when that ends; returns how many there were."""
