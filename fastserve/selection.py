@@ -48,7 +48,8 @@ def select(
     limit, budget = config.max_num_seqs, config.max_num_batched_tokens
     chosen = Selection()
     prefills = chosen.prefills
-    rows = wanted = 0  # rows taken, and the tokens that the prefills among them have to compute
+    rows = wanted = 0  # rows taken, and the tokens that the prefills among them have to compute ...
+    before: list[int] = []  # ... those ahead of each of them
     candidates = policy.iter_best(now)
     for nobody_starts in (False, True):
         for job in candidates:
@@ -65,6 +66,7 @@ def select(
                 elif residency.admits(job, rows):
                     job.mark = mark
                     prefills.append(job)
+                    before.append(wanted)
                     wanted += _to_compute(job)
                     rows += 1
                     if rows == limit:
@@ -85,11 +87,10 @@ def select(
                 continue
             job.mark = mark
             rows += 1
-            while prefills and wanted > budget - rows + len(prefills) <= wanted - _to_compute(prefills[-1]):
+            while before and before[-1] >= budget - rows + len(before):
                 rows -= 1
-                least = prefills.pop()
-                least.mark = 0
-                wanted -= _to_compute(least)
+                prefills.pop().mark = 0
+                wanted = before.pop()
             if rows == limit:
                 chosen.last = job
                 return chosen

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final
-
-from sortedcontainers import SortedDict
 
 from ..types import Job
 
 _FAN: Final = 6  # log2 of the children of a node of the tree of sums
 _SPARSE: Final = 8  # tickets are handed out until they are this many times the jobs ...
 _FEW: Final = 1024  # ... and these
+_FEW_LEFT: Final = 16
 
 
 class JobQueue:
     """First in, first out, with removal anywhere, the jobs of a tier in order, and sums of the seconds ahead.
 
     A job's place is a ticket, handed out in order. When the tickets run out, the jobs still here are renumbered from 0,
-    which amortises to O(1) an append. What only memory pressure asks for, the sums and the order within a tier, is
-    written down when it changes and worked out when it is asked for: most changes have undone each other by then.
+    which amortises to O(1) an append. Only memory pressure asks for sums, so what changes them is written down and
+    worked in when one is asked for: many changes have undone each other by then.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class JobQueue:
         if job.tier is not None:
             self._tiers[job.tier].discard(ticket)
         if tier is not None:
-            self._tiers[tier].added[ticket] = job
+            self._tiers[tier].add(ticket, job)
 
     def tier(self, tier: int, last_first: bool = False) -> Iterator[Job]:
         """The jobs whose KV is in a tier, in order or against it."""
@@ -60,7 +60,7 @@ class JobQueue:
         self._jobs[job] = (ticket, seconds)
         self._sums.changed[ticket] = seconds
         if job.tier is not None:
-            self._tiers[job.tier].added[ticket] = job
+            self._tiers[job.tier].add(ticket, job)
 
     def remove(self, job: Job) -> None:
         ticket, _ = self._jobs.pop(job)
@@ -98,28 +98,39 @@ class JobQueue:
             self._jobs[job] = (ticket, seconds)
             self._sums.changed[ticket] = seconds
             if job.tier is not None:
-                self._tiers[job.tier].added[ticket] = job
+                self._tiers[job.tier].add(ticket, job)
         self._next_ticket = len(self._jobs)
         self._tickets = _SPARSE * len(self._jobs) + _FEW
 
 
 class _Tier:
-    """Jobs by ticket; sorted when somebody looks."""
+    """Jobs in the order of their tickets.
+
+    Most come with a ticket beyond the others'. One that does not moves those behind it: for the thousands of jobs that
+    can hold KV at all, a microsecond.
+    """
 
     def __init__(self) -> None:
-        self.added: dict[int, Job] = {}  # not yet sorted in
-        self._sorted: SortedDict = SortedDict()
+        self._jobs: dict[int, Job] = {}
+        self._tickets: list[int] = []  # ascending; those of jobs that left are dropped when they are most of them
+
+    def add(self, ticket: int, job: Job) -> None:
+        tickets = self._tickets
+        if not tickets or ticket > tickets[-1]:
+            tickets.append(ticket)
+        elif tickets[place := bisect_left(tickets, ticket)] != ticket:
+            tickets.insert(place, ticket)
+        self._jobs[ticket] = job
+        if len(tickets) > 2 * len(self._jobs) + _FEW_LEFT:
+            self._tickets = sorted(self._jobs)
 
     def discard(self, ticket: int) -> None:
-        if self.added.pop(ticket, None) is None:
-            self._sorted.pop(ticket, None)
+        self._jobs.pop(ticket, None)
 
     def jobs(self, last_first: bool) -> Iterator[Job]:
-        jobs = self._sorted
-        if self.added:
-            jobs.update(self.added)
-            self.added.clear()
-        return map(jobs.__getitem__, reversed(jobs) if last_first else jobs)
+        if not self._jobs:
+            return iter(())
+        return filter(None, map(self._jobs.get, reversed(self._tickets) if last_first else self._tickets))
 
 
 class _Sums:
