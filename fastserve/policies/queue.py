@@ -106,13 +106,13 @@ class JobQueue:
 class _Tier:
     """Jobs in the order of their tickets.
 
-    Most come with a ticket beyond the others'. One that does not moves those behind it: for the thousands of jobs that
-    can hold KV at all, a microsecond.
+    Most come with a ticket beyond the others', and leave from the front. One that does not moves those behind it: for
+    the thousands of jobs that can hold KV at all, a microsecond.
     """
 
     def __init__(self) -> None:
         self._jobs: dict[int, Job] = {}
-        self._tickets: list[int] = []  # ascending; those of jobs that left are dropped when they are most of them
+        self._tickets: list[int] = []  # ascending; there may be some of jobs that left, never the first nor most
 
     def add(self, ticket: int, job: Job) -> None:
         tickets = self._tickets
@@ -125,7 +125,12 @@ class _Tier:
             self._tickets = sorted(self._jobs)
 
     def discard(self, ticket: int) -> None:
-        self._jobs.pop(ticket, None)
+        jobs, tickets = self._jobs, self._tickets
+        if jobs.pop(ticket, None) is not None and ticket == tickets[0]:  # as most: what runs first leaves first
+            gone = 1
+            while gone < len(tickets) and tickets[gone] not in jobs:
+                gone += 1
+            del tickets[:gone]
 
     def jobs(self, last_first: bool) -> Iterator[Job]:
         if not self._jobs:
