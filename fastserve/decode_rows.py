@@ -108,11 +108,15 @@ class DecodeRows:
         """How many blocks the jobs hold."""
         return int(self._capacity[: len(self.jobs)].sum()) // block_size
 
-    def grew(self, row: int, capacity: int) -> None:
-        self._capacity[row] = capacity
+    def grew(self, rows: list[int], positions: int) -> None:
+        """Each of the rows got a block, of that many positions."""
+        self._capacity[rows] += positions
 
     def position(self, row: int) -> int:
         return int(self._rows[row, 1])
+
+    def positions(self, rows: list[int]) -> list[int]:
+        return self._rows[rows, 1].tolist()  # type: ignore[no-any-return]
 
     def advance(self) -> Int32Array:
         """One token for everybody: the rows of the plan [count, 4]."""

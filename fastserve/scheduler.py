@@ -144,7 +144,7 @@ class Scheduler:
         prefills: list[Row] = []
         rows, taken, logprobs = _NO_ROWS, 0, batch.logprobs
         if not idle:
-            taken = sum(self._grow(plan, batch, row) for row in growing)
+            taken = self._grow(plan, batch, growing)
             decodes = batch.jobs.copy()
             for job in decodes:
                 job.in_flight += 1
@@ -184,9 +184,15 @@ class Scheduler:
         self._flush(now)
         jobs, seconds = batch.expired()
         if jobs:
+            horizons = []
             for job, own in zip(jobs, seconds, strict=True):
-                self._serve(job, own, now)
-            batch.renew([self.policy.horizon(job) for job in jobs])
+                if own > 0.0:
+                    job.attained += own
+                    job.next_seconds = self.cost.decode_seconds(job.served + 1)
+                    self.policy.on_service(job, own, now)
+                    self._version += 1
+                horizons.append(self.policy.horizon(job))
+            batch.renew(horizons)
 
     def _flush(self, now: float) -> None:
         for job in list(self._unreported):
@@ -287,13 +293,16 @@ class Scheduler:
             job.metrics.first_scheduled = now
         self.residency.runs(job)
 
-    def _grow(self, plan: PlanBuilder, batch: DecodeRows, row: int) -> int:
-        job = batch.jobs[row]
-        assert job.slot is not None
-        added = self.blocks.grow(job.index, batch.position(row) + 1)
-        plan.grow(job.slot, added)
-        batch.grew(row, self.blocks.held(job.index) * self.blocks.block_size)
-        return len(added)
+    def _grow(self, plan: PlanBuilder, batch: DecodeRows, rows: list[int]) -> int:
+        """One more block for each of these rows; returns how many that took."""
+        if not rows:
+            return 0
+        for row, position in zip(rows, batch.positions(rows), strict=True):
+            job = batch.jobs[row]
+            assert job.slot is not None
+            plan.grow(job.slot, self.blocks.grow(job.index, position + 1))
+        batch.grew(rows, self.blocks.block_size)
+        return len(rows)
 
     def _prefill(self, plan: PlanBuilder, job: Job, budget: int, rows: list[Row], now: float) -> int:
         """A row for as many of the job's tokens as the budget allows; returns how many blocks that took."""
