@@ -90,9 +90,9 @@ class DecodeRows:
             self._logprobs -= job.params.logprobs is not None
         into = [row for row in left if row < len(origin) and origin[row] != row]
         if into:
-            moved = [origin[row] for row in into]
+            to, moved = np.array(into), np.array([origin[row] for row in into])
             for column in (self._rows, self._capacity, self._left, self._service, self._horizon):
-                column[into] = column[moved]
+                column[to] = column[moved]
         return services
 
     def sync(self, job: Job) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -139,10 +140,7 @@ class MultiLevelFeedbackQueue(Policy):
     def _first_fitting(self, first: int, seconds: float) -> int:
         """The first level from `first` on whose quantum covers `seconds`; the last one if none does."""
         last = len(self._quanta) - 1
-        for level in range(min(first, last), last):
-            if self._quanta[level] >= seconds * (1 - SPENT):
-                return level
-        return last
+        return bisect_left(self._quanta, seconds * (1 - SPENT), min(first, last), last)
 
     def _enter(self, job: Job, level: int, quantum: float, now: float) -> None:
         place = self._places[job]
