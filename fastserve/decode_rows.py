@@ -78,7 +78,8 @@ class DecodeRows:
         jobs = self.jobs
         left = [job.row for job in leavers]
         origin = list(range(len(jobs)))
-        positions, services = self._rows[left, 1].tolist(), self._service[left].tolist()
+        positions = self.positions(left)
+        services: list[float] = self._service[left].tolist()
         for job, position in zip(leavers, positions, strict=True):
             last = jobs.pop()
             moved_from = origin.pop()
@@ -116,7 +117,8 @@ class DecodeRows:
         return int(self._rows[row, 1])
 
     def positions(self, rows: list[int]) -> list[int]:
-        return self._rows[rows, 1].tolist()  # type: ignore[no-any-return]
+        positions: list[int] = self._rows[rows, 1].tolist()
+        return positions
 
     def advance(self) -> Int32Array:
         """One token for everybody: the rows of the plan [count, 4]."""

@@ -131,5 +131,5 @@ def _token_ids(job: Job, start: int, end: int) -> Int32Array:
         ids = [*ids, *job.output[max(0, start - prompt) : end - prompt]]
         ids += [-1] * (end - start - len(ids))
     elif isinstance(ids, range):
-        return np.arange(ids.start, ids.stop, ids.step, np.int32)
+        return np.arange(ids.start, ids.stop, ids.step, dtype=np.int32)
     return np.array(ids, np.int32)
