@@ -34,7 +34,6 @@ class DecodeRows:
         self._left = np.zeros(limit, np.int32)  # tokens it may still sample
         self._service = np.zeros(limit)  # seconds not reported to the policy
         self._horizon = np.zeros(limit)  # seconds at which it must be
-        self._expired = np.zeros(0, np.intp)  # rows that are about to get another horizon
 
     @property
     def logprobs(self) -> bool:
@@ -44,61 +43,42 @@ class DecodeRows:
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def extend(self, jobs: list[Job], capacities: list[int], horizons: list[float]) -> None:
-        """Jobs with one token to compute join. They have blocks for `capacities` positions; see Policy.horizon."""
-        if not jobs:
-            return
-        first = len(self.jobs)
-        self.jobs += jobs
-        rows = slice(first, len(self.jobs))
-        stop_tokens = self.stop_tokens
-        for row, job in enumerate(jobs, first):
-            job.batch, job.row = self, row
-            if not job.stop_tokens <= stop_tokens:
-                stop_tokens |= job.stop_tokens
-            self._logprobs += job.params.logprobs is not None
-        if len(stop_tokens) > _MANY_STOP_TOKENS and stop_tokens is not self.stop_tokens:
-            stop_tokens = frozenset().union(*(job.stop_tokens for job in self.jobs))
-        self.stop_tokens = stop_tokens
-        self._rows[rows, 0] = [-1 if job.slot is None else job.slot for job in jobs]
-        self._rows[rows, 1] = [job.computed for job in jobs]
-        self._capacity[rows] = capacities
-        self._left[rows] = [job.max_output - len(job.output) - job.pending for job in jobs]
-        self._service[rows] = 0.0
-        self._horizon[rows] = horizons
-        self._horizon[rows] *= _ALL
+    def add(self, job: Job, capacity: int, horizon: float) -> None:
+        """A job with one token to compute joins. `capacity`: positions it has blocks for; `horizon`: Policy.horizon."""
+        row = job.row = len(self.jobs)
+        job.batch = self
+        if not job.stop_tokens <= self.stop_tokens:
+            if len(self.stop_tokens) > _MANY_STOP_TOKENS:
+                self.stop_tokens = frozenset().union(*(other.stop_tokens for other in self.jobs))
+            self.stop_tokens |= job.stop_tokens
+        self._logprobs += job.params.logprobs is not None
+        self.jobs.append(job)
+        self._rows[row, 0] = -1 if job.slot is None else job.slot
+        self._rows[row, 1] = job.computed
+        self._capacity[row] = capacity
+        self._left[row] = job.max_output - len(job.output) - job.pending
+        self._service[row] = 0.0
+        self._horizon[row] = horizon * _ALL
 
-    def remove(self, leavers: list[Job]) -> list[float]:
-        """Jobs leave; returns the seconds of each one's service that nobody has been told of.
-
-        The last row takes the place of each in turn.
-        """
-        if not leavers:
-            return []
-        jobs = self.jobs
-        left = [job.row for job in leavers]
-        origin = list(range(len(jobs)))
-        positions = self.positions(left)
-        services: list[float] = self._service[left].tolist()
-        for job, position in zip(leavers, positions, strict=True):
-            last = jobs.pop()
-            moved_from = origin.pop()
-            if last is not job:
-                jobs[job.row], origin[job.row] = last, moved_from
-                last.row = job.row
-            job.batch, job.row = None, -1
-            _reached(job, position)
-            self._logprobs -= job.params.logprobs is not None
-        into = [row for row in left if row < len(origin) and origin[row] != row]
-        if into:
-            to, moved = np.array(into), np.array([origin[row] for row in into])
+    def remove(self, job: Job) -> float:
+        """The job leaves; returns the seconds of its service that nobody has been told of."""
+        row, last = job.row, len(self.jobs) - 1
+        self.sync(job)
+        service = float(self._service[row])
+        if row != last:
+            moved = self.jobs[row] = self.jobs[last]
+            moved.row = row
             for column in (self._rows, self._capacity, self._left, self._service, self._horizon):
-                column[to] = column[moved]
-        return services
+                column[row] = column[last]
+        self.jobs.pop()
+        self._logprobs -= job.params.logprobs is not None
+        job.batch, job.row = None, -1
+        return service
 
     def sync(self, job: Job) -> None:
         """Bring `computed` and `served` of the job up to date; they are not while it decodes."""
-        _reached(job, self.position(job.row))
+        job.computed = int(self._rows[job.row, 1])
+        job.served = max(job.served, job.computed)
 
     def growing(self) -> list[int]:
         """Places of the jobs that need another block for their next token."""
@@ -109,16 +89,11 @@ class DecodeRows:
         """How many blocks the jobs hold."""
         return int(self._capacity[: len(self.jobs)].sum()) // block_size
 
-    def grew(self, rows: list[int], positions: int) -> None:
-        """Each of the rows got a block, of that many positions."""
-        self._capacity[rows] += positions
+    def grew(self, row: int, capacity: int) -> None:
+        self._capacity[row] = capacity
 
     def position(self, row: int) -> int:
         return int(self._rows[row, 1])
-
-    def positions(self, rows: list[int]) -> list[int]:
-        positions: list[int] = self._rows[rows, 1].tolist()
-        return positions
 
     def advance(self) -> Int32Array:
         """One token for everybody: the rows of the plan [count, 4]."""
@@ -135,33 +110,20 @@ class DecodeRows:
         jobs = self.jobs
         return [jobs[row] for row in (self._left[: len(jobs)] <= 0).nonzero()[0].tolist()]
 
-    def expired(self) -> tuple[list[Job], list[float]]:
-        """The jobs whose service must be reported, up to date, and how much it is; it counts as reported from here on.
-
-        `renew` follows, with their new horizons.
-        """
-        count = len(self.jobs)
-        self._expired = (self._service[:count] >= self._horizon[:count]).nonzero()[0]
-        if not len(self._expired):
-            return [], []
-        jobs = [self.jobs[row] for row in self._expired.tolist()]
-        for job, position in zip(jobs, self._rows[self._expired, 1].tolist(), strict=True):
-            _reached(job, position)
-        services: list[float] = self._service[self._expired].tolist()
-        self._service[self._expired] = 0.0
-        return jobs, services
-
-    def renew(self, horizons: list[float]) -> None:
-        """New horizons for those that `expired` named; nobody has joined or left since."""
-        self._horizon[self._expired] = horizons
-        self._horizon[self._expired] *= _ALL
+    def expired(self) -> list[Job]:
+        """The jobs whose service must be reported."""
+        jobs, count = self.jobs, len(self.jobs)
+        return [jobs[row] for row in (self._service[:count] >= self._horizon[:count]).nonzero()[0].tolist()]
 
     def unreported(self, job: Job) -> float:
         """Seconds of its service that nobody has been told of."""
         return float(self._service[job.row])
 
+    def take_service(self, job: Job) -> float:
+        """What has not been reported of the job's service; it counts as reported from here on."""
+        service = float(self._service[job.row])
+        self._service[job.row] = 0.0
+        return service
 
-def _reached(job: Job, position: int) -> None:
-    job.computed = position
-    if position > job.served:
-        job.served = position
+    def set_horizon(self, job: Job, horizon: float) -> None:
+        self._horizon[job.row] = horizon * _ALL

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
-from typing import Final, cast
+from typing import Final
 
 import numpy as np
 
@@ -131,7 +130,8 @@ class Scheduler:
         growing = self._choose(batch, growing, now)
         if not (batch.jobs or batch.prefills or self.residency.moving):
             for other in self._batches:
-                self._leave(other.jobs, now)
+                for job in list(other.jobs):
+                    self._leave(job, now)
             self.residency.force(now)
             growing = self._choose(batch, [], now)
         return growing
@@ -144,7 +144,7 @@ class Scheduler:
         prefills: list[Row] = []
         rows, taken, logprobs = _NO_ROWS, 0, batch.logprobs
         if not idle:
-            taken = self._grow(plan, batch, growing)
+            taken = sum(self._grow(plan, batch, row) for row in growing)
             decodes = batch.jobs.copy()
             for job in decodes:
                 job.in_flight += 1
@@ -153,7 +153,8 @@ class Scheduler:
                     self._runs(job, now)
             rows = batch.advance()
             exhausted = batch.exhausted()
-            self._leave(exhausted)
+            for job in exhausted:
+                self._leave(job)
             budget = self.config.max_num_batched_tokens - len(decodes)
             for job in batch.prefills:
                 taken += self._prefill(plan, job, budget, prefills, now)
@@ -182,17 +183,14 @@ class Scheduler:
     def _report(self, batch: DecodeRows, now: float) -> None:
         """Tell the policy of service that may change a job's place."""
         self._flush(now)
-        jobs, seconds = batch.expired()
-        if jobs:
-            horizons = []
-            for job, own in zip(jobs, seconds, strict=True):
-                if own > 0.0:
-                    job.attained += own
-                    job.next_seconds = self.cost.decode_seconds(job.served + 1)
-                    self.policy.on_service(job, own, now)
-                    self._version += 1
-                horizons.append(self.policy.horizon(job))
-            batch.renew(horizons)
+        for job in batch.expired():
+            batch.sync(job)
+            if (own := batch.take_service(job)) > 0.0:
+                job.attained += own
+                job.next_seconds = self.cost.decode_seconds(job.served + 1)
+                self.policy.on_service(job, own, now)
+                self._version += 1
+            batch.set_horizon(job, self.policy.horizon(job))
 
     def _flush(self, now: float) -> None:
         for job in list(self._unreported):
@@ -222,7 +220,7 @@ class Scheduler:
             self._barred.update(dict.fromkeys([*moves.pauses, *moves.drops, *(job for job, _ in moves.offloads)]))
             for job in self._barred:
                 job.mark = 0
-                self._leave([job], now)
+                self._leave(job, now)
             if not residency.move(moves):
                 break
             # Blocks became free at once: whom they were made free for may run.
@@ -233,15 +231,16 @@ class Scheduler:
             chosen = self._select(batch, growers, now)
             residency.strict = True
         mark = self._mark
-        self._leave([job for job in batch.jobs if job.mark != mark], now)
+        for job in [job for job in batch.jobs if job.mark != mark]:
+            self._leave(job, now)
         for job in batch.prefills:
             if job.mark != mark and job.batch is None and not job.finished and job.waiting_since is None:
                 self._pause(job, now)
         self._flush(now)
         batch.prefills = [job for job in chosen.prefills if job.mark == mark]
-        joins = [job for job in chosen.joins if job.mark == mark]
-        capacities = [self.blocks.held(job.index) * self.blocks.block_size for job in joins]
-        batch.extend(joins, capacities, [self.policy.horizon(job) for job in joins])
+        for job in chosen.joins:
+            if job.mark == mark:
+                batch.add(job, self.blocks.held(job.index) * self.blocks.block_size, self.policy.horizon(job))
         batch.version = self._version
         self._deadline = self.policy.next_deadline()
         return batch.growing()
@@ -264,16 +263,13 @@ class Scheduler:
         if job in self._barred or (job.in_flight and len(self._batches) > 1):
             return False
         if job.batch is not None:
-            self._leave([job])
+            self._leave(job)
         return len(job.output) + job.pending < job.max_output
 
-    def _leave(self, jobs: Iterable[Job], preempted: float | None = None) -> None:
-        """Take jobs out of the decodes, those that are there: at a time `preempted`, or as they have nothing to do."""
-        decoding = [job for job in jobs if job.batch is not None]
-        if not decoding:
-            return
-        batch = cast(DecodeRows, decoding[0].batch)
-        for job, seconds in zip(decoding, batch.remove(decoding), strict=True):
+    def _leave(self, job: Job, preempted: float | None = None) -> None:
+        """Take a job out of the decodes, if it is there: at a time `preempted`, or because it has nothing to do."""
+        if isinstance(job.batch, DecodeRows):
+            seconds = job.batch.remove(job)
             if seconds > 0.0:
                 self._unreported[job] = seconds
                 self._version += 1
@@ -293,16 +289,12 @@ class Scheduler:
             job.metrics.first_scheduled = now
         self.residency.runs(job)
 
-    def _grow(self, plan: PlanBuilder, batch: DecodeRows, rows: list[int]) -> int:
-        """One more block for each of these rows; returns how many that took."""
-        if not rows:
-            return 0
-        for row, position in zip(rows, batch.positions(rows), strict=True):
-            job = batch.jobs[row]
-            assert job.slot is not None
-            plan.grow(job.slot, self.blocks.grow(job.index, position + 1))
-        batch.grew(rows, self.blocks.block_size)
-        return len(rows)
+    def _grow(self, plan: PlanBuilder, batch: DecodeRows, row: int) -> int:
+        job, position = batch.jobs[row], batch.position(row)
+        assert job.slot is not None
+        plan.grow(job.slot, self.blocks.grow(job.index, position + 1))
+        batch.grew(row, position + self.blocks.block_size)
+        return 1
 
     def _prefill(self, plan: PlanBuilder, job: Job, budget: int, rows: list[Row], now: float) -> int:
         """A row for as many of the job's tokens as the budget allows; returns how many blocks that took."""
@@ -413,7 +405,7 @@ class Scheduler:
 
     def _end(self, job: Job, reason: FinishReason, now: float) -> None:
         """Finish a live job; its blocks and slot go back when no plan in flight works on it."""
-        self._leave([job])
+        self._leave(job)
         self._serve(job, 0.0, now)
         job.finish_reason = reason
         job.metrics.finish = now
