@@ -119,7 +119,8 @@ class CostModel:
 
     def decode_seconds(self, context: int) -> float:
         """Solo time of one token that attends to `context` positions, its own included."""
-        return self.prefill_seconds(context - 1, 1)
+        fixed = self.per_iteration + self.per_row + self.per_token
+        return fixed + self.per_read * context + self.per_pair * context
 
     def decode_each(self, contexts: Ints) -> Floats:
         """decode_seconds of each context."""

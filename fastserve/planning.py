@@ -51,7 +51,7 @@ class PlanBuilder:
 
     def __init__(self) -> None:
         self._rows: list[int] = []
-        self._tokens: list[int] = []
+        self._tokens: list[Int32Array] = []
         self._opened: list[int] = []
         self._opened_params: list[float] = []
         self._opened_seeds: list[int] = []
@@ -89,7 +89,7 @@ class PlanBuilder:
     def row(self, job: Job, slot: int, start: int, tokens: int, logits: int) -> None:
         """Compute positions start … start + tokens - 1 of the job."""
         self._rows += (slot, start, tokens, logits)
-        self._tokens += _token_ids(job, start, start + tokens)
+        self._tokens.append(_token_ids(job, start, start + tokens))
 
     def build(
         self, plan_id: int, decodes: Int32Array, closed: list[int], copies: list[tuple[int, int, int, int]]
@@ -98,7 +98,7 @@ class PlanBuilder:
         plan = BatchPlan(plan_id=plan_id, rows=decodes, tokens=_last_sampled(len(decodes)))
         if self._rows:
             plan.rows = np.concatenate((decodes, np.array(self._rows, np.int32).reshape(-1, 4)))
-            plan.tokens = np.concatenate((plan.tokens, np.array(self._tokens, np.int32)))
+            plan.tokens = np.concatenate((plan.tokens, *self._tokens))
         if self._opened:
             plan.opened = np.array(self._opened, np.int32).reshape(-1, 8)
             plan.opened_params = np.array(self._opened_params, np.float32).reshape(-1, 6)
@@ -123,10 +123,13 @@ def _last_sampled(rows: int) -> Int32Array:
     return tokens
 
 
-def _token_ids(job: Job, start: int, end: int) -> list[int]:
+def _token_ids(job: Job, start: int, end: int) -> Int32Array:
     """Ids of tokens start … end - 1; -1 for one that is still being sampled, which can only be the last."""
     prompt = len(job.prompt)
-    ids = list(job.prompt[start:end]) if start < prompt else []
+    ids = job.prompt[start:end]
     if end > prompt:
-        ids = ids + job.output[max(0, start - prompt) : end - prompt]
-    return ids + [-1] * (end - start - len(ids))
+        ids = [*ids, *job.output[max(0, start - prompt) : end - prompt]]
+        ids += [-1] * (end - start - len(ids))
+    elif isinstance(ids, range):
+        return np.arange(ids.start, ids.stop, ids.step, dtype=np.int32)
+    return np.array(ids, np.int32)

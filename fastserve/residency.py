@@ -266,7 +266,7 @@ class Residency:
         Those that have given up some already go first: what is left of them is of no use.
         """
         blocks = self.blocks
-        partial = [job for job in self._absent if job not in self._gone and not blocks.moving(job.index)]
+        partial = [job for job in self._absent.keys() - self._gone if not blocks.moving(job.index)]
         partial.sort(key=self._policy.rank, reverse=True)
         for job in chain(partial, self._policy.iter_tier(DEVICE, worst_first=True)):
             if job in self._fresh:

@@ -185,7 +185,11 @@ class Scheduler:
         self._flush(now)
         for job in batch.expired():
             batch.sync(job)
-            self._serve(job, batch.take_service(job), now)
+            if (own := batch.take_service(job)) > 0.0:
+                job.attained += own
+                job.next_seconds = self.cost.decode_seconds(job.served + 1)
+                self.policy.on_service(job, own, now)
+                self._version += 1
             batch.set_horizon(job, self.policy.horizon(job))
 
     def _flush(self, now: float) -> None:
@@ -286,12 +290,11 @@ class Scheduler:
         self.residency.runs(job)
 
     def _grow(self, plan: PlanBuilder, batch: DecodeRows, row: int) -> int:
-        job = batch.jobs[row]
+        job, position = batch.jobs[row], batch.position(row)
         assert job.slot is not None
-        added = self.blocks.grow(job.index, batch.position(row) + 1)
-        plan.grow(job.slot, added)
-        batch.grew(row, self.blocks.held(job.index) * self.blocks.block_size)
-        return len(added)
+        plan.grow(job.slot, self.blocks.grow(job.index, position + 1))
+        batch.grew(row, position + self.blocks.block_size)
+        return 1
 
     def _prefill(self, plan: PlanBuilder, job: Job, budget: int, rows: list[Row], now: float) -> int:
         """A row for as many of the job's tokens as the budget allows; returns how many blocks that took."""

@@ -48,14 +48,17 @@ def select(
     limit, budget = config.max_num_seqs, config.max_num_batched_tokens
     chosen = Selection()
     prefills = chosen.prefills
-    rows = wanted = 0  # rows taken, and the tokens that the prefills among them have to compute
+    rows = wanted = 0  # rows taken, and the tokens that the prefills among them have to compute ...
+    before: list[int] = []  # ... those ahead of each of them
     candidates = policy.iter_best(now)
     for nobody_starts in (False, True):
         for job in candidates:
+            if job.mark == mark:
+                continue
             if job.batch is batch:
-                if job.mark == mark or (growers and job in growers and not residency.grows(job, rows)):
+                if growers and job in growers and not residency.grows(job, rows):
                     continue
-            elif job.mark == mark or not available(job):
+            elif not available(job):
                 continue
             elif not job.primed:
                 if wanted >= budget - rows + len(prefills):
@@ -63,6 +66,7 @@ def select(
                 elif residency.admits(job, rows):
                     job.mark = mark
                     prefills.append(job)
+                    before.append(wanted)
                     wanted += _to_compute(job)
                     rows += 1
                     if rows == limit:
@@ -83,11 +87,10 @@ def select(
                 continue
             job.mark = mark
             rows += 1
-            while prefills and wanted - _to_compute(prefills[-1]) >= budget - rows + len(prefills):
+            while before and before[-1] >= budget - rows + len(before):
                 rows -= 1
-                least = prefills.pop()
-                least.mark = 0
-                wanted -= _to_compute(least)
+                prefills.pop().mark = 0
+                wanted = before.pop()
             if rows == limit:
                 chosen.last = job
                 return chosen

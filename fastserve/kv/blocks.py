@@ -14,6 +14,7 @@ acting without asking raises.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -56,7 +57,8 @@ class BlockManager:
         self.num_host_blocks = num_host_blocks
         self.block_size = block_size
         self.leaving = 0  # device blocks that acknowledgements of offloads will free
-        self._free = list(range(num_blocks - 1, -1, -1))  # a stack: blocks just freed are the ones still in cache
+        # A stack: blocks just freed are the ones still in cache. An array, as so is what a million integers are not.
+        self._free = array("i", range(num_blocks - 1, -1, -1))
         self._free_host = deque(range(num_host_blocks))
         self._tables: dict[int, _Table] = {}
         self._transfers: dict[int, _Transfer] = {}
@@ -125,17 +127,20 @@ class BlockManager:
 
     def grow(self, owner: int, tokens: int) -> list[tuple[int, int]]:
         """Make the owner's table hold `tokens` tokens in all; returns what was added, as (index in table, block)."""
-        if not self.can_grow(owner, tokens):
-            raise ValueError(f"owner {owner} needs room for {tokens} tokens and can have {self.capacity(owner)}")
         table = self._tables.get(owner)
+        first = len(table.device) if table else 0
+        count = self.blocks_for(tokens) - first
+        if count > len(self._free):
+            raise ValueError(f"owner {owner} needs room for {tokens} tokens and can have {self.capacity(owner)}")
+        if count <= 0:
+            return []
         if table is None:
             table = self._tables[owner] = _Table()
-        first, needed = len(table.device), self.blocks_for(tokens)
-        added = [(index, self._free.pop()) for index in range(first, needed)]
-        for _, block in added:
-            table.device.append(block)
-            table.host.append(_NOWHERE)
-        return added
+        blocks = self._free[: -count - 1 : -1].tolist()
+        del self._free[-count:]
+        table.device += blocks
+        table.host += [_NOWHERE] * count
+        return list(enumerate(blocks, first))
 
     def release(self, owner: int) -> int:
         """Take back every block of the owner, those in transfer when that ends; returns how many there were."""
@@ -295,7 +300,7 @@ class BlockManager:
         """Raise RuntimeError unless every block of both tiers is in exactly one place and the counters are true."""
         tables = list(self._tables.values())
         gone = [t for t in self._transfers.values() if t.table.released]
-        device = self._free + [b for t in tables for b in t.device if b != _NOWHERE]
+        device = self._free.tolist() + [b for t in tables for b in t.device if b != _NOWHERE]
         device += [t.table.device[i] for t in gone for i in t.indices]
         host = list(self._free_host) + [b for t in tables for b in t.host if b != _NOWHERE]
         host += [t.table.host[i] for t in gone for i in t.indices]

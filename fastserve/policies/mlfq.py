@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -52,6 +53,7 @@ class MultiLevelFeedbackQueue(Policy):
         self._skip_join = skip_join
         self._levels = [JobQueue() for _ in range(num_levels)]
         self._places: dict[Job, _Place] = {}
+        self._work_above: dict[int, float] = {}  # by level; forgotten when a job changes its level
         self._deadlines = Deadlines(
             starvation_limit=starvation_limit, slowdown_limit=slowdown_limit, quantum=quantum
         )  # of the jobs below level 0
@@ -71,6 +73,7 @@ class MultiLevelFeedbackQueue(Policy):
 
     def remove(self, job: Job) -> None:
         self._levels[self._places.pop(job).level].remove(job)
+        self._work_above.clear()
         self._deadlines.forget(job)
 
     def on_service(self, job: Job, own_seconds: float, now: float) -> None:
@@ -131,22 +134,24 @@ class MultiLevelFeedbackQueue(Policy):
         return len(self._places)
 
     def _above(self, level: int) -> float:
-        return sum(
-            len(queue) * (self._quanta[level] - self._quanta[higher])  # = sum of quantum(higher … level - 1)
-            for higher, queue in enumerate(self._levels[:level])
-        )
+        """Seconds that the jobs in the levels above spend until they are down here. Asked for job after job."""
+        work = self._work_above.get(level)
+        if work is None:
+            work = self._work_above[level] = sum(
+                len(queue) * (self._quanta[level] - self._quanta[higher])  # = sum of quantum(higher … level - 1)
+                for higher, queue in enumerate(self._levels[:level])
+            )
+        return work
 
     def _first_fitting(self, first: int, seconds: float) -> int:
         """The first level from `first` on whose quantum covers `seconds`; the last one if none does."""
         last = len(self._quanta) - 1
-        for level in range(min(first, last), last):
-            if self._quanta[level] >= seconds * (1 - SPENT):
-                return level
-        return last
+        return bisect_left(self._quanta, seconds * (1 - SPENT), min(first, last), last)
 
     def _enter(self, job: Job, level: int, quantum: float, now: float) -> None:
         place = self._places[job]
         place.level, place.quantum = level, quantum
         self._levels[level].append(job, quantum)
+        self._work_above.clear()
         if level > 0:
             self._deadlines.watch(job, now)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from heapq import merge
 from typing import Final
 
 from sortedcontainers import SortedDict
@@ -20,6 +21,8 @@ _PER_OCTAVE: Final = 4
 # ... between 2^-20 and 2^28 seconds.
 _LOWEST, _HIGHEST = -20 * _PER_OCTAVE, 28 * _PER_OCTAVE
 
+_Key = tuple[float, int]
+
 
 class ShortestRemainingTime(Policy):
     """The job with the fewest modelled solo seconds left goes first; nothing else counts, no bound on waiting either.
@@ -29,17 +32,21 @@ class ShortestRemainingTime(Policy):
 
     A running job's remaining time only shrinks, so a stale one harms nobody until a job arrives that might fit in
     between. Hence service is not asked for (the horizon is infinite); when a job has arrived, those that ran are looked
-    at again before anyone is chosen.
+    at again before anyone is chosen. Those whose time changes at every look, a batch of them, are kept apart from the
+    many that wait: sorting a few hundred anew is quicker than finding a new place among all for each.
     """
 
     def __init__(self, cost: Cost) -> None:
         self._cost = cost
-        self._keys: dict[Job, tuple[float, int]] = {}
-        self._order: SortedDict = SortedDict()  # (remaining seconds, index) → job
+        self._keys: dict[Job, _Key] = {}
+        self._order: SortedDict = SortedDict()  # (remaining seconds, index) → job, of those that wait
         self._tiers: tuple[SortedDict, SortedDict] = (SortedDict(), SortedDict())  # the same, by Job.tier
+        self._running: dict[Job, None] = {}  # the others: they ran when they were last looked at
+        self._sorted: list[tuple[_Key, Job]] = []  # those; empty: to be sorted
+        self._running_sums: list[float] = []  # of them, as _sums; empty: to be summed
         self._ran: dict[Job, None] = {}  # those whose key may be out of date
         self._arrived = False
-        self._sums = [0.0] * (_HIGHEST - _LOWEST + 1)
+        self._sums = [0.0] * (_HIGHEST - _LOWEST + 1)  # of those that wait
         self._counts = [0] * len(self._sums)
 
     def add(self, job: Job, now: float) -> None:
@@ -60,6 +67,8 @@ class ShortestRemainingTime(Policy):
         return math.inf
 
     def move(self, job: Job, tier: int | None) -> None:
+        if job in self._running:
+            return
         key = self._keys[job]
         if job.tier is not None:
             self._tiers[job.tier].pop(key, None)
@@ -70,32 +79,51 @@ class ShortestRemainingTime(Policy):
         if self._arrived:
             self._arrived = False
             for job in list(self._ran):
-                self._refresh(job)
-                if job.waiting_since is not None:
+                waits = job.waiting_since is not None
+                if waits or job not in self._running:
+                    self._delete(job)
+                    self._insert(job, running=not waits)
+                else:
+                    self._keys[job] = self._key(job)
+                if waits:
                     del self._ran[job]
+            self._forget()
         return self._best()
 
     def _best(self) -> Iterator[Job]:
         ran = self._ran
-        for job in self._order.values():
+        for _, job in merge(self._by_key(), self._order.items()):
             ran[job] = None
             yield job
 
     def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:
-        jobs = self._tiers[tier]
-        return map(jobs.__getitem__, reversed(jobs) if worst_first else jobs)
+        jobs, running = self._tiers[tier], (entry for entry in self._by_key(worst_first) if entry[1].tier == tier)
+        waiting = ((key, jobs[key]) for key in (reversed(jobs) if worst_first else jobs))
+        return (job for _, job in merge(running, waiting, reverse=worst_first))
 
-    def rank(self, job: Job) -> tuple[float, int]:
+    def _by_key(self, worst_first: bool = False) -> Iterator[tuple[_Key, Job]]:
+        """Those that run, by their keys as they are."""
+        if not self._sorted:
+            self._sorted = sorted((self._keys[job], job) for job in self._running)
+        return reversed(self._sorted) if worst_first else iter(self._sorted)
+
+    def rank(self, job: Job) -> _Key:
         return self._keys[job]
 
     def work_ahead(self, job: Job, now: float) -> float:
         """Everything better jobs have left; those in the same bucket count as half of it."""
-        bucket = _bucket(self._keys[job][0])
         own = self._keys[job][0]
-        return sum(self._sums[:bucket]) + max(0.0, self._sums[bucket] - own) / 2
+        bucket = _bucket(own)
+        if not self._running_sums:
+            self._running_sums = [0.0] * len(self._sums)
+            for other in self._running:
+                seconds = self._keys[other][0]
+                self._running_sums[_bucket(seconds)] += seconds
+        before = sum(self._sums[:bucket]) + sum(self._running_sums[:bucket])
+        return before + max(0.0, self._sums[bucket] + self._running_sums[bucket] - own) / 2
 
     def backlog(self, now: float) -> float:
-        return sum(self._sums)
+        return sum(self._sums) + sum(self._keys[job][0] for job in self._running)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -116,13 +144,25 @@ class ShortestRemainingTime(Policy):
             seconds += left * (self._cost.decode_seconds(first) + self._cost.decode_seconds(last)) / 2
         return seconds
 
-    def _refresh(self, job: Job) -> None:
-        if round(self._remaining(job), _DIGITS) != self._keys[job][0]:
-            self._delete(job)
-            self._insert(job)
+    def _forget(self) -> None:
+        """Somebody runs, or does no longer, or for less time."""
+        self._sorted, self._running_sums = [], []
 
-    def _insert(self, job: Job) -> None:
-        key = self._keys[job] = round(self._remaining(job), _DIGITS), job.index
+    def _key(self, job: Job) -> _Key:
+        return round(self._remaining(job), _DIGITS), job.index
+
+    def _refresh(self, job: Job) -> None:
+        if self._key(job) != self._keys[job]:
+            running = job in self._running
+            self._delete(job)
+            self._insert(job, running=running)
+
+    def _insert(self, job: Job, *, running: bool = False) -> None:
+        key = self._keys[job] = self._key(job)
+        if running:
+            self._running[job] = None
+            self._forget()
+            return
         self._order[key] = job
         if job.tier is not None:
             self._tiers[job.tier][key] = job
@@ -132,6 +172,10 @@ class ShortestRemainingTime(Policy):
 
     def _delete(self, job: Job) -> None:
         key = self._keys.pop(job)
+        if job in self._running:
+            del self._running[job]
+            self._forget()
+            return
         del self._order[key]
         if job.tier is not None:
             self._tiers[job.tier].pop(key, None)

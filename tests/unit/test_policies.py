@@ -15,7 +15,7 @@ from fastserve.policies import POLICIES, create_policy
 from fastserve.policies.fcfs import FirstComeFirstServed
 from fastserve.policies.mlfq import MultiLevelFeedbackQueue
 from fastserve.policies.queue import JobQueue
-from fastserve.types import InvalidRequest, Job
+from fastserve.types import DEVICE, HOST, InvalidRequest, Job
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -117,6 +117,9 @@ actions = st.lists(
         st.tuples(st.just("append"), st.integers(1, 50)),
         st.tuples(st.just("remove"), st.integers(0, 10**6)),
         st.tuples(st.just("set"), st.integers(0, 10**6)),
+        st.tuples(st.just("move"), st.integers(0, 10**6)),
+        st.tuples(st.just("again"), st.integers(0, 10**6)),
+        st.tuples(st.just("ask"), st.integers(0, 10**6)),
     ),
     max_size=400,
 )
@@ -124,7 +127,7 @@ actions = st.lists(
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(actions)
-def test_a_queue_sums_what_is_ahead(actions: list[tuple[str, int]]) -> None:
+def test_a_queue_keeps_order_tiers_and_sums(actions: list[tuple[str, int]]) -> None:
     queue, plain = JobQueue(), dict[Job, float]()
     for number, (action, value) in enumerate(actions):
         chosen = list(plain)[value % len(plain)] if plain and action != "append" else None
@@ -135,9 +138,24 @@ def test_a_queue_sums_what_is_ahead(actions: list[tuple[str, int]]) -> None:
         elif chosen is not None and action == "remove":
             queue.remove(chosen)
             del plain[chosen]
+        elif chosen is not None and action == "move":
+            tier = (None, DEVICE, HOST)[value % 3]
+            queue.move(chosen, tier)
+            chosen.tier = tier
+        elif chosen is not None and action == "again":  # to the tail
+            queue.remove(chosen)
+            queue.append(chosen, 2.0)
+            del plain[chosen]
+            plain[chosen] = 2.0
+        elif chosen is not None and action == "ask":
+            before = list(plain)[: list(plain).index(chosen)]
+            assert queue.ahead(chosen) == pytest.approx(sum(plain[job] for job in before), abs=1e-9)
         elif chosen is not None:
             queue.set_seconds(chosen, plain[chosen] / 2 + 1)
             plain[chosen] = plain[chosen] / 2 + 1
+        for tier in (DEVICE, HOST):
+            jobs = [job for job in plain if job.tier == tier]
+            assert list(queue.tier(tier)) == jobs and list(queue.tier(tier, last_first=True)) == jobs[::-1]
     assert list(queue) == list(plain) and len(queue) == len(plain)
     total = 0.0
     for entry, seconds in plain.items():
@@ -148,9 +166,13 @@ def test_a_queue_sums_what_is_ahead(actions: list[tuple[str, int]]) -> None:
 
 def test_a_queue_renumbers_and_keeps_its_sums() -> None:
     queue = JobQueue()
-    jobs = [bare_job(index, 1.0) for index in range(1000)]
+    jobs = [bare_job(index, 1.0) for index in range(20_000)]
     for entry in jobs:
         queue.append(entry, 1.0)
-        if entry.index % 3:
+        queue.move(entry, DEVICE)
+        entry.tier = DEVICE
+        if entry.index % 30:
             queue.remove(entry)
-    assert [queue.ahead(entry) for entry in jobs[::3]] == list(range(334))
+    assert [queue.ahead(entry) for entry in jobs[::30]] == list(range(667))
+    assert list(queue) == list(queue.tier(DEVICE)) == jobs[::30] and queue.total() == 667
+    assert queue.ticket(jobs[-20]) < 20_000
