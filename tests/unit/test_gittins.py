@@ -141,6 +141,19 @@ def test_learning_as_it_goes_it_is_near_fcfs_on_constant_lengths_and_beats_skip_
     assert two[0] < two[2] and two[0] < two[1]
 
 
+def test_an_overload_of_constant_lengths_is_not_half_done_when_enough_is_learned() -> None:
+    lengths = LengthDistribution()
+    made = policy(lengths)
+    server = UnitServer(made, 16, lumped=True)
+    waiting = trace(3, 600, 1.2 * 16 / 40, [40] * 600, 1)[::-1]
+    while not lengths.learned:
+        while waiting and waiting[-1].arrival <= server.now:
+            server.add(waiting.pop())
+        server.step()
+    assert 64 <= len(server.finish) < 64 + 16
+    assert sum(job.served > 0 for job in made._places) < 150  # all the 400 left, after 200 completions
+
+
 def run_to(made: Gittins, job: Job, tokens: int, now: float = 0.0) -> None:
     """As the scheduler reports it: in one lump, the last token not appended yet."""
     prompt = len(job.prompt)
