@@ -27,12 +27,23 @@ class Deadlines:
     waiting it had in excess is excused, and it waits `slowdown_limit` times what its promotion gave it before the
     next. That keeps an overload from promoting every job at every decision; they take turns instead.
 
+    A policy may bound what promoted jobs take to a `share` of the device's time: then they are promoted one by one, the
+    longest overdue first, each when what those before it took (see `charge`) makes up no more than that since. Nothing
+    is saved up while nobody is overdue.
+
     A heap entry is a lower bound: a job's service and the end of its waits move its deadline back, never forward,
     without touching the heap, and the entry is put right when it surfaces.
     """
 
-    def __init__(self, *, starvation_limit: float | None, slowdown_limit: float | None, quantum: float) -> None:
-        """`quantum`: seconds of own service that no job that runs gets less of."""
+    def __init__(
+        self,
+        *,
+        starvation_limit: float | None,
+        slowdown_limit: float | None,
+        quantum: float,
+        share: float | None = None,
+    ) -> None:
+        """`quantum`: seconds of own service that no job that runs gets less of; `share`: None is no bound."""
         self._starvation = math.inf if starvation_limit is None else starvation_limit
         self._slowdown = math.inf if slowdown_limit is None else slowdown_limit
         self._least = self._slowdown * quantum  # what a run adds to a job's slack
@@ -42,6 +53,8 @@ class Deadlines:
         self._promoted: dict[Job, float] = {}  # own seconds at the promotion, of jobs at the front
         self._excused: dict[Job, float] = {}  # seconds of waiting that do not count any more
         self._now = -math.inf  # the latest time heard of
+        self._share = share
+        self._paid = -math.inf  # when what promoted jobs took will be no more than their share
 
     def watch(self, job: Job, now: float) -> None:
         """The job is not, or no longer, at the front. No effect on one that is watched already."""
@@ -66,23 +79,37 @@ class Deadlines:
             heapq.heapify(self._heap)
 
     def pop_due(self, now: float) -> list[Job]:
-        """The jobs to promote now, a bounded number, the longest overdue first; they are watched no longer."""
+        """The jobs to promote now, a bounded number, the longest overdue first; they are watched no longer.
+
+        With a share, at most one, to be charged for before the next.
+        """
         due: list[Job] = []
         self._now = max(self._now, now)
-        while self._surface() and self._heap[0][0] <= now and len(due) < _PROMOTIONS_PER_DECISION:
+        most = _PROMOTIONS_PER_DECISION if self._share is None else int(self._paid <= now)
+        while self._surface() and self._heap[0][0] <= now and len(due) < most:
             job = heapq.heappop(self._heap)[2]
             self._watched.remove(job)
             self._promoted[job] = job.attained + job.next_seconds
             due.append(job)
         return due
 
+    def charge(self, seconds: float) -> None:
+        """Promoted jobs take that much of the device's time."""
+        if self._share is not None:
+            self._paid = max(self._paid, self._now) + seconds / self._share
+
     def next(self) -> float | None:
-        """No later than the next deadline of any job; None: there is none."""
-        return self._heap[0][0] if self._surface() else None
+        """No later than the next promotion of any job; None: there is none."""
+        return max(self._heap[0][0], self._paid) if self._surface() else None
 
     def of(self, job: Job) -> float:
-        """The job's deadline if it goes on waiting, or if it is left out from now on; infinity at the front. O(1)."""
-        return self._bound(job) if job in self._watched else math.inf
+        """When the job is promoted if it goes on waiting, or if it is left out from now on; infinity at the front.
+
+        O(1). Where promotions run late, it is taken to be promoted as late as the next one is.
+        """
+        if job not in self._watched:
+            return math.inf
+        return self._bound(job) + max(0.0, self._paid - self._heap[0][0])
 
     def _surface(self) -> bool:
         """Put the first entry right, or drop it, until it is true; whether there is one."""

@@ -134,7 +134,11 @@ class LengthDistribution:
     # To be taken for drift, a deviation has this many standard deviations (chance makes it once in 10⁸) and this size.
     _DRIFT_DEVIATIONS, _DRIFT_DISTANCE = 6.0, 0.15
 
-    def __init__(self, learn_after: int = 200) -> None:
+    # Few, for what decides until then may leave many jobs half done; the prior keeps so small a table from being taken
+    # at its word.
+    _ENOUGH = 64
+
+    def __init__(self, learn_after: int = _ENOUGH) -> None:
         self._learn_after = learn_after
         self.version = 0  # of the table
         self.mean_prompt = 0.0  # tokens, of the last thousand jobs or so

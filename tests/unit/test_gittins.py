@@ -16,7 +16,7 @@ from fastserve.config import SchedulerConfig
 from fastserve.cost import CostModel
 from fastserve.policies import create_policy
 from fastserve.policies.fcfs import FirstComeFirstServed
-from fastserve.policies.gittins import Gittins, gittins
+from fastserve.policies.gittins import PROMOTED_SHARE, Gittins, gittins
 from fastserve.policies.lengths import LengthDistribution, bucket, edge
 from fastserve.policies.mlfq import MultiLevelFeedbackQueue
 from fastserve.types import FinishReason, Job
@@ -141,6 +141,19 @@ def test_learning_as_it_goes_it_is_near_fcfs_on_constant_lengths_and_beats_skip_
     assert two[0] < two[2] and two[0] < two[1]
 
 
+def test_an_overload_of_constant_lengths_is_not_half_done_when_enough_is_learned() -> None:
+    lengths = LengthDistribution()
+    made = policy(lengths)
+    server = UnitServer(made, 16, lumped=True)
+    waiting = trace(3, 600, 1.2 * 16 / 40, [40] * 600, 1)[::-1]
+    while not lengths.learned:
+        while waiting and waiting[-1].arrival <= server.now:
+            server.add(waiting.pop())
+        server.step()
+    assert 64 <= len(server.finish) < 64 + 16
+    assert sum(job.served > 0 for job in made._places) < 150  # all the 400 left, after 200 completions
+
+
 def run_to(made: Gittins, job: Job, tokens: int, now: float = 0.0) -> None:
     """As the scheduler reports it: in one lump, the last token not appended yet."""
     prompt = len(job.prompt)
@@ -207,24 +220,64 @@ def test_the_horizon_ends_at_the_edge_of_the_bucket() -> None:
         assert made.horizon(job) == pytest.approx(left), tokens
 
 
-def test_waiting_too_long_brings_a_job_to_the_front_for_a_quantum() -> None:
+def test_who_waited_too_long_goes_to_the_front_until_it_is_done() -> None:
+    """Charged eight decodes at a time, of 8 s; in an eighth of the time they are paid for 64 s later."""
     made = policy(learned(random.Random(0).choices([32, 1024], weights=[9, 1], k=2000)), starvation_limit=50.0)
-    long, new = unit_job(0, 0.0, 1, 1024), unit_job(1, 0.0, 1, 32, priority=0)
+    long, new, late = unit_job(0, 0.0, 1, 1024), unit_job(1, 0.0, 1, 32), unit_job(2, 0.0, 5, 1024)
     made.add(long, 0.0)
     best(made)
     long.waiting_since = None
     run_to(made, long, 40)
-    long.waiting_since, new.waiting_since = 40.0, 80.0
+    long.waiting_since, new.waiting_since, late.waiting_since = 40.0, 80.0, 45.0
+    made.add(late, 45.0)
     made.add(new, 80.0)
-    assert best(made, 89.0) == [1, 0] and made.deadline(long) == 90.0 == made.next_deadline()
-    assert best(made, 90.0) == [0, 1] and made.deadline(long) == math.inf
+    assert best(made, 89.0) == [1, 2, 0] and made.deadline(long) == 90.0 == made.next_deadline()
+    assert best(made, 90.0) == [0, 1, 2] and made.deadline(long) == math.inf
     assert made.work_ahead(long, 90.0) == 0.0 < made.work_ahead(new, 90.0)
+    # The next, due at 95 and 130, are promoted 59 s late.
+    assert made.next_deadline() == made.deadline(late) == 90 + 64
+    assert made.deadline(new) == 130 + 59
     long.waiting_since = None
-    assert made.horizon(long) == pytest.approx(8.0)
-    run_to(made, long, 44)
-    assert best(made, 94.0) == [0, 1]
+    assert made.horizon(long) == pytest.approx(9.0)
     run_to(made, long, 48)
-    assert best(made, 98.0) == [1, 0]
+    assert best(made, 98.0) == [0, 1, 2] and made.next_deadline() == 90 + 64
+    run_to(made, long, 49)
+    assert best(made, 99.0) == [0, 1, 2] and made.next_deadline() == 90 + 2 * 64
+    assert made.horizon(long) == pytest.approx(8.0)
+    new.waiting_since = None
+    assert best(made, 217.9) == [0, 1, 2]
+    assert best(made, 218.0) == [0, 2, 1]  # its prompt of 5 s, and eight decodes
+    assert made.next_deadline() == 218 + 8 * (5 + 8)
+    assert sorted([new, late, long], key=made.rank) == [long, late, new]
+
+
+def promoted_share(load: float, limit: float | None) -> tuple[float, float]:
+    """The share of rows that promoted jobs got while others had waited for more than 60 s, and the mean JCT."""
+    draw = random.Random(4)
+    lengths = draw.choices([10, 20, 300], weights=[6, 3, 1], k=700)
+    known = learned(draw.choices([10, 20, 300], weights=[6, 3, 1], k=2000))
+    made = Gittins(cost=CostModel.constant(1.0), batch=4, lengths=known, num_levels=12, starvation_limit=limit)
+    server = UnitServer(made, 4, lumped=True)
+    jobs = trace(4, 700, load * 4 / 42, lengths, 1)
+    waiting, rows, front = jobs[::-1], 0, 0
+    while waiting or len(made):
+        if not len(made):
+            server.now = max(server.now, waiting[-1].arrival)
+        while waiting and waiting[-1].arrival <= server.now:
+            server.add(waiting.pop())
+        overdue = any(job.waiting_since is not None and server.now - job.waiting_since > 60 for job in made._places)
+        ran = server.step()
+        if overdue:
+            rows += 4
+            front += sum(job in made._places and made.rank(job)[0] == 0 for job in ran)
+    return front / max(1, rows), float(np.mean([server.finish[job.index] - job.arrival for job in jobs]))
+
+
+def test_in_an_overload_those_that_waited_too_long_get_their_share_and_no_more() -> None:
+    share, limited = promoted_share(1.5, 60.0)
+    assert PROMOTED_SHARE * 0.9 < share < PROMOTED_SHARE * 1.02
+    never, unlimited = promoted_share(1.5, None)
+    assert never == 0 and limited < 1.02 * unlimited
 
 
 def test_work_ahead_is_what_better_jobs_are_expected_to_need() -> None:
