@@ -117,7 +117,7 @@ def test_a_replay_moves_the_same_blocks(mode: str, in_flight: int) -> None:
             num_blocks=16,
             num_host_blocks=60,
             swap_mode=mode,
-            repayment=1.0,
+            repayment=0.0,
             max_in_flight=in_flight,
             max_model_len=64,
         )
