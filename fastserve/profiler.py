@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import cycle, islice
+from statistics import median
 from typing import Final
 
 import numpy as np
@@ -17,11 +18,13 @@ from .types import OFFLOAD, UPLOAD, BatchPlan, Executor, StepResult
 Sample = tuple[list[tuple[int, int]], float]  # rows (start, tokens) of an iteration, and its seconds on the device
 
 _QUICK_SECONDS: Final = 0.4
-_FULL_SECONDS: Final = 20.0
+_FULL_SECONDS: Final = 30.0
 _CHUNKS: Final = 32  # of one prefill
-# Other programs can only make an iteration slower, so each is run this often and its fastest time counts: a profile
-# taken on a busy machine is kept, and schedules by it for a long time.
-_REPEATS: Final = 2
+# How often each iteration is run. Other programs can only make one slower, and what is measured at a start schedules
+# for a long time: in quick mode the fastest counts. Full mode is asked what a run will take here, other programs
+# included: there the median does.
+_QUICK_REPEATS: Final = 2
+_FULL_REPEATS: Final = 3
 # In full mode, batches of up to so many rows are measured at this context, too, which takes prefills in such chunks.
 _BATCH_ROWS: Final = 16
 _BATCH_CONTEXT: Final = 128
@@ -48,10 +51,10 @@ def measure(
     """Run synthetic iterations within the limits of `config` and fit a cost model to their device seconds.
 
     The executor must be idle; its slots and blocks are used from 0 on and given back. Quick mode spends about 0.4
-    seconds of device time, full mode up to 20 and reaches long contexts. An iteration is left out when, judged by those
+    seconds of device time, full mode up to 30 and reaches long contexts. An iteration is left out when, judged by those
     before it, it would overrun: a slow machine is measured on small shapes. Raises what the executor raises.
     """
-    bench = _Bench(executor, config, vocab_size, _FULL_SECONDS if full else _QUICK_SECONDS, on_sample)
+    bench = _Bench(executor, config, vocab_size, full, on_sample)
     decodes = 4 if full else 1  # of each shape
     bench.warm_up()
     for slots in (1, 2, 4, 8, 16, 32, 64) if full else (1, 8):
@@ -120,14 +123,15 @@ class _Bench:
         executor: Executor,
         config: SchedulerConfig,
         vocab_size: int,
-        budget: float,
+        full: bool,
         on_sample: Callable[[list[tuple[int, int]], float], None] | None,
     ) -> None:
         self.samples: list[Sample] = []
         self._executor = executor
         self._config = config
         self._vocab_size = vocab_size
-        self._budget = budget
+        self._budget, self._repeats = (_FULL_SECONDS, _FULL_REPEATS) if full else (_QUICK_SECONDS, _QUICK_REPEATS)
+        self._typical: Callable[[list[float]], float] = median if full else min
         self._spent = 0.0
         self._on_sample = on_sample
         self._plan_id = 0
@@ -192,7 +196,7 @@ class _Bench:
             ends[0] > config.max_model_len
             or jobs * tokens > config.max_num_batched_tokens
             or self._used_blocks + len(added) > config.num_blocks
-            or (self.samples and self._spent + _REPEATS * self._expected(rows) > self._budget)
+            or (self.samples and self._spent + self._repeats * self._expected(rows) > self._budget)
         ):
             return False
         new = [slot for slot in range(jobs) if not self._computed[slot]]
@@ -210,9 +214,9 @@ class _Bench:
         )
         self._closed = []
         again = BatchPlan(plan_id=0, rows=plan.rows, tokens=plan.tokens)  # the same positions, computed over
-        times = [self._submit(each).seconds for each in (plan, *[again] * (_REPEATS - 1))]
+        times = [self._submit(each).seconds for each in (plan, *[again] * (self._repeats - 1))]
         self._spent += sum(times)
-        seconds = min(times)
+        seconds = self._typical(times)
         self._computed, self._tables = ends, tables
         self._used_blocks += len(added)
         self.samples.append((rows, seconds))

@@ -26,7 +26,7 @@ def profile(
         Path | None,
         typer.Option(help="Write the profile here; name it with --cost.", show_default="where the engine looks itself"),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Half a second instead of up to twenty.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Half a second instead of up to thirty.")] = False,
     as_json: JsonOption = False,
     engine: dict[str, Any],
 ) -> None:
