@@ -5,9 +5,10 @@
 Bursts of short questions and long stories go through a real model (LLM.replay) under fcfs and skip-join-mlfq. The same
 jobs, with the output lengths of the real run, go through the simulator with the cost model that the machine was
 measured to have just before (LLM.profile). Rounds are interleaved: profile and fcfs, profile and skip-join-mlfq, and
-again. Mean and P95 JCT are compared by their medians over the rounds; the goal is 10 %. Where the cost model errs is told by the shape
-of iterations, and by a third simulation, whose cost model is fitted to the iterations of the real run itself: it
-tells the simulator's error from that of the profile, and from what other programs did to the machine meanwhile.
+again. Mean and P95 JCT are compared by their medians over the rounds; the goal is 10 %. Where the cost model errs is
+told by the shape of iterations, and by a third simulation, whose cost model is fitted to the iterations of the real
+run itself: it tells the simulator's error from that of the profile, and from what other programs did to the machine
+meanwhile.
 
 The second part records a run on too little memory, KV swapping included, and replays it with the recorded times: every
 plan must come out identical, to the last bit.
