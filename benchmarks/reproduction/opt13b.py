@@ -117,7 +117,7 @@ def rate_text(rates: list[float], most: float) -> str:
 
 def gain_text(rates: list[float], base: list[float], most: float) -> str:
     """How many times higher, seed by seed."""
-    if not rates or not all(map(math.isfinite, base)):
+    if not rates or not base or not all(map(math.isfinite, base)):
         return "–"
     if not all(map(math.isfinite, rates)):
         return f"≥ {min(most / each for each in base):.3g} ×"
