@@ -58,8 +58,6 @@ class Residency:
         self._cost = cost
         self._proactive = config.swap_mode == "proactive" and host_blocks > 0
         self._reactive = config.swap_mode == "reactive" and host_blocks > 0
-        # Whether a batch keeps the row of a job whose KV is not here, and waits, instead of giving it to the next.
-        self.strict = self._reactive
         self._reserve = BurstReserve()
         self._promised = 0  # blocks set aside for the longest outputs, with admission "reserve"
         self._room = self._unpromised = 0  # blocks that the decision being made has not given away
@@ -104,7 +102,7 @@ class Residency:
                 if not self.closed:
                     self._unpromised -= blocks
                 return not self.closed
-            owing = members if self.blocks.num_host_blocks else len(self.holders) + self._starting
+            owing = len(self.holders) + self._starting
             owed = max(_HEADROOM * (owing + 1) if owing else 0, self._growth)
             if blocks + owed <= self._room:
                 self._room -= blocks

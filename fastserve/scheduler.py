@@ -224,12 +224,6 @@ class Scheduler:
             if not residency.move(moves):
                 break
             # Blocks became free at once: whom they were made free for may run.
-        anybody = chosen.joins or chosen.prefills or any(job.mark == self._mark for job in batch.jobs)
-        if residency.strict and not (anybody or residency.moving or self.in_flight):
-            # Nobody's KV can be brought here: those run whose KV is.
-            residency.strict = False
-            chosen = self._select(batch, growers, now)
-            residency.strict = True
         mark = self._mark
         for job in [job for job in batch.jobs if job.mark != mark]:
             self._leave(job, now)

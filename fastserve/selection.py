@@ -77,12 +77,6 @@ def select(
                 continue
             elif residency.admits(job, rows):
                 chosen.joins.append(job)
-            elif residency.strict:
-                rows += 1  # it stays empty
-                if rows == limit:
-                    chosen.last = job
-                    return chosen
-                continue
             else:
                 continue
             job.mark = mark
