@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import SchedulerConfig, check_integer, parse_size
+from ..config import MAX_BLOCKS, SchedulerConfig, check_integer, parse_size
 from ..cost import Cost, CostModel, Link
 from ..policies import POLICIES
 from ..presets import DEVICES, Deployment, deployment
@@ -100,9 +100,8 @@ class Experiment:
         longest = -(-given["max_model_len"] // self._block_size)
         blocks = self.kv_blocks
         if blocks is None:
-            blocks = (
-                self._deployment.num_blocks if self._deployment else max(longest, min(jobs * longest, _MOST_BLOCKS))
-            )
+            room = min(max(longest, min(jobs * longest, _MOST_BLOCKS)), MAX_BLOCKS)
+            blocks = self._deployment.num_blocks if self._deployment else room
         host_blocks = self._host_blocks()
         return Setting(
             workload=workload,
@@ -218,9 +217,13 @@ class Experiment:
                 raise InvalidRequest("swap_space", "needs --model, to know how large a block is; or use --swap-blocks")
             return 0
         if self.swap_space is None:
-            return self._deployment.host_blocks(_SWAP_SPACE.get(self._deployment.device, _GPU_SWAP_SPACE))
-        none = self.swap_space.strip() == "0"
-        return 0 if none else self._deployment.host_blocks(parse_size("swap_space", self.swap_space))
+            size = _SWAP_SPACE.get(self._deployment.device, _GPU_SWAP_SPACE)
+            return min(self._deployment.host_blocks(size), MAX_BLOCKS)
+        size, block = parse_size("swap_space", self.swap_space), self._deployment.device_block_bytes
+        if size > MAX_BLOCKS * block:
+            most = f"{MAX_BLOCKS * block} bytes, {MAX_BLOCKS} KV blocks of {block} on each device"
+            raise InvalidRequest("swap_space", f"must be at most {most}, got {self.swap_space!r}")
+        return self._deployment.host_blocks(size)
 
     def _link(self) -> Link:
         if self.swap_seconds is not None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fastserve.bench.experiment import DEFAULT_POLICIES
+from fastserve.bench.experiment import DEFAULT_POLICIES, Experiment
 from fastserve.bench.simulation import RunSummary, TimelineJob
 from fastserve.bench.simulation_tables import estimate_text, gantt, levels_of, number, print_runs
 from fastserve.bench.stats import Estimate
@@ -213,6 +213,22 @@ def test_presets_measured_profiles_and_limits(shell: Shell, tmp_path: Path) -> N
     assert timed["mean_tpot"] == pytest.approx(0.5)
 
 
+def test_defaults_stay_within_the_blocks_that_are_kept_track_of(tmp_path: Path) -> None:
+    tiny = Experiment(
+        model="smollm2-135m",
+        hardware="a100-80g",
+        tensor_parallel_size=3,
+        pipeline_parallel_size=30,
+        jobs=3,
+        scheduler={"block_size": 1},
+    )
+    config = tiny.setting().config
+    assert (config.num_blocks, config.num_host_blocks) == (2**24, 2**24)
+    trace = Path(trace_of(tmp_path / "long.jsonl", [(0.0, 2**25)]))
+    long = Experiment(trace=trace, cost="constant:1", scheduler={"block_size": 1})
+    assert long.setting().config.num_blocks == 2**24
+
+
 # --- for people ----------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +362,9 @@ def test_help_teaches(shell: Shell) -> None:
         ("--cost constant:x", "--cost: must be a file or constant:SECONDS"),
         ("--cost /no/such.json", "--cost: cannot read /no/such.json"),
         ("--kv-blocks 0", "--kv-blocks: must be at least 1"),
+        ("--kv-blocks 2000000000", "--kv-blocks: must be at most 16777216, got 2000000000"),
+        ("--swap-blocks 16777217 --swap-seconds 1", "--swap-blocks: must be at most 16777216, got 16777217"),
+        ("--swap-space 999T", "--swap-space: must be at most 219902325555200 bytes, 16777216 KV blocks of 13107200"),
         (
             "--kv-blocks 2 --workload constant:100,50",
             "--kv-blocks: must be at least 10, which job 1 of 150 tokens needs",
