@@ -137,6 +137,13 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, given
             OWN + '{"arrival": 9, "prompt_tokens": 1, "output_tokens": 9, "max_tokens": 8}\n',
             "max_tokens is 8, less than",
         ),
+        ('{"arrival":' + "[" * 100_000, "line 1: a format unknown"),
+        (OWN + '{"arrival":' + "[" * 100_000, "line 4: is nested too deeply$"),
+        (MOONCAKE + '{"timestamp":' + "[" * 500 + "]" * 500 + "}", r"the time must be a number, got \[{6,8}\.\.\."),
+        (OWN + '{"arrival": 1' + "0" * 400 + ', "prompt_tokens": 1, "output_tokens": 1}', "line 4: the time must be a"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens," + "x" * 200_000, "line 1: a format unknown"),
+        (AZURE + "x" * 200_000 + ",1,1\n", r"line 5: is not CSV: field larger than field limit \(131072\)$"),
+        (AZURE + "2023-11-17 00:00:02.0," + "x" * 100_000 + ",1\n", r"line 5: ContextTokens must .* got 'x+\.\.\.x+'$"),
     ],
 )
 def test_a_bad_line_is_named(write: Write, text: str, message: str) -> None:
