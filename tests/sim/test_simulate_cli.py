@@ -407,3 +407,40 @@ def test_errors_about_traces(shell: Shell, tmp_path: Path, three_jobs: str) -> N
     assert len(shell.json(*words)["runs"]) == 2
     shell(*words, "--max-model-len", "2048", code=2)
     assert shell.errors == "fastserve: --max-model-len: must be at least 3004, the length of job 1\n"
+
+
+def test_a_job_needs_the_blocks_that_its_max_tokens_may_need(shell: Shell, tmp_path: Path) -> None:
+    trace = tmp_path / "jobs.jsonl"
+    write_trace(trace, [SimJob(0.0, 9, 9), SimJob(0.0, 5, 5, max_tokens=100), SimJob(0.0, 5, 5, max_tokens=100_000)])
+    words = ["--trace", str(trace), "--cost", "constant:1", "--policy", "fcfs", "--workers", "1"]
+
+    def error(*more: str) -> str:
+        shell(*words, *more, code=2)
+        return shell.errors
+
+    second = "job 2 may need: a prompt of 5 tokens and max_tokens 100, in a context of 2048"
+    third = "job 3 may need: a prompt of 5 tokens and max_tokens 100000, in a context of 2048"
+    assert error("--kv-blocks", "6") == f"fastserve: --kv-blocks: must be at least 7, which {second}\n"
+    for few in ("7", "127"):
+        assert error("--kv-blocks", few) == f"fastserve: --kv-blocks: must be at least 128, which {third}\n"
+    # The engine agrees, to the block: what is told to be enough is.
+    assert len(shell.runs(*words[:-2], "--kv-blocks", "128")) == 1
+    write_trace(trace, [SimJob(arrival, 5, 5, max_tokens=100) for arrival in (0.0, 1.0)])
+    assert "--kv-blocks: must be at least 7, which job 1 may" in error("--kv-blocks", "6", "--load", "0.5")
+    assert len(shell.runs(*words[:-2], "--kv-blocks", "7", "--load", "0.5")) == 1
+
+
+def test_no_option_asks_for_more_than_another_allows(shell: Shell, tmp_path: Path) -> None:
+    trace = trace_of(tmp_path / "long.jsonl", [(0.0, 2**29)])
+    shell("--trace", trace, "--cost", "constant:1", "--policy", "fcfs", code=2)
+    needs = "33, with at most 16777216 KV blocks, which job 1 of 536870916 tokens needs"
+    assert shell.errors == f"fastserve: --block-size: must be at least {needs}\n"
+
+
+def test_numbers_no_engine_takes_are_told_by_file_and_line(shell: Shell, tmp_path: Path) -> None:
+    trace = tmp_path / "jobs.jsonl"
+    trace.write_text('{"arrival":0,"prompt_tokens":5,"output_tokens":5,"max_tokens":20000000000}\n')
+    shell("--trace", str(trace), "--cost", "constant:1", code=2)
+    assert shell.errors == (
+        f"fastserve: --trace: {trace}, line 1: max_tokens must be at most 2147483647, got 20000000000\n"
+    )
