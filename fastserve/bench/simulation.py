@@ -210,11 +210,11 @@ def capacity(setting: Setting, seed: int, on_finished: Callable[[int], None] | N
         on_finish=on_finish,
     )
     starts, finishes = np.array(spans).T
-    until = starts.max()
+    until = float(starts.max())
     if until <= 0:
         return len(spans) / float(finishes.max())
     done = np.minimum(1.0, (until - starts) / (finishes - starts))
-    return float(done.sum() / until)
+    return float(done.sum()) / until
 
 
 def rate_for_lengths(workload: Workload) -> float | None:

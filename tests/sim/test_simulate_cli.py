@@ -6,47 +6,25 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
+from simulate_shell import Shell, policies, trace_of
 
-from fastserve.bench.experiment import DEFAULT_POLICIES, Experiment
+from fastserve.bench.experiment import DEFAULT_POLICIES
 from fastserve.bench.simulation import RunSummary, TimelineJob
 from fastserve.bench.simulation_tables import estimate_text, gantt, levels_of, number, print_runs
 from fastserve.bench.stats import Estimate
-from fastserve.cli import main
+from fastserve.cost import CostModel
 from fastserve.policies import POLICIES
 from fastserve.presets import DEVICES, MODELS
-from fastserve.workloads import SimJob, write_trace
 from fastserve.workloads.specs import ARRIVALS, WORKLOADS
 
 # Prompts of four tokens, which one iteration prefills: (arrival, output tokens).
 THREE_JOBS = [(0.0, 3), (0.5, 3), (1.0, 1)]
-
-
-class Shell:
-    """Runs `fastserve simulate` in this process; an exit code other than the expected one fails the test."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def __call__(self, *words: str, code: int = 0) -> str:
-        assert main(["simulate", *words]) == code, self._capsys.readouterr().err
-        printed = self._capsys.readouterr()
-        self.errors = printed.err
-        return printed.out
-
-    def json(self, *words: str) -> dict[str, Any]:
-        result: dict[str, Any] = json.loads(self(*words, "--json"))
-        return result
-
-    def runs(self, *words: str) -> list[dict[str, Any]]:
-        runs: list[dict[str, Any]] = self.json(*words, "--workers", "1")["runs"]
-        return runs
 
 
 @pytest.fixture
@@ -55,18 +33,9 @@ def shell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     return Shell(capsys)
 
 
-def trace_of(path: Path, jobs: Sequence[tuple[float, int]], prompt_tokens: int = 4) -> str:
-    write_trace(path, [SimJob(arrival, prompt_tokens, output) for arrival, output in jobs])
-    return str(path)
-
-
 @pytest.fixture
 def three_jobs(tmp_path: Path) -> str:
     return trace_of(tmp_path / "three.jsonl", THREE_JOBS)
-
-
-def policies(*names: str) -> list[str]:
-    return [word for name in names for word in ("--policy", name)]
 
 
 # --- schedules worked out by hand, every iteration as long as the next -----------------------------------------------
@@ -204,29 +173,11 @@ def test_presets_measured_profiles_and_limits(shell: Shell, tmp_path: Path) -> N
     (fast,) = shell.runs(*short, "--hardware", "h100", "--model", "opt-13b")
     assert fast["mean_jct"] < small["mean_jct"] < large["mean_jct"]
     profile = tmp_path / "profile.json"
-    from fastserve.cost import CostModel
-
     CostModel(per_iteration=0.5).save(profile)
     (measured,) = shell.runs(*short, "--cost", str(profile))
     assert measured["mean_tpot"] == pytest.approx(0.5)
     (timed,) = shell.runs(*short, "--cost", str(profile), "--model", "opt-13b", "--starvation-limit", "none")
     assert timed["mean_tpot"] == pytest.approx(0.5)
-
-
-def test_defaults_stay_within_the_blocks_that_are_kept_track_of(tmp_path: Path) -> None:
-    tiny = Experiment(
-        model="smollm2-135m",
-        hardware="a100-80g",
-        tensor_parallel_size=3,
-        pipeline_parallel_size=30,
-        jobs=3,
-        scheduler={"block_size": 1},
-    )
-    config = tiny.setting().config
-    assert (config.num_blocks, config.num_host_blocks) == (2**24, 2**24)
-    trace = Path(trace_of(tmp_path / "long.jsonl", [(0.0, 2**25)]))
-    long = Experiment(trace=trace, cost="constant:1", scheduler={"block_size": 1})
-    assert long.setting().config.num_blocks == 2**24
 
 
 # --- for people ----------------------------------------------------------------------------------------------------
@@ -358,7 +309,10 @@ def test_help_teaches(shell: Shell) -> None:
         ("--tensor-parallel-size 3", "--tensor-parallel-size: must divide"),
         ("--tensor-parallel-size 2 --cost constant:1", "--tensor-parallel-size: needs --model"),
         ("--pipeline-parallel-size 0", "--pipeline-parallel-size: must be at least 1"),
-        ("--cost constant:0", "--cost: must be a file or constant:SECONDS, with seconds above 0; got 'constant:0'"),
+        ("--cost constant:0", "--cost: must be a file or constant:SECONDS, .* 1e-09 and 1e.09; got 'constant:0'"),
+        ("--cost constant:1e-320", "--cost: must be a file or constant:SECONDS, with seconds between 1e-09 and 1e.09"),
+        ("--cost constant:1e300", "--cost: must be a file or constant:SECONDS, with seconds between 1e-09 and 1e.09"),
+        ("--cost constant:1e9 --jobs 2", r"--load: 0.9 of the \S+e-1\d jobs a second .* must be between 1e-09 and 1e"),
         ("--cost constant:x", "--cost: must be a file or constant:SECONDS"),
         ("--cost /no/such.json", "--cost: cannot read /no/such.json"),
         ("--kv-blocks 0", "--kv-blocks: must be at least 1"),
@@ -382,6 +336,12 @@ def test_help_teaches(shell: Shell) -> None:
         ("--swap-space 1G --swap-blocks 5", "--swap-blocks: cannot be given with --swap-space"),
         ("--swap-blocks 5 --cost constant:1", "--swap-seconds: is needed to swap with --cost and no --model"),
         ("--swap-blocks 5 --swap-seconds -1", "--swap-seconds: must be a number of at least 0"),
+        ("--swap-seconds nan --cost constant:1", "--swap-seconds: must be a number of at least 0, got nan"),
+        ("--swap-seconds inf", "--swap-seconds: must be a number of at least 0, got inf"),
+        ("--swap-space 1K", "--swap-space: must be 0 or hold at least one KV block of 13107200 bytes on each device"),
+        ("--swap-space -1G", "--swap-space: must be a size such as 512M"),
+        ("--repayment -1", "--repayment: must be a number from 0 on, got -1.0"),
+        ("--repayment nan", "--repayment: must be a number from 0 on, got nan"),
         ("--workers 0", "--workers: must be an integer of at least 1"),
         ("--timeline --jobs 65", "--timeline: shows at most 64 jobs"),
         ("--plot picture.txt", "--plot: must end in .png, .svg, .pdf; got picture.txt"),
@@ -407,40 +367,3 @@ def test_errors_about_traces(shell: Shell, tmp_path: Path, three_jobs: str) -> N
     assert len(shell.json(*words)["runs"]) == 2
     shell(*words, "--max-model-len", "2048", code=2)
     assert shell.errors == "fastserve: --max-model-len: must be at least 3004, the length of job 1\n"
-
-
-def test_a_job_needs_the_blocks_that_its_max_tokens_may_need(shell: Shell, tmp_path: Path) -> None:
-    trace = tmp_path / "jobs.jsonl"
-    write_trace(trace, [SimJob(0.0, 9, 9), SimJob(0.0, 5, 5, max_tokens=100), SimJob(0.0, 5, 5, max_tokens=100_000)])
-    words = ["--trace", str(trace), "--cost", "constant:1", "--policy", "fcfs", "--workers", "1"]
-
-    def error(*more: str) -> str:
-        shell(*words, *more, code=2)
-        return shell.errors
-
-    second = "job 2 may need: a prompt of 5 tokens and max_tokens 100, in a context of 2048"
-    third = "job 3 may need: a prompt of 5 tokens and max_tokens 100000, in a context of 2048"
-    assert error("--kv-blocks", "6") == f"fastserve: --kv-blocks: must be at least 7, which {second}\n"
-    for few in ("7", "127"):
-        assert error("--kv-blocks", few) == f"fastserve: --kv-blocks: must be at least 128, which {third}\n"
-    # The engine agrees, to the block: what is told to be enough is.
-    assert len(shell.runs(*words[:-2], "--kv-blocks", "128")) == 1
-    write_trace(trace, [SimJob(arrival, 5, 5, max_tokens=100) for arrival in (0.0, 1.0)])
-    assert "--kv-blocks: must be at least 7, which job 1 may" in error("--kv-blocks", "6", "--load", "0.5")
-    assert len(shell.runs(*words[:-2], "--kv-blocks", "7", "--load", "0.5")) == 1
-
-
-def test_no_option_asks_for_more_than_another_allows(shell: Shell, tmp_path: Path) -> None:
-    trace = trace_of(tmp_path / "long.jsonl", [(0.0, 2**29)])
-    shell("--trace", trace, "--cost", "constant:1", "--policy", "fcfs", code=2)
-    needs = "33, with at most 16777216 KV blocks, which job 1 of 536870916 tokens needs"
-    assert shell.errors == f"fastserve: --block-size: must be at least {needs}\n"
-
-
-def test_numbers_no_engine_takes_are_told_by_file_and_line(shell: Shell, tmp_path: Path) -> None:
-    trace = tmp_path / "jobs.jsonl"
-    trace.write_text('{"arrival":0,"prompt_tokens":5,"output_tokens":5,"max_tokens":20000000000}\n')
-    shell("--trace", str(trace), "--cost", "constant:1", code=2)
-    assert shell.errors == (
-        f"fastserve: --trace: {trace}, line 1: max_tokens must be at most 2147483647, got 20000000000\n"
-    )
