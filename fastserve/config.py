@@ -54,9 +54,11 @@ def _check_limits(config: object, limits: Mapping[str, tuple[int, int]]) -> None
         object.__setattr__(config, option, check_integer(option, getattr(config, option), low, high))
 
 
-# Far above what serves anybody, and far below what overflows a 32-bit index or takes the machine's memory by a typo.
+# Far above what serves anybody, and far below what overflows a 32-bit index or takes the machine's memory by a typo: a
+# free block takes a few bytes of ours, and this many blocks of 16 tokens hold the KV of 268 million tokens.
+MAX_BLOCKS = 2**24
 _BLOCK_SIZE = (1, 2**16)
-_BLOCKS = (1, 2**31 - 1)
+_BLOCKS = (1, MAX_BLOCKS)
 _BATCHED_TOKENS = (1, 2**20)
 
 ADMISSIONS = ("paged", "reserve")
@@ -97,7 +99,7 @@ class SchedulerConfig:
                 "max_in_flight": (1, 64),
                 "pipeline_parallel_size": (1, 64),
                 "num_levels": (1, 40),
-                "num_host_blocks": (0, _BLOCKS[1]),
+                "num_host_blocks": (0, MAX_BLOCKS),
             },
         )
         if 1 < self.pipeline_parallel_size < self.max_in_flight:
@@ -166,7 +168,7 @@ class RuntimeConfig:
                 "threads": (0, 1024),
                 "block_size": _BLOCK_SIZE,
                 "num_blocks": _BLOCKS,
-                "num_host_blocks": (0, _BLOCKS[1]),
+                "num_host_blocks": (0, MAX_BLOCKS),
                 "max_num_batched_tokens": _BATCHED_TOKENS,
             },
         )

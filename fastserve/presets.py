@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
-from .config import check_integer
+from .config import MAX_BLOCKS, check_integer
 from .cost import Link
 from .roofline import Device, ModelShape, Roofline
 from .types import InvalidRequest
@@ -151,7 +151,7 @@ class Deployment:
     block_size: int
     cost: Roofline
     link: Link  # every device moves its part of a block at the same time
-    num_blocks: int  # that fit beside the weights
+    num_blocks: int  # that fit beside the weights, MAX_BLOCKS at most
     block_bytes: int
     device_block_bytes: int  # of the device that holds most of a block
     weight_bytes: int
@@ -212,7 +212,7 @@ def deployment(
         block_size=block_size,
         cost=cost,
         link=Link(offload_block=seconds, upload_block=seconds, latency=kind.copy_latency),
-        num_blocks=num_blocks,
+        num_blocks=min(num_blocks, MAX_BLOCKS),
         block_bytes=shape.kv_bytes(dtype_bytes) * block_size,
         device_block_bytes=device_block_bytes,
         weight_bytes=shape.parameters * dtype_bytes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .config import parse_size
+from .config import MAX_BLOCKS, parse_size
 from .types import InvalidRequest
 
 _MEMORY_SHARE = 4  # a default pool takes at most one part in this many of the memory that is free
@@ -20,7 +20,7 @@ def pool_blocks(
 
     None: as many as `max_num_seqs` jobs of `max_model_len` tokens can fill, within a quarter of the memory available,
     though at least one. Raises InvalidRequest when not even one block fits in the size given or in the memory
-    available, or when the size is more than the memory available.
+    available, or when the size is more than the memory available or than MAX_BLOCKS.
     """
     available = available_memory()
     if available is not None and block_bytes > available:
@@ -39,8 +39,8 @@ def pool_blocks(
                 "kv_cache_memory",
                 f"must fit in the memory available, {available // 2**20}M, got {kv_cache_memory!r}",
             )
-        return size // block_bytes
-    useful = max_num_seqs * -(-max_model_len // block_size)
+        return _checked_blocks("kv_cache_memory", size, block_bytes)
+    useful = min(max_num_seqs * -(-max_model_len // block_size), MAX_BLOCKS)
     if available is None:
         return useful
     return max(1, min(useful, available // _MEMORY_SHARE // block_bytes))
@@ -50,14 +50,14 @@ def host_blocks(swap_space: str | int | None, block_bytes: int, *, promised: int
     """Blocks of a host pool of `swap_space` bytes (or `512M`, `4G`), rounded down to whole blocks; 0 for no such pool.
 
     None: 4 GiB, within a quarter of the memory available. `promised` bytes of that memory are somebody else's, though
-    not yet touched: on a CPU, the device's pool. Raises InvalidRequest when the size is more than what is left, or
-    neither 0 nor enough for one block.
+    not yet touched: on a CPU, the device's pool. Raises InvalidRequest when the size is more than what is left or than
+    MAX_BLOCKS, or neither 0 nor enough for one block.
     """
     available = available_memory()
     left = None if available is None else max(0, available - promised)
     if swap_space is None:
         size = _SWAP_SPACE if left is None else min(_SWAP_SPACE, left // _MEMORY_SHARE)
-        return size // block_bytes
+        return min(size // block_bytes, MAX_BLOCKS)
     size = parse_size("swap_space", swap_space, zero=True)
     if 0 < size < block_bytes:
         raise InvalidRequest(
@@ -67,6 +67,16 @@ def host_blocks(swap_space: str | int | None, block_bytes: int, *, promised: int
         beside = f", beside the KV pool of {promised // 2**20}M" if promised else ""
         raise InvalidRequest(
             "swap_space", f"must fit in the memory available, {left // 2**20}M{beside}, got {swap_space!r}"
+        )
+    return _checked_blocks("swap_space", size, block_bytes)
+
+
+def _checked_blocks(option: str, size: int, block_bytes: int) -> int:
+    """Whole blocks in `size` bytes. Raises InvalidRequest where they are more than are kept track of."""
+    if size // block_bytes > MAX_BLOCKS:
+        raise InvalidRequest(
+            option,
+            f"must be at most {MAX_BLOCKS * block_bytes} bytes, {MAX_BLOCKS} KV blocks of {block_bytes}; got {size}",
         )
     return size // block_bytes
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import SchedulerConfig, check_integer, parse_size
+from ..config import MAX_BLOCKS, SchedulerConfig, check_integer, parse_size
 from ..cost import Cost, CostModel, Link
 from ..policies import POLICIES
 from ..presets import DEVICES, Deployment, deployment
@@ -34,6 +34,7 @@ _GPU_SWAP_SPACE = 64 * 2**30
 
 MAX_JOBS = 10**9
 _CONSTANT = "constant:"
+_CONSTANT_SECONDS = (1e-9, 1e9)  # less is lost in the rounding of a clock that has run for a while
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,8 @@ class Experiment:
             raise InvalidRequest(
                 "seed", "changes nothing in a trace that is replayed; give one, or draw from the trace with --arrivals"
             )
+        if self.swap_seconds is not None and not 0 <= self.swap_seconds < math.inf:
+            raise InvalidRequest("swap_seconds", f"must be a number of at least 0, got {self.swap_seconds!r}")
         if self.hardware is not None and self.model is None and self.cost is not None:
             raise InvalidRequest("model", "is needed with --hardware, to tell how much memory its weights leave")
 
@@ -100,9 +103,8 @@ class Experiment:
         longest = -(-given["max_model_len"] // self._block_size)
         blocks = self.kv_blocks
         if blocks is None:
-            blocks = (
-                self._deployment.num_blocks if self._deployment else max(longest, min(jobs * longest, _MOST_BLOCKS))
-            )
+            room = min(max(longest, min(jobs * longest, _MOST_BLOCKS)), MAX_BLOCKS)
+            blocks = self._deployment.num_blocks if self._deployment else room
         host_blocks = self._host_blocks()
         return Setting(
             workload=workload,
@@ -204,8 +206,10 @@ class Experiment:
             seconds = float(text)
         except ValueError:
             seconds = math.nan
-        if not 0 < seconds < math.inf:
-            raise InvalidRequest("cost", f"must be a file or constant:SECONDS, with seconds above 0; got {self.cost!r}")
+        low, high = _CONSTANT_SECONDS
+        if not low <= seconds <= high:
+            limits = f"with seconds between {low:g} and {high:g}"
+            raise InvalidRequest("cost", f"must be a file or constant:SECONDS, {limits}; got {self.cost!r}")
         return CostModel.constant(seconds)
 
     def _host_blocks(self) -> int:
@@ -218,14 +222,19 @@ class Experiment:
                 raise InvalidRequest("swap_space", "needs --model, to know how large a block is; or use --swap-blocks")
             return 0
         if self.swap_space is None:
-            return self._deployment.host_blocks(_SWAP_SPACE.get(self._deployment.device, _GPU_SWAP_SPACE))
-        none = self.swap_space.strip() == "0"
-        return 0 if none else self._deployment.host_blocks(parse_size("swap_space", self.swap_space))
+            size = _SWAP_SPACE.get(self._deployment.device, _GPU_SWAP_SPACE)
+            return min(self._deployment.host_blocks(size), MAX_BLOCKS)
+        size, block = parse_size("swap_space", self.swap_space, zero=True), self._deployment.device_block_bytes
+        if 0 < size < block:
+            least = f"one KV block of {block} bytes on each device"
+            raise InvalidRequest("swap_space", f"must be 0 or hold at least {least}, got {self.swap_space!r}")
+        if size > MAX_BLOCKS * block:
+            most = f"{MAX_BLOCKS * block} bytes, {MAX_BLOCKS} KV blocks of {block} on each device"
+            raise InvalidRequest("swap_space", f"must be at most {most}, got {self.swap_space!r}")
+        return self._deployment.host_blocks(size)
 
     def _link(self) -> Link:
         if self.swap_seconds is not None:
-            if not 0 <= self.swap_seconds < math.inf:
-                raise InvalidRequest("swap_seconds", f"must be a number of at least 0, got {self.swap_seconds!r}")
             return Link(offload_block=self.swap_seconds, upload_block=self.swap_seconds)
         if self._deployment is None:
             raise InvalidRequest("swap_seconds", "is needed to swap with --cost and no --model")

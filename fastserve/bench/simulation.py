@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..config import SchedulerConfig
+from ..config import MAX_BLOCKS, SchedulerConfig
 from ..cost import Cost, Link
 from ..engine import IterationRecord
 from ..simulator import simulate
@@ -210,11 +210,11 @@ def capacity(setting: Setting, seed: int, on_finished: Callable[[int], None] | N
         on_finish=on_finish,
     )
     starts, finishes = np.array(spans).T
-    until = starts.max()
+    until = float(starts.max())
     if until <= 0:
         return len(spans) / float(finishes.max())
     done = np.minimum(1.0, (until - starts) / (finishes - starts))
-    return float(done.sum() / until)
+    return float(done.sum()) / until
 
 
 def rate_for_lengths(workload: Workload) -> float | None:
@@ -225,16 +225,31 @@ def rate_for_lengths(workload: Workload) -> float | None:
 
 
 def _fitting(jobs: Iterable[SimJob], config: SchedulerConfig) -> Iterator[SimJob]:
-    """The same jobs. Raises InvalidRequest at one that can never finish in the context or in the KV blocks."""
+    """The same jobs. Raises InvalidRequest at one that the context or the KV blocks may turn out too small for."""
     held = config.num_blocks * config.block_size
     for number, job in enumerate(jobs, start=1):
         tokens = job.prompt_tokens + job.output_tokens
         if tokens > config.max_model_len:
             raise InvalidRequest("max_model_len", f"must be at least {tokens}, the length of job {number}")
+        # An output may become as long as its user allows, whatever length it turns out to have.
+        if job.max_tokens is not None:
+            tokens = min(job.prompt_tokens + job.max_tokens, config.max_model_len)
         if tokens - 1 > held:  # the last token's KV is never held
-            blocks = -(-(tokens - 1) // config.block_size)
-            raise InvalidRequest("kv_blocks", f"must be at least {blocks}, which job {number} of {tokens} tokens needs")
+            raise _too_large(number, job, tokens, config)
         yield job
+
+
+def _too_large(number: int, job: SimJob, tokens: int, config: SchedulerConfig) -> InvalidRequest:
+    """That job `number`, of up to `tokens`, may need more blocks than there are."""
+    blocks = -(-(tokens - 1) // config.block_size)
+    whose = f"job {number} of {tokens} tokens needs"
+    if job.max_tokens is not None:
+        limits = f"max_tokens {job.max_tokens}, in a context of {config.max_model_len}"
+        whose = f"job {number} may need: a prompt of {job.prompt_tokens} tokens and {limits}"
+    if blocks > MAX_BLOCKS:
+        least = f"{-(-(tokens - 1) // MAX_BLOCKS)}, with at most {MAX_BLOCKS} KV blocks"
+        return InvalidRequest("block_size", f"must be at least {least}, which {whose}")
+    return InvalidRequest("kv_blocks", f"must be at least {blocks}, which {whose}")
 
 
 class _Latencies:

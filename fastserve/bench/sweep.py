@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from ..types import InvalidRequest
+from ..workloads.synthetic import MAX_RATE, MIN_RATE
 from .simulation import CAPACITY_JOBS, Point, RunSummary, Setting, capacity, run
 
 Result = TypeVar("Result")
@@ -61,12 +63,24 @@ def sweep(
         capacities = dict(zip(seeds, pool.run(measured), strict=True)) if measured else {}
         grid = [Point(policy, rate, seed) for rate in rates for policy in policies for seed in seeds]
         grid += [
-            Point(policy, load * capacities[seed], seed, load)
+            Point(policy, _rate(load, capacities[seed]), seed, load)
             for load in loads
             for policy in policies
             for seed in seeds
         ]
         return SweepResult(pool.run([partial(run, setting, point, timeline=timeline) for point in grid]), capacities)
+
+
+def _rate(load: float, capacity: float) -> float:
+    """Jobs a second. Raises InvalidRequest, naming the load, where no workload takes that rate."""
+    rate = load * capacity
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise InvalidRequest(
+            "load",
+            f"{load:g} of the {capacity:g} jobs a second that were measured is a rate of {rate:g}, and a rate must be "
+            f"between {MIN_RATE:g} and {MAX_RATE:g}",
+        )
+    return rate
 
 
 def _available_cores() -> int:

@@ -116,7 +116,8 @@ _LIMITS = {"starvation_limit": " of seconds", "slowdown_limit": ""}
 
 SIMULATION = (
     "workload", "trace", "arrivals", "jobs", "rate", "load", "seeds", "warmup_jobs", "hardware", "tensor_parallel_size",
-    "pipeline_parallel_size", "kv_blocks", "swap_blocks", "swap_seconds", "workers", "plot", "timeline",
+    "pipeline_parallel_size", "kv_blocks", "swap_blocks", "swap_seconds", "repayment", "workers", "plot",
+    "timeline",
 )  # fmt: skip
 # What an InvalidRequest calls a field, where that is the name of an option.
 OPTION_NAMES = {

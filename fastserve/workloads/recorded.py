@@ -14,7 +14,7 @@ from ..types import InvalidRequest
 from .checks import check_real
 from .job import SimJob
 from .lengths import Empirical
-from .synthetic import MAX_RATE
+from .synthetic import MAX_RATE, MIN_RATE
 from .traces import TraceShape, read_trace, shape_of
 
 
@@ -51,7 +51,7 @@ class Recorded:
         jobs = islice(read_trace(self.path), count if self.limit is None else min(count, self.limit))
         if rate is None:
             return jobs
-        check_real("rate", "jobs a second", rate, 1e-9, MAX_RATE)
+        check_real("rate", "jobs a second", rate, MIN_RATE, MAX_RATE)
         own = self.shape.rate
         if own is None:
             raise InvalidRequest("rate", f"cannot be set: all jobs of {self.path} arrive at once")

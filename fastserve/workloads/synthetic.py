@@ -16,7 +16,7 @@ from .lengths import Lengths
 # Jobs are drawn this many at a time, always all of them, so that a longer workload begins with the shorter one.
 _CHUNK = 1024
 
-MAX_RATE = 1e9  # jobs a second
+MIN_RATE, MAX_RATE = 1e-9, 1e9  # jobs a second
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Synthetic:
 
         Raises InvalidRequest for a seed below 0, or a rate that is not a number above 0.
         """
-        check_real("rate", "jobs a second", rate, 1e-9, MAX_RATE)
+        check_real("rate", "jobs a second", rate, MIN_RATE, MAX_RATE)
         check_count("seed", "a seed", seed, 0, 2**64 - 1)
         return islice(self._endless(seed, rate), count)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import reprlib
 from collections.abc import Callable
 from datetime import datetime, timezone
 from decimal import Decimal
@@ -30,6 +31,9 @@ class Record(NamedTuple):
     more: dict[str, Any]  # SimJob's other fields
 
 
+_SHORT = reprlib.Repr()  # of whatever a line holds: an error is a line itself
+_SHORT.maxstring = 60
+
 Parser = Callable[[str], Record]  # raises BadLine
 
 # (time, prompt, output) columns of each CSV format, and how its time is written.
@@ -44,8 +48,8 @@ def parser_for(first: str) -> tuple[Parser | None, bool]:
     if not first.lstrip().startswith("{"):
         return _csv_parser(first), True
     try:
-        keys = set(json.loads(first))
-    except ValueError:
+        keys = set(_object(first))
+    except BadLine:
         keys = set()
     if {"timestamp", "input_length", "output_length"} <= keys:
         return _mooncake, False
@@ -55,7 +59,10 @@ def parser_for(first: str) -> tuple[Parser | None, bool]:
 
 
 def _csv_parser(header: str) -> Parser | None:
-    names = [name.strip() for name in next(csv.reader([header]))]
+    try:
+        names = [name.strip() for name in _cells(header)]
+    except BadLine:
+        return None
     for columns, clock in _COLUMNS:
         if set(columns) <= set(names):
             return _parser_of_columns(names, columns, clock)
@@ -66,7 +73,7 @@ def _parser_of_columns(names: list[str], columns: tuple[str, str, str], clock: C
     at, prompt_at, output_at = map(names.index, columns)
 
     def parse(line: str) -> Record:
-        cells = next(csv.reader([line]))
+        cells = _cells(line)
         if len(cells) != len(names):
             raise BadLine(f"has {len(cells)} columns, and the header has {len(names)}")
         prompt, output = _tokens(columns[1], cells[prompt_at]), _tokens(columns[2], cells[output_at])
@@ -96,11 +103,20 @@ def _own(line: str) -> Record:
     return Record(time, _whole(values, "prompt_tokens"), _whole(values, "output_tokens"), more)
 
 
+def _cells(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]))
+    except csv.Error as error:
+        raise BadLine(f"is not CSV: {error}") from None
+
+
 def _object(line: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
     except ValueError as error:
         raise BadLine(f"is not JSON: {error}") from None
+    except RecursionError:
+        raise BadLine("is nested too deeply") from None
     if not isinstance(values, dict):
         raise BadLine(f"must be a JSON object, got {line[:40]!r}")
     return values
@@ -117,7 +133,7 @@ def _whole(values: dict[str, Any], key: str) -> int:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise BadLine(f"{key} must be a whole number, got {value!r}")
+        raise BadLine(f"{key} must be a whole number, got {_SHORT.repr(value)}")
     return value
 
 
@@ -125,17 +141,17 @@ def _tokens(column: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise BadLine(f"{column} must be a whole number, got {text!r}") from None
+        raise BadLine(f"{column} must be a whole number, got {_SHORT.repr(text)}") from None
 
 
 def _seconds(value: Any) -> Decimal:
     """Of a number, or one written down."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last: an integer beyond any float
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):
-        raise BadLine(f"the time must be a number, got {value!r}")
+        raise BadLine(f"the time must be a number, got {_SHORT.repr(value)}")
     return Decimal(value) if isinstance(value, int) else Decimal(repr(number))
 
 
@@ -147,7 +163,7 @@ def _date(text: str) -> Decimal:
     try:
         moment = datetime.fromisoformat(clock + zone.replace("Z", "+00:00"))
     except ValueError:
-        raise BadLine(f"the time must be written 2023-11-16 18:15:46.6805900, got {text!r}") from None
+        raise BadLine(f"the time must be written 2023-11-16 18:15:46.6805900, got {_SHORT.repr(text)}") from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=timezone.utc)
     return int(moment.timestamp()) + Decimal(f"0.{digits or 0}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..types import InvalidRequest
+from .checks import LARGEST_LIMIT, LAST_ARRIVAL, LONGEST_JOB
 from .job import SimJob
 from .trace_formats import FORMATS, BadLine, Record, parser_for
 
@@ -20,8 +21,8 @@ def read_trace(path: str | os.PathLike[str]) -> Iterator[SimJob]:
     """The jobs of a trace file, one at a time, the first at 0 seconds.
 
     Jobs without output produced nothing (BurstGPT: they failed) and are left out. Raises InvalidRequest, naming file
-    and line, for a file that cannot be read, a format unknown, a line that is malformed, and a job that arrives before
-    the one above it.
+    and line, for a file that cannot be read, a format unknown, a line that is malformed or has a number that no engine
+    takes, and a job that arrives before the one above it.
     """
     name = os.fspath(path)
     try:
@@ -87,7 +88,7 @@ def _jobs(name: str, file: TextIO) -> Iterator[SimJob]:
     for number, line in filled if is_header else chain([first], filled):
         try:
             record = parse(line)
-            _check(record, last)
+            _check(record, origin, last)
         except BadLine as error:
             raise InvalidRequest("trace", f"{name}, line {number}: {error}") from None
         last = record.time
@@ -96,10 +97,20 @@ def _jobs(name: str, file: TextIO) -> Iterator[SimJob]:
             yield SimJob(float(last - origin), record.prompt_tokens, record.output_tokens, **record.more)
 
 
-def _check(record: Record, last: Decimal | None) -> None:
+def _check(record: Record, origin: Decimal | None, last: Decimal | None) -> None:
     if last is not None and record.time < last:
         raise BadLine("arrives before the job above it; sort the file by time")
+    if origin is not None and record.time - origin > LAST_ARRIVAL:
+        raise BadLine(f"arrives more than {LAST_ARRIVAL} seconds after the first job")
     if record.prompt_tokens < 1:
         raise BadLine(f"a prompt must have at least 1 token, got {record.prompt_tokens}")
     if record.output_tokens < 0:
         raise BadLine(f"an output cannot have {record.output_tokens} tokens")
+    tokens = record.prompt_tokens + record.output_tokens
+    if tokens > LONGEST_JOB:
+        raise BadLine(f"prompt and output must have at most {LONGEST_JOB} tokens together, got {tokens}")
+    max_tokens, priority = record.more.get("max_tokens", 1), record.more.get("priority", 0)
+    if max_tokens > LARGEST_LIMIT:
+        raise BadLine(f"max_tokens must be at most {LARGEST_LIMIT}, got {max_tokens}")
+    if abs(priority) > LARGEST_LIMIT:
+        raise BadLine(f"priority must be between {-LARGEST_LIMIT} and {LARGEST_LIMIT}, got {priority}")

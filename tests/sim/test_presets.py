@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastserve.config import SchedulerConfig
 from fastserve.presets import DEVICES, MODELS, deployment
 from fastserve.roofline import Roofline
 from fastserve.types import InvalidRequest
@@ -150,6 +151,12 @@ def test_kv_cache_gets_what_the_weights_leave() -> None:
     assert (on_one.block_bytes, on_one.device_block_bytes) == (16 * 800 * 1024,) * 2
     assert on_one.host_blocks(2**30) == 81
     assert deployment("opt-13b", "a100-40g", block_size=32).num_blocks == 494
+
+
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_no_preset_holds_more_blocks_than_are_kept_track_of(block_size: int) -> None:
+    tiny = deployment("smollm2-135m", "a100-80g", 3, 30, block_size)  # 256 bytes a token
+    assert tiny.num_blocks == SchedulerConfig(num_blocks=tiny.num_blocks).num_blocks == 2**24
 
 
 def test_every_device_holds_and_moves_its_part_of_a_block() -> None:

@@ -6,47 +6,25 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
+from simulate_shell import Shell, policies, trace_of
 
 from fastserve.bench.experiment import DEFAULT_POLICIES
 from fastserve.bench.simulation import RunSummary, TimelineJob
 from fastserve.bench.simulation_tables import estimate_text, gantt, levels_of, number, print_runs
 from fastserve.bench.stats import Estimate
-from fastserve.cli import main
+from fastserve.cost import CostModel
 from fastserve.policies import POLICIES
 from fastserve.presets import DEVICES, MODELS
-from fastserve.workloads import SimJob, write_trace
 from fastserve.workloads.specs import ARRIVALS, WORKLOADS
 
 # Prompts of four tokens, which one iteration prefills: (arrival, output tokens).
 THREE_JOBS = [(0.0, 3), (0.5, 3), (1.0, 1)]
-
-
-class Shell:
-    """Runs `fastserve simulate` in this process; an exit code other than the expected one fails the test."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def __call__(self, *words: str, code: int = 0) -> str:
-        assert main(["simulate", *words]) == code, self._capsys.readouterr().err
-        printed = self._capsys.readouterr()
-        self.errors = printed.err
-        return printed.out
-
-    def json(self, *words: str) -> dict[str, Any]:
-        result: dict[str, Any] = json.loads(self(*words, "--json"))
-        return result
-
-    def runs(self, *words: str) -> list[dict[str, Any]]:
-        runs: list[dict[str, Any]] = self.json(*words, "--workers", "1")["runs"]
-        return runs
 
 
 @pytest.fixture
@@ -55,18 +33,9 @@ def shell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     return Shell(capsys)
 
 
-def trace_of(path: Path, jobs: Sequence[tuple[float, int]], prompt_tokens: int = 4) -> str:
-    write_trace(path, [SimJob(arrival, prompt_tokens, output) for arrival, output in jobs])
-    return str(path)
-
-
 @pytest.fixture
 def three_jobs(tmp_path: Path) -> str:
     return trace_of(tmp_path / "three.jsonl", THREE_JOBS)
-
-
-def policies(*names: str) -> list[str]:
-    return [word for name in names for word in ("--policy", name)]
 
 
 # --- schedules worked out by hand, every iteration as long as the next -----------------------------------------------
@@ -204,8 +173,6 @@ def test_presets_measured_profiles_and_limits(shell: Shell, tmp_path: Path) -> N
     (fast,) = shell.runs(*short, "--hardware", "h100", "--model", "opt-13b")
     assert fast["mean_jct"] < small["mean_jct"] < large["mean_jct"]
     profile = tmp_path / "profile.json"
-    from fastserve.cost import CostModel
-
     CostModel(per_iteration=0.5).save(profile)
     (measured,) = shell.runs(*short, "--cost", str(profile))
     assert measured["mean_tpot"] == pytest.approx(0.5)
@@ -342,10 +309,16 @@ def test_help_teaches(shell: Shell) -> None:
         ("--tensor-parallel-size 3", "--tensor-parallel-size: must divide"),
         ("--tensor-parallel-size 2 --cost constant:1", "--tensor-parallel-size: needs --model"),
         ("--pipeline-parallel-size 0", "--pipeline-parallel-size: must be at least 1"),
-        ("--cost constant:0", "--cost: must be a file or constant:SECONDS, with seconds above 0; got 'constant:0'"),
+        ("--cost constant:0", "--cost: must be a file or constant:SECONDS, .* 1e-09 and 1e.09; got 'constant:0'"),
+        ("--cost constant:1e-320", "--cost: must be a file or constant:SECONDS, with seconds between 1e-09 and 1e.09"),
+        ("--cost constant:1e300", "--cost: must be a file or constant:SECONDS, with seconds between 1e-09 and 1e.09"),
+        ("--cost constant:1e9 --jobs 2", r"--load: 0.9 of the \S+e-1\d jobs a second .* must be between 1e-09 and 1e"),
         ("--cost constant:x", "--cost: must be a file or constant:SECONDS"),
         ("--cost /no/such.json", "--cost: cannot read /no/such.json"),
         ("--kv-blocks 0", "--kv-blocks: must be at least 1"),
+        ("--kv-blocks 2000000000", "--kv-blocks: must be at most 16777216, got 2000000000"),
+        ("--swap-blocks 16777217 --swap-seconds 1", "--swap-blocks: must be at most 16777216, got 16777217"),
+        ("--swap-space 999T", "--swap-space: must be at most 219902325555200 bytes, 16777216 KV blocks of 13107200"),
         (
             "--kv-blocks 2 --workload constant:100,50",
             "--kv-blocks: must be at least 10, which job 1 of 150 tokens needs",
@@ -363,6 +336,12 @@ def test_help_teaches(shell: Shell) -> None:
         ("--swap-space 1G --swap-blocks 5", "--swap-blocks: cannot be given with --swap-space"),
         ("--swap-blocks 5 --cost constant:1", "--swap-seconds: is needed to swap with --cost and no --model"),
         ("--swap-blocks 5 --swap-seconds -1", "--swap-seconds: must be a number of at least 0"),
+        ("--swap-seconds nan --cost constant:1", "--swap-seconds: must be a number of at least 0, got nan"),
+        ("--swap-seconds inf", "--swap-seconds: must be a number of at least 0, got inf"),
+        ("--swap-space 1K", "--swap-space: must be 0 or hold at least one KV block of 13107200 bytes on each device"),
+        ("--swap-space -1G", "--swap-space: must be a size such as 512M"),
+        ("--repayment -1", "--repayment: must be a number from 0 on, got -1.0"),
+        ("--repayment nan", "--repayment: must be a number from 0 on, got nan"),
         ("--workers 0", "--workers: must be an integer of at least 1"),
         ("--timeline --jobs 65", "--timeline: shows at most 64 jobs"),
         ("--plot picture.txt", "--plot: must end in .png, .svg, .pdf; got picture.txt"),

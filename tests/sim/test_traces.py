@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.types import InvalidRequest
+from fastserve.config import SchedulerConfig
+from fastserve.types import InvalidRequest, SamplingParams
 from fastserve.workloads import Recorded, SimJob, read_trace, write_trace
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -137,12 +138,49 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, given
             OWN + '{"arrival": 9, "prompt_tokens": 1, "output_tokens": 9, "max_tokens": 8}\n',
             "max_tokens is 8, less than",
         ),
+        (
+            OWN + '{"arrival": 9, "prompt_tokens": 1, "output_tokens": 9, "max_tokens": 20000000000}\n',
+            "line 4: max_tokens must be at most 2147483647, got 20000000000$",
+        ),
+        (
+            OWN + '{"arrival": 9, "prompt_tokens": 1, "output_tokens": 9, "priority": -2147483648}\n',
+            "line 4: priority must be between -2147483647 and 2147483647, got -2147483648$",
+        ),
+        (
+            OWN + '{"arrival": 9, "prompt_tokens": 1073741824, "output_tokens": 1}\n',
+            "line 4: prompt and output must have at most 1073741824 tokens together, got 1073741825$",
+        ),
+        (AZURE + f"2023-11-17 00:00:02.0,1,{10**30}\n", "line 5: prompt and output must have at most 1073741824"),
+        (
+            OWN + '{"arrival": 1000000000.5, "prompt_tokens": 1, "output_tokens": 1}\n',
+            "line 4: arrives more than 1000000000 seconds after the first job$",
+        ),
+        ('{"arrival":' + "[" * 100_000, "line 1: a format unknown"),
+        (OWN + '{"arrival":' + "[" * 100_000, "line 4: is nested too deeply$"),
+        (MOONCAKE + '{"timestamp":' + "[" * 500 + "]" * 500 + "}", r"the time must be a number, got \[{6,8}\.\.\."),
+        (OWN + '{"arrival": 1' + "0" * 400 + ', "prompt_tokens": 1, "output_tokens": 1}', "line 4: the time must be a"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens," + "x" * 200_000, "line 1: a format unknown"),
+        (AZURE + "x" * 200_000 + ",1,1\n", r"line 5: is not CSV: field larger than field limit \(131072\)$"),
+        (AZURE + "2023-11-17 00:00:02.0," + "x" * 100_000 + ",1\n", r"line 5: ContextTokens must .* got 'x+\.\.\.x+'$"),
     ],
 )
 def test_a_bad_line_is_named(write: Write, text: str, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message) as caught:
         list(read_trace(write(text)))
     assert caught.value.field == "trace" and "trace.dat" in str(caught.value)
+
+
+def test_what_a_trace_may_hold_an_engine_takes(write: Write) -> None:
+    limit = 2**31 - 1
+    line = f'{{"arrival": 1e9, "prompt_tokens": {2**30 - 1}, "output_tokens": 1, "max_tokens": {limit}}}\n'
+    (*_, job) = read_trace(write(OWN + line))
+    assert job == SimJob(1e9, 2**30 - 1, 1, max_tokens=limit)
+    assert SchedulerConfig(max_model_len=2**30).max_model_len == job.prompt_tokens + job.output_tokens
+    assert SamplingParams(max_tokens=limit).max_tokens == job.max_tokens
+    with pytest.raises(InvalidRequest):
+        SchedulerConfig(max_model_len=2**30 + 1)
+    with pytest.raises(InvalidRequest):
+        SamplingParams(max_tokens=limit + 1)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -102,6 +102,15 @@ def test_scheduling_options_are_checked(options: dict[str, Any], message: str) -
         SchedulerConfig(**options)
 
 
+@pytest.mark.parametrize("config", [SchedulerConfig, RuntimeConfig])
+@pytest.mark.parametrize("option", ["num_blocks", "num_host_blocks"])
+def test_a_typo_does_not_take_the_machines_memory(config: Any, option: str) -> None:
+    assert getattr(config(**{option: 2**24}), option) == 2**24
+    for blocks in (2**24 + 1, 2**31 - 1):
+        with pytest.raises(InvalidRequest, match=f"^{option}: must be at most 16777216, got {blocks}"):
+            config(**{option: blocks})
+
+
 def test_a_starvation_limit_is_a_float_or_none() -> None:
     assert type(SchedulerConfig(starvation_limit=np.float32(2)).starvation_limit) is float
     assert SchedulerConfig(starvation_limit=None).starvation_limit is None

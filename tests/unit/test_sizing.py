@@ -68,6 +68,17 @@ def test_a_swap_space_that_cannot_be_is_refused_by_name(monkeypatch: pytest.Monk
     assert host_blocks("1T", 2**30) == 1024
 
 
+def test_no_size_makes_more_blocks_than_are_kept_track_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "available_memory", lambda: 2**40)
+    many = {"block_size": 1, "max_num_seqs": 2**16, "max_model_len": 2**20}
+    assert pool_blocks(None, 100, **many) == pool_blocks(2**24 * 100 + 99, 100, **many) == 2**24
+    assert host_blocks(None, 100) == host_blocks(2**24 * 100 + 99, 100) == 2**24
+    with pytest.raises(InvalidRequest, match="kv_cache_memory: must be at most 1677721600 bytes, 16777216 KV blocks"):
+        pool_blocks("1.6G", 100, **many)
+    with pytest.raises(InvalidRequest, match="swap_space: must be at most 1677721600 bytes, 16777216 KV blocks of 100"):
+        host_blocks("1.6G", 100)
+
+
 def test_a_throttle_is_a_size_of_at_least_a_mebibyte_a_second() -> None:
     assert [link_bandwidth(rate) for rate in (None, "1M", 2**20, "1.5G")] == [None, 2**20, 2**20, 3 * 2**29]
     for rate in (0, "0", 2**20 - 1, "1023K", "fast", 2.0**30):
