@@ -28,7 +28,8 @@ from .types import DEVICE, HOST, OFFLOAD, UPLOAD, Job
 # Until the link has been measured: what moving one block takes, in decodes.
 _GUESS: Final = 1 / 16
 
-# Blocks that each job of a batch should find free when it grows, before another job is let in.
+# Blocks that each job with KV on the device should find free when it grows, before another job is let in: whoever is
+# not served may be unable to leave.
 _HEADROOM: Final = 1
 
 # Iterations for which those that decode should find blocks, however important the job that wants to start.
@@ -102,7 +103,7 @@ class Residency:
                 if not self.closed:
                     self._unpromised -= blocks
                 return not self.closed
-            owing = len(self.holders) + self._starting
+            owing = len(self.holders) - len(self._gone) + self._starting
             owed = max(_HEADROOM * (owing + 1) if owing else 0, self._growth)
             if blocks + owed <= self._room:
                 self._room -= blocks
@@ -200,7 +201,8 @@ class Residency:
         want = min(chain(self.wants, self._returns(None, now)), key=attrgetter("rank"), default=None)
         if want is None:
             return
-        needed = want.blocks if want.job.slot is not None else self._to_start(want.job)
+        starts = want.job.slot is None
+        needed = self._to_start(want.job) + _HEADROOM * (len(self.holders) + 1) if starts else want.blocks
         for job in sorted(self.holders, key=self._policy.rank, reverse=True):
             if self.blocks.free_blocks >= needed:
                 break
