@@ -83,7 +83,9 @@ class SchedulerConfig:
     admission: str = "paged"  # a job starts when its prompt fits; "reserve": when prompt and longest output do (Orca)
     num_host_blocks: int = 0  # KV blocks in host memory, for swapping
     swap_mode: str = "proactive"  # when memory runs out: move KV ahead of need, "reactive": on need, or "recompute" it
-    repayment: float = 16.0  # a job keeps its KV until served this many times what bringing it back costs; paper: 0
+    # A job keeps its KV until served this many times what bringing it back costs. 0, as in the paper: jobs that take
+    # turns may do nothing but bring it back, for as long as they do.
+    repayment: float = 16.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, str):

@@ -32,7 +32,9 @@ def mean_jct(jobs: list[SimJob], policy: str, swap_mode: str) -> float:
         swap_mode=swap_mode,
     )
     done: list[Job] = []
-    simulate(jobs, config, CostModel.constant(0.1), link=Link(offload_block=0.05, upload_block=0.05), on_finish=done.append)
+    simulate(
+        jobs, config, CostModel.constant(0.1), link=Link(offload_block=0.05, upload_block=0.05), on_finish=done.append
+    )
     return mean(job.metrics.jct for job in done if job.metrics.jct is not None)
 
 

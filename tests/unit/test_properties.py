@@ -80,7 +80,7 @@ def setups(draw: st.DrawFn) -> Setup:
         admission=draw(st.sampled_from(ADMISSIONS)),
         num_host_blocks=draw(st.sampled_from([0, 3, 12, 200])),
         swap_mode=draw(st.sampled_from(SWAP_MODES)),
-        repayment=draw(st.sampled_from([0.0, 1.0, 16.0])),
+        repayment=draw(st.sampled_from([1.0, 4.0, 16.0])),
     )
     return Setup(config, draw(st.sampled_from(COSTS)), draw(st.sampled_from(LINKS)), trace)
 
