@@ -103,8 +103,7 @@ class Residency:
                 if not self.closed:
                     self._unpromised -= blocks
                 return not self.closed
-            owing = len(self.holders) - len(self._gone) + self._starting
-            owed = max(_HEADROOM * (owing + 1) if owing else 0, self._growth)
+            owed = max(self._headroom(self._starting), self._growth)
             if blocks + owed <= self._room:
                 self._room -= blocks
                 self._starting += 1
@@ -202,8 +201,8 @@ class Residency:
         if want is None:
             return
         starts = want.job.slot is None
-        needed = self._to_start(want.job) + _HEADROOM * (len(self.holders) + 1) if starts else want.blocks
         for job in sorted(self.holders, key=self._policy.rank, reverse=True):
+            needed = self._to_start(want.job) + self._headroom() if starts else want.blocks
             if self.blocks.free_blocks >= needed:
                 break
             if job is not want.job and self.blocks.held(job.index) > self.blocks.missing(job.index):
@@ -228,6 +227,11 @@ class Residency:
         if self._looked < _PATIENCE:
             return False
         return bool(self.wants) or (self._proactive and self.blocks.free_blocks < self._reserve.blocks(2**31))
+
+    def _headroom(self, starting: int = 0) -> int:
+        """Blocks that must be left when a job starts: for those with KV on the device, `starting` more, and itself."""
+        others = len(self.holders) - len(self._gone) + starting
+        return _HEADROOM * (others + 1) if others else 0
 
     def _backlog(self, direction: int) -> float:
         return self.link.seconds(direction, self._under_way[direction])

@@ -110,7 +110,7 @@ def test_a_replay_is_the_run(policy: str, in_flight: int, timeout: float | None,
 @pytest.mark.parametrize("in_flight", [1, 2])
 def test_a_replay_moves_the_same_blocks(mode: str, in_flight: int) -> None:
     copies = 0
-    for seed in range(4):
+    for seed in range(6):
         recording, config = record(
             seed,
             policy="skip-join-mlfq",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -159,12 +160,19 @@ def test_priorities_of_asynchronous_requests(world: ToyWorld) -> None:
     async def main() -> list[RequestOutput]:
         async with world.async_llm(policy="fcfs", max_num_seqs=1) as llm:
             long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
-            first = llm.generate([1], long, priority=5)
-            await anext(first)
             conversation = [{"role": "user", "content": "a"}]
-            rest = [llm.generate([2], long, priority=1), llm.chat(conversation, SHORT, priority=-1)]
+            streams = [
+                llm.generate([1], long, priority=5),
+                llm.generate([2], long, priority=1),
+                llm.chat(conversation, SHORT, priority=-1),
+            ]
             with pytest.raises(InvalidRequest, match="priority"):
                 llm.generate([3], SHORT, priority=None)  # type: ignore[arg-type]
-            return await asyncio.gather(*map(last, (first, *rest)))
+            everybody_came = threading.Event()
+            llm._send(lambda: everybody_came.wait() and None)  # the engine's thread looks at no request before
+            answers = asyncio.gather(*map(last, streams))
+            await asyncio.sleep(0)
+            everybody_came.set()
+            return await answers
 
-    assert order(asyncio.run(main()))[0] == 2
+    assert order(asyncio.run(main())) == [2, 1, 0]
