@@ -15,15 +15,15 @@ from .lab import Data, Lab
 NAME = "slowdown"
 TITLE = "The slowdown bound: mean against tail"
 
-WORKLOAD, LOAD = "zipf:1.5", 0.9
-LIMITS: Final = ("2", "4", "8", "16", "32", "64", "none")
+WORKLOAD, LOAD = "sharegpt", 0.98
+LIMITS: Final = ("1", "2", "4", "8", "16", "none")
 BOUNDED = ("skip-join-mlfq", "gittins")
 MARKS = ("fcfs", "srpt")
 SEEDS = 3
 
 
 def case(limit: str, scale: Scale) -> Case:
-    jobs, warmup = scale.pick((10_000, 1_000), (600, 100))
+    jobs, warmup = scale.pick((8_000, 1_000), (600, 100))
     return Case(
         workload=WORKLOAD,
         jobs=jobs,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -338,6 +340,15 @@ def test_an_error_in_a_callback_leaves_nothing_behind(world: ToyWorld) -> None:
     assert output.outputs[0].token_ids == expected(ids("abc"), GREEDY, 5)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Interrupts arrive even where the shell had them ignored, as it does for what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_the_engine_waits_costs_it_nothing(world: ToyWorld) -> None:
     with world.llm(policy="fcfs") as llm:
         world.runtimes[-1].interrupt_at = 4
