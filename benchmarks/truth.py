@@ -4,8 +4,9 @@
 
 Bursts of short questions and long stories go through a real model (LLM.replay) under fcfs and skip-join-mlfq. The same
 jobs, with the output lengths of the real run, go through the simulator with the cost model that the machine was
-measured to have just before (LLM.profile). Rounds are interleaved: profile and fcfs, profile and skip-join-mlfq, and
-again. Mean and P95 JCT are compared by their medians over the rounds; the goal is 10 %. Where the cost model errs is
+measured to have (LLM.profile): the mean of a profile just before the run and one just after, since a shared machine
+changes its speed meanwhile. Rounds are interleaved: profile, fcfs, profile, skip-join-mlfq, profile, and again. Mean
+and P95 JCT are compared by their medians over the rounds; the goal is 10 %. Where the cost model errs is
 told by the shape of iterations, and by a third simulation, whose cost model is fitted to the iterations of the real
 run itself: it tells the simulator's error from that of the profile, and from what other programs did to the machine
 meanwhile.
@@ -54,6 +55,7 @@ LIMITS: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 256}
 CONTEXT = 1024
 TIGHT = "14M"  # of KV for the run that is recorded: some 40 blocks, and its jobs would hold a few times that
 TOLERANCE = 0.10
+_PARTS = ("per_iteration", "per_row", "per_token", "per_read", "per_pair")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,10 @@ def run_real(model: str, policy: str, cost: CostModel, entries: Sequence[Entry],
     }
 
 
+def _mean_cost(one: CostModel, other: CostModel) -> CostModel:
+    return replace(one, **{part: (getattr(one, part) + getattr(other, part)) / 2 for part in _PARTS})
+
+
 def _own_cost(iterations: Sequence[WatchedIteration]) -> CostModel:
     """The cost model that this very run had: fitted to its iterations, and scaled to take as long as they did."""
     samples = [
@@ -124,8 +130,7 @@ def _own_cost(iterations: Sequence[WatchedIteration]) -> CostModel:
     ]
     fitted = CostModel.fit(samples)
     ratio = modelled_ratio(iterations, fitted) or 1.0
-    parts = ("per_iteration", "per_row", "per_token", "per_read", "per_pair")
-    return replace(fitted, **{part: getattr(fitted, part) / ratio for part in parts})
+    return replace(fitted, **{part: getattr(fitted, part) / ratio for part in _PARTS})
 
 
 def run_simulated(
@@ -153,15 +158,19 @@ def compare(
     model: str, jobs: int, seed: int, runs: int, threads: int, cpu_clock: bool, console: Console
 ) -> dict[str, Any]:
     """All rounds."""
-    entries: list[Entry] = []
+    options: dict[str, Any] = {"max_model_len": CONTEXT, "kv_cache_memory": "1G", "swap_space": 0}
+    options |= {"threads": threads, **LIMITS}
+    with LLM(model, policy=POLICIES[0], **options) as llm:
+        after = measured(llm, cpu_clock)
+        entries = trace(llm, jobs, seed, after)
     rounds: dict[str, list[dict[str, Any]]] = {policy: [] for policy in POLICIES}
     for number in range(runs):
-        options: dict[str, Any] = {"max_model_len": CONTEXT, "kv_cache_memory": "1G", "swap_space": 0}
         for policy in POLICIES:
-            with LLM(model, policy=policy, threads=threads, **options, **LIMITS) as llm:
-                cost = measured(llm, cpu_clock)
-                entries = entries or trace(llm, jobs, seed, cost)
-            real = run_real(model, policy, cost, entries, threads)
+            before = after
+            real = run_real(model, policy, before, entries, threads)
+            with LLM(model, policy=policy, **options) as llm:
+                after = measured(llm, cpu_clock)
+            cost = _mean_cost(before, after)
             config, lengths, own = real.pop("config"), real.pop("lengths"), real.pop("own_cost")
             simulated = run_simulated(config, cost, entries, lengths)
             fitted = run_simulated(config, own, entries, lengths)

@@ -3,7 +3,7 @@ serve."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 from statistics import median
@@ -29,6 +29,9 @@ _FULL_REPEATS: Final = 3
 _BATCH_ROWS: Final = 16
 _BATCH_CONTEXT: Final = 128
 _BATCH_CHUNK: Final = 32
+# In full mode: (jobs that decode, prompts beside them, tokens of each prompt). Few iterations that compute a prompt
+# compute nothing else.
+_MIXED: Final = ((2, 1, 32), (6, 1, 32), (3, 2, 32), (4, 4, 32), (2, 1, 64), (6, 1, 64), (4, 4, 64), (6, 1, 192))
 _LINK_SECONDS: Final = 0.2
 _COPY_BLOCKS: Final = 8  # of the larger copies
 _COPY_REPEATS: Final = 4  # the first finds no pages behind the host's blocks
@@ -59,6 +62,8 @@ def measure(
     bench.warm_up()
     for slots in (1, 2, 4, 8, 16, 32, 64) if full else (1, 8):
         bench.batch(slots, decodes, context=_BATCH_CONTEXT if full and slots <= _BATCH_ROWS else 0)
+    for decoding, prompts, tokens in _MIXED if full else ():
+        bench.mixed(decoding, prompts, tokens)
     for chunk in (64, 256, 512) if full else (32,):
         bench.one_job(chunk, decodes, grow=not full)
     bench.close()
@@ -143,7 +148,7 @@ class _Bench:
     def warm_up(self) -> None:
         """First iterations pay for page faults and lazy set-up, so they are not samples."""
         self._open(1)
-        self._run(1)
+        self._run([1])
         self.samples.clear()
         self._spent = 0.0
 
@@ -155,25 +160,31 @@ class _Bench:
         slots = min(slots, self._config.max_num_seqs)
         self._open(slots)
         for _ in range(decodes):
-            self._run(1)
+            self._run([1] * slots)
         chunk = min(_BATCH_CHUNK, self._config.max_num_batched_tokens // slots)
         while self._computed[0] < context:
-            if not self._run(chunk):
+            if not self._run([chunk] * slots):
                 return
         for _ in range(decodes if context else 0):
-            self._run(1)
+            self._run([1] * slots)
+
+    def mixed(self, decoding: int, prompts: int, tokens: int) -> None:
+        """Prompts beside decodes, in one iteration, where that is allowed."""
+        if decoding + prompts <= self._config.max_num_seqs:
+            self._open(decoding + prompts)
+            self._run([1] * decoding + [tokens] * prompts)
 
     def one_job(self, chunk: int, decodes: int, *, grow: bool) -> None:
         """One job's prefill in chunks (doubling, if they grow) to the longest context, then a few decodes there."""
         self._open(1)
         chunk = min(chunk, self._config.max_num_batched_tokens)
         for _ in range(_CHUNKS):
-            if not self._run(chunk):
+            if not self._run([chunk]):
                 break
             if grow:
                 chunk = min(2 * chunk, self._config.max_num_batched_tokens)
         for _ in range(decodes):
-            self._run(1)
+            self._run([1])
 
     def close(self) -> None:
         """Close every slot with a plan that has no rows."""
@@ -185,25 +196,26 @@ class _Bench:
         self._closed += range(sum(1 for computed in self._computed if computed))
         self._tables, self._computed, self._used_blocks = [0] * slots, [0] * slots, 0
 
-    def _run(self, tokens: int) -> bool:
-        """One iteration of `tokens` more tokens of every open job; False, and nothing run, where that is too much."""
+    def _run(self, tokens: Sequence[int]) -> bool:
+        """One iteration of so many more tokens of each open job; False, and nothing run, where that is too much."""
         config, jobs = self._config, len(self._computed)
-        rows = [(start, tokens) for start in self._computed]
-        ends = [start + tokens for start in self._computed]
+        slots = [slot for slot in range(jobs) if tokens[slot]]
+        rows = [(self._computed[slot], tokens[slot]) for slot in slots]
+        ends = [start + count for start, count in zip(self._computed, tokens, strict=True)]
         tables = [-(-end // config.block_size) for end in ends]
         added = [(slot, i) for slot in range(jobs) for i in range(self._tables[slot], tables[slot])]
         if (
-            ends[0] > config.max_model_len
-            or jobs * tokens > config.max_num_batched_tokens
+            max(ends) > config.max_model_len
+            or sum(tokens) > config.max_num_batched_tokens
             or self._used_blocks + len(added) > config.num_blocks
             or (self.samples and self._spent + self._repeats * self._expected(rows) > self._budget)
         ):
             return False
-        new = [slot for slot in range(jobs) if not self._computed[slot]]
+        new = [slot for slot in slots if not self._computed[slot]]
         plan = BatchPlan(
             plan_id=0,  # numbered as it is submitted
-            rows=np.array([(slot, start, count, 1) for slot, (start, count) in enumerate(rows)], np.int32),
-            tokens=np.fromiter(islice(cycle(range(self._vocab_size)), jobs * tokens), np.int32),
+            rows=np.array([(slot, *row, 1) for slot, row in zip(slots, rows, strict=True)], np.int32),
+            tokens=np.fromiter(islice(cycle(range(self._vocab_size)), sum(tokens)), np.int32),
             opened=np.array([(slot, 1, 0, 0, -1, 0, 0, 0) for slot in new], np.int32).reshape(-1, 8),
             opened_params=np.array([_DEFAULTS for _ in new], np.float32).reshape(-1, 6),
             opened_seeds=np.zeros(len(new), np.uint64),

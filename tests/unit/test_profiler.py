@@ -130,6 +130,28 @@ def test_full_mode_measures_batches_with_a_context() -> None:
     assert found.iteration_seconds([(128, 1)] * 8) == pytest.approx(truth, rel=0.1)
 
 
+def test_full_mode_measures_prompts_beside_decodes() -> None:
+    """As most iterations with a prompt are; a machine that is slower at these gets a model that is."""
+    seen: list[list[tuple[int, int]]] = []
+
+    class Mixing(ToyExecutor):
+        def poll(self, timeout: float | None) -> StepResult | None:
+            result = super().poll(timeout)
+            counts = self.plans[result.plan_id].rows[:, 2] if result is not None else np.zeros(0)
+            if result is not None and len(counts) and counts.min() < counts.max():
+                result.seconds *= 2
+            return result
+
+    config = SchedulerConfig(num_blocks=512)
+    found = measure(
+        Mixing(config, TRUE), config, vocab_size=VOCAB, full=True, on_sample=lambda rows, seconds: seen.append(rows)
+    )
+    mixed = [sorted(tokens for _, tokens in rows) for rows in seen if len({tokens for _, tokens in rows}) > 1]
+    assert [1, 1, 1, 1, 1, 1, 64] in mixed and [1, 1, 1, 1, 32, 32, 32, 32] in mixed
+    rows = [(100, 1)] * 6 + [(0, 40)]
+    assert found.iteration_seconds(rows) > 1.03 * TRUE.iteration_seconds(rows)
+
+
 def test_slots_are_given_back() -> None:
     config = SchedulerConfig()
     executor = ToyExecutor(config, TRUE)
