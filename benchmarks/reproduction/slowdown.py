@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from fastserve.bench.plot_style import COLOURS
 from fastserve.bench.simulation_tables import number
 from fastserve.bench.stats import estimate
 
@@ -62,7 +63,7 @@ def draw(data: Data, folder: Path) -> None:
         axes = figure.subplots()
         for policy in BOUNDED:
             xs, ys = ([_mean(data, measure, limit, policy, scale) for limit in _limits(scale)] for measure in _AXES)
-            axes.plot(xs, ys, color=figures.COLOURS[policy], marker="o", markersize=4.5, label=policy)
+            axes.plot(xs, ys, color=COLOURS[policy], marker="o", markersize=4.5, label=policy)
             below = policy == BOUNDED[0]
             for label, x, y in _labels(_limits(scale), xs, ys):
                 axes.annotate(
@@ -71,11 +72,11 @@ def draw(data: Data, folder: Path) -> None:
                     textcoords="offset points",
                     xytext=(5, -11 if below else 5),
                     fontsize=8,
-                    color=figures.COLOURS[policy],
+                    color=COLOURS[policy],
                 )
         for policy, marker in zip(MARKS, "s*", strict=True):
             x, y = (_mean(data, measure, "none", policy, scale) for measure in _AXES)
-            axes.plot([x], [y], marker, color=figures.COLOURS[policy], markersize=9, label=policy)
+            axes.plot([x], [y], marker, color=COLOURS[policy], markersize=9, label=policy)
         axes.set_xscale("log")
         axes.set_yscale("log")
         figures.logarithmic(axes.xaxis)
