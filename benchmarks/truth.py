@@ -19,7 +19,6 @@ Exits with 1 when a plan does not; a difference of JCTs is only told, since othe
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -27,12 +26,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import numpy as np
-from cpu_clock import CpuTimed, use_cpu_clock
+from command import parse
+from cpu_clock import CpuTimed
 from rich.console import Console
 
 from fastserve import LLM, CostModel, SamplingParams
@@ -282,21 +281,8 @@ def _print(result: dict[str, Any], console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; returns the exit code."""
-    parser = argparse.ArgumentParser(description="The simulator against a real run, and a recorded run replayed.")
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--runs", type=int, default=3, help="rounds (default: 3); 0: only record and replay")
-    parser.add_argument("--jobs", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0, help="of the trace (default: 0)")
-    parser.add_argument("--threads", type=int, default=0, help="0: one a core")
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    parser.add_argument(
-        "--cpu-clock", action="store_true", help="count processor seconds: for a busy machine; 1 thread"
-    )
-    options = parser.parse_args(arguments)
-    if options.cpu_clock:
-        options.threads = 1
-        use_cpu_clock()
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    description = "The simulator against a real run, and a recorded run replayed."
+    options, console = parse(description, "rounds; 0: only record and replay", arguments, jobs=200)
     result: dict[str, Any] = {"benchmark": "truth", "model": options.model, "seed": options.seed, **LIMITS}
     result["clock"] = "cpu" if options.cpu_clock else "wall"
     if options.runs > 0:
