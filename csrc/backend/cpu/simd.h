@@ -40,6 +40,17 @@ inline F32 scale2(F32 x, F32 n) {
   const __m512i exponent = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
   return {_mm512_mul_ps(x.v, _mm512_castsi512_ps(exponent))};
 }
+// Lanes where a >= b, which a NaN never is, as bits; and x where it is so, 0 elsewhere.
+inline uint32_t at_least(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
+inline F32 where_at_least(F32 a, F32 b, F32 x) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), x.v)};
+}
+// Stores the lanes of `mask`, in order and without gaps, and returns how many. Writes a whole vector: the compressing
+// store would write less, but is microcode on some machines.
+inline int64_t compress(float* p, F32 x, uint32_t mask) {
+  store(p, {_mm512_maskz_compress_ps(static_cast<__mmask16>(mask), x.v)});
+  return __builtin_popcount(mask);
+}
 // Splits 2 · kWidth bfloat16 values into those at even and at odd places.
 inline void load_pairs(const Bf16* p, F32& even, F32& odd) {
   const __m512i both = _mm512_loadu_si512(p);
@@ -73,6 +84,10 @@ inline F32 scale2(F32 x, F32 n) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
   return {_mm256_mul_ps(x.v, _mm256_castsi256_ps(exponent))};
 }
+inline uint32_t at_least(F32 a, F32 b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)));
+}
+inline F32 where_at_least(F32 a, F32 b, F32 x) { return {_mm256_and_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ), x.v)}; }
 inline void load_pairs(const Bf16* p, F32& even, F32& odd) {
   const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   even.v = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
@@ -116,6 +131,13 @@ inline F32 scale2(F32 x, F32 n) {
   const Ints exponent = (__builtin_convertvector(n.v, Ints) + 127) << 23;
   return {x.v * reinterpret_cast<Floats>(exponent)};
 }
+inline uint32_t at_least(F32 a, F32 b) {
+  const Words bits = reinterpret_cast<Words>(a.v >= b.v) & Words{1, 2, 4, 8};
+  return bits[0] | bits[1] | bits[2] | bits[3];
+}
+inline F32 where_at_least(F32 a, F32 b, F32 x) {
+  return {reinterpret_cast<Floats>(reinterpret_cast<Words>(a.v >= b.v) & reinterpret_cast<Words>(x.v))};
+}
 inline void load_pairs(const Bf16* p, F32& even, F32& odd) {
   Words both;
   __builtin_memcpy(&both, p, sizeof both);
@@ -123,6 +145,16 @@ inline void load_pairs(const Bf16* p, F32& even, F32& odd) {
   odd.v = reinterpret_cast<Floats>(both & 0xffff0000u);
 }
 
+#endif
+
+#if !defined(__AVX512F__)
+inline int64_t compress(float* p, F32 x, uint32_t mask) {
+  alignas(64) float lane[kWidth];
+  store(lane, x);
+  int64_t count = 0;
+  for (; mask != 0; mask &= mask - 1) p[count++] = lane[__builtin_ctz(mask)];
+  return count;
+}
 #endif
 
 // Sum and maximum of the lanes, in a fixed order.
