@@ -48,7 +48,8 @@ void check_choice(const LogitRow& row) {
 Weighting choose(LogitRow& row, const SamplingParams& params) {
   check_choice(row);
   const double maximum = static_cast<double>(row.maximum()), temperature = static_cast<double>(params.temperature);
-  constexpr double kMaxScale = std::numeric_limits<float>::max();  // an infinite one would make the maximum's weight NaN
+  constexpr double kMaxScale =
+      std::numeric_limits<float>::max();  // an infinite one would make the maximum's weight NaN
   // Below e^-60 a token cannot be drawn with 53 random bits.
   const double lowest = params.min_p > 0 ? std::max(-60.0, std::log(static_cast<double>(params.min_p))) : -60.0;
   Weighting weighting{.maximum = row.maximum(),
@@ -79,9 +80,8 @@ class LogProbabilities {
     const int64_t count = std::min<int64_t>(wanted, row.size());
     if (count == 0) return {};
     auto tokens = row.at_least(row.kth(count, kMasked));
-    std::partial_sort(tokens.begin(), tokens.begin() + count, tokens.end(), [&](int32_t a, int32_t b) {
-      return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
-    });
+    std::partial_sort(tokens.begin(), tokens.begin() + count, tokens.end(),
+                      [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
     std::vector<std::pair<int32_t, float>> result;
     for (int64_t i = 0; i < count; ++i) result.emplace_back(tokens[i], of(logits[tokens[i]]));
     return result;

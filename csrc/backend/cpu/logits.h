@@ -15,8 +15,9 @@ inline F32 load_rest(const float* x, int64_t count) {
   return load(lane);
 }
 
+// No logit exceeds the maximum, and those that e^x underflows for are cut.
 inline F32 weight(F32 x, F32 maximum, F32 scale, F32 cut) {
-  return where_at_least(x, cut, exp(mul(sub(x, maximum), scale)));
+  return where_at_least(x, cut, exp_inside(max(mul(sub(x, maximum), scale), set1(-87.0f))));
 }
 
 inline float maximum_logit(const float* x, int64_t n) {

@@ -36,10 +36,7 @@ inline F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F32 round(F32 x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline F32 abs(F32 x) { return {_mm512_abs_ps(x.v)}; }
 // x · 2^n for integral n in [-126, 127].
-inline F32 scale2(F32 x, F32 n) {
-  const __m512i exponent = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
-  return {_mm512_mul_ps(x.v, _mm512_castsi512_ps(exponent))};
-}
+inline F32 scale2(F32 x, F32 n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 // Lanes where a >= b, which a NaN never is, as bits; and x where it is so, 0 elsewhere.
 inline uint32_t at_least(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 inline F32 where_at_least(F32 a, F32 b, F32 x) {
@@ -174,10 +171,9 @@ inline float reduce_max(F32 x) {
   return best;
 }
 
-// e^x with a relative error below 2 ulp on [-87, 88]; arguments outside are clamped. Cody-Waite reduction and a
-// degree-6 Taylor-like polynomial (coefficients of Cephes' expf).
-inline F32 exp(F32 x) {
-  x = max(min(x, set1(88.0f)), set1(-87.0f));
+// e^x with a relative error below 2 ulp on [-87, 88], and anything elsewhere. Cody-Waite reduction and a degree-6
+// Taylor-like polynomial (coefficients of Cephes' expf).
+inline F32 exp_inside(F32 x) {
   const F32 n = round(mul(x, set1(1.44269504f)));
   F32 r = fma(n, set1(-0.693359375f), x);
   r = fma(n, set1(2.12194440e-4f), r);
@@ -190,6 +186,9 @@ inline F32 exp(F32 x) {
   p = fma(p, mul(r, r), add(r, set1(1.0f)));
   return scale2(p, n);
 }
+
+// The same; arguments outside are clamped.
+inline F32 exp(F32 x) { return exp_inside(max(min(x, set1(88.0f)), set1(-87.0f))); }
 
 inline float exp(float x) {
   alignas(64) float lane[kWidth];
