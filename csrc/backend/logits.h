@@ -6,7 +6,7 @@
 namespace fastserve {
 
 // A pass takes at most this many logits, so that sums of that many weights, which are float32, stay accurate.
-constexpr int64_t kLogitBlock = 256;
+constexpr int64_t kLogitBlock = 512;
 // Floats that collect() may write beyond those it keeps.
 constexpr int64_t kLogitSlack = 16;
 

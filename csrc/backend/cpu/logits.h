@@ -15,10 +15,19 @@ inline F32 load_rest(const float* x, int64_t count) {
   return load(lane);
 }
 
-// No logit exceeds the maximum, and those that e^x underflows for are cut.
-inline F32 weight(F32 x, F32 maximum, F32 scale, F32 cut) {
-  return where_at_least(x, cut, exp_inside(max(mul(sub(x, maximum), scale), set1(-87.0f))));
-}
+struct Weigher {
+  explicit Weigher(const Weighting& w) : maximum(set1(w.maximum)), scale(set1(w.scale)), cut(set1(w.cut)) {
+    for (F32* x : {&terms.log2e, &terms.ln2_high, &terms.ln2_low, &terms.one, &lowest}) *x = pinned(*x);
+    for (F32& x : terms.p) x = pinned(x);
+  }
+  // No logit exceeds the maximum, and those that e^x underflows for are cut.
+  F32 operator()(F32 x) const {
+    return where_at_least(x, cut, exp_inside(max(mul(sub(x, maximum), scale), lowest), terms));
+  }
+
+  F32 maximum, scale, cut, lowest = set1(-87.0f);
+  ExpTerms terms;
+};
 
 inline float maximum_logit(const float* x, int64_t n) {
   constexpr uint32_t kAll = (uint64_t{1} << kWidth) - 1;
@@ -41,26 +50,26 @@ inline float maximum_logit(const float* x, int64_t n) {
 }
 
 inline float sum_weights(const float* x, int64_t n, const Weighting& w) {
-  const F32 maximum = set1(w.maximum), scale = set1(w.scale), cut = set1(w.cut);
+  const Weigher weight(w);
   F32 total[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
   int64_t i = 0;
   for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-    for (int j = 0; j < 4; ++j) total[j] = add(total[j], weight(load(x + i + j * kWidth), maximum, scale, cut));
+    for (int j = 0; j < 4; ++j) total[j] = add(total[j], weight(load(x + i + j * kWidth)));
   }
   for (; i < n; i += kWidth) {
     const F32 a = i + kWidth <= n ? load(x + i) : load_rest(x + i, n - i);
-    total[0] = add(total[0], weight(a, maximum, scale, cut));
+    total[0] = add(total[0], weight(a));
   }
   return reduce_add(add(add(total[0], total[1]), add(total[2], total[3])));
 }
 
 inline void weigh_logits(const float* x, int64_t n, const Weighting& w, float* weights) {
-  const F32 maximum = set1(w.maximum), scale = set1(w.scale), cut = set1(w.cut);
+  const Weigher weight(w);
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(weights + i, weight(load(x + i), maximum, scale, cut));
+  for (; i + kWidth <= n; i += kWidth) store(weights + i, weight(load(x + i)));
   if (i == n) return;
   alignas(64) float lane[kWidth];
-  store(lane, weight(load_rest(x + i, n - i), maximum, scale, cut));
+  store(lane, weight(load_rest(x + i, n - i)));
   for (int64_t j = 0; i + j < n; ++j) weights[i + j] = lane[j];
 }
 
