@@ -128,6 +128,15 @@ def test_top_p_keeps_the_first_of_equals(size: int) -> None:
         np.testing.assert_allclose(actual, (np.arange(size) < kept) / kept, atol=PRECISION)
 
 
+def test_top_p_just_below_one_may_never_be_reached() -> None:
+    """Rounding may leave the sum of all weights short of the target: then all stay."""
+    for seed in range(40):
+        logits = np.maximum(make_logits(seed, 3000 + 37 * seed, 1.0), 0.0)  # half of them equal, and the smallest
+        params = make_params(temperature=0.9, top_p=float(np.nextafter(np.float32(1), np.float32(0))))
+        expected = Reference(logits, 0.9, 0, 0.0).probabilities(1.0)
+        np.testing.assert_allclose(_C.distribution(logits, params), expected, rtol=0, atol=PRECISION)
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=cases["seed"], size=cases["size"], spread=cases["spread"], step=cases["step"], count=st.integers(0, 400))
 def test_logprobs(seed: int, size: int, spread: float, step: float, count: int) -> None:
