@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "backend/logits.h"
 #include "common/dtype.h"
 
 namespace fastserve {
@@ -126,6 +127,8 @@ class Backend {
   virtual void attention(const AttentionArgs& args) = 0;
   // x[t, i] = act(x[t, i]) for i < width; gated: act(x[t, i]) * x[t, round_up(width, kPad) + i].
   virtual void activate(Activation kind, bool gated, float* x, int64_t tokens, int64_t width, int64_t ld) = 0;
+  // What a row of logits is sampled by, on whichever thread has it.
+  virtual const LogitKernels& logit_kernels() const = 0;
   // Runs body(i, thread) for i in [0, count) on the device's host threads.
   virtual void parallel_for(int64_t count, void (*body)(void*, int64_t, int), void* context) = 0;
 };

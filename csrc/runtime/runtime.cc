@@ -186,8 +186,8 @@ void Runtime::sample_rows(const BatchPlan& plan, float* logits, StepResult& resu
     const auto& [row, slot, row_logits] = work[i];
     const int64_t output_index = int64_t{row->start} + row->tokens - slot->prompt_length;
     try {
-      result.sampled[i] =
-          sample({row_logits, static_cast<size_t>(spec_.vocab_size)}, slot->params, slot->counts, output_index);
+      result.sampled[i] = sample(backend_->logit_kernels(), {row_logits, static_cast<size_t>(spec_.vocab_size)},
+                                 slot->params, slot->counts, output_index);
     } catch (const std::exception& error) {
       result.sampled[i] = {.token = -1, .logprob = std::nanf(""), .top = {}, .error = error.what()};
     }

@@ -177,6 +177,8 @@ class CpuBackend final : public Backend {
     });
   }
 
+  const LogitKernels& logit_kernels() const override { return kernels_.logits; }
+
   void parallel_for(int64_t count, void (*body)(void*, int64_t, int), void* context) override {
     pool_.run(count, [&](int64_t i, int thread) { body(context, i, thread); });
   }

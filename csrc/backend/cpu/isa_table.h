@@ -4,6 +4,7 @@
 #include "backend/cpu/activation.h"
 #include "backend/cpu/attention.h"
 #include "backend/cpu/gemm.h"
+#include "backend/cpu/logits.h"
 #include "backend/cpu/norm.h"
 #include "backend/cpu/rope.h"
 
@@ -24,6 +25,7 @@ constexpr KernelTable make_table(const char* name) {
       .attention_f32 = attention<float>,
       .attention_bf16 = attention<Bf16>,
       .activate = activate,
+      .logits = {maximum_logit, sum_weights, weigh_logits, collect_logits},
   };
 }
 

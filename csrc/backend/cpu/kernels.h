@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/logits.h"
 
 namespace fastserve::cpu {
 
@@ -70,6 +71,7 @@ struct KernelTable {
   void (*attention_f32)(const AttentionTile&);
   void (*attention_bf16)(const AttentionTile&);
   void (*activate)(Activation kind, float* x, const float* gate_product, int64_t width);
+  LogitKernels logits;
 };
 
 // Every instruction set this build has and this machine can run, best first.
