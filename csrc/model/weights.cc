@@ -15,9 +15,11 @@ Weights::Weights(const ModelSpec& spec, DType dtype, const WeightFormats& format
     return found == formats.end() ? format_of(dtype) : found->second;
   };
   const auto matrix = [&](int64_t n, int64_t k, const std::vector<std::string>& parts) {
-    const bool agree = std::all_of(parts.begin(), parts.end(),
-                                   [&](const std::string& part) { return format(part) == format(parts.front()); });
-    return backend.make_matrix(n, k, agree ? format(parts.front()) : format_of(dtype));
+    for (const std::string& part : parts) {
+      FS_CHECK(format(part) == format(parts.front()), "'", part, "' and '", parts.front(),
+               "' are one matrix and need one weight format");
+    }
+    return backend.make_matrix(n, k, format(parts.front()));
   };
 
   token_embedding = matrix(spec.vocab_size, hidden, {"token_embedding.weight"});

@@ -48,6 +48,8 @@ inline F32 to_f32(Sum sum) { return {_mm256_cvtepi32_ps(sum.v)}; }
 inline F32 load_half(const uint8_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+inline float group_max(F32 x) { return reduce_max(x); }
+inline float group_sum(F32 x) { return reduce_add(x); }
 inline void store_quants(Quant* p, F32 x) {
   const __m256i wide = _mm256_cvtps_epi32(x.v);
   const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));

@@ -50,6 +50,8 @@ inline F32 to_f32(Sum sum) { return {_mm512_cvtepi32_ps(sum.v)}; }
 inline F32 load_half(const uint8_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+inline float group_max(F32 x) { return _mm512_reduce_max_ps(x.v); }
+inline float group_sum(F32 x) { return _mm512_reduce_add_ps(x.v); }
 inline void store_quants(Quant* p, F32 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
 }

@@ -51,6 +51,8 @@ inline F32 load_half(const uint8_t* p) {
   }
   return load(lane);
 }
+inline float group_max(F32 x) { return reduce_max(x); }
+inline float group_sum(F32 x) { return reduce_add(x); }
 inline void store_quants(Quant* p, F32 x) { store(p, x); }
 
 }  // namespace fastserve::cpu::FS_ISA

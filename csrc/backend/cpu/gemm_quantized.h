@@ -157,8 +157,11 @@ inline void quantized_panels(const QuantizedGemm& g) {
       panel += 2;
       continue;
     }
-    for (int64_t row = 0; row < g.m; row += kQuantizedRows) {
-      quantized_rows<Format, 1, kQuantizedRows>(g, row, g.m - row < kQuantizedRows ? g.m - row : kQuantizedRows, panel);
+    // Tiles of about as many rows each: those of few are slower than their share.
+    const int64_t tiles = (g.m + kQuantizedRows - 1) / kQuantizedRows;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t row = tile * g.m / tiles, end = (tile + 1) * g.m / tiles;
+      quantized_rows<Format, 1, kQuantizedRows>(g, row, end - row, panel);
     }
     ++panel;
   }
@@ -177,27 +180,27 @@ inline void gemm_quantized(const QuantizedGemm& g) {
   }
 }
 
-// One group, `Count` float32 inputs, to values and how to use them.
+// One group, `Count` float32 inputs, to values and how to use them. `poison` becomes NaN where an input is not finite.
 template <int Count>
-inline void quantize_group(const float* x, Quant* values, GroupInput& input, WeightFormat format) {
-  F32 largest = set1(0.0f), poison = set1(0.0f);
+inline void quantize_group(const float* x, Quant* values, GroupInput& input, WeightFormat format, F32& poison) {
+  F32 largest = set1(0.0f);
   for (int i = 0; i < Count; i += kWidth) {
     const F32 v = load(x + i);
     largest = max(largest, abs(v));
-    poison = fma(v, set1(0.0f), poison);  // NaN as soon as an input is infinite or NaN
+    poison = fma(v, set1(0.0f), poison);
   }
-  const float maximum = reduce_max(largest);
+  const float maximum = group_max(largest);
   // Below the threshold 127 / maximum may be infinite, and the group is nothing to any sum.
   const bool vanishes = !(maximum >= 0x1p-100f);
-  const float scale = vanishes ? 0.0f : maximum / 127.0f, inverse = vanishes ? 0.0f : 127.0f / maximum;
+  const float inverse = vanishes ? 0.0f : 127.0f / maximum;
   F32 total = set1(0.0f);
   for (int i = 0; i < Count; i += kWidth) {
     const F32 value = round(mul(load(x + i), set1(inverse)));
     total = add(total, value);
     store_quants(values + i, value);
   }
-  const float sum = reduce_add(total);
-  input.scale = scale + reduce_add(poison);
+  const float sum = group_sum(total);
+  input.scale = vanishes ? 0.0f : maximum / 127.0f;
   if (format == WeightFormat::kQ4_1) {
     input.start = __builtin_bit_cast(int32_t, sum* input.scale);
   } else {
@@ -212,13 +215,19 @@ template <int Count>
 inline void quantize_groups(const QuantizedLayout& layout, const float* x, void* output) {
   auto* values = static_cast<Quant*>(output);
   auto* inputs = reinterpret_cast<GroupInput*>(static_cast<char*>(output) + layout.operand_head(sizeof(Quant)));
-  const int64_t whole = layout.k / Count;
-  for (int64_t g = 0; g < whole; ++g)
-    quantize_group<Count>(x + g * Count, values + g * Count, inputs[g], layout.format);
-  if (whole == layout.groups()) return;
-  float last[Count] = {};
-  for (int64_t i = whole * Count; i < layout.k; ++i) last[i - whole * Count] = x[i];
-  quantize_group<Count>(last, values + whole * Count, inputs[whole], layout.format);
+  const WeightFormat format = layout.format;
+  const int64_t groups = layout.groups(), whole = layout.k / Count;
+  F32 poison = set1(0.0f);
+  for (int64_t g = 0; g < whole; ++g) {
+    quantize_group<Count>(x + g * Count, values + g * Count, inputs[g], format, poison);
+  }
+  if (whole < groups) {
+    float last[Count] = {};
+    for (int64_t i = whole * Count; i < layout.k; ++i) last[i - whole * Count] = x[i];
+    quantize_group<Count>(last, values + whole * Count, inputs[whole], format, poison);
+  }
+  if (reduce_add(poison) == 0.0f) return;
+  for (int64_t g = 0; g < groups; ++g) inputs[g].scale = __builtin_nanf("");  // the row shows that it is not finite
 }
 
 inline void quantize_input(const QuantizedLayout& layout, const float* x, void* output) {
