@@ -92,7 +92,7 @@ class Calibration:
 
 
 def device_name(device: str, arithmetic: str, instruction_set: str, threads: int) -> str:
-    """What a profile was measured on, in words: processor, instruction set, types of computation and weights, and threads."""
+    """What a profile was measured on, in words: processor, instruction set, arithmetic and threads."""
     return f"{device} {_processor()} {instruction_set} {arithmetic} {threads} threads"
 
 

@@ -133,10 +133,12 @@ def _perplexity(logits: np.ndarray, tokens: list[int]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantization", ["auto", "int8"])
-def test_smollm2_is_as_good_as_its_weights(quantization: str, text: list[int], plain: np.ndarray) -> None:
+@pytest.mark.parametrize(("quantization", "agreement", "distance"), [("auto", 0.94, 0.05), ("int8", 0.9, 0.08)])
+def test_smollm2_is_as_good_as_its_weights(
+    quantization: str, agreement: float, distance: float, text: list[int], plain: np.ndarray
+) -> None:
     """Perplexity of a few thousand tokens within one percent, and nearly always the same most likely token."""
     got = whole(open_model("smollm2"), text, dtype="bfloat16", quantization=quantization)
     assert _perplexity(got, text) == pytest.approx(_perplexity(plain, text), rel=0.01)
-    assert (got.argmax(1) == plain.argmax(1)).mean() > 0.93
-    assert np.sqrt(np.mean((got - plain) ** 2)) < 0.05 * plain.std()
+    assert (got.argmax(1) == plain.argmax(1)).mean() > agreement
+    assert np.sqrt(np.mean((got - plain) ** 2)) < distance * plain.std()

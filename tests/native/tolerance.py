@@ -19,7 +19,7 @@ import torch
 
 # Activations beside quantized weights: a level is 1/127 of a group's largest value, which is at most √group times its
 # root mean square; a rounding error is spread evenly over one level. As a share of that mean square:
-QUANTIZED = {"blocks": 32 / 12 / 127**2, "int8": 64 / 12 / 127**2}
+ACTIVATIONS = 32 / 12 / 127**2
 # Weights in int8 have levels of 1/127 of their row's largest, taken to be 4.5 standard deviations at most.
 INT8_WEIGHTS = 4.5**2 / 12 / 127**2
 UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
@@ -48,6 +48,7 @@ def logits_tolerance(
     for dtype in dtypes:
         unit = UNIT.get(dtype, UNIT["bfloat16"])
         variance = 2 / 3 * unit**2 + longest_sum / 3 * UNIT["float32"] ** 2
-        variance += QUANTIZED.get(dtype, 0.0) + (INT8_WEIGHTS if dtype == "int8" else 0.0)
+        if dtype in ("blocks", "int8"):
+            variance += ACTIVATIONS + INT8_WEIGHTS * (dtype == "int8")
         bounds[dtype] = 2 * largest * per_noise * np.sqrt(variance)
     return bounds

@@ -1,4 +1,4 @@
-// Integer dot products in float32: sums of 64 products of bytes stay below 2^24, so every one of them is exact.
+// Integer dot products in float32: sums of 32 products of bytes stay below 2^24, so every one of them is exact.
 #pragma once
 
 #include "backend/cpu/simd.h"

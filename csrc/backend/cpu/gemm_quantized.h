@@ -33,7 +33,6 @@ struct ByteFormat {
   static Loaded load_weights(const uint8_t* p) { return {{load_bytes(p)}}; }
 };
 struct ChannelFormat : ByteFormat {
-  static constexpr int kLoads = kChannelInputs / 4;
   static constexpr bool kChannel = true;
 };
 struct NibbleFormat {
@@ -56,7 +55,6 @@ struct NibbleMinimumFormat : NibbleFormat {
 template <class Format, int Rows, int Panels>
 inline void quantized_tile(const QuantizedGemm& g, int64_t row, int64_t panel) {
   constexpr int kVectors = Panels * kVectorsPerPanel;
-  constexpr int kGroup = Format::kLoads * Format::kParts * 4;
   const QuantizedLayout& layout = *g.layout;
   const int64_t panel_bytes = layout.panel_bytes(), operand_bytes = layout.operand_bytes(sizeof(Quant));
   const int64_t operand_head = layout.operand_head(sizeof(Quant)), groups = layout.groups();
@@ -68,7 +66,7 @@ inline void quantized_tile(const QuantizedGemm& g, int64_t row, int64_t panel) {
     for (int v = 0; v < kVectors; ++v) acc[r][v] = set1(0.0f);
   }
   for (int64_t group = 0; group < groups; ++group) {
-    const auto* a = reinterpret_cast<const Quant*>(operand) + group * kGroup;
+    const auto* a = reinterpret_cast<const Quant*>(operand) + group * kBlockInputs;
     const auto* inputs = reinterpret_cast<const GroupInput*>(operand + operand_head) + group;
     const auto input = [&](int r) {
       return *reinterpret_cast<const GroupInput*>(reinterpret_cast<const char*>(inputs) + r * operand_bytes);
@@ -92,10 +90,10 @@ inline void quantized_tile(const QuantizedGemm& g, int64_t row, int64_t panel) {
         }
       }
     };
-    if (!Format::kChannel || (group + 1) * kGroup <= layout.k) {
+    if (!Format::kChannel || (group + 1) * kBlockInputs <= layout.k) {
       for (int i = 0; i < Format::kLoads; ++i) add_load(i);
     } else {
-      for (int i = 0; i < (layout.k - group * kGroup + 3) / 4; ++i) add_load(i);
+      for (int i = 0; i < (layout.k - group * kBlockInputs + 3) / 4; ++i) add_load(i);
     }
     if constexpr (Format::kChannel) {
       for (int r = 0; r < Rows; ++r) {
@@ -180,11 +178,10 @@ inline void gemm_quantized(const QuantizedGemm& g) {
   }
 }
 
-// One group, `Count` float32 inputs, to values and how to use them. `poison` becomes NaN where an input is not finite.
-template <int Count>
+// One group to values and how to use them. `poison` becomes NaN where an input is not finite.
 inline void quantize_group(const float* x, Quant* values, GroupInput& input, WeightFormat format, F32& poison) {
   F32 largest = set1(0.0f);
-  for (int i = 0; i < Count; i += kWidth) {
+  for (int i = 0; i < kBlockInputs; i += kWidth) {
     const F32 v = load(x + i);
     largest = max(largest, abs(v));
     poison = fma(v, set1(0.0f), poison);
@@ -194,7 +191,7 @@ inline void quantize_group(const float* x, Quant* values, GroupInput& input, Wei
   const bool vanishes = !(maximum >= 0x1p-100f);
   const float inverse = vanishes ? 0.0f : 127.0f / maximum;
   F32 total = set1(0.0f);
-  for (int i = 0; i < Count; i += kWidth) {
+  for (int i = 0; i < kBlockInputs; i += kWidth) {
     const F32 value = round(mul(load(x + i), set1(inverse)));
     total = add(total, value);
     store_quants(values + i, value);
@@ -211,31 +208,22 @@ inline void quantize_group(const float* x, Quant* values, GroupInput& input, Wei
   }
 }
 
-template <int Count>
-inline void quantize_groups(const QuantizedLayout& layout, const float* x, void* output) {
+inline void quantize_input(const QuantizedLayout& layout, const float* x, void* output) {
   auto* values = static_cast<Quant*>(output);
   auto* inputs = reinterpret_cast<GroupInput*>(static_cast<char*>(output) + layout.operand_head(sizeof(Quant)));
   const WeightFormat format = layout.format;
-  const int64_t groups = layout.groups(), whole = layout.k / Count;
+  const int64_t groups = layout.groups(), whole = layout.k / kBlockInputs;
   F32 poison = set1(0.0f);
   for (int64_t g = 0; g < whole; ++g) {
-    quantize_group<Count>(x + g * Count, values + g * Count, inputs[g], format, poison);
+    quantize_group(x + g * kBlockInputs, values + g * kBlockInputs, inputs[g], format, poison);
   }
   if (whole < groups) {
-    float last[Count] = {};
-    for (int64_t i = whole * Count; i < layout.k; ++i) last[i - whole * Count] = x[i];
-    quantize_group<Count>(last, values + whole * Count, inputs[whole], format, poison);
+    float last[kBlockInputs] = {};
+    for (int64_t i = whole * kBlockInputs; i < layout.k; ++i) last[i - whole * kBlockInputs] = x[i];
+    quantize_group(last, values + whole * kBlockInputs, inputs[whole], format, poison);
   }
   if (reduce_add(poison) == 0.0f) return;
   for (int64_t g = 0; g < groups; ++g) inputs[g].scale = __builtin_nanf("");  // the row shows that it is not finite
-}
-
-inline void quantize_input(const QuantizedLayout& layout, const float* x, void* output) {
-  if (layout.format == WeightFormat::kInt8) {
-    quantize_groups<kChannelInputs>(layout, x, output);
-  } else {
-    quantize_groups<kBlockInputs>(layout, x, output);
-  }
 }
 
 }  // namespace fastserve::cpu::FS_ISA
