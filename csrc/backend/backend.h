@@ -20,7 +20,7 @@ constexpr int64_t kSegment = 256;
 enum class Activation { kSilu, kGelu, kGeluTanh, kRelu };
 
 // Element types a model file may hold. Quantized rows are made of blocks of 32 elements as GGUF stores them.
-enum class SourceType { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_1 };
+enum class SourceType { kF32, kF16, kBF16, kQ8_0, kQ8_1, kQ4_0, kQ4_1 };
 
 // A weight matrix [n outputs, k inputs] in the backend's own layout.
 class Matrix {
@@ -113,8 +113,9 @@ class Backend {
   virtual const char* name() const = 0;  // the instruction set or device
   virtual int threads() const = 0;
 
-  virtual std::unique_ptr<Matrix> make_matrix(int64_t n, int64_t k, DType dtype) = 0;
-  // Converts source rows [rows, k] to the matrix's type and places them at rows [first_row, first_row + rows).
+  virtual std::unique_ptr<Matrix> make_matrix(int64_t n, int64_t k, WeightFormat format) = 0;
+  // Converts source rows [rows, k] to the matrix's format and places them at rows [first_row, first_row + rows). Throws
+  // for a matrix of GGUF's groups and rows of another type.
   virtual void load_rows(Matrix& matrix, int64_t first_row, int64_t rows, SourceType type, const void* source) = 0;
   virtual void set_kv_pool(const KvLayout& layout, void* base) = 0;
 

@@ -26,7 +26,7 @@ Runtime::Runtime(const ModelSpec& spec, const RuntimeOptions& options)
     : spec_(validated(spec)),
       options_(options),
       backend_(make_cpu_backend(options.threads)),
-      weights_(spec_, options.dtype, *backend_),
+      weights_(spec_, options.dtype, options.formats, *backend_),
       pool_(kv_layout(spec_, options.dtype, options.block_size), options.num_blocks, options.num_host_blocks),
       copies_(pool_, options.swap_bandwidth),
       transformer_(spec_, weights_, *backend_, options.max_tokens) {

@@ -36,6 +36,21 @@ class PackedMatrix final : public Matrix {
   Buffer data;
 };
 
+class QuantizedMatrix final : public Matrix {
+ public:
+  QuantizedMatrix(int64_t outputs, int64_t inputs, WeightFormat format, int64_t panel)
+      : layout{format, outputs, inputs, panel}, data(layout.panels() * layout.panel_bytes()) {
+    n = outputs;
+    k = inputs;
+  }
+  int64_t bytes() const override { return static_cast<int64_t>(data.bytes()); }
+
+  uint8_t* panel(int64_t index) const { return data.as<uint8_t>() + index * layout.panel_bytes(); }
+
+  cpu::QuantizedLayout layout;
+  Buffer data;
+};
+
 class CpuBackend final : public Backend {
  public:
   explicit CpuBackend(int threads) : kernels_(cpu::select_kernels()), pool_(threads), scratch_(pool_.size()) {}
@@ -43,21 +58,38 @@ class CpuBackend final : public Backend {
   const char* name() const override { return kernels_.name; }
   int threads() const override { return pool_.size(); }
 
-  std::unique_ptr<Matrix> make_matrix(int64_t n, int64_t k, DType dtype) override {
+  std::unique_ptr<Matrix> make_matrix(int64_t n, int64_t k, WeightFormat format) override {
+    if (is_quantized(format)) {
+      cpu::check_quantized(format, k);
+      return std::make_unique<QuantizedMatrix>(n, k, format, kernels_.panel);
+    }
+    const DType dtype = format == WeightFormat::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
     return std::make_unique<PackedMatrix>(n, k, dtype, kernels_.panel);
   }
 
   void load_rows(Matrix& target, int64_t first_row, int64_t rows, SourceType type, const void* source) override {
-    auto& matrix = static_cast<PackedMatrix&>(target);
-    const int64_t panel = matrix.layout.panel, k = matrix.k, row_bytes = source_bytes(type, k);
+    const int64_t row_bytes = source_bytes(type, target.k), panel = kernels_.panel;
+    const auto* bytes = static_cast<const char*>(source);
     const int64_t first_panel = first_row / panel, last_panel = ceil_div(first_row + rows, panel);
+    auto* quantized = dynamic_cast<QuantizedMatrix*>(&target);
+    if (quantized != nullptr) cpu::check_quantized_source(quantized->layout.format, type);
     pool_.run(last_panel - first_panel, [&](int64_t task, int thread) {
       const int64_t index = first_panel + task;
-      const int64_t from = std::max(first_row, index * panel);
-      const int64_t to = std::min(first_row + rows, (index + 1) * panel);
-      float* unpacked = scratch(thread, (to - from) * k);
-      dequantize(type, static_cast<const char*>(source) + (from - first_row) * row_bytes, (to - from) * k, unpacked);
-      kernels_.pack_panel(matrix.layout, unpacked, to - from, from - index * panel, matrix.panel(index));
+      const int64_t from = std::max(first_row, index * panel),
+                    count = std::min(first_row + rows, (index + 1) * panel) - from;
+      const void* given = bytes + (from - first_row) * row_bytes;
+      if (quantized == nullptr || quantized->layout.format == WeightFormat::kInt8) {
+        float* unpacked = scratch(thread, count * target.k);
+        dequantize(type, given, count * target.k, unpacked);
+        given = unpacked;
+      }
+      if (quantized != nullptr) {
+        cpu::pack_quantized(quantized->layout, type, given, count, from - index * panel, quantized->panel(index));
+      } else {
+        auto& matrix = static_cast<PackedMatrix&>(target);
+        kernels_.pack_panel(matrix.layout, static_cast<const float*>(given), count, from - index * panel,
+                            matrix.panel(index));
+      }
     });
   }
 
@@ -68,6 +100,12 @@ class CpuBackend final : public Backend {
 
   void embed(const Matrix& table, const int32_t* token_ids, int64_t tokens, float* output, int64_t ld,
              bool accumulate) override {
+    if (const auto* quantized = dynamic_cast<const QuantizedMatrix*>(&table)) {
+      split_rows(tokens, table.k, [&](int64_t t) {
+        cpu::unpack_quantized(quantized->layout, quantized->panel(0), token_ids[t], output + t * ld, accumulate);
+      });
+      return;
+    }
     const auto& matrix = static_cast<const PackedMatrix&>(table);
     split_rows(tokens, matrix.k, [&](int64_t t) {
       kernels_.unpack_row(matrix.layout, matrix.data.as<char>(), token_ids[t], output + t * ld, accumulate);
@@ -76,6 +114,8 @@ class CpuBackend final : public Backend {
 
   void gemm(const GemmArgs& args) override {
     if (args.m == 0) return;
+    if (const auto* quantized = dynamic_cast<const QuantizedMatrix*>(args.weight))
+      return gemm_quantized(args, *quantized);
     const auto& matrix = static_cast<const PackedMatrix&>(*args.weight);
     const PanelLayout& layout = matrix.layout;
     cpu::PanelGemm work{.layout = &layout,
@@ -98,12 +138,10 @@ class CpuBackend final : public Backend {
                                  operand + row * layout.k_padded * kernels_.operand_bytes);
       });
     }
-    // Even numbers of panels, because kernels like to work on pairs; about eight pieces a thread to level the load.
-    const int64_t step = std::max<int64_t>(2, round_up(layout.panels() / (8 * threads()), 2));
-    pool_.run(ceil_div(layout.panels(), step), [&](int64_t task, int) {
+    split_panels(layout.panels(), [&](int64_t first, int64_t last) {
       cpu::PanelGemm piece = work;
-      piece.first_panel = task * step;
-      piece.last_panel = std::min(layout.panels(), piece.first_panel + step);
+      piece.first_panel = first;
+      piece.last_panel = last;
       kernels_.gemm(piece);
     });
   }
@@ -189,12 +227,42 @@ class CpuBackend final : public Backend {
     int64_t first;
   };
 
+  void gemm_quantized(const GemmArgs& args, const QuantizedMatrix& matrix) {
+    const cpu::QuantizedLayout& layout = matrix.layout;
+    const int64_t row_bytes = layout.operand_bytes(kernels_.quant_bytes);
+    char* operand = reserve(operand_, args.m * row_bytes);
+    split_rows(args.m, layout.k, [&](int64_t row) {
+      kernels_.quantize_input(layout, args.input + row * args.ld_input, operand + row * row_bytes);
+    });
+    split_panels(layout.panels(), [&](int64_t first, int64_t last) {
+      kernels_.gemm_quantized({.layout = &layout,
+                               .weight = matrix.panel(0),
+                               .operand = operand,
+                               .bias = args.bias,
+                               .output = args.output,
+                               .ld_output = args.ld_output,
+                               .m = args.m,
+                               .first_panel = first,
+                               .last_panel = last,
+                               .accumulate = args.accumulate});
+    });
+  }
+
   static char* reserve(Buffer& buffer, int64_t bytes) {
     if (static_cast<int64_t>(buffer.bytes()) < bytes) buffer = Buffer(bytes);
     return buffer.as<char>();
   }
   float* scratch(int thread, int64_t floats) {
     return reinterpret_cast<float*>(reserve(scratch_[thread], floats * sizeof(float)));
+  }
+
+  // Calls body(first, last) for pieces of [0, panels): even numbers of panels, because kernels like to work on pairs;
+  // about eight pieces a thread to level the load.
+  template <class Body>
+  void split_panels(int64_t panels, Body body) {
+    const int64_t step = std::max<int64_t>(2, round_up(panels / (8 * threads()), 2));
+    pool_.run(ceil_div(panels, step),
+              [&](int64_t task, int) { body(task * step, std::min(panels, (task + 1) * step)); });
   }
 
   // Calls body(row) for every row, on the pool when there is enough to do.

@@ -4,6 +4,7 @@
 #include "backend/cpu/activation.h"
 #include "backend/cpu/attention.h"
 #include "backend/cpu/gemm.h"
+#include "backend/cpu/gemm_quantized.h"
 #include "backend/cpu/logits.h"
 #include "backend/cpu/norm.h"
 #include "backend/cpu/rope.h"
@@ -19,6 +20,9 @@ constexpr KernelTable make_table(const char* name) {
       .unpack_row = unpack_row,
       .prepare_operand = prepare_operand,
       .gemm = gemm,
+      .quant_bytes = sizeof(Quant),
+      .quantize_input = quantize_input,
+      .gemm_quantized = gemm_quantized,
       .rms_norm = rms_norm,
       .layer_norm = layer_norm,
       .rotate = rotate,

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/cpu/quantized.h"
 #include "backend/logits.h"
 
 namespace fastserve::cpu {
@@ -65,6 +66,9 @@ struct KernelTable {
   void (*unpack_row)(const PanelLayout&, const void* weight, int64_t row, float* output, bool accumulate);
   void (*prepare_operand)(const float* input, int64_t k, int64_t k_padded, void* output);
   void (*gemm)(const PanelGemm&);
+  int64_t quant_bytes;  // of one value of a quantized GEMM's operand
+  void (*quantize_input)(const QuantizedLayout&, const float* input, void* output);
+  void (*gemm_quantized)(const QuantizedGemm&);
   void (*rms_norm)(const float* x, const float* weight, float* y, int64_t width, float eps);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float* y, int64_t width, float eps);
   void (*rotate)(float* head, const float* cos_sin, int64_t half);
