@@ -136,8 +136,10 @@ class TileAttention {
     const int64_t skipped = unseeing(begin), tokens = seen(vectors_ - 1, begin);
     locate(begin, tokens);
     const int64_t columns = (tokens + kWidth - 1) / kWidth;
-    for (int64_t c = 0; c < columns; c += kScoreColumns) {
-      const int64_t end = c + kScoreColumns < columns ? c + kScoreColumns : columns;
+    // Query vectors take turns with as many columns as one register tile of them has: those stay in the L1 cache.
+    const int64_t chunk = kScoreColumns;
+    for (int64_t c = 0; c < columns; c += chunk) {
+      const int64_t end = c + chunk < columns ? c + chunk : columns;
       for (int64_t r = skipped; r < vectors_; r += kTileRows) {
         with_count<kTileRows>(vectors_ - r, [&](auto rows) { score<rows.value>(r, c, end); });
       }
@@ -193,25 +195,30 @@ class TileAttention {
   template <int Rows>
   void score(int64_t r, int64_t first, int64_t end) {
     constexpr int kColumns = score_columns(Rows);
+    int64_t c = first;
+    for (; c + kColumns / 2 < end; c += kColumns) score_columns_at<Rows, kColumns>(r, c);
+    if (c < end) score_columns_at<Rows, kColumns / 2>(r, c);
+  }
+
+  template <int Rows, int Columns>
+  void score_columns_at(int64_t r, int64_t c) {
     const Operand* q = q_ + r * ld_;
-    for (int64_t c = first; c < end; c += kColumns) {
-      const Stored* keys[kColumns];
-      F32 acc[Rows][kColumns];
-      for (int j = 0; j < kColumns; ++j) keys[j] = keys_[c + j];
+    const Stored* keys[Columns];
+    F32 acc[Rows][Columns];
+    for (int j = 0; j < Columns; ++j) keys[j] = keys_[c + j];
+    for (int i = 0; i < Rows; ++i) {
+      for (int j = 0; j < Columns; ++j) acc[i][j] = set1(0.0f);
+    }
+    for (int64_t d = 0; d < key_rows_; ++d) {
+      typename Kv::Loaded key[Columns];
+      for (int j = 0; j < Columns; ++j) key[j] = Kv::load_rows(keys[j] + d * key_stride_);
       for (int i = 0; i < Rows; ++i) {
-        for (int j = 0; j < kColumns; ++j) acc[i][j] = set1(0.0f);
+        for (int j = 0; j < Columns; ++j) acc[i][j] = Kv::step(acc[i][j], q + i * ld_ + d * kStep, key[j]);
       }
-      for (int64_t d = 0; d < key_rows_; ++d) {
-        typename Kv::Loaded key[kColumns];
-        for (int j = 0; j < kColumns; ++j) key[j] = Kv::load_rows(keys[j] + d * key_stride_);
-        for (int i = 0; i < Rows; ++i) {
-          for (int j = 0; j < kColumns; ++j) acc[i][j] = Kv::step(acc[i][j], q + i * ld_ + d * kStep, key[j]);
-        }
-      }
-      for (int i = 0; i < Rows; ++i) {
-        float* out = scores_ + (r + i) * kAttentionStride + c * kWidth;
-        for (int j = 0; j < kColumns; ++j) store(out + j * kWidth, acc[i][j]);
-      }
+    }
+    for (int i = 0; i < Rows; ++i) {
+      float* out = scores_ + (r + i) * kAttentionStride + c * kWidth;
+      for (int j = 0; j < Columns; ++j) store(out + j * kWidth, acc[i][j]);
     }
   }
 
