@@ -1,6 +1,6 @@
 """The native runtime, as csrc/bindings exposes it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ class Runtime:
         threads: int,
         num_host_blocks: int = 0,
         swap_bandwidth: int = 0,
+        formats: Mapping[str, str] = ...,
     ) -> None: ...
     def load_tensor(
         self, name: str, dtype: str, shape: Sequence[int], data: npt.NDArray[np.uint8], first_row: int = 0
@@ -52,6 +53,20 @@ class SamplingParams:
     seed: int
     bias: list[tuple[int, float]]
     stop_tokens: list[int]
+
+class Matrix:
+    def __init__(self, n: int, k: int, format: str, threads: int = 1) -> None: ...
+    def load(self, dtype: str, data: npt.NDArray[np.uint8], first_row: int = 0) -> None: ...
+    def rows(self, ids: Sequence[int]) -> npt.NDArray[np.float32]: ...
+    def multiply(
+        self,
+        input: npt.NDArray[np.float32],
+        bias: npt.NDArray[np.float32] | None = None,
+        onto: npt.NDArray[np.float32] | None = None,
+    ) -> npt.NDArray[np.float32]: ...
+    def seconds(self, input: npt.NDArray[np.float32], repeats: int) -> float: ...
+    @property
+    def bytes(self) -> int: ...
 
 def coalesce(moves: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]: ...
 def block_bytes(spec: ModelSpec, dtype: str, block_size: int) -> int: ...

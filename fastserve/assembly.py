@@ -78,12 +78,13 @@ def assemble(
     data = None if skip_tokenizer else source.tokenizer_data()
     tokenizer = Tokenizer.from_data(data) if data is not None else None
     native = NativeRuntime(source, running)
+    arithmetic = f"{running.dtype}, quantization {running.quantization}"
     calibration = Calibration(
         native,
         scheduling,
         vocab_size=spec.vocab_size,
         model=f"{model} {source.num_parameters} {source.weights_dtype}",
-        device=device_name(running.device, running.dtype, native.instruction_set, native.threads),
+        device=device_name(running.device, arithmetic, native.instruction_set, native.threads),
     )
     costs, link = calibration.cost_model(cost), calibration.link()
     info = {
@@ -93,6 +94,7 @@ def assemble(
         "weights_dtype": source.weights_dtype,
         "weight_bytes": native.weight_bytes,
         "dtype": running.dtype,
+        "quantization": running.quantization,
         "device": running.device,
         "instruction_set": native.instruction_set,
         "threads": native.threads,

@@ -91,9 +91,9 @@ class Calibration:
         return profile if profile.belongs_to(model=self._model, device=self._device, version=__version__) else None
 
 
-def device_name(device: str, dtype: str, instruction_set: str, threads: int) -> str:
-    """What a profile was measured on, in words: processor, instruction set, compute type and threads."""
-    return f"{device} {_processor()} {instruction_set} {dtype} {threads} threads"
+def device_name(device: str, arithmetic: str, instruction_set: str, threads: int) -> str:
+    """What a profile was measured on, in words: processor, instruction set, arithmetic and threads."""
+    return f"{device} {_processor()} {instruction_set} {arithmetic} {threads} threads"
 
 
 def _processor() -> str:

@@ -62,6 +62,7 @@ _BLOCKS = (1, MAX_BLOCKS)
 _BATCHED_TOKENS = (1, 2**20)
 
 ADMISSIONS = ("paged", "reserve")
+QUANTIZATIONS = ("auto", "int8", "none")
 SWAP_MODES = ("proactive", "reactive", "recompute")
 
 
@@ -149,6 +150,7 @@ class RuntimeConfig:
     """What the native runtime is built with."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    quantization: Literal["auto", "int8", "none"] = "auto"  # of the weights; auto: as in the file, unless float32
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 0  # 0: one a core
     block_size: int = 16
@@ -160,6 +162,7 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise InvalidRequest("dtype", f"must be float32 or bfloat16, got {self.dtype!r}")
+        _check_choice("quantization", self.quantization, QUANTIZATIONS)
         if self.device not in ("cpu", "cuda"):
             raise InvalidRequest("device", f"must be cpu or cuda, got {self.device!r}")
         if self.device == "cuda":

@@ -6,6 +6,7 @@ from typing import Any
 
 from . import _C
 from .config import RuntimeConfig
+from .loaders.quantization import weight_formats
 from .loaders.spec import ModelError, ModelSource, ModelSpec, WeightTensor
 from .types import BatchPlan, Float32Array, InvalidRequest, StepResult
 
@@ -43,6 +44,7 @@ class NativeRuntime:
                 threads=config.threads,
                 num_host_blocks=config.num_host_blocks,
                 swap_bandwidth=config.swap_bandwidth or 0,
+                formats=weight_formats(source, config.dtype, config.quantization),
             )
         except _C.Error as error:  # too many threads, or an instruction set this machine lacks
             raise InvalidRequest("runtime", str(error)) from error

@@ -50,6 +50,7 @@ class ServingCore:
         *,
         policy: str = "skip-join-mlfq",
         dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        quantization: Literal["auto", "int8", "none"] = "auto",
         device: Literal["cpu", "cuda"] = "cpu",
         threads: int = 0,
         max_model_len: int | None = None,
@@ -74,6 +75,8 @@ class ServingCore:
 
         policy           fcfs, mlfq, skip-join-mlfq or gittins
         dtype            of computation and of the KV cache: bfloat16 or float32
+        quantization     of the weights in memory: auto keeps the blocks of a quantized GGUF file, unless dtype is
+                         float32; int8 quantizes any model, with one scale an output; none converts all to dtype
         device           cpu
         threads          0: one a core
         max_model_len    longest prompt + output, in tokens; None: the model's own limit
@@ -125,7 +128,7 @@ class ServingCore:
                 "admission": admission,
                 "swap_mode": swap_mode,
             },
-            runtime={"dtype": dtype, "device": device, "threads": threads},
+            runtime={"dtype": dtype, "quantization": quantization, "device": device, "threads": threads},
             max_model_len=max_model_len,
             kv_cache_memory=kv_cache_memory,
             swap_space=swap_space,

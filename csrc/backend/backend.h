@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "backend/logits.h"
 #include "common/dtype.h"
 
 namespace fastserve {
@@ -19,7 +20,7 @@ constexpr int64_t kSegment = 256;
 enum class Activation { kSilu, kGelu, kGeluTanh, kRelu };
 
 // Element types a model file may hold. Quantized rows are made of blocks of 32 elements as GGUF stores them.
-enum class SourceType { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_1 };
+enum class SourceType { kF32, kF16, kBF16, kQ8_0, kQ8_1, kQ4_0, kQ4_1 };
 
 // A weight matrix [n outputs, k inputs] in the backend's own layout.
 class Matrix {
@@ -53,8 +54,9 @@ struct NormArgs {
 };
 
 // Geometry of the paged KV pool. A block holds all local layers, so that moving it is one copy:
-// [layers][kv heads]{ K [head_dim][slots_padded], V [block_size][head_dim_padded] }. K lies transposed so that the
-// score of many tokens is one vector; both paddings are zero-filled multiples of the widest vector.
+// [layers][kv heads]{ K [dimensions / step][slots][step], V [slots / step][dimensions][step] }. K lies transposed so
+// that the score of many tokens is one vector; `step` neighbours in the direction of a sum are together, which is what
+// dot product instructions read: 2 of bfloat16. All of it is padded to whole vectors, with zeros.
 struct KvLayout {
   DType dtype;
   int64_t num_layers;
@@ -62,9 +64,11 @@ struct KvLayout {
   int64_t head_dim;
   int64_t block_size;
 
+  int64_t step() const { return dtype == DType::kFloat32 ? 1 : 2; }
   int64_t slots_padded() const { return round_up(block_size, 16); }
   int64_t head_dim_padded() const { return round_up(head_dim, 16); }
-  int64_t head_elements() const { return head_dim * slots_padded() + block_size * head_dim_padded(); }
+  int64_t value_offset() const { return round_up(head_dim, step()) * slots_padded(); }
+  int64_t head_elements() const { return value_offset() + round_up(block_size, step()) * head_dim_padded(); }
   int64_t layer_elements() const { return num_kv_heads * head_elements(); }
   int64_t block_bytes() const { return num_layers * layer_elements() * size_of(dtype); }
 };
@@ -112,8 +116,9 @@ class Backend {
   virtual const char* name() const = 0;  // the instruction set or device
   virtual int threads() const = 0;
 
-  virtual std::unique_ptr<Matrix> make_matrix(int64_t n, int64_t k, DType dtype) = 0;
-  // Converts source rows [rows, k] to the matrix's type and places them at rows [first_row, first_row + rows).
+  virtual std::unique_ptr<Matrix> make_matrix(int64_t n, int64_t k, WeightFormat format) = 0;
+  // Converts source rows [rows, k] to the matrix's format and places them at rows [first_row, first_row + rows). Throws
+  // for a matrix of GGUF's groups and rows of another type.
   virtual void load_rows(Matrix& matrix, int64_t first_row, int64_t rows, SourceType type, const void* source) = 0;
   virtual void set_kv_pool(const KvLayout& layout, void* base) = 0;
 
@@ -126,6 +131,8 @@ class Backend {
   virtual void attention(const AttentionArgs& args) = 0;
   // x[t, i] = act(x[t, i]) for i < width; gated: act(x[t, i]) * x[t, round_up(width, kPad) + i].
   virtual void activate(Activation kind, bool gated, float* x, int64_t tokens, int64_t width, int64_t ld) = 0;
+  // What a row of logits is sampled by, on whichever thread has it.
+  virtual const LogitKernels& logit_kernels() const = 0;
   // Runs body(i, thread) for i in [0, count) on the device's host threads.
   virtual void parallel_for(int64_t count, void (*body)(void*, int64_t, int), void* context) = 0;
 };

@@ -7,4 +7,5 @@ PYBIND11_MODULE(_C, module) {
   fastserve::register_runtime(module);
   fastserve::register_sampler(module);
   fastserve::register_cpu(module);
+  fastserve::register_matrix(module);
 }

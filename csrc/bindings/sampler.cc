@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include "backend/cpu/kernels.h"
 #include "bindings/arrays.h"
 #include "bindings/register.h"
 #include "model/philox.h"
@@ -48,7 +49,8 @@ void register_sampler(py::module_& module) {
          const std::vector<int32_t>& output) {
         auto copied = copy(logits);
         const auto counts = count_tokens(prompt, output, logits.size());
-        const Sampled s = sample(copied, params, counts, static_cast<int64_t>(output.size()));
+        const Sampled s =
+            sample(cpu::select_kernels().logits, copied, params, counts, static_cast<int64_t>(output.size()));
         return py::make_tuple(s.token, s.logprob, s.top);
       },
       py::arg("logits"), py::arg("params"), py::arg("prompt") = std::vector<int32_t>{},
@@ -59,7 +61,8 @@ void register_sampler(py::module_& module) {
          const std::vector<int32_t>& output) {
         auto copied = copy(logits);
         const auto counts = count_tokens(prompt, output, logits.size());
-        auto result = distribution(copied, params, counts, static_cast<int64_t>(output.size()));
+        auto result =
+            distribution(cpu::select_kernels().logits, copied, params, counts, static_cast<int64_t>(output.size()));
         const auto size = static_cast<py::ssize_t>(result.size());
         return to_array(std::move(result), {size});
       },

@@ -24,7 +24,42 @@ struct Bf16 {
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
+// Inlined always, for the same reason.
+[[gnu::always_inline]] inline float half_to_float(uint16_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+  const uint32_t exponent = (bits >> 10) & 0x1fu, mantissa = bits & 0x3ffu;
+  if (exponent == 0) {  // zero and subnormals: mantissa · 2^-24
+    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+    return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, magnitude) | sign);
+  }
+  if (exponent == 31) return __builtin_bit_cast(float, sign | 0x7f800000u | (mantissa << 13));
+  return __builtin_bit_cast(float, sign | ((exponent + 112) << 23) | (mantissa << 13));
+}
+
+// What the runtime computes in, and holds keys and values in.
 enum class DType { kFloat32, kBFloat16 };
+
+// How a weight matrix is held. The quantized ones: kInt8 has one float32 scale an output; the others are GGUF's types
+// of these names, blocks of 32 inputs with a float16 scale (and minimum), held in the bits of the file.
+enum class WeightFormat { kFloat32, kBFloat16, kInt8, kQ8_0, kQ4_0, kQ4_1 };
+
+constexpr WeightFormat format_of(DType dtype) {
+  return dtype == DType::kFloat32 ? WeightFormat::kFloat32 : WeightFormat::kBFloat16;
+}
+constexpr bool is_quantized(WeightFormat format) {
+  return format != WeightFormat::kFloat32 && format != WeightFormat::kBFloat16;
+}
+
+inline WeightFormat parse_weight_format(const std::string& name) {
+  if (name == "float32") return WeightFormat::kFloat32;
+  if (name == "bfloat16") return WeightFormat::kBFloat16;
+  if (name == "int8") return WeightFormat::kInt8;
+  if (name == "q8_0") return WeightFormat::kQ8_0;
+  if (name == "q4_0") return WeightFormat::kQ4_0;
+  if (name == "q4_1") return WeightFormat::kQ4_1;
+  fail("csrc/common/dtype.h", __LINE__, "a weight format must be float32, bfloat16, int8, q8_0, q4_0 or q4_1, got '",
+       name, "'");
+}
 
 inline DType parse_dtype(const std::string& name) {
   if (name == "float32") return DType::kFloat32;

@@ -1,6 +1,5 @@
 #include "model/dequantize.h"
 
-#include <bit>
 #include <cstring>
 
 #include "common/check.h"
@@ -16,16 +15,6 @@ T read(const unsigned char* p) {
   T value;
   std::memcpy(&value, p, sizeof value);
   return value;
-}
-
-float half_to_float(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
-  const uint32_t exponent = (bits >> 10) & 0x1fu, mantissa = bits & 0x3ffu;
-  if (exponent == 0) {  // zero and subnormals: mantissa · 2^-24
-    return std::bit_cast<float>(std::bit_cast<uint32_t>(static_cast<float>(mantissa) * 0x1p-24f) | sign);
-  }
-  if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | (mantissa << 13));
-  return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
 }
 
 // Low nibbles are the first half of a block, high nibbles the second.
@@ -45,8 +34,25 @@ SourceType parse_source_type(const std::string& name) {
   if (name == "q8_0") return SourceType::kQ8_0;
   if (name == "q4_0") return SourceType::kQ4_0;
   if (name == "q4_1") return SourceType::kQ4_1;
-  FS_CHECK(false, "tensor type '", name, "' is not one of f32, f16, bf16, q8_0, q4_0, q4_1");
+  if (name == "q8_1") return SourceType::kQ8_1;
+  FS_CHECK(false, "tensor type '", name, "' is not one of f32, f16, bf16, q8_0, q8_1, q4_0, q4_1");
   return SourceType::kF32;
+}
+
+int64_t block_bytes(SourceType type) {
+  switch (type) {
+    case SourceType::kQ8_0:
+      return 34;
+    case SourceType::kQ8_1:
+      return 36;
+    case SourceType::kQ4_0:
+      return 18;
+    case SourceType::kQ4_1:
+      return 20;
+    default:
+      FS_CHECK(false, "only quantized types have blocks");
+      return 0;
+  }
 }
 
 int64_t source_bytes(SourceType type, int64_t count) {
@@ -60,8 +66,7 @@ int64_t source_bytes(SourceType type, int64_t count) {
       break;
   }
   FS_CHECK(count % kBlock == 0, "a quantized row holds a multiple of ", kBlock, " elements, not ", count);
-  const int64_t bytes = type == SourceType::kQ8_0 ? 34 : type == SourceType::kQ4_0 ? 18 : 20;
-  return count / kBlock * bytes;
+  return count / kBlock * block_bytes(type);
 }
 
 void dequantize(SourceType type, const void* source, int64_t count, float* output) {
@@ -77,9 +82,11 @@ void dequantize(SourceType type, const void* source, int64_t count, float* outpu
       for (int64_t i = 0; i < count; ++i) output[i] = to_float(Bf16{read<uint16_t>(p + 2 * i)});
       return;
     case SourceType::kQ8_0:  // float16 scale, 32 int8
-      for (int64_t block = 0; block < count; block += kBlock, p += 34) {
+    case SourceType::kQ8_1:  // float16 scale, float16 scale · sum (which says nothing new), 32 int8
+      for (int64_t block = 0; block < count; block += kBlock, p += block_bytes(type)) {
         const float scale = half_to_float(read<uint16_t>(p));
-        for (int64_t i = 0; i < kBlock; ++i) output[block + i] = static_cast<float>(read<int8_t>(p + 2 + i)) * scale;
+        const unsigned char* values = p + block_bytes(type) - kBlock;
+        for (int64_t i = 0; i < kBlock; ++i) output[block + i] = static_cast<float>(read<int8_t>(values + i)) * scale;
       }
       return;
     case SourceType::kQ4_0:  // float16 scale, 32 nibbles of value + 8

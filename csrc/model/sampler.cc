@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "common/check.h"
+#include "model/logit_row.h"
 #include "model/philox.h"
 
 namespace fastserve {
@@ -13,23 +15,8 @@ namespace {
 
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
-struct Candidate {
-  int32_t token;
-  float logit;
-  double weight;  // e^(logit - max)
-};
-
-bool ahead(const Candidate& a, const Candidate& b) {
-  return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
-}
-
-int32_t argmax(std::span<const float> logits) {
-  int32_t best = 0;
-  for (size_t i = 0; i < logits.size(); ++i) {
-    FS_CHECK(!std::isnan(logits[i]), "the model produced a logit that is not a number");
-    if (logits[i] > logits[best]) best = static_cast<int32_t>(i);
-  }
-  return best;
+bool adjusts(const SamplingParams& params, int64_t output_index) {
+  return !params.bias.empty() || output_index < params.min_tokens || params.needs_history();
 }
 
 void adjust(std::span<float> logits, const SamplingParams& params, const TokenCounts& counts, int64_t output_index) {
@@ -53,101 +40,97 @@ void adjust(std::span<float> logits, const SamplingParams& params, const TokenCo
   }
 }
 
-// The tokens that survive min-p, top-k and top-p, with their weights. Sorted, best first, when top-p or top-k asked
-// for an order; else by token id.
-std::vector<Candidate> candidates(std::span<const float> logits, const SamplingParams& params) {
-  const float maximum = logits[argmax(logits)];
-  FS_CHECK(maximum > kMasked, "every token is masked: logit_bias or min_tokens leaves nothing to choose");
-  const bool limit_k = params.top_k > 0 && params.top_k < static_cast<int64_t>(logits.size());
-  const double inverse = 1.0 / static_cast<double>(params.temperature);
-  const double threshold = params.min_p > 0 ? std::log(static_cast<double>(params.min_p)) : -HUGE_VAL;
+void check_choice(const LogitRow& row) {
+  FS_CHECK(row.maximum() > kMasked, "every token is masked: logit_bias or min_tokens leaves nothing to choose");
+}
 
-  std::vector<Candidate> kept;
-  for (size_t i = 0; i < logits.size(); ++i) {
-    const double exponent = (static_cast<double>(logits[i]) - static_cast<double>(maximum)) * inverse;
-    // Below e^-60 a token cannot be drawn with 53 random bits.
-    if (exponent < -60.0 || exponent < threshold) continue;
-    kept.push_back({static_cast<int32_t>(i), logits[i], exponent});
-  }
-  if (limit_k && params.top_k < static_cast<int64_t>(kept.size())) {
-    std::nth_element(kept.begin(), kept.begin() + params.top_k - 1, kept.end(), ahead);
-    const float last = kept[params.top_k - 1].logit;  // its equals stay, as in transformers and vLLM
-    std::erase_if(kept, [&](const Candidate& c) { return c.logit < last; });
-  }
-  double total = 0;
-  for (Candidate& c : kept) total += c.weight = std::exp(c.weight);
-  if (limit_k || params.top_p < 1.0f) std::sort(kept.begin(), kept.end(), ahead);
+// What tokens are drawn by: min-p, top-k and top-p each raise the smallest logit that stays.
+Weighting choose(LogitRow& row, const SamplingParams& params) {
+  check_choice(row);
+  const double maximum = static_cast<double>(row.maximum()), temperature = static_cast<double>(params.temperature);
+  constexpr double kMaxScale =
+      std::numeric_limits<float>::max();  // an infinite one would make the maximum's weight NaN
+  // Below e^-60 a token cannot be drawn with 53 random bits.
+  const double lowest = params.min_p > 0 ? std::max(-60.0, std::log(static_cast<double>(params.min_p))) : -60.0;
+  Weighting weighting{.maximum = row.maximum(),
+                      .scale = static_cast<float>(std::min(1.0 / temperature, kMaxScale)),
+                      .cut = ceil_float(maximum + temperature * std::min(0.0, lowest))};
+  // Equals of the last stay, as in transformers and vLLM.
+  if (params.top_k > 0 && params.top_k < row.size()) weighting.cut = row.kth(params.top_k, weighting.cut);
   if (params.top_p < 1.0f) {
-    double reached = 0;
-    size_t count = 0;
-    while (count < kept.size() && reached < static_cast<double>(params.top_p) * total) reached += kept[count++].weight;
-    kept.resize(std::max<size_t>(1, count));
+    const LogitCut cut = row.nucleus(weighting, row.total(weighting), static_cast<double>(params.top_p));
+    row.drop_surplus(cut);
+    weighting.cut = cut.value;
   }
-  return kept;
+  return weighting;
 }
 
-float log_sum_exp(std::span<const float> logits) {
-  const float maximum = *std::max_element(logits.begin(), logits.end());
-  double total = 0;
-  for (const float logit : logits) total += std::exp(static_cast<double>(logit - maximum));
-  return maximum + static_cast<float>(std::log(total));
-}
+// Takes log-probabilities from logits as the model gave them.
+class LogProbabilities {
+ public:
+  explicit LogProbabilities(const LogitRow& row)
+      : normalizer_(static_cast<double>(row.maximum()) +
+                    std::log(row.total({.maximum = row.maximum(),
+                                        .scale = 1.0f,
+                                        .cut = ceil_float(static_cast<double>(row.maximum()) - 60.0)}))) {}
 
-int32_t draw(const std::vector<Candidate>& kept, const SamplingParams& params, int64_t output_index) {
-  double total = 0;
-  for (const Candidate& c : kept) total += c.weight;
-  const double target = uniform(params.seed, static_cast<uint64_t>(output_index)) * total;
-  double reached = 0;
-  for (const Candidate& c : kept) {
-    reached += c.weight;
-    if (target < reached) return c.token;
+  float of(float logit) const { return static_cast<float>(static_cast<double>(logit) - normalizer_); }
+
+  std::vector<std::pair<int32_t, float>> top(const LogitRow& row, std::span<const float> logits, int32_t wanted) const {
+    const int64_t count = std::min<int64_t>(wanted, row.size());
+    if (count == 0) return {};
+    auto tokens = row.at_least(row.kth(count, kMasked));
+    std::partial_sort(tokens.begin(), tokens.begin() + count, tokens.end(),
+                      [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
+    std::vector<std::pair<int32_t, float>> result;
+    for (int64_t i = 0; i < count; ++i) result.emplace_back(tokens[i], of(logits[tokens[i]]));
+    return result;
   }
-  return kept.back().token;
-}
+
+ private:
+  double normalizer_;
+};
 
 }  // namespace
 
-Sampled sample(std::span<float> logits, const SamplingParams& params, const TokenCounts& counts, int64_t output_index) {
+Sampled sample(const LogitKernels& kernels, std::span<float> logits, const SamplingParams& params,
+               const TokenCounts& counts, int64_t output_index) {
   Sampled result{.token = 0, .logprob = std::numeric_limits<float>::quiet_NaN(), .top = {}, .error = {}};
+  std::optional<LogitRow> row;
+  std::optional<LogProbabilities> logprobs;
   std::vector<float> original;
-  float normalizer = 0;
+  const bool adjusted = adjusts(params, output_index);
   if (params.logprobs >= 0) {
-    original.assign(logits.begin(), logits.end());
-    normalizer = log_sum_exp(logits);
+    row.emplace(kernels, logits);
+    logprobs.emplace(*row);
+    result.top = logprobs->top(*row, logits, params.logprobs);
+    if (adjusted) original.assign(logits.begin(), logits.end());
   }
-  adjust(logits, params, counts, output_index);
+  if (adjusted) adjust(logits, params, counts, output_index);
+  if (adjusted || !row) row.emplace(kernels, logits);
   if (params.temperature == 0.0f) {
-    result.token = argmax(logits);
-    FS_CHECK(logits[result.token] > kMasked,
-             "every token is masked: logit_bias or min_tokens leaves nothing to choose");
+    check_choice(*row);
+    result.token = row->argmax();
   } else {
-    result.token = draw(candidates(logits, params), params, output_index);
+    result.token = row->draw(choose(*row, params), uniform(params.seed, static_cast<uint64_t>(output_index)));
   }
-  if (params.logprobs >= 0) {
-    result.logprob = original[result.token] - normalizer;
-    std::vector<int32_t> order(original.size());
-    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
-    const auto count = std::min<size_t>(params.logprobs, order.size());
-    std::partial_sort(order.begin(), order.begin() + count, order.end(), [&](int32_t a, int32_t b) {
-      return original[a] != original[b] ? original[a] > original[b] : a < b;
-    });
-    for (size_t i = 0; i < count; ++i) result.top.emplace_back(order[i], original[order[i]] - normalizer);
-  }
+  if (logprobs) result.logprob = logprobs->of(adjusted ? original[result.token] : logits[result.token]);
   return result;
 }
 
-std::vector<float> distribution(std::span<float> logits, const SamplingParams& params, const TokenCounts& counts,
-                                int64_t output_index) {
+std::vector<float> distribution(const LogitKernels& kernels, std::span<float> logits, const SamplingParams& params,
+                                const TokenCounts& counts, int64_t output_index) {
   adjust(logits, params, counts, output_index);
+  LogitRow row(kernels, logits);
   std::vector<float> probabilities(logits.size(), 0.0f);
   if (params.temperature == 0.0f) {
-    probabilities[argmax(logits)] = 1.0f;
+    probabilities[row.argmax()] = 1.0f;
     return probabilities;
   }
-  const auto kept = candidates(logits, params);
-  double total = 0;
-  for (const Candidate& c : kept) total += c.weight;
-  for (const Candidate& c : kept) probabilities[c.token] = static_cast<float>(c.weight / total);
+  const Weighting weighting = choose(row, params);
+  const double total = row.total(weighting);
+  row.weigh(weighting, probabilities.data());
+  for (float& p : probabilities) p = static_cast<float>(static_cast<double>(p) / total);
   return probabilities;
 }
 

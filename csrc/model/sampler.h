@@ -1,7 +1,8 @@
 // Turns logits into tokens, one row at a time and each row by itself.
 //
 // Order, as in vLLM: log-probabilities are taken from the logits as they come; then logit bias and the min_tokens
-// mask, penalties, temperature, min-p, top-k, top-p, and one draw.
+// mask, penalties, temperature, min-p, top-k, top-p, and one draw, which walks the tokens by id. Weights are float32,
+// their sums float64 over blocks: probabilities are within 1e-6 of exact ones.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +11,8 @@
 #include <unordered_map>
 #include <utility>
 #include <vector>
+
+#include "backend/logits.h"
 
 namespace fastserve {
 
@@ -52,11 +55,12 @@ struct Sampled {
 };
 
 // `logits` [vocab] is modified. output_index counts the job's outputs before this one. Equal candidates are ranked by
-// token id. Throws when the logits hold a NaN or nothing can be chosen.
-Sampled sample(std::span<float> logits, const SamplingParams& params, const TokenCounts& counts, int64_t output_index);
+// token id. Throws when the logits hold a NaN or +infinity or nothing can be chosen.
+Sampled sample(const LogitKernels& kernels, std::span<float> logits, const SamplingParams& params,
+               const TokenCounts& counts, int64_t output_index);
 
 // The distribution `sample` draws from: probabilities [vocab], zero outside the kept set; for greedy, one token.
-std::vector<float> distribution(std::span<float> logits, const SamplingParams& params, const TokenCounts& counts,
-                                int64_t output_index);
+std::vector<float> distribution(const LogitKernels& kernels, std::span<float> logits, const SamplingParams& params,
+                                const TokenCounts& counts, int64_t output_index);
 
 }  // namespace fastserve

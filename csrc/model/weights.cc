@@ -7,20 +7,30 @@
 
 namespace fastserve {
 
-Weights::Weights(const ModelSpec& spec, DType dtype, Backend& backend)
+Weights::Weights(const ModelSpec& spec, DType dtype, const WeightFormats& formats, Backend& backend)
     : layers(spec.num_layers), spec_(spec), backend_(backend) {
   const int64_t hidden = spec.hidden_size, q = spec.num_heads * spec.head_dim, kv = spec.num_kv_heads * spec.head_dim;
-  const auto matrix = [&](int64_t n, int64_t k) { return backend.make_matrix(n, k, dtype); };
+  const auto format = [&](const std::string& name) {
+    const auto found = formats.find(name);
+    return found == formats.end() ? format_of(dtype) : found->second;
+  };
+  const auto matrix = [&](int64_t n, int64_t k, const std::vector<std::string>& parts) {
+    for (const std::string& part : parts) {
+      FS_CHECK(format(part) == format(parts.front()), "'", part, "' and '", parts.front(),
+               "' are one matrix and need one weight format");
+    }
+    return backend.make_matrix(n, k, format(parts.front()));
+  };
 
-  token_embedding = matrix(spec.vocab_size, hidden);
+  token_embedding = matrix(spec.vocab_size, hidden, {"token_embedding.weight"});
   expect_matrix("token_embedding.weight", *token_embedding, 0, spec.vocab_size);
   if (spec.rope_inv_freq.empty()) {
     const int64_t rows = spec.max_position + spec.position_offset;
-    position_embedding = matrix(rows, hidden);
+    position_embedding = matrix(rows, hidden, {"position_embedding.weight"});
     expect_matrix("position_embedding.weight", *position_embedding, 0, rows);
   }
   if (!spec.tied_embeddings) {
-    lm_head_ = matrix(spec.vocab_size, hidden);
+    lm_head_ = matrix(spec.vocab_size, hidden, {"lm_head.weight"});
     expect_matrix("lm_head.weight", *lm_head_, 0, spec.vocab_size);
   }
   make_norm("final_norm", final_norm, hidden);
@@ -31,7 +41,7 @@ Weights::Weights(const ModelSpec& spec, DType dtype, Backend& backend)
     make_norm(prefix + "attn_norm", layer.attn_norm, hidden);
     make_norm(prefix + "mlp_norm", layer.mlp_norm, hidden);
 
-    layer.qkv.weight = matrix(q + 2 * kv, hidden);
+    layer.qkv.weight = matrix(q + 2 * kv, hidden, {prefix + "q.weight", prefix + "k.weight", prefix + "v.weight"});
     if (spec.qkv_bias) make_vector(layer.qkv.bias, q + 2 * kv);
     int64_t first = 0;
     for (const auto& [name, rows] : {std::pair{"q", q}, {"k", kv}, {"v", kv}}) {
@@ -45,7 +55,7 @@ Weights::Weights(const ModelSpec& spec, DType dtype, Backend& backend)
       expect_vector(prefix + "q_norm.weight", layer.q_norm, 0, spec.head_dim);
       expect_vector(prefix + "k_norm.weight", layer.k_norm, 0, spec.head_dim);
     }
-    layer.out.weight = matrix(hidden, q);
+    layer.out.weight = matrix(hidden, q, {prefix + "o.weight"});
     expect_matrix(prefix + "o.weight", *layer.out.weight, 0, hidden);
     if (spec.out_bias) {
       make_vector(layer.out.bias, hidden);
@@ -53,8 +63,9 @@ Weights::Weights(const ModelSpec& spec, DType dtype, Backend& backend)
     }
 
     const int64_t inner = spec.intermediate_size, up = spec.up_offset();
-    layer.up.weight = matrix(up + inner, hidden);
-    layer.down.weight = matrix(hidden, inner);
+    layer.up.weight =
+        matrix(up + inner, hidden, {prefix + (spec.gated_mlp ? "gate.weight" : "up.weight"), prefix + "up.weight"});
+    layer.down.weight = matrix(hidden, inner, {prefix + "down.weight"});
     if (spec.gated_mlp) expect_matrix(prefix + "gate.weight", *layer.up.weight, 0, inner);
     expect_matrix(prefix + "up.weight", *layer.up.weight, up, inner);
     expect_matrix(prefix + "down.weight", *layer.down.weight, 0, hidden);

@@ -37,10 +37,13 @@ struct LayerWeights {
   Linear down;
 };
 
+using WeightFormats = std::unordered_map<std::string, WeightFormat>;
+
 class Weights {
  public:
-  // Allocates everything the spec asks for.
-  Weights(const ModelSpec& spec, DType dtype, Backend& backend);
+  // Allocates everything the spec asks for. `formats` says how to hold matrices, by canonical name; where it says
+  // nothing that is `dtype`. Throws unless the parts of one matrix (q, k and v; gate and up) are held alike.
+  Weights(const ModelSpec& spec, DType dtype, const WeightFormats& formats, Backend& backend);
 
   // Stores a tensor, or the next rows of one, under its canonical name (loaders/spec.py). `shape` is that of the whole
   // tensor, [rows, columns] or [size]; `data` holds `bytes` bytes of it: whole rows from `first_row` on, which is where

@@ -26,7 +26,7 @@ Runtime::Runtime(const ModelSpec& spec, const RuntimeOptions& options)
     : spec_(validated(spec)),
       options_(options),
       backend_(make_cpu_backend(options.threads)),
-      weights_(spec_, options.dtype, *backend_),
+      weights_(spec_, options.dtype, options.formats, *backend_),
       pool_(kv_layout(spec_, options.dtype, options.block_size), options.num_blocks, options.num_host_blocks),
       copies_(pool_, options.swap_bandwidth),
       transformer_(spec_, weights_, *backend_, options.max_tokens) {
@@ -186,8 +186,8 @@ void Runtime::sample_rows(const BatchPlan& plan, float* logits, StepResult& resu
     const auto& [row, slot, row_logits] = work[i];
     const int64_t output_index = int64_t{row->start} + row->tokens - slot->prompt_length;
     try {
-      result.sampled[i] =
-          sample({row_logits, static_cast<size_t>(spec_.vocab_size)}, slot->params, slot->counts, output_index);
+      result.sampled[i] = sample(backend_->logit_kernels(), {row_logits, static_cast<size_t>(spec_.vocab_size)},
+                                 slot->params, slot->counts, output_index);
     } catch (const std::exception& error) {
       result.sampled[i] = {.token = -1, .logprob = std::nanf(""), .top = {}, .error = error.what()};
     }

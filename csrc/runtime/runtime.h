@@ -31,6 +31,7 @@ struct RuntimeOptions {
   int threads;         // 0: one a core
   int64_t num_host_blocks = 0;
   int64_t swap_bandwidth = 0;  // bytes a second, each direction; 0: as it comes
+  WeightFormats formats = {};  // see Weights
 };
 
 class Runtime {

@@ -34,7 +34,9 @@ def info(model: ModelArgument, as_json: JsonOption = False) -> None:
 
 def describe(model: str) -> dict[str, Any]:
     """JSON-ready. Raises ModelError when the model cannot be opened."""
+    from ..config import QUANTIZATIONS
     from ..loaders import open_model
+    from ..loaders.quantization import format_bytes
     from ..native import block_bytes, instruction_sets
 
     _check_model(model)
@@ -45,6 +47,10 @@ def describe(model: str) -> dict[str, Any]:
         "family": spec.family,
         "parameters": source.num_parameters,
         "weights_dtype": source.weights_dtype,
+        "weight_bytes": format_bytes(source, "bfloat16", "auto"),
+        "quantization_bytes": {
+            choice: sum(format_bytes(source, "bfloat16", choice).values()) for choice in QUANTIZATIONS
+        },
         "context": spec.max_position,
         "vocabulary": spec.vocab_size,
         "layers": spec.num_layers,

@@ -42,6 +42,12 @@ _sampling = functools.partial(_option, "Sampling")
 
 HARDWARE: dict[str, Any] = {
     "dtype": _engine(str | None, "bfloat16", "Type of computation and KV cache: bfloat16 or float32."),
+    "quantization": _engine(
+        str | None,
+        "auto",
+        "Weights in memory: auto keeps the blocks of a quantized GGUF file (Q8_0, Q4_0, Q4_1), unless --dtype is "
+        "float32; int8 quantizes any model, with one scale an output; none converts all weights to --dtype.",
+    ),
     "device": _engine(str | None, "cpu", "Where to run: cpu."),
     "threads": _engine(int | None, "0", "Threads; 0 is one a core."),
     "max_model_len": _engine(int | None, "the model's", "Longest prompt + output, in tokens."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,10 @@ class GgufModel:
     @property
     def weights_dtype(self) -> str:
         return self._weights.dtype
+
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        return self._weights.dtypes
 
     @property
     def num_parameters(self) -> int:

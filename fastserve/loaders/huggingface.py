@@ -107,6 +107,10 @@ class HuggingFaceModel:
         return self._weights.dtype
 
     @property
+    def dtypes(self) -> Mapping[str, str]:
+        return self._weights.dtypes
+
+    @property
     def num_parameters(self) -> int:
         return self._weights.num_parameters
 

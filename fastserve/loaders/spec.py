@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -60,7 +60,7 @@ class WeightTensor(NamedTuple):
     """
 
     name: str
-    dtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]
+    dtype: Literal["f32", "f16", "bf16", "q8_0", "q8_1", "q4_0", "q4_1"]
     shape: tuple[int, ...]
     data: npt.NDArray[np.uint8]  # the bytes, contiguous; usually a view of a memory map
     # Tells that so many bytes of `data`, from its start, have been read and need not stay resident.
@@ -80,6 +80,10 @@ class ModelSource(Protocol):
     @property
     def weights_dtype(self) -> str:
         """The dtype most weights are stored in, for display."""
+
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """The dtype each tensor is stored in, by canonical name."""
 
     @property
     def num_parameters(self) -> int: ...

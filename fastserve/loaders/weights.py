@@ -19,7 +19,7 @@ import numpy.typing as npt
 from .mapped import MappedFile
 from .spec import ModelError, ModelSpec, WeightTensor
 
-DType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]
+DType = Literal["f32", "f16", "bf16", "q8_0", "q8_1", "q4_0", "q4_1"]
 Order = Literal["concat", "heads", "interleaved"]
 Rows = npt.NDArray[np.uint8]  # [rows, bytes of a row]
 
@@ -29,6 +29,7 @@ BLOCKS: dict[DType, tuple[int, int]] = {
     "f16": (1, 2),
     "bf16": (1, 2),
     "q8_0": (32, 34),
+    "q8_1": (32, 36),
     "q4_0": (32, 18),
     "q4_1": (32, 20),
 }
@@ -154,6 +155,11 @@ class Weights:
         for tensor in self._stored:
             elements[tensor.dtype] += prod(tensor.shape)
         return elements.most_common(1)[0][0]
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The dtype each tensor is stored in, by canonical name."""
+        return {output: tensor.dtype for tensor in self._stored for output in self._recipes[tensor.name].outputs}
 
     def __iter__(self) -> Iterator[WeightTensor]:
         """Canonical tensors in file order; the pages of each are given back once the next is asked for."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import gguf
 import numpy as np
+from gguf import GGMLQuantizationType
 
 from fastserve.config import RuntimeConfig
 from fastserve.loaders.spec import ModelSpec, TokenizerData, WeightTensor
@@ -72,6 +74,10 @@ class SyntheticModel:
         self.spec = spec
         self._seed = seed
 
+    @property
+    def dtypes(self) -> dict[str, str]:
+        return dict.fromkeys(self.shapes(), "f32")
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         s = self.spec
         q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
@@ -113,6 +119,30 @@ class SyntheticModel:
 
     def tokenizer_data(self) -> TokenizerData | None:
         return None
+
+
+class QuantizedModel(SyntheticModel):
+    """Matrices stored as GGUF's `kind` (Q8_0, Q4_0, Q4_1), where their rows are whole blocks."""
+
+    def __init__(self, spec: ModelSpec, kind: str, seed: int = 0) -> None:
+        super().__init__(spec, seed)
+        self._kind = GGMLQuantizationType[kind.upper()]
+
+    def _quantized(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == 2 and shape[1] % 32 == 0
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        kind = self._kind.name.lower()
+        return {name: kind if self._quantized(shape) else "f32" for name, shape in self.shapes().items()}
+
+    def tensors(self) -> Iterator[WeightTensor]:
+        for tensor in super().tensors():
+            if self._quantized(tensor.shape):
+                values = tensor.data.view(np.float32).reshape(tensor.shape)
+                data = gguf.quants.quantize(values, self._kind)
+                tensor = tensor._replace(dtype=self._kind.name.lower(), data=data.reshape(-1))  # type: ignore[arg-type]
+            yield tensor
 
 
 class PoisonedModel(SyntheticModel):
@@ -163,6 +193,7 @@ class Driver:
         sequences: Sequence[Sequence[int]],
         *,
         dtype: str = "float32",
+        quantization: str = "auto",
         block_size: int = 16,
         threads: int = 2,
         seed: int = 0,
@@ -175,6 +206,7 @@ class Driver:
             source,
             RuntimeConfig(
                 dtype=dtype,  # type: ignore[arg-type]
+                quantization=quantization,  # type: ignore[arg-type]
                 block_size=block_size,
                 num_blocks=pool,
                 max_num_batched_tokens=sum(len(tokens) for tokens in sequences),

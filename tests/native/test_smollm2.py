@@ -13,7 +13,7 @@ from synthetic import Driver, whole
 from tolerance import logits_tolerance
 from transformers import AutoModelForCausalLM
 
-from fastserve.config import RuntimeConfig, SchedulerConfig
+from fastserve.config import QUANTIZATIONS, RuntimeConfig, SchedulerConfig
 from fastserve.cost import CostModel
 from fastserve.engine import Engine
 from fastserve.loaders import ModelSource, open_model
@@ -93,13 +93,17 @@ def test_logits_within_the_derived_tolerance(source: ModelSource, oracle: Any, p
         expected = oracle(torch.tensor([tokens])).logits[0].numpy()
     bounds = logits_tolerance(oracle, tokens, ["float32", "bfloat16"], source.spec.intermediate_size, samples=1)
     for dtype, bound in bounds.items():
-        worst = (np.abs(whole(source, tokens, dtype=dtype) - expected) / bound).max()
+        worst = (np.abs(whole(source, tokens, dtype=dtype, quantization="none") - expected) / bound).max()
         assert worst <= 1, f"{dtype}: up to {worst:.2f} × the bound"
 
 
-def test_logits_do_not_depend_on_batch_or_chunks(source: ModelSource, prompts: list[list[int]]) -> None:
-    driver = Driver(source, prompts[:5], dtype="bfloat16", block_size=5)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_logits_do_not_depend_on_batch_or_chunks(
+    source: ModelSource, prompts: list[list[int]], quantization: str
+) -> None:
+    driver = Driver(source, prompts[:5], dtype="bfloat16", quantization=quantization, block_size=5)
     driver.step({slot: 7 for slot in range(5)})
     driver.step({slot: len(prompts[slot]) - 7 for slot in range(5)})
     for slot in range(5):
-        assert np.array_equal(driver.all_logits(slot), whole(source, prompts[slot], dtype="bfloat16"))
+        alone = whole(source, prompts[slot], dtype="bfloat16", quantization=quantization)
+        assert np.array_equal(driver.all_logits(slot), alone)

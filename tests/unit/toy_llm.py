@@ -15,6 +15,7 @@ from fastserve import assembly, async_llm, llm, serving
 from fastserve.config import RuntimeConfig, SchedulerConfig
 from fastserve.cost import CostModel
 from fastserve.loaders.spec import ModelSpec, TokenizerData
+from fastserve.loaders.weights import tensor_shapes
 from fastserve.native import block_bytes
 from fastserve.types import StepResult
 
@@ -59,6 +60,7 @@ class ToySource:
     spec = SPEC
     weights_dtype = "f32"
     num_parameters = 0
+    dtypes = {name: "f32" for name, _ in tensor_shapes(SPEC)}  # noqa: RUF012
 
     def tokenizer_data(self) -> TokenizerData | None:
         return TokenizerData(json=_tokenizer_json(), chat_template=TEMPLATE)

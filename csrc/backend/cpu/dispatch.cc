@@ -11,10 +11,11 @@ std::vector<const KernelTable*> supported_kernels() {
   std::vector<const KernelTable*> supported;
 #ifdef FS_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) supported.push_back(&kAvx512Bf16Kernels);
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (vnni && __builtin_cpu_supports("avx512bf16")) supported.push_back(&kAvx512Bf16Kernels);
   if (avx512) supported.push_back(&kAvx512Kernels);
   if (avx2) supported.push_back(&kAvx2Kernels);
 #endif

@@ -1,4 +1,4 @@
-// The kernels for AVX-512 with bfloat16 dot products; CMakeLists.txt sets the compiler flags.
+// The kernels for AVX-512 with dot products of bfloat16 and of int8 (VNNI); CMakeLists.txt sets the compiler flags.
 #define FS_ISA avx512_bf16
 #include "backend/cpu/isa_table.h"
 

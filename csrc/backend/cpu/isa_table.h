@@ -4,6 +4,8 @@
 #include "backend/cpu/activation.h"
 #include "backend/cpu/attention.h"
 #include "backend/cpu/gemm.h"
+#include "backend/cpu/gemm_quantized.h"
+#include "backend/cpu/logits.h"
 #include "backend/cpu/norm.h"
 #include "backend/cpu/rope.h"
 
@@ -18,12 +20,16 @@ constexpr KernelTable make_table(const char* name) {
       .unpack_row = unpack_row,
       .prepare_operand = prepare_operand,
       .gemm = gemm,
+      .quant_bytes = sizeof(Quant),
+      .quantize_input = quantize_input,
+      .gemm_quantized = gemm_quantized,
       .rms_norm = rms_norm,
       .layer_norm = layer_norm,
       .rotate = rotate,
-      .attention_f32 = attention<float>,
-      .attention_bf16 = attention<Bf16>,
+      .attention_f32 = attention_kernels<Float32Kv>(),
+      .attention_bf16 = attention_kernels<BFloat16Kv>(),
       .activate = activate,
+      .logits = {maximum_logit, sum_weights, weigh_logits, collect_logits},
   };
 }
 
