@@ -18,6 +18,8 @@ using cpu::PanelLayout;
 
 // Work below this many elements is not worth waking a thread for.
 constexpr int64_t kSerialElements = 16384;
+// Kernels compute as many rows as this at most for two panels at a time.
+constexpr int64_t kPairedRows = 6;
 
 class PackedMatrix final : public Matrix {
  public:
@@ -134,7 +136,7 @@ class CpuBackend final : public Backend {
                                  operand + row * layout.k_padded * kernels_.operand_bytes);
       });
     }
-    split_panels(layout.panels(), [&](int64_t first, int64_t last) {
+    split_panels(layout.panels(), args.m, [&](int64_t first, int64_t last) {
       cpu::PanelGemm piece = work;
       piece.first_panel = first;
       piece.last_panel = last;
@@ -156,14 +158,15 @@ class CpuBackend final : public Backend {
 
   void rope_and_store(const RopeAndStoreArgs& args) override {
     const KvLayout& kv = attention_.layout();
-    const int64_t width = (args.num_heads + 2 * kv.num_kv_heads) * kv.head_dim;
-    for (int64_t r = 0; r < args.num_rows; ++r) {
-      const Row& row = args.rows[r];
-      split_rows(row.tokens, width, [&](int64_t i) {
-        rotate_token(args, row.first + i);
-        attention_.store(args, row, i);
-      });
-    }
+    // One job's chunk may hold all tokens, or every job one.
+    token_rows_.clear();
+    for (int64_t r = 0; r < args.num_rows; ++r) token_rows_.insert(token_rows_.end(), args.rows[r].tokens, r);
+    split_rows(static_cast<int64_t>(token_rows_.size()), (args.num_heads + 2 * kv.num_kv_heads) * kv.head_dim,
+               [&](int64_t token) {
+                 const Row& row = args.rows[token_rows_[token]];
+                 rotate_token(args, token);
+                 attention_.store(args, row, token - row.first);
+               });
   }
 
   void attention(const AttentionArgs& args) override { attention_.run(args); }
@@ -189,7 +192,7 @@ class CpuBackend final : public Backend {
     split_rows(args.m, layout.k, [&](int64_t row) {
       kernels_.quantize_input(layout, args.input + row * args.ld_input, operand + row * row_bytes);
     });
-    split_panels(layout.panels(), [&](int64_t first, int64_t last) {
+    split_panels(layout.panels(), args.m, [&](int64_t first, int64_t last) {
       kernels_.gemm_quantized({.layout = &layout,
                                .weight = matrix.panel(0),
                                .operand = operand,
@@ -211,13 +214,15 @@ class CpuBackend final : public Backend {
     return reinterpret_cast<float*>(reserve(scratch_[thread], floats * sizeof(float)));
   }
 
-  // Calls body(first, last) for pieces of [0, panels): even numbers of panels, because kernels like to work on pairs;
-  // about eight pieces a thread to level the load.
+  // Calls body(first, last) for pieces of [0, panels) that leave no thread with more than another; several a thread, to
+  // level what else the threads have to do, and of two panels at least when the rows are few, because kernels then work
+  // on pairs.
   template <class Body>
-  void split_panels(int64_t panels, Body body) {
-    const int64_t step = std::max<int64_t>(2, round_up(panels / (8 * threads()), 2));
-    pool_.run(ceil_div(panels, step),
-              [&](int64_t task, int) { body(task * step, std::min(panels, (task + 1) * step)); });
+  void split_panels(int64_t panels, int64_t rows, Body body) {
+    const int64_t most = rows <= kPairedRows ? panels / 2 : panels;
+    const int64_t rounds = std::clamp<int64_t>(most / threads(), 1, 8), pieces = std::min(panels, rounds * threads());
+    pool_.run(pieces,
+              [&](int64_t piece, int) { body(piece * panels / pieces, (piece + 1) * panels / pieces); });
   }
 
   // Calls body(row) for every row, on the pool when there is enough to do.
@@ -250,6 +255,7 @@ class CpuBackend final : public Backend {
   ThreadPool pool_;
   std::vector<Buffer> scratch_;  // one a thread
   Buffer operand_;
+  std::vector<int64_t> token_rows_;  // the row of every token
   cpu::PagedAttention attention_;
 };
 
