@@ -48,6 +48,7 @@ template <class Kv>
 class TileAttention {
   using Stored = typename Kv::Stored;
   using Operand = typename Kv::Operand;
+  using Sum = typename Kv::Sum;
   static constexpr int kStep = Kv::kStep;
 
  public:
@@ -66,8 +67,11 @@ class TileAttention {
     q_ = reinterpret_cast<Operand*>(take(vectors_ * ld_));
     scores_ = take(vectors_ * kAttentionStride);
     total_ = take(vectors_ * ld_);
-    ragged_ = take(kTileRows * ld_);
-    for (float** row : {&segment_max_, &segment_sum_, &max_, &sum_, &keep_, &take_}) *row = take(vectors_ + 16);
+    ragged_ = reinterpret_cast<Sum*>(take(kTileRows * ld_));
+    for (float** row : {&segment_max_, &segment_sum_, &max_, &sum_, &keep_, &take_, &query_scale_, &weight_scale_}) {
+      *row = take(vectors_ + 16);
+    }
+    for (float** scales : {&key_scales_, &value_scales_}) *scales = take(kSegment);
     packed_ = reinterpret_cast<Stored*>(take(in_place_ ? 0 : 2 * kSegment * ld_));
     load_queries();
   }
@@ -117,7 +121,12 @@ class TileAttention {
     for (int64_t r = 0; r < vectors_; ++r) {
       const float* from = t_.q + r / t_.heads * t_.ld_q + r % t_.heads * t_.head_dim;
       Operand* q = q_ + r * ld_;
-      for (int64_t d = 0; d < t_.head_dim; ++d) q[d] = Kv::operand(from[d] * scale);
+      if constexpr (Kv::kScaled) {
+        for (int64_t d = 0; d < t_.head_dim; ++d) total_[d] = from[d] * scale;
+        query_scale_[r] = Kv::round_query(total_, t_.head_dim, q);
+      } else {
+        for (int64_t d = 0; d < t_.head_dim; ++d) q[d] = Kv::operand(from[d] * scale);
+      }
       for (int64_t d = t_.head_dim; d < key_rows_ * kStep; ++d) q[d] = Operand{};
     }
   }
@@ -151,6 +160,7 @@ class TileAttention {
   // Finds the columns of K and the groups of V that hold a segment.
   void locate(int64_t begin, int64_t tokens) {
     if (!in_place_) pack(begin, tokens);
+    if constexpr (Kv::kScaled) locate_scales(begin, tokens);
     const int64_t groups = (tokens + kGroup - 1) / kGroup;
     int64_t columns = 0;
     for (int64_t g = 0; g < groups; ++g) {
@@ -170,6 +180,23 @@ class TileAttention {
     // Register tiles are whole: what they compute of the last column again is not read.
     for (; columns % kScoreColumns != 0; ++columns) keys_[columns] = keys_[columns - 1];
     key_stride_ = (in_place_ ? t_.slots_padded : kGroup) * kStep;
+  }
+
+  // Puts the scales of a segment's tokens in a row.
+  void locate_scales(int64_t begin, int64_t tokens) {
+    for (int64_t i = 0; i < tokens;) {
+      const int64_t slot = (begin + i) % t_.block_size;
+      const float* scales = reinterpret_cast<const float*>(block_of(begin + i) + t_.scale_offset) + slot;
+      if (in_place_) {
+        for (const int64_t end = i + kGroup; i < end; i += kWidth, scales += kWidth) {
+          store(key_scales_ + i, load(scales));
+          store(value_scales_ + i, load(scales + t_.slots_padded));
+        }
+      } else {
+        key_scales_[i] = scales[0];
+        value_scales_[i++] = scales[t_.slots_padded];
+      }
+    }
   }
 
   const Stored* block_of(int64_t position) const {
@@ -204,10 +231,10 @@ class TileAttention {
   void score_columns_at(int64_t r, int64_t c) {
     const Operand* q = q_ + r * ld_;
     const Stored* keys[Columns];
-    F32 acc[Rows][Columns];
+    Sum acc[Rows][Columns];
     for (int j = 0; j < Columns; ++j) keys[j] = keys_[c + j];
     for (int i = 0; i < Rows; ++i) {
-      for (int j = 0; j < Columns; ++j) acc[i][j] = set1(0.0f);
+      for (int j = 0; j < Columns; ++j) acc[i][j] = Kv::zero();
     }
     for (int64_t d = 0; d < key_rows_; ++d) {
       typename Kv::Loaded key[Columns];
@@ -218,7 +245,13 @@ class TileAttention {
     }
     for (int i = 0; i < Rows; ++i) {
       float* out = scores_ + (r + i) * kAttentionStride + c * kWidth;
-      for (int j = 0; j < Columns; ++j) store(out + j * kWidth, acc[i][j]);
+      for (int j = 0; j < Columns; ++j) {
+        F32 score = Kv::to_float(acc[i][j]);
+        if constexpr (Kv::kScaled) {
+          score = mul(score, mul(load(key_scales_ + (c + j) * kWidth), set1(query_scale_[r + i])));
+        }
+        store(out + j * kWidth, score);
+      }
     }
   }
 
@@ -235,15 +268,35 @@ class TileAttention {
     const float largest = reduce_max(max(best, best2));
     const F32 reference = set1(largest);
     // What is not seen weighs 2^-126: nothing beside the largest weight, 1, and it meets no V.
-    F32 sum = set1(0.0f);
+    F32 sum = set1(0.0f), scaled = sum, odd = sum;
     Operand* w = weights(r);
     for (int64_t i = 0; i < padded; i += 2 * kWidth) {
       const F32 first = exp2_negative<Kv::kExpDegree>(sub(load(s + i), reference));
       const F32 second = exp2_negative<Kv::kExpDegree>(sub(load(s + i + kWidth), reference));
-      sum = Kv::put(w + i, first, second, sum);
+      if constexpr (Kv::kScaled) {
+        sum = add(add(sum, first), second);
+        // The scales of those that are not seen may be anything.
+        const float* scales = value_scales_ + i;
+        float seen[2 * kWidth];
+        if (i + 2 * kWidth > count) {
+          for (int64_t j = 0; j < 2 * kWidth; ++j) seen[j] = i + j < count ? scales[j] : 0.0f;
+          scales = seen;
+        }
+        for (int j = 0; j < 2; ++j) {
+          const F32 x = mul(j == 0 ? first : second, load(scales + j * kWidth));
+          scaled = max(scaled, x);
+          odd = fma(x, set1(0.0f), odd);  // a maximum may lose a NaN
+          store(s + i + j * kWidth, x);
+        }
+      } else {
+        sum = Kv::put(w + i, first, second, sum);
+      }
     }
     segment_max_[r] = largest;
     segment_sum_[r] = reduce_add(sum);
+    if constexpr (Kv::kScaled) {
+      weight_scale_[r] = Kv::round_weights(s, padded, reduce_max(scaled) + reduce_add(odd), w);
+    }
   }
 
   // How a segment joins what was merged before: whichever of the two has the smaller maximum is scaled down.
@@ -284,9 +337,9 @@ class TileAttention {
 
   template <int Rows, int Columns>
   void weigh_columns(int64_t r, int64_t begin, int64_t d, float* out, bool onto) {
-    F32 acc[Rows][Columns];
+    Sum acc[Rows][Columns];
     for (int i = 0; i < Rows; ++i) {
-      for (int j = 0; j < Columns; ++j) acc[i][j] = set1(0.0f);
+      for (int j = 0; j < Columns; ++j) acc[i][j] = Kv::zero();
     }
     // A later token's slot may hold anything, so nobody's sum may touch it: together the vectors walk the tokens that
     // the first one sees.
@@ -306,26 +359,30 @@ class TileAttention {
     }
     if (seen(r + Rows - 1, begin) != common) {
       for (int i = 0; i < Rows; ++i) {
-        float* row = ragged_ + i * Columns * kWidth;
-        for (int j = 0; j < Columns; ++j) store(row + j * kWidth, acc[i][j]);
+        Sum* row = ragged_ + i * Columns;
+        for (int j = 0; j < Columns; ++j) row[j] = acc[i][j];
         weigh_rest<Columns>(weights(r + i), common, seen(r + i, begin), d, row);
-        for (int j = 0; j < Columns; ++j) acc[i][j] = load(row + j * kWidth);
+        for (int j = 0; j < Columns; ++j) acc[i][j] = row[j];
       }
     }
     for (int i = 0; i < Rows; ++i) {
-      for (int j = 0; j < Columns; ++j) fold(out + (r + i) * ld_ + d + j * kWidth, acc[i][j], r + i, onto);
+      for (int j = 0; j < Columns; ++j) {
+        F32 part = Kv::to_float(acc[i][j]);
+        if constexpr (Kv::kScaled) part = mul(part, set1(weight_scale_[r + i]));
+        fold(out + (r + i) * ld_ + d + j * kWidth, part, r + i, onto);
+      }
     }
   }
 
   // Continues one vector's sum with tokens [from, to).
   template <int Columns>
-  void weigh_rest(const Operand* w, int64_t from, int64_t to, int64_t d, float* sum) const {
+  void weigh_rest(const Operand* w, int64_t from, int64_t to, int64_t d, Sum* sum) const {
     for (int64_t t = from; t < to; t += kStep) {
       const Stored* v = values_[t / kGroup] + t % kGroup * ld_ + d * kStep;
       for (int j = 0; j < Columns; ++j) {
         const Stored* p = v + j * kWidth * kStep;
         const auto value = t + kStep <= to ? Kv::load_rows(p) : Kv::load_first_row(p);
-        store(sum + j * kWidth, Kv::step(load(sum + j * kWidth), w + t, value));
+        sum[j] = Kv::step(sum[j], w + t, value);
       }
     }
   }
@@ -346,9 +403,10 @@ class TileAttention {
   Operand* q_;     // [vectors][ld], scaled
   float* scores_;  // [vectors][kAttentionStride]; later the weights, as Operand
   float* total_;   // [vectors][ld]: merged so far
-  float* ragged_;  // [kTileRows][ld]
-  float *segment_max_, *segment_sum_, *max_, *sum_, *keep_, *take_;  // [vectors]
-  Stored* packed_;                                                   // a segment's K, then its V
+  Sum* ragged_;    // [kTileRows][ld]
+  float *segment_max_, *segment_sum_, *max_, *sum_, *keep_, *take_, *query_scale_, *weight_scale_;  // [vectors]
+  float *key_scales_, *value_scales_;                                                               // [kSegment]
+  Stored* packed_;  // a segment's K, then its V
   int64_t key_stride_ = 0;
   const Stored* keys_[kSegment / kWidth];
   const Stored* values_[kSegment / kGroup];
