@@ -56,8 +56,8 @@ struct NormArgs {
 // Geometry of the paged KV pool. A block holds all local layers, so that moving it is one copy:
 // [layers][kv heads]{ K [dimensions / step][slots][step], V [slots / step][dimensions][step] }. K lies transposed so
 // that the score of many tokens is one vector; `step` neighbours in the direction of a sum are together, which is what
-// dot product instructions read: 2 of bfloat16 and of int8. All of it is padded to whole vectors, with zeros. int8 is
-// followed by the float32 scales of K [slots] and of V [slots].
+// dot product instructions read: 2 of bfloat16, 4 of int8. All of it is padded to whole vectors, with zeros. int8,
+// held as value + 128, is followed by the float32 scales of K [slots] and of V [slots].
 struct KvLayout {
   KvFormat format;
   int64_t num_layers;
@@ -65,7 +65,7 @@ struct KvLayout {
   int64_t head_dim;
   int64_t block_size;
 
-  int64_t step() const { return format == KvFormat::kFloat32 ? 1 : 2; }
+  int64_t step() const { return 4 / size_of(format); }
   int64_t slots_padded() const { return round_up(block_size, 16); }
   int64_t head_dim_padded() const { return round_up(head_dim, 16); }
   int64_t value_offset() const { return round_up(head_dim, step()) * slots_padded(); }

@@ -97,8 +97,8 @@ def _kernel_error(kv_dtype: str, q: np.ndarray, k: np.ndarray, v: np.ndarray) ->
         scores += UNIT["bfloat16"] * products
         weights = UNIT["bfloat16"] + 1e-4
         return _moved(scores, weights, shares, v, output) + 600 * UNIT["float32"] * np.abs(v).max()
-    # Queries and weights are rounded to 1 / 32767 of the largest, a weight's being that of weight times V's largest.
-    scores += 0.5 / 32767 * np.abs(q).max(1, keepdims=True) @ np.abs(k).sum(1)[None]
+    # Queries and weights are rounded to 1 / 16319 of the largest, a weight's being that of weight times V's largest.
+    scores += 0.5 / 16319 * np.abs(q).max(1, keepdims=True) @ np.abs(k).sum(1)[None]
     largest = shares * np.abs(v).max(1)
     rounded = sum(
         largest[:, first : first + SEGMENT].max(1) * min(SEGMENT, len(q) - first)
@@ -106,7 +106,7 @@ def _kernel_error(kv_dtype: str, q: np.ndarray, k: np.ndarray, v: np.ndarray) ->
     )
     return (
         _moved(scores, 1e-4, shares, v, output)
-        + 0.5 / 32767 * np.asarray(rounded)[:, None]
+        + 0.5 / 16319 * np.asarray(rounded)[:, None]
         + 20 * UNIT["float32"] * np.abs(v).max()
     )
 

@@ -8,20 +8,26 @@
 
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/kv_format.h"
+#include "backend/cpu/kv_int8.h"
 #include "backend/cpu/simd.h"
 
 namespace fastserve::cpu::FS_ISA {
 
 // Register tiles: query vectors by columns (of tokens for the scores, of dimensions for the values).
+template <class Kv>
+struct RegisterTile {
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6;
-constexpr int score_columns(int rows) { return rows <= 3 ? 8 : 4; }
-constexpr int value_columns(int) { return 4; }
+  static constexpr int kRows = Kv::kScaled ? 4 : 6;  // a sum may take two registers, and what it meets two
+  static constexpr int score_columns(int rows) {
+    return Kv::kScaled ? (rows == 1 ? 8 : rows <= 3 ? 4 : 2) : rows <= 3 ? 8 : 4;
+  }
+  static constexpr int value_columns(int rows) { return Kv::kScaled && rows == 4 ? 2 : 4; }
 #else
-constexpr int kTileRows = 4;
-constexpr int score_columns(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
-constexpr int value_columns(int rows) { return rows <= 2 ? 4 : 2; }
+  static constexpr int kRows = 4;
+  static constexpr int score_columns(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
+  static constexpr int value_columns(int rows) { return rows <= 2 ? 4 : 2; }
 #endif
+};
 constexpr int kScoreColumns = 8;       // a multiple of every score_columns()
 constexpr int kGroup = 16;             // positions that lie together, whatever the block size
 constexpr float kLog2E = 1.44269504f;  // weights are powers of two
@@ -49,7 +55,9 @@ class TileAttention {
   using Stored = typename Kv::Stored;
   using Operand = typename Kv::Operand;
   using Sum = typename Kv::Sum;
+  using Tile = RegisterTile<Kv>;
   static constexpr int kStep = Kv::kStep;
+  static constexpr int kTileRows = Tile::kRows;
 
  public:
   explicit TileAttention(const AttentionTile& tile)
@@ -67,10 +75,9 @@ class TileAttention {
     q_ = reinterpret_cast<Operand*>(take(vectors_ * ld_));
     scores_ = take(vectors_ * kAttentionStride);
     total_ = take(vectors_ * ld_);
-    ragged_ = reinterpret_cast<Sum*>(take(kTileRows * ld_));
-    for (float** row : {&segment_max_, &segment_sum_, &max_, &sum_, &keep_, &take_, &query_scale_, &weight_scale_}) {
-      *row = take(vectors_ + 16);
-    }
+    ragged_ = reinterpret_cast<Sum*>(take(kTileRows * ld_ * (sizeof(Sum) / sizeof(F32))));
+    for (float** row : {&segment_max_, &segment_sum_, &max_, &sum_, &keep_, &take_}) *row = take(vectors_ + 16);
+    for (Rounded** row : {&query_, &weight_}) *row = reinterpret_cast<Rounded*>(take(2 * vectors_));
     for (float** scales : {&key_scales_, &value_scales_}) *scales = take(kSegment);
     packed_ = reinterpret_cast<Stored*>(take(in_place_ ? 0 : 2 * kSegment * ld_));
     load_queries();
@@ -121,13 +128,13 @@ class TileAttention {
     for (int64_t r = 0; r < vectors_; ++r) {
       const float* from = t_.q + r / t_.heads * t_.ld_q + r % t_.heads * t_.head_dim;
       Operand* q = q_ + r * ld_;
+      for (int64_t d = (key_rows_ - 1) * kStep; d < key_rows_ * kStep; ++d) q[d] = Operand{};
       if constexpr (Kv::kScaled) {
         for (int64_t d = 0; d < t_.head_dim; ++d) total_[d] = from[d] * scale;
-        query_scale_[r] = Kv::round_query(total_, t_.head_dim, q);
+        query_[r] = Kv::round_query(total_, t_.head_dim, q);
       } else {
         for (int64_t d = 0; d < t_.head_dim; ++d) q[d] = Kv::operand(from[d] * scale);
       }
-      for (int64_t d = t_.head_dim; d < key_rows_ * kStep; ++d) q[d] = Operand{};
     }
   }
 
@@ -221,7 +228,7 @@ class TileAttention {
   // Scores of query vectors [r, r + Rows) and columns [first, end) of tokens.
   template <int Rows>
   void score(int64_t r, int64_t first, int64_t end) {
-    constexpr int kColumns = score_columns(Rows);
+    constexpr int kColumns = Tile::score_columns(Rows);
     int64_t c = first;
     for (; c + kColumns / 2 < end; c += kColumns) score_columns_at<Rows, kColumns>(r, c);
     if (c < end) score_columns_at<Rows, kColumns / 2>(r, c);
@@ -234,22 +241,23 @@ class TileAttention {
     Sum acc[Rows][Columns];
     for (int j = 0; j < Columns; ++j) keys[j] = keys_[c + j];
     for (int i = 0; i < Rows; ++i) {
-      for (int j = 0; j < Columns; ++j) acc[i][j] = Kv::zero();
+      for (int j = 0; j < Columns; ++j) acc[i][j] = Kv::start(query_[r + i]);
     }
     for (int64_t d = 0; d < key_rows_; ++d) {
       typename Kv::Loaded key[Columns];
       for (int j = 0; j < Columns; ++j) key[j] = Kv::load_rows(keys[j] + d * key_stride_);
       for (int i = 0; i < Rows; ++i) {
-        for (int j = 0; j < Columns; ++j) acc[i][j] = Kv::step(acc[i][j], q + i * ld_ + d * kStep, key[j]);
+        for (int j = 0; j < Columns; ++j) Kv::step(acc[i][j], q + i * ld_ + d * kStep, key[j]);
       }
     }
+    // Sums stay in registers only if GCC unrolls all loops over them, which it does by itself to short ones.
+#pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
       float* out = scores_ + (r + i) * kAttentionStride + c * kWidth;
+#pragma GCC unroll 8
       for (int j = 0; j < Columns; ++j) {
-        F32 score = Kv::to_float(acc[i][j]);
-        if constexpr (Kv::kScaled) {
-          score = mul(score, mul(load(key_scales_ + (c + j) * kWidth), set1(query_scale_[r + i])));
-        }
+        F32 score = Kv::finish(acc[i][j], query_[r + i]);
+        if constexpr (Kv::kScaled) score = mul(score, load(key_scales_ + (c + j) * kWidth));
         store(out + j * kWidth, score);
       }
     }
@@ -295,7 +303,7 @@ class TileAttention {
     segment_max_[r] = largest;
     segment_sum_[r] = reduce_add(sum);
     if constexpr (Kv::kScaled) {
-      weight_scale_[r] = Kv::round_weights(s, padded, reduce_max(scaled) + reduce_add(odd), w);
+      weight_[r] = Kv::round_weights(s, padded, reduce_max(scaled) + reduce_add(odd), w);
     }
   }
 
@@ -325,7 +333,7 @@ class TileAttention {
   void weigh(int64_t begin, int64_t skipped, float* out, bool onto) {
     for (int64_t r = skipped; r < vectors_; r += kTileRows) {
       with_count<kTileRows>(vectors_ - r, [&](auto rows) {
-        constexpr int kRows = rows.value, kColumns = value_columns(kRows);
+        constexpr int kRows = rows.value, kColumns = Tile::value_columns(kRows);
         int64_t d = 0;
         for (; d + kColumns * kWidth <= ld_; d += kColumns * kWidth) {
           weigh_columns<kRows, kColumns>(r, begin, d, out, onto);
@@ -339,7 +347,7 @@ class TileAttention {
   void weigh_columns(int64_t r, int64_t begin, int64_t d, float* out, bool onto) {
     Sum acc[Rows][Columns];
     for (int i = 0; i < Rows; ++i) {
-      for (int j = 0; j < Columns; ++j) acc[i][j] = Kv::zero();
+      for (int j = 0; j < Columns; ++j) acc[i][j] = Kv::start(weight_[r + i]);
     }
     // A later token's slot may hold anything, so nobody's sum may touch it: together the vectors walk the tokens that
     // the first one sees.
@@ -353,7 +361,7 @@ class TileAttention {
         typename Kv::Loaded value[Columns];
         for (int j = 0; j < Columns; ++j) value[j] = Kv::load_rows(v + j * kWidth * kStep);
         for (int i = 0; i < Rows; ++i) {
-          for (int j = 0; j < Columns; ++j) acc[i][j] = Kv::step(acc[i][j], w + i * kLd, value[j]);
+          for (int j = 0; j < Columns; ++j) Kv::step(acc[i][j], w + i * kLd, value[j]);
         }
       }
     }
@@ -367,9 +375,7 @@ class TileAttention {
     }
     for (int i = 0; i < Rows; ++i) {
       for (int j = 0; j < Columns; ++j) {
-        F32 part = Kv::to_float(acc[i][j]);
-        if constexpr (Kv::kScaled) part = mul(part, set1(weight_scale_[r + i]));
-        fold(out + (r + i) * ld_ + d + j * kWidth, part, r + i, onto);
+        fold(out + (r + i) * ld_ + d + j * kWidth, Kv::finish(acc[i][j], weight_[r + i]), r + i, onto);
       }
     }
   }
@@ -382,7 +388,7 @@ class TileAttention {
       for (int j = 0; j < Columns; ++j) {
         const Stored* p = v + j * kWidth * kStep;
         const auto value = t + kStep <= to ? Kv::load_rows(p) : Kv::load_first_row(p);
-        sum[j] = Kv::step(sum[j], w + t, value);
+        Kv::step(sum[j], w + t, value);
       }
     }
   }
@@ -404,8 +410,9 @@ class TileAttention {
   float* scores_;  // [vectors][kAttentionStride]; later the weights, as Operand
   float* total_;   // [vectors][ld]: merged so far
   Sum* ragged_;    // [kTileRows][ld]
-  float *segment_max_, *segment_sum_, *max_, *sum_, *keep_, *take_, *query_scale_, *weight_scale_;  // [vectors]
-  float *key_scales_, *value_scales_;                                                               // [kSegment]
+  float *segment_max_, *segment_sum_, *max_, *sum_, *keep_, *take_;  // [vectors]
+  Rounded *query_, *weight_;                                         // [vectors]
+  float *key_scales_, *value_scales_;                                // [kSegment]
   Stored* packed_;  // a segment's K, then its V
   int64_t key_stride_ = 0;
   const Stored* keys_[kSegment / kWidth];

@@ -35,13 +35,13 @@ float convert(const float* x, int64_t n, Bf16*, Put put) {
   return 1.0f;
 }
 template <class Put>
-float convert(const float* x, int64_t n, int8_t*, Put put) {
-  return round_row(x, n, 127.0f, put);
+float convert(const float* x, int64_t n, uint8_t*, Put put) {
+  return round_row(x, n, 127.0f, [&](int64_t d, int32_t value) { put(d, value + 128); });
 }
 
 template <class T>
 void store_head(const KvLayout& kv, const float* k, const float* v, int64_t slot, T* head) {
-  constexpr int64_t kStep = sizeof(T) == 4 ? 1 : 2;
+  constexpr int64_t kStep = 4 / sizeof(T);
   const int64_t stride = kv.slots_padded() * kStep;
   T* keys = head + slot * kStep;
   T* values = head + kv.value_offset() + slot / kStep * kStep * kv.head_dim_padded() + slot % kStep;
@@ -71,7 +71,7 @@ void PagedAttention::store(const RopeAndStoreArgs& args, const Row& row, int64_t
     switch (kv_.format) {
       case KvFormat::kFloat32: store_head(kv_, k, v, slot, reinterpret_cast<float*>(head)); break;
       case KvFormat::kBFloat16: store_head(kv_, k, v, slot, reinterpret_cast<Bf16*>(head)); break;
-      case KvFormat::kInt8: store_head(kv_, k, v, slot, reinterpret_cast<int8_t*>(head)); break;
+      case KvFormat::kInt8: store_head(kv_, k, v, slot, reinterpret_cast<uint8_t*>(head)); break;
     }
   }
 }
