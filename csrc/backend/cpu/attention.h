@@ -9,6 +9,7 @@
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/kv_format.h"
 #include "backend/cpu/kv_int8.h"
+#include "backend/cpu/kv_segment.h"
 #include "backend/cpu/simd.h"
 
 namespace fastserve::cpu::FS_ISA {
@@ -28,8 +29,6 @@ struct RegisterTile {
   static constexpr int value_columns(int rows) { return rows <= 2 ? 4 : 2; }
 #endif
 };
-constexpr int kScoreColumns = 8;       // a multiple of every score_columns()
-constexpr int kGroup = 16;             // positions that lie together, whatever the block size
 constexpr float kLog2E = 1.44269504f;  // weights are powers of two
 constexpr float kLowest = -3e38f;      // score of a position that is not seen
 
@@ -65,7 +64,7 @@ class TileAttention {
         vectors_(tile.queries * tile.heads),
         ld_(tile.head_dim_padded),
         key_rows_((tile.head_dim + kStep - 1) / kStep),
-        in_place_(tile.block_size % kGroup == 0) {
+        segment_(tile) {
     float* free = t_.scratch;
     const auto take = [&](int64_t floats) {
       float* taken = free;
@@ -78,8 +77,7 @@ class TileAttention {
     ragged_ = reinterpret_cast<Sum*>(take(kTileRows * ld_ * (sizeof(Sum) / sizeof(F32))));
     for (float** row : {&segment_max_, &segment_sum_, &max_, &sum_, &keep_, &take_}) *row = take(vectors_ + 16);
     for (Rounded** row : {&query_, &weight_}) *row = reinterpret_cast<Rounded*>(take(2 * vectors_));
-    for (float** scales : {&key_scales_, &value_scales_}) *scales = take(kSegment);
-    packed_ = reinterpret_cast<Stored*>(take(in_place_ ? 0 : 2 * kSegment * ld_));
+    segment_.use(take(segment_.scratch()));
     load_queries();
   }
 
@@ -150,7 +148,7 @@ class TileAttention {
   // Scores and weights of a segment.
   int64_t attend(int64_t begin) {
     const int64_t skipped = unseeing(begin), tokens = seen(vectors_ - 1, begin);
-    locate(begin, tokens);
+    segment_.locate(begin, tokens);
     const int64_t columns = (tokens + kWidth - 1) / kWidth;
     // Query vectors take turns with as many columns as one register tile of them has: those stay in the L1 cache.
     const int64_t chunk = kScoreColumns;
@@ -162,67 +160,6 @@ class TileAttention {
     }
     for (int64_t r = skipped; r < vectors_; ++r) soften(r, seen(r, begin));
     return skipped;
-  }
-
-  // Finds the columns of K and the groups of V that hold a segment.
-  void locate(int64_t begin, int64_t tokens) {
-    if (!in_place_) pack(begin, tokens);
-    if constexpr (Kv::kScaled) locate_scales(begin, tokens);
-    const int64_t groups = (tokens + kGroup - 1) / kGroup;
-    int64_t columns = 0;
-    for (int64_t g = 0; g < groups; ++g) {
-      const Stored *keys, *values;
-      if (in_place_) {
-        const int64_t position = begin + g * kGroup, slot = position % t_.block_size;
-        const Stored* block = block_of(position);
-        keys = block + slot * kStep;
-        values = block + t_.value_offset + slot * ld_;
-      } else {
-        keys = packed_ + g * kGroup * key_rows_ * kStep;
-        values = packed_ + kSegment * ld_ + g * kGroup * ld_;
-      }
-      for (int64_t i = 0; i < kGroup; i += kWidth) keys_[columns++] = keys + i * kStep;
-      values_[g] = values;
-    }
-    // Register tiles are whole: what they compute of the last column again is not read.
-    for (; columns % kScoreColumns != 0; ++columns) keys_[columns] = keys_[columns - 1];
-    key_stride_ = (in_place_ ? t_.slots_padded : kGroup) * kStep;
-  }
-
-  // Puts the scales of a segment's tokens in a row.
-  void locate_scales(int64_t begin, int64_t tokens) {
-    for (int64_t i = 0; i < tokens;) {
-      const int64_t slot = (begin + i) % t_.block_size;
-      const float* scales = reinterpret_cast<const float*>(block_of(begin + i) + t_.scale_offset) + slot;
-      if (in_place_) {
-        for (const int64_t end = i + kGroup; i < end; i += kWidth, scales += kWidth) {
-          store(key_scales_ + i, load(scales));
-          store(value_scales_ + i, load(scales + t_.slots_padded));
-        }
-      } else {
-        key_scales_[i] = scales[0];
-        value_scales_[i++] = scales[t_.slots_padded];
-      }
-    }
-  }
-
-  const Stored* block_of(int64_t position) const {
-    return static_cast<const Stored*>(t_.pool) + t_.table[position / t_.block_size] * t_.block_stride;
-  }
-
-  // Groups that blocks of an odd size tear apart are put together first.
-  void pack(int64_t begin, int64_t tokens) {
-    for (int64_t i = 0; i < tokens; ++i) {
-      const int64_t slot = (begin + i) % t_.block_size, lane = i % kGroup;
-      const Stored* from = block_of(begin + i) + slot * kStep;
-      Stored* to = packed_ + (i - lane) * key_rows_ * kStep + lane * kStep;
-      for (int64_t d = 0; d < key_rows_; ++d) {
-        for (int j = 0; j < kStep; ++j) to[d * kGroup * kStep + j] = from[d * t_.slots_padded * kStep + j];
-      }
-      from = block_of(begin + i) + t_.value_offset + slot / kStep * kStep * ld_ + slot % kStep;
-      to = packed_ + kSegment * ld_ + i / kStep * kStep * ld_ + i % kStep;
-      for (int64_t d = 0; d < ld_; ++d) to[d * kStep] = from[d * kStep];
-    }
   }
 
   // Scores of query vectors [r, r + Rows) and columns [first, end) of tokens.
@@ -239,13 +176,13 @@ class TileAttention {
     const Operand* q = q_ + r * ld_;
     const Stored* keys[Columns];
     Sum acc[Rows][Columns];
-    for (int j = 0; j < Columns; ++j) keys[j] = keys_[c + j];
+    for (int j = 0; j < Columns; ++j) keys[j] = segment_.keys[c + j];
     for (int i = 0; i < Rows; ++i) {
       for (int j = 0; j < Columns; ++j) acc[i][j] = Kv::start(query_[r + i]);
     }
     for (int64_t d = 0; d < key_rows_; ++d) {
       typename Kv::Loaded key[Columns];
-      for (int j = 0; j < Columns; ++j) key[j] = Kv::load_rows(keys[j] + d * key_stride_);
+      for (int j = 0; j < Columns; ++j) key[j] = Kv::load_rows(keys[j] + d * segment_.key_stride);
       for (int i = 0; i < Rows; ++i) {
         for (int j = 0; j < Columns; ++j) Kv::step(acc[i][j], q + i * ld_ + d * kStep, key[j]);
       }
@@ -257,7 +194,7 @@ class TileAttention {
 #pragma GCC unroll 8
       for (int j = 0; j < Columns; ++j) {
         F32 score = Kv::finish(acc[i][j], query_[r + i]);
-        if constexpr (Kv::kScaled) score = mul(score, load(key_scales_ + (c + j) * kWidth));
+        if constexpr (Kv::kScaled) score = mul(score, load(segment_.key_scales + (c + j) * kWidth));
         store(out + j * kWidth, score);
       }
     }
@@ -284,7 +221,7 @@ class TileAttention {
       if constexpr (Kv::kScaled) {
         sum = add(add(sum, first), second);
         // The scales of those that are not seen may be anything.
-        const float* scales = value_scales_ + i;
+        const float* scales = segment_.value_scales + i;
         float seen[2 * kWidth];
         if (i + 2 * kWidth > count) {
           for (int64_t j = 0; j < 2 * kWidth; ++j) seen[j] = i + j < count ? scales[j] : 0.0f;
@@ -355,7 +292,7 @@ class TileAttention {
     const Operand* w = weights(r);
     constexpr int64_t kLd = kAttentionStride * (sizeof(float) / sizeof(Operand));
     for (int64_t t = 0; t < common; t += kGroup) {
-      const Stored* v = values_[t / kGroup] + d * kStep;
+      const Stored* v = segment_.values[t / kGroup] + d * kStep;
       const int64_t steps = (common - t < kGroup ? common - t : kGroup) / kStep;
       for (int64_t s = 0; s < steps; ++s, v += ld_ * kStep, w += kStep) {
         typename Kv::Loaded value[Columns];
@@ -384,7 +321,7 @@ class TileAttention {
   template <int Columns>
   void weigh_rest(const Operand* w, int64_t from, int64_t to, int64_t d, Sum* sum) const {
     for (int64_t t = from; t < to; t += kStep) {
-      const Stored* v = values_[t / kGroup] + t % kGroup * ld_ + d * kStep;
+      const Stored* v = segment_.values[t / kGroup] + t % kGroup * ld_ + d * kStep;
       for (int j = 0; j < Columns; ++j) {
         const Stored* p = v + j * kWidth * kStep;
         const auto value = t + kStep <= to ? Kv::load_rows(p) : Kv::load_first_row(p);
@@ -405,18 +342,13 @@ class TileAttention {
   const int64_t vectors_;  // r = query * heads + head
   const int64_t ld_;
   const int64_t key_rows_;
-  const bool in_place_;
+  KvSegment<Kv> segment_;
   Operand* q_;     // [vectors][ld], scaled
   float* scores_;  // [vectors][kAttentionStride]; later the weights, as Operand
   float* total_;   // [vectors][ld]: merged so far
   Sum* ragged_;    // [kTileRows][ld]
   float *segment_max_, *segment_sum_, *max_, *sum_, *keep_, *take_;  // [vectors]
   Rounded *query_, *weight_;                                         // [vectors]
-  float *key_scales_, *value_scales_;                                // [kSegment]
-  Stored* packed_;  // a segment's K, then its V
-  int64_t key_stride_ = 0;
-  const Stored* keys_[kSegment / kWidth];
-  const Stored* values_[kSegment / kGroup];
 };
 
 template <class Kv>

@@ -60,7 +60,8 @@ constexpr int64_t kAttentionStride = kSegment + 16;
 
 // Floats of scratch for a tile of `vectors` = queries * heads query vectors.
 constexpr int64_t attention_scratch(int64_t vectors, int64_t head_dim_padded) {
-  return vectors * (kAttentionStride + 2 * head_dim_padded + 10) + (2 * kSegment + 8) * head_dim_padded + 2 * kSegment + 320;
+  return vectors * (kAttentionStride + 2 * head_dim_padded + 10) + (2 * kSegment + 8) * head_dim_padded + 2 * kSegment +
+         320;
 }
 // Floats of one segment's result: weighted sums of V, maxima and sums of weights.
 constexpr int64_t attention_partial(int64_t vectors, int64_t head_dim_padded) {

@@ -60,8 +60,8 @@ struct BFloat16Kv {
   static void step(F32& acc, const Bf16* a, const Loaded& b) {
     int pair;
     __builtin_memcpy(&pair, a, sizeof pair);
-    acc.v = _mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)),
-                             reinterpret_cast<__m512bh>(b.x));
+    acc.v =
+        _mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)), reinterpret_cast<__m512bh>(b.x));
   }
   static Operand operand(float x) { return to_bf16(x); }
   static F32 put(Bf16* p, F32 first, F32 second, F32 sum) {

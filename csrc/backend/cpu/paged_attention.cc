@@ -69,9 +69,15 @@ void PagedAttention::store(const RopeAndStoreArgs& args, const Row& row, int64_t
   for (int64_t h = 0; h < kv_.num_kv_heads; ++h, k += kv_.head_dim, v += kv_.head_dim) {
     char* head = block + head_offset(args.layer, h) * size_of(kv_.format);
     switch (kv_.format) {
-      case KvFormat::kFloat32: store_head(kv_, k, v, slot, reinterpret_cast<float*>(head)); break;
-      case KvFormat::kBFloat16: store_head(kv_, k, v, slot, reinterpret_cast<Bf16*>(head)); break;
-      case KvFormat::kInt8: store_head(kv_, k, v, slot, reinterpret_cast<uint8_t*>(head)); break;
+      case KvFormat::kFloat32:
+        store_head(kv_, k, v, slot, reinterpret_cast<float*>(head));
+        break;
+      case KvFormat::kBFloat16:
+        store_head(kv_, k, v, slot, reinterpret_cast<Bf16*>(head));
+        break;
+      case KvFormat::kInt8:
+        store_head(kv_, k, v, slot, reinterpret_cast<uint8_t*>(head));
+        break;
     }
   }
 }

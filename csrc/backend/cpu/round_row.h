@@ -5,9 +5,9 @@
 
 namespace fastserve::cpu {
 
-// Calls put(i, x[i] / scale, rounded to an integer) for 0 <= i < n and returns the scale, with which the largest becomes
-// `limit`, 2^15 at most. Where x holds a NaN or an infinity the scale is one too, and the integers are anything. Inlined
-// always, because kernels compiled for different instruction sets share it.
+// Calls put(i, x[i] / scale, rounded to an integer) for 0 <= i < n and returns the scale, with which the largest
+// becomes `limit`, 2^15 at most. Where x holds a NaN or an infinity the scale is one too, and the integers are
+// anything. Inlined always, because kernels compiled for different instruction sets share it.
 template <class Put>
 [[gnu::always_inline]] inline float round_row(const float* x, int64_t n, float limit, Put put) {
   int32_t largest = 0;  // as bits, which order magnitudes, infinities and NaNs last
