@@ -151,5 +151,5 @@ def test_smollm2_is_as_good_with_an_int8_kv_cache(text: list[int]) -> None:
     got = whole(open_model("smollm2"), text, dtype="bfloat16", kv_cache_dtype="int8")
     assert not np.array_equal(got, expected)
     assert _perplexity(got, text) == pytest.approx(_perplexity(expected, text), rel=0.01)
-    assert (got.argmax(1) == expected.argmax(1)).mean() > 0.94
+    assert (got.argmax(1) == expected.argmax(1)).mean() > 0.92
     assert np.sqrt(np.mean((got - expected) ** 2)) < 0.05 * expected.std()
