@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import toy_llm
 from toy import EOS, expected_output
-from toy_llm import ALPHABET, CONTEXT, SPEC, ToyWorld
+from toy_llm import ALPHABET, CONTEXT, ToyWorld
 
 from fastserve import EngineError, InvalidRequest, RequestOutput, SamplingParams
-from fastserve.native import block_bytes
 from fastserve.serving import derived_seed
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, seed=5)
@@ -251,23 +250,6 @@ def test_info_tells_the_pool(world: ToyWorld) -> None:
     assert info["kv_cache_tokens"] == 16 * info["num_blocks"]
     with world.llm(kv_cache_memory=None, max_num_seqs=4) as llm:
         assert llm.info["kv_cache_tokens"] == 4 * CONTEXT
-
-
-def test_an_int8_kv_cache_holds_more_tokens_in_the_same_memory(world: ToyWorld) -> None:
-    """The pools are sized by the type of the KV cache, and what was measured with another one does not count."""
-    told, profiles = {}, set()
-    for kv_cache_dtype in ("auto", "bfloat16", "float32", "int8"):
-        with world.llm(kv_cache_memory="64K", swap_space="32K", kv_cache_dtype=kv_cache_dtype) as llm:
-            told[kv_cache_dtype] = llm.info
-            profiles.add(llm.profile_path)
-    assert {kv: info["kv_cache_dtype"] for kv, info in told.items()} == {**{kv: kv for kv in told}, "auto": "bfloat16"}
-    for info in told.values():
-        block = block_bytes(SPEC, info["kv_cache_dtype"], 16)
-        assert info["kv_cache_bytes"] == info["num_blocks"] * block <= 2**16 < (info["num_blocks"] + 1) * block
-        assert info["swap_space_bytes"] == info["num_host_blocks"] * block <= 2**15
-    blocks = {kv: info["num_blocks"] for kv, info in told.items()}
-    assert blocks["int8"] > blocks["bfloat16"] == blocks["auto"] > blocks["float32"]
-    assert len(profiles) == 3
 
 
 def test_stream_yields_growing_answers(world: ToyWorld) -> None:
