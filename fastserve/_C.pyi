@@ -16,6 +16,7 @@ class Runtime:
         self,
         spec: ModelSpec,
         dtype: str,
+        kv_dtype: str,
         block_size: int,
         num_blocks: int,
         max_tokens: int,
@@ -68,8 +69,29 @@ class Matrix:
     @property
     def bytes(self) -> int: ...
 
+class Attention:
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        kv_dtype: str,
+        block_size: int,
+        num_blocks: int,
+        threads: int = 1,
+    ) -> None: ...
+    # rows: (tokens, start, blocks)
+    def run(
+        self, qkv: npt.NDArray[np.float32], rows: Sequence[tuple[int, int, Sequence[int]]]
+    ) -> npt.NDArray[np.float32]: ...
+    def seconds(
+        self, qkv: npt.NDArray[np.float32], rows: Sequence[tuple[int, int, Sequence[int]]], repeats: int
+    ) -> tuple[float, float]: ...
+    @property
+    def block_bytes(self) -> int: ...
+
 def coalesce(moves: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]: ...
-def block_bytes(spec: ModelSpec, dtype: str, block_size: int) -> int: ...
+def block_bytes(spec: ModelSpec, kv_dtype: str, block_size: int) -> int: ...
 def instruction_sets() -> list[str]: ...
 def dequantize(dtype: str, data: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.float32]: ...
 def sample(

@@ -60,7 +60,7 @@ def assemble(
         swap_bandwidth=link_bandwidth(swap_bandwidth),
         **runtime,
     )
-    bytes_each = block_bytes(spec, running.dtype, running.block_size)
+    bytes_each = block_bytes(spec, running.kv_dtype, running.block_size)
     num_blocks = pool_blocks(
         kv_cache_memory,
         bytes_each,
@@ -78,7 +78,7 @@ def assemble(
     data = None if skip_tokenizer else source.tokenizer_data()
     tokenizer = Tokenizer.from_data(data) if data is not None else None
     native = NativeRuntime(source, running)
-    arithmetic = f"{running.dtype}, quantization {running.quantization}"
+    arithmetic = f"{running.dtype}, KV cache {running.kv_dtype}, quantization {running.quantization}"
     calibration = Calibration(
         native,
         scheduling,
@@ -94,6 +94,7 @@ def assemble(
         "weights_dtype": source.weights_dtype,
         "weight_bytes": native.weight_bytes,
         "dtype": running.dtype,
+        "kv_cache_dtype": running.kv_dtype,
         "quantization": running.quantization,
         "device": running.device,
         "instruction_set": native.instruction_set,

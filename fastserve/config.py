@@ -63,6 +63,7 @@ _BATCHED_TOKENS = (1, 2**20)
 
 ADMISSIONS = ("paged", "reserve")
 QUANTIZATIONS = ("auto", "int8", "none")
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 SWAP_MODES = ("proactive", "reactive", "recompute")
 
 
@@ -154,6 +155,7 @@ class RuntimeConfig:
     """What the native runtime is built with."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # auto: as dtype
     quantization: Literal["auto", "int8", "none"] = "auto"  # of the weights; auto: as in the file, unless float32
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 0  # 0: one a core
@@ -166,6 +168,7 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise InvalidRequest("dtype", f"must be float32 or bfloat16, got {self.dtype!r}")
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _check_choice("quantization", self.quantization, QUANTIZATIONS)
         if self.device not in ("cpu", "cuda"):
             raise InvalidRequest("device", f"must be cpu or cuda, got {self.device!r}")
@@ -183,3 +186,8 @@ class RuntimeConfig:
         )
         if self.swap_bandwidth is not None:
             _check_limits(self, {"swap_bandwidth": (1, 2**50)})
+
+    @property
+    def kv_dtype(self) -> str:
+        """What K and V are held in."""
+        return self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype

@@ -14,9 +14,9 @@ _FOREVER = -1.0
 _SLICE_BYTES = 16 * 2**20  # of a file, resident at a time while loading
 
 
-def block_bytes(spec: ModelSpec, dtype: str, block_size: int) -> int:
+def block_bytes(spec: ModelSpec, kv_dtype: str, block_size: int) -> int:
     """Bytes of one KV block, all layers of it."""
-    return _C.block_bytes(spec, dtype, block_size)
+    return _C.block_bytes(spec, kv_dtype, block_size)
 
 
 def instruction_sets() -> list[str]:
@@ -38,6 +38,7 @@ class NativeRuntime:
             self._runtime = _C.Runtime(
                 source.spec,
                 config.dtype,
+                config.kv_dtype,
                 block_size=config.block_size,
                 num_blocks=config.num_blocks,
                 max_tokens=config.max_num_batched_tokens,

@@ -56,21 +56,24 @@ struct NormArgs {
 // Geometry of the paged KV pool. A block holds all local layers, so that moving it is one copy:
 // [layers][kv heads]{ K [dimensions / step][slots][step], V [slots / step][dimensions][step] }. K lies transposed so
 // that the score of many tokens is one vector; `step` neighbours in the direction of a sum are together, which is what
-// dot product instructions read: 2 of bfloat16. All of it is padded to whole vectors, with zeros.
+// dot product instructions read: 2 of bfloat16, 4 of int8. All of it is padded to whole vectors, with zeros. int8,
+// held as value + 128, is followed by the float32 scales of K [slots] and of V [slots].
 struct KvLayout {
-  DType dtype;
+  KvFormat format;
   int64_t num_layers;
   int64_t num_kv_heads;
   int64_t head_dim;
   int64_t block_size;
 
-  int64_t step() const { return dtype == DType::kFloat32 ? 1 : 2; }
+  int64_t step() const { return 4 / size_of(format); }
   int64_t slots_padded() const { return round_up(block_size, 16); }
   int64_t head_dim_padded() const { return round_up(head_dim, 16); }
   int64_t value_offset() const { return round_up(head_dim, step()) * slots_padded(); }
-  int64_t head_elements() const { return value_offset() + round_up(block_size, step()) * head_dim_padded(); }
+  int64_t scale_offset() const { return value_offset() + round_up(block_size, step()) * head_dim_padded(); }
+  int64_t scale_bytes() const { return format == KvFormat::kInt8 ? 2 * slots_padded() * 4 : 0; }
+  int64_t head_elements() const { return scale_offset() + scale_bytes(); }  // an element of int8 is a byte
   int64_t layer_elements() const { return num_kv_heads * head_elements(); }
-  int64_t block_bytes() const { return num_layers * layer_elements() * size_of(dtype); }
+  int64_t block_bytes() const { return num_layers * layer_elements() * size_of(format); }
 };
 
 // One job's tokens in this iteration.

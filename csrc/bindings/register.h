@@ -9,5 +9,6 @@ void register_runtime(pybind11::module_& module);
 void register_sampler(pybind11::module_& module);
 void register_cpu(pybind11::module_& module);
 void register_matrix(pybind11::module_& module);
+void register_attention(pybind11::module_& module);
 
 }  // namespace fastserve

@@ -36,8 +36,12 @@ struct Bf16 {
   return __builtin_bit_cast(float, sign | ((exponent + 112) << 23) | (mantissa << 13));
 }
 
-// What the runtime computes in, and holds keys and values in.
+// What the runtime computes in.
 enum class DType { kFloat32, kBFloat16 };
+
+// How keys and values are held: in a type as they are, or as int8 with one float32 scale for each token's K and V of
+// each head.
+enum class KvFormat { kFloat32, kBFloat16, kInt8 };
 
 // How a weight matrix is held. The quantized ones: kInt8 has one float32 scale an output; the others are GGUF's types
 // of these names, blocks of 32 inputs with a float16 scale (and minimum), held in the bits of the file.
@@ -67,7 +71,17 @@ inline DType parse_dtype(const std::string& name) {
   fail("csrc/common/dtype.h", __LINE__, "dtype must be float32 or bfloat16, got '", name, "'");
 }
 
+inline KvFormat parse_kv_format(const std::string& name) {
+  if (name == "float32") return KvFormat::kFloat32;
+  if (name == "bfloat16") return KvFormat::kBFloat16;
+  if (name == "int8") return KvFormat::kInt8;
+  fail("csrc/common/dtype.h", __LINE__, "a KV cache type must be float32, bfloat16 or int8, got '", name, "'");
+}
+
 constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int64_t size_of(KvFormat format) {
+  return format == KvFormat::kFloat32 ? 4 : format == KvFormat::kBFloat16 ? 2 : 1;
+}
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }

@@ -18,8 +18,8 @@ const ModelSpec& validated(const ModelSpec& spec) {
 }
 }  // namespace
 
-KvLayout Runtime::kv_layout(const ModelSpec& spec, DType dtype, int64_t block_size) {
-  return {dtype, spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size};
+KvLayout Runtime::kv_layout(const ModelSpec& spec, KvFormat format, int64_t block_size) {
+  return {format, spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size};
 }
 
 Runtime::Runtime(const ModelSpec& spec, const RuntimeOptions& options)
@@ -27,7 +27,7 @@ Runtime::Runtime(const ModelSpec& spec, const RuntimeOptions& options)
       options_(options),
       backend_(make_cpu_backend(options.threads)),
       weights_(spec_, options.dtype, options.formats, *backend_),
-      pool_(kv_layout(spec_, options.dtype, options.block_size), options.num_blocks, options.num_host_blocks),
+      pool_(kv_layout(spec_, options.kv_format, options.block_size), options.num_blocks, options.num_host_blocks),
       copies_(pool_, options.swap_bandwidth),
       transformer_(spec_, weights_, *backend_, options.max_tokens) {
   backend_->set_kv_pool(pool_.layout(), pool_.block(Tier::kDevice, 0));

@@ -25,6 +25,7 @@ namespace fastserve {
 
 struct RuntimeOptions {
   DType dtype;
+  KvFormat kv_format;
   int64_t block_size;
   int64_t num_blocks;
   int64_t max_tokens;  // of one plan
@@ -61,7 +62,7 @@ class Runtime {
   int64_t weight_bytes() const { return weights_.bytes(); }
   // The bytes of one block, for tests; nothing may be writing it.
   std::span<const std::byte> block(Tier tier, int64_t index) const;
-  static KvLayout kv_layout(const ModelSpec& spec, DType dtype, int64_t block_size);
+  static KvLayout kv_layout(const ModelSpec& spec, KvFormat format, int64_t block_size);
 
  private:
   void work();

@@ -34,7 +34,7 @@ def info(model: ModelArgument, as_json: JsonOption = False) -> None:
 
 def describe(model: str) -> dict[str, Any]:
     """JSON-ready. Raises ModelError when the model cannot be opened."""
-    from ..config import QUANTIZATIONS
+    from ..config import KV_CACHE_DTYPES, QUANTIZATIONS
     from ..loaders import open_model
     from ..loaders.quantization import format_bytes
     from ..native import block_bytes, instruction_sets
@@ -63,7 +63,9 @@ def describe(model: str) -> dict[str, Any]:
         "tokenizer": tokenizer is not None,
         "chat_template": tokenizer is not None and tokenizer.chat_template is not None,
         "eos_token_ids": list(spec.eos_token_ids),
-        "kv_bytes_per_token": {dtype: block_bytes(spec, dtype, _BLOCK) // _BLOCK for dtype in ("bfloat16", "float32")},
+        "kv_bytes_per_token": {
+            dtype: block_bytes(spec, dtype, _BLOCK) // _BLOCK for dtype in KV_CACHE_DTYPES if dtype != "auto"
+        },
         "instruction_sets": instruction_sets(),
         **_default_pools(block_bytes(spec, "bfloat16", _BLOCK), spec.max_position),
     }

@@ -41,7 +41,12 @@ _engine = functools.partial(_option, "Engine")
 _sampling = functools.partial(_option, "Sampling")
 
 HARDWARE: dict[str, Any] = {
-    "dtype": _engine(str | None, "bfloat16", "Type of computation and KV cache: bfloat16 or float32."),
+    "dtype": _engine(str | None, "bfloat16", "Type of computation: bfloat16 or float32."),
+    "kv_cache_dtype": _engine(
+        str | None,
+        "auto",
+        "Type of the KV cache: auto is --dtype's; bfloat16, float32, or int8, which takes half of bfloat16's memory.",
+    ),
     "quantization": _engine(
         str | None,
         "auto",

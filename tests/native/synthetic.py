@@ -193,6 +193,7 @@ class Driver:
         sequences: Sequence[Sequence[int]],
         *,
         dtype: str = "float32",
+        kv_cache_dtype: str = "auto",
         quantization: str = "auto",
         block_size: int = 16,
         threads: int = 2,
@@ -206,6 +207,7 @@ class Driver:
             source,
             RuntimeConfig(
                 dtype=dtype,  # type: ignore[arg-type]
+                kv_cache_dtype=kv_cache_dtype,  # type: ignore[arg-type]
                 quantization=quantization,  # type: ignore[arg-type]
                 block_size=block_size,
                 num_blocks=pool,

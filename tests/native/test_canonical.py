@@ -33,11 +33,13 @@ def test_logits_equal_a_plain_decoder(name: str, isa: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "kv_cache_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")])
 @pytest.mark.parametrize("name", SPECS)
 @settings(max_examples=6, deadline=None)
 @given(data=st.data())
-def test_no_bit_depends_on_batch_chunks_blocks_or_threads(name: str, dtype: str, isa: str, data: st.DataObject) -> None:
+def test_no_bit_depends_on_batch_chunks_blocks_or_threads(
+    name: str, dtype: str, kv_cache_dtype: str, isa: str, data: st.DataObject
+) -> None:
     source = SyntheticModel(SPECS[name])
     sequences = [_tokens(data.draw(st.integers(1, 560)), seed=index) for index in range(data.draw(st.integers(1, 9)))]
     with pytest.MonkeyPatch.context() as patch:
@@ -46,6 +48,7 @@ def test_no_bit_depends_on_batch_chunks_blocks_or_threads(name: str, dtype: str,
             source,
             sequences,
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             block_size=data.draw(st.sampled_from([1, 3, 16, 48])),
             threads=data.draw(st.integers(1, 3)),
             seed=data.draw(st.integers(0, 99)),
@@ -58,15 +61,17 @@ def test_no_bit_depends_on_batch_chunks_blocks_or_threads(name: str, dtype: str,
             driver.step(chunks)
             left = {slot: left[slot] - chunks.get(slot, 0) for slot in left if left[slot] > chunks.get(slot, 0)}
         for slot, tokens in enumerate(sequences):
-            assert np.array_equal(driver.all_logits(slot), whole(source, tokens, dtype=dtype))
+            alone = whole(source, tokens, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
+            assert np.array_equal(driver.all_logits(slot), alone)
 
 
-def test_garbage_in_a_recycled_block_reaches_nobody() -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["float32", "bfloat16", "int8"])
+def test_garbage_in_a_recycled_block_reaches_nobody(kv_cache_dtype: str) -> None:
     """One job's NaN must not leak into the next holder of its blocks through a slot that is not yet written."""
     spec = llama_spec(num_layers=1)
     clean = SyntheticModel(spec)
 
-    driver = Driver(PoisonedModel(spec, np.nan), [[0] * 20])
+    driver = Driver(PoisonedModel(spec, np.nan), [[0] * 20], kv_cache_dtype=kv_cache_dtype)
     runtime = driver.runtime
     runtime.submit(plan(1, [(0, 0, 20, 0)], [0] * 20, opened=[(0, 20)], table=[(0, 0, 0), (0, 1, 1)]))
     runtime.poll()
@@ -75,4 +80,4 @@ def test_garbage_in_a_recycled_block_reaches_nobody() -> None:
     _, logits = runtime.logits(
         plan(2, [(1, 0, 18, 18)], tokens, opened=[(1, 18)], table=[(1, 0, 1), (1, 1, 0)], closed=[0])
     )
-    assert np.array_equal(logits, whole(clean, tokens))
+    assert np.array_equal(logits, whole(clean, tokens, kv_cache_dtype=kv_cache_dtype))

@@ -37,7 +37,8 @@ def _check(model: Any, source: ModelSource, dtypes: list[str]) -> None:
     longest = max(source.spec.hidden_size, source.spec.intermediate_size)
     expected, bounds = models.logits(model, PROMPT), logits_tolerance(model, PROMPT, dtypes, longest)
     for dtype in dtypes:
-        difference = np.abs(whole(source, PROMPT, dtype=dtype) - expected)
+        options = {"dtype": "bfloat16", "kv_cache_dtype": "int8"} if dtype == "int8 kv" else {"dtype": dtype}
+        difference = np.abs(whole(source, PROMPT, **options) - expected)
         worst = (difference / bounds[dtype]).max()
         assert worst <= 1, f"{dtype}: up to {worst:.2f} × the bound"
 
@@ -46,7 +47,7 @@ def _check(model: Any, source: ModelSource, dtypes: list[str]) -> None:
 def test_hugging_face_model(case: Case, tmp_path: Path) -> None:
     model = models.save(case, tmp_path)
     source = open_model(str(tmp_path))
-    _check(model, source, ["float32", "bfloat16"])
+    _check(model, source, ["float32", "bfloat16", "int8 kv"])
     with torch.no_grad():
         expected = model.generate(
             torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -83,4 +84,4 @@ def test_every_instruction_set(isa: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("FASTSERVE_ISA", isa)
     model = models.save(next(case for case in CASES if case.id == "llama-gqa-tied"), tmp_path)
     source = open_model(str(tmp_path))
-    _check(model, source, ["float32", "bfloat16"])
+    _check(model, source, ["float32", "bfloat16", "int8 kv"])

@@ -21,6 +21,7 @@ MODELS = {
     "llama": SyntheticModel(llama_spec(max_position=340)),
     "gpt2": SyntheticModel(gpt_spec(max_position=340)),
 }
+DTYPES = [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")]  # of computation and of the KV cache
 MAX_LEN = 330  # past the first segment of attention
 EOS = 3
 
@@ -43,12 +44,13 @@ PROMPTS = st.one_of(st.integers(1, 40), st.integers(200, 290))
 JOBS = st.lists(st.tuples(PROMPTS, st.integers(1, 24), SAMPLING, st.integers(0, 30)), min_size=2, max_size=8)
 
 
-def _engine(model: str, dtype: str, blocks: int, **options: Any) -> Engine:
+def _engine(model: str, dtype: tuple[str, str], blocks: int, **options: Any) -> Engine:
     config = SchedulerConfig(num_blocks=blocks, max_model_len=MAX_LEN, **options)
     runtime = NativeRuntime(
         MODELS[model],
         RuntimeConfig(
-            dtype=dtype,  # type: ignore[arg-type]
+            dtype=dtype[0],  # type: ignore[arg-type]
+            kv_cache_dtype=dtype[1],  # type: ignore[arg-type]
             num_blocks=blocks,
             block_size=config.block_size,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -70,7 +72,9 @@ def _add(engine: Engine, index: int, length: int, output: int, sampling: dict[st
 
 
 @cache
-def _alone(model: str, dtype: str, index: int, length: int, output: int, sampling: tuple[Any, ...]) -> tuple[Any, ...]:
+def _alone(
+    model: str, dtype: tuple[str, str], index: int, length: int, output: int, sampling: tuple[Any, ...]
+) -> tuple[Any, ...]:
     engine = _engine(model, dtype, blocks=128, max_num_seqs=1, block_size=16, policy="fcfs")
     job = _add(engine, index, length, output, dict(sampling))
     while engine.has_work:
@@ -81,7 +85,7 @@ def _alone(model: str, dtype: str, index: int, length: int, output: int, samplin
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), jobs=JOBS)
 def test_tokens_are_those_of_running_alone(data: st.DataObject, jobs: list[Any]) -> None:
-    model, dtype = data.draw(st.sampled_from(sorted(MODELS))), data.draw(st.sampled_from(["float32", "bfloat16"]))
+    model, dtype = data.draw(st.sampled_from(sorted(MODELS))), data.draw(st.sampled_from(DTYPES))
     block_size = data.draw(st.sampled_from([4, 16, 20]))
     needed = max(-(-(length + max(output, 4)) // block_size) for length, output, *_ in jobs)
     max_num_seqs = data.draw(st.integers(1, 6))

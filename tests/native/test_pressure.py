@@ -31,15 +31,16 @@ def _jobs() -> list[tuple[list[int], SamplingParams]]:
 class Run:
     """All jobs at once, under a policy that interrupts each of them many times."""
 
-    def __init__(self, blocks: int | None, **options: Any) -> None:
+    def __init__(self, blocks: int | None, kv_cache_dtype: str = "bfloat16", **options: Any) -> None:
         from fastserve import CostModel
 
         records: list[IterationRecord] = []
-        memory = 2**28 if blocks is None else blocks * BLOCK
+        memory = 2**28 if blocks is None else blocks * BLOCK[kv_cache_dtype]
         with LLM(
             "smollm2",
             policy="mlfq",
             kv_cache_memory=memory,
+            kv_cache_dtype=kv_cache_dtype,
             max_num_seqs=ROWS,
             max_num_batched_tokens=64,
             threads=1,  # other tests may want the rest
@@ -57,32 +58,38 @@ class Run:
         self.tokens = [output.token_ids for output in outputs]
         self.preemptions = sum(output.metrics.preemptions for output in outputs)
         self.recomputed = sum(output.metrics.recomputed_tokens for output in outputs)
+        self.blocks = manager.num_blocks
         self.copied = sum(record.copied_blocks for record in records)
         self.peak = manager.num_blocks - min(record.free_blocks for record in records)
 
 
-BLOCK = 16 * 23_040  # bytes: slots, and what a token's KV takes in bfloat16
+# Bytes: slots, and what a token's KV takes: 30 layers × 3 heads × 64 wide × 2 (K and V), and the scales of int8.
+BLOCK = {"bfloat16": 16 * 23_040, "int8": 16 * (11_520 + 30 * 3 * 2 * 4)}
 
 
 @cache
-def _unpressed() -> Run:
-    run = Run(None, swap_space=0)
+def _unpressed(kv_cache_dtype: str = "bfloat16") -> Run:
+    run = Run(None, kv_cache_dtype, swap_space=0)
     assert run.preemptions > 0 == run.recomputed
     return run
 
 
-@pytest.mark.parametrize("max_in_flight", [1, 2])
-@pytest.mark.parametrize("swap_mode", ["proactive", "reactive", "recompute"])
-def test_no_token_changes_on_a_quarter_of_the_memory(swap_mode: str, max_in_flight: int) -> None:
-    whole = _unpressed()
-    pressed = Run(whole.peak // 4, swap_space="64M", swap_mode=swap_mode, max_in_flight=max_in_flight)
+@pytest.mark.parametrize(
+    ("swap_mode", "max_in_flight", "kv_cache_dtype"),
+    [(mode, plans, "bfloat16") for mode in ("proactive", "reactive", "recompute") for plans in (1, 2)]
+    + [(mode, 2, "int8") for mode in ("proactive", "recompute")],
+)
+def test_no_token_changes_on_a_quarter_of_the_memory(swap_mode: str, max_in_flight: int, kv_cache_dtype: str) -> None:
+    whole = _unpressed(kv_cache_dtype)
+    options = dict(swap_space="64M", swap_mode=swap_mode, max_in_flight=max_in_flight)
+    pressed = Run(whole.peak // 4, kv_cache_dtype, **options)
     assert pressed.tokens == whole.tokens
-    assert pressed.peak <= whole.peak // 4
+    assert pressed.peak <= pressed.blocks == whole.peak // 4
     assert (pressed.copied > 0) == (swap_mode != "recompute")
 
 
 def test_a_host_pool_of_a_few_blocks_and_a_slow_link_are_enough() -> None:
     whole = _unpressed()
-    pressed = Run(whole.peak // 4, swap_space=5 * BLOCK, swap_bandwidth="100M")
+    pressed = Run(whole.peak // 4, swap_space=5 * BLOCK["bfloat16"], swap_bandwidth="100M")
     assert pressed.tokens == whole.tokens
     assert pressed.copied > 0

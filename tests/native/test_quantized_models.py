@@ -142,3 +142,14 @@ def test_smollm2_is_as_good_as_its_weights(
     assert _perplexity(got, text) == pytest.approx(_perplexity(plain, text), rel=0.01)
     assert (got.argmax(1) == plain.argmax(1)).mean() > agreement
     assert np.sqrt(np.mean((got - plain) ** 2)) < distance * plain.std()
+
+
+@pytest.mark.slow
+def test_smollm2_is_as_good_with_an_int8_kv_cache(text: list[int]) -> None:
+    """Perplexity of a few thousand tokens within one percent of bfloat16's, nearly always the same likeliest token."""
+    expected = whole(open_model("smollm2"), text, dtype="bfloat16")
+    got = whole(open_model("smollm2"), text, dtype="bfloat16", kv_cache_dtype="int8")
+    assert not np.array_equal(got, expected)
+    assert _perplexity(got, text) == pytest.approx(_perplexity(expected, text), rel=0.01)
+    assert (got.argmax(1) == expected.argmax(1)).mean() > 0.92
+    assert np.sqrt(np.mean((got - expected) ** 2)) < 0.05 * expected.std()

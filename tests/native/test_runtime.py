@@ -109,7 +109,7 @@ def test_a_row_that_cannot_be_sampled_fails_alone() -> None:
 
 
 def test_a_tensor_may_come_in_slices_of_rows() -> None:
-    whole, sliced = _runtime(), _C.Runtime(SPEC, "float32", 16, 4, 40, 2)
+    whole, sliced = _runtime(), _C.Runtime(SPEC, "float32", "float32", 16, 4, 40, 2)
     for tensor in SyntheticModel(SPEC).tensors():
         rows, size = tensor.shape[0], tensor.data.nbytes
         cuts = [0, rows // 3, rows // 3 + 1, rows] if len(tensor.shape) == 2 else [0, rows]
@@ -123,7 +123,7 @@ def test_a_tensor_may_come_in_slices_of_rows() -> None:
 
 
 def test_a_gap_between_slices_is_refused() -> None:
-    runtime = _C.Runtime(SPEC, "float32", 16, 4, 40, 2)
+    runtime = _C.Runtime(SPEC, "float32", "float32", 16, 4, 40, 2)
     with pytest.raises(_C.Error, match=r"'lm_head\.weight' goes on at row 3, not 0"):
         runtime.load_tensor("lm_head.weight", "f32", (VOCAB, 44), np.zeros(44 * 4, np.uint8), 3)
 
@@ -175,6 +175,10 @@ def test_block_bytes_of_smollm2() -> None:
     """30 layers × 3 heads × 64 wide × 16 slots × 2 (K and V) × 2 bytes; the paper's 4·l·h a token, with GQA."""
     spec = llama_spec(num_layers=30, num_kv_heads=3, num_heads=9, head_dim=64, hidden_size=576)
     assert block_bytes(spec, "bfloat16", 16) == 30 * 3 * 64 * 16 * 2 * 2
+    assert block_bytes(spec, "float32", 16) == 2 * block_bytes(spec, "bfloat16", 16)
+    assert block_bytes(spec, "int8", 16) == block_bytes(spec, "bfloat16", 16) // 2 + 30 * 3 * 16 * 2 * 4  # scales
+    with pytest.raises(_C.Error, match="a KV cache type must be float32, bfloat16 or int8, got 'auto'"):
+        block_bytes(spec, "auto", 16)
 
 
 def test_unknown_instruction_set_lists_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:

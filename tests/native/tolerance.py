@@ -20,7 +20,8 @@ import torch
 # Activations beside quantized weights: a level is 1/127 of a group's largest value, which is at most √group times its
 # root mean square; a rounding error is spread evenly over one level. As a share of that mean square:
 ACTIVATIONS = 32 / 12 / 127**2
-# Weights in int8 have levels of 1/127 of their row's largest, taken to be 4.5 standard deviations at most.
+# Weights in int8 have levels of 1/127 of their row's largest, taken to be 4.5 standard deviations at most; so have a
+# token's K and V.
 INT8_WEIGHTS = 4.5**2 / 12 / 127**2
 UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
 _NOISE = 2.0**-12
@@ -29,8 +30,9 @@ _NOISE = 2.0**-12
 def logits_tolerance(
     model: Any, tokens: list[int], dtypes: list[str], longest_sum: int, *, samples: int = 4
 ) -> dict[str, np.ndarray]:
-    """[tokens, 1] bounds for each dtype; "blocks" and "int8" are bfloat16 with quantized weights. model: a transformers
-    model; longest_sum: the largest K of its products; samples: how often noise is drawn."""
+    """[tokens, 1] bounds for each dtype; "blocks" and "int8" are bfloat16 with quantized weights, "int8 kv" with a KV
+    cache of int8. model: a transformers model; longest_sum: the largest K of its products; samples: how often noise is
+    drawn."""
     exact = copy.deepcopy(model).double()
     ids, generator = torch.tensor([tokens]), torch.Generator().manual_seed(0)
     deviations = []
@@ -50,5 +52,7 @@ def logits_tolerance(
         variance = 2 / 3 * unit**2 + longest_sum / 3 * UNIT["float32"] ** 2
         if dtype in ("blocks", "int8"):
             variance += ACTIVATIONS + INT8_WEIGHTS * (dtype == "int8")
+        if dtype == "int8 kv":
+            variance += INT8_WEIGHTS
         bounds[dtype] = 2 * largest * per_noise * np.sqrt(variance)
     return bounds

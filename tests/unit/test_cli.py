@@ -371,7 +371,8 @@ def test_chat_needs_a_template(shell: Shell, monkeypatch: pytest.MonkeyPatch) ->
 def test_info(shell: Shell) -> None:
     result = json.loads(shell("info", "toy", "--json"))
     assert (result["family"], result["vocabulary"], result["context"]) == ("toy", 61, CONTEXT)
-    assert result["kv_bytes_per_token"]["float32"] == 2 * result["kv_bytes_per_token"]["bfloat16"]
+    sizes = result["kv_bytes_per_token"]
+    assert sizes["float32"] == 2 * sizes["bfloat16"] and sizes["int8"] < sizes["bfloat16"]
     assert (result["tokenizer"], result["chat_template"], result["eos_token_ids"]) == (True, True, [3])
     assert result["swap_blocks"] > 0 < result["kv_blocks"] <= 32 * CONTEXT // 16
     table = shell("info", "toy")
@@ -415,7 +416,7 @@ def test_swapping_is_set_from_the_command_line(shell: Shell, world: ToyWorld) ->
 
 def test_a_real_model_from_another_process() -> None:
     words = ["generate", "--prompt", "The capital of France is", "--max-tokens", "4", "--json", *GREEDY]
-    options = ["--kv-cache-memory", "64M", "--dtype", "float32", "--policy", "fcfs"]
+    options = ["--kv-cache-memory", "64M", "--dtype", "float32", "--kv-cache-dtype", "int8", "--policy", "fcfs"]
     done = subprocess.run(
         [sys.executable, "-m", "fastserve", *words, *options], capture_output=True, text=True, check=True
     )

@@ -122,6 +122,14 @@ def test_a_dtype_is_one_of_two(dtype: Any) -> None:
         RuntimeConfig(dtype=dtype)
 
 
+def test_the_kv_cache_is_of_the_type_of_computation_unless_told() -> None:
+    assert [RuntimeConfig(dtype=dtype).kv_dtype for dtype in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+    assert RuntimeConfig(dtype="float32", kv_cache_dtype="int8").kv_dtype == "int8"
+    for wrong in (None, 8, ["int8"], "fp8"):
+        with pytest.raises(InvalidRequest, match="kv_cache_dtype: must be one of auto, float32, bfloat16, int8; got"):
+            RuntimeConfig(kv_cache_dtype=wrong)  # type: ignore[arg-type]
+
+
 def test_sizes() -> None:
     assert [parse_size("x", text) for text in ("1.5GiB", "512M", " 7 ", np.int64(9))] == [3 * 2**29, 2**29, 7, 9]
     for wrong in (1e9, True, None, b"1G", [], "1e9", "9" * 5000 + "T", "-1", 0):

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import toy_llm
 from toy import expected_output
-from toy_llm import BLOCK_BYTES, CONTEXT, ToyWorld
+from toy_llm import BLOCK_BYTES, CONTEXT, SPEC, ToyWorld
 
 from fastserve import InvalidRequest, RequestOutput, SamplingParams
 from fastserve.engine import IterationRecord
+from fastserve.native import block_bytes
 from fastserve.types import OFFLOAD, UPLOAD
 
 PRESSED = {"kv_cache_memory": 8 * BLOCK_BYTES, "policy": "mlfq", "max_num_seqs": 3, "num_levels": 4}
@@ -176,3 +177,20 @@ def test_priorities_of_asynchronous_requests(world: ToyWorld) -> None:
             return await answers
 
     assert order(asyncio.run(main())) == [2, 1, 0]
+
+
+def test_an_int8_kv_cache_holds_more_tokens_in_the_same_memory(world: ToyWorld) -> None:
+    """The pools are sized by the type of the KV cache, and what was measured with another one does not count."""
+    told, profiles = {}, set()
+    for kv_cache_dtype in ("auto", "bfloat16", "float32", "int8"):
+        with world.llm(kv_cache_memory="64K", swap_space="32K", kv_cache_dtype=kv_cache_dtype) as llm:
+            told[kv_cache_dtype] = llm.info
+            profiles.add(llm.profile_path)
+    assert {kv: info["kv_cache_dtype"] for kv, info in told.items()} == {**{kv: kv for kv in told}, "auto": "bfloat16"}
+    for info in told.values():
+        block = block_bytes(SPEC, info["kv_cache_dtype"], 16)
+        assert info["kv_cache_bytes"] == info["num_blocks"] * block <= 2**16 < (info["num_blocks"] + 1) * block
+        assert info["swap_space_bytes"] == info["num_host_blocks"] * block <= 2**15
+    blocks = {kv: info["num_blocks"] for kv, info in told.items()}
+    assert blocks["int8"] > blocks["bfloat16"] == blocks["auto"] > blocks["float32"]
+    assert len(profiles) == 3

@@ -8,22 +8,27 @@
 
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/kv_format.h"
+#include "backend/cpu/kv_int8.h"
+#include "backend/cpu/kv_segment.h"
 #include "backend/cpu/simd.h"
 
 namespace fastserve::cpu::FS_ISA {
 
 // Register tiles: query vectors by columns (of tokens for the scores, of dimensions for the values).
+template <class Kv>
+struct RegisterTile {
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6;
-constexpr int score_columns(int rows) { return rows <= 3 ? 8 : 4; }
-constexpr int value_columns(int) { return 4; }
+  static constexpr int kRows = Kv::kScaled ? 4 : 6;  // a sum may take two registers, and what it meets two
+  static constexpr int score_columns(int rows) {
+    return Kv::kScaled ? (rows == 1 ? 8 : rows <= 3 ? 4 : 2) : rows <= 3 ? 8 : 4;
+  }
+  static constexpr int value_columns(int rows) { return Kv::kScaled && rows == 4 ? 2 : 4; }
 #else
-constexpr int kTileRows = 4;
-constexpr int score_columns(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
-constexpr int value_columns(int rows) { return rows <= 2 ? 4 : 2; }
+  static constexpr int kRows = 4;
+  static constexpr int score_columns(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
+  static constexpr int value_columns(int rows) { return rows <= 2 ? 4 : 2; }
 #endif
-constexpr int kScoreColumns = 8;       // a multiple of every score_columns()
-constexpr int kGroup = 16;             // positions that lie together, whatever the block size
+};
 constexpr float kLog2E = 1.44269504f;  // weights are powers of two
 constexpr float kLowest = -3e38f;      // score of a position that is not seen
 
@@ -48,7 +53,10 @@ template <class Kv>
 class TileAttention {
   using Stored = typename Kv::Stored;
   using Operand = typename Kv::Operand;
+  using Sum = typename Kv::Sum;
+  using Tile = RegisterTile<Kv>;
   static constexpr int kStep = Kv::kStep;
+  static constexpr int kTileRows = Tile::kRows;
 
  public:
   explicit TileAttention(const AttentionTile& tile)
@@ -56,7 +64,7 @@ class TileAttention {
         vectors_(tile.queries * tile.heads),
         ld_(tile.head_dim_padded),
         key_rows_((tile.head_dim + kStep - 1) / kStep),
-        in_place_(tile.block_size % kGroup == 0) {
+        segment_(tile) {
     float* free = t_.scratch;
     const auto take = [&](int64_t floats) {
       float* taken = free;
@@ -66,9 +74,10 @@ class TileAttention {
     q_ = reinterpret_cast<Operand*>(take(vectors_ * ld_));
     scores_ = take(vectors_ * kAttentionStride);
     total_ = take(vectors_ * ld_);
-    ragged_ = take(kTileRows * ld_);
+    ragged_ = reinterpret_cast<Sum*>(take(kTileRows * ld_ * (sizeof(Sum) / sizeof(F32))));
     for (float** row : {&segment_max_, &segment_sum_, &max_, &sum_, &keep_, &take_}) *row = take(vectors_ + 16);
-    packed_ = reinterpret_cast<Stored*>(take(in_place_ ? 0 : 2 * kSegment * ld_));
+    for (Rounded** row : {&query_, &weight_}) *row = reinterpret_cast<Rounded*>(take(2 * vectors_));
+    segment_.use(take(segment_.scratch()));
     load_queries();
   }
 
@@ -117,8 +126,13 @@ class TileAttention {
     for (int64_t r = 0; r < vectors_; ++r) {
       const float* from = t_.q + r / t_.heads * t_.ld_q + r % t_.heads * t_.head_dim;
       Operand* q = q_ + r * ld_;
-      for (int64_t d = 0; d < t_.head_dim; ++d) q[d] = Kv::operand(from[d] * scale);
-      for (int64_t d = t_.head_dim; d < key_rows_ * kStep; ++d) q[d] = Operand{};
+      for (int64_t d = (key_rows_ - 1) * kStep; d < key_rows_ * kStep; ++d) q[d] = Operand{};
+      if constexpr (Kv::kScaled) {
+        for (int64_t d = 0; d < t_.head_dim; ++d) total_[d] = from[d] * scale;
+        query_[r] = Kv::round_query(total_, t_.head_dim, q);
+      } else {
+        for (int64_t d = 0; d < t_.head_dim; ++d) q[d] = Kv::operand(from[d] * scale);
+      }
     }
   }
 
@@ -134,7 +148,7 @@ class TileAttention {
   // Scores and weights of a segment.
   int64_t attend(int64_t begin) {
     const int64_t skipped = unseeing(begin), tokens = seen(vectors_ - 1, begin);
-    locate(begin, tokens);
+    segment_.locate(begin, tokens);
     const int64_t columns = (tokens + kWidth - 1) / kWidth;
     // Query vectors take turns with as many columns as one register tile of them has: those stay in the L1 cache.
     const int64_t chunk = kScoreColumns;
@@ -148,53 +162,10 @@ class TileAttention {
     return skipped;
   }
 
-  // Finds the columns of K and the groups of V that hold a segment.
-  void locate(int64_t begin, int64_t tokens) {
-    if (!in_place_) pack(begin, tokens);
-    const int64_t groups = (tokens + kGroup - 1) / kGroup;
-    int64_t columns = 0;
-    for (int64_t g = 0; g < groups; ++g) {
-      const Stored *keys, *values;
-      if (in_place_) {
-        const int64_t position = begin + g * kGroup, slot = position % t_.block_size;
-        const Stored* block = block_of(position);
-        keys = block + slot * kStep;
-        values = block + t_.value_offset + slot * ld_;
-      } else {
-        keys = packed_ + g * kGroup * key_rows_ * kStep;
-        values = packed_ + kSegment * ld_ + g * kGroup * ld_;
-      }
-      for (int64_t i = 0; i < kGroup; i += kWidth) keys_[columns++] = keys + i * kStep;
-      values_[g] = values;
-    }
-    // Register tiles are whole: what they compute of the last column again is not read.
-    for (; columns % kScoreColumns != 0; ++columns) keys_[columns] = keys_[columns - 1];
-    key_stride_ = (in_place_ ? t_.slots_padded : kGroup) * kStep;
-  }
-
-  const Stored* block_of(int64_t position) const {
-    return static_cast<const Stored*>(t_.pool) + t_.table[position / t_.block_size] * t_.block_stride;
-  }
-
-  // Groups that blocks of an odd size tear apart are put together first.
-  void pack(int64_t begin, int64_t tokens) {
-    for (int64_t i = 0; i < tokens; ++i) {
-      const int64_t slot = (begin + i) % t_.block_size, lane = i % kGroup;
-      const Stored* from = block_of(begin + i) + slot * kStep;
-      Stored* to = packed_ + (i - lane) * key_rows_ * kStep + lane * kStep;
-      for (int64_t d = 0; d < key_rows_; ++d) {
-        for (int j = 0; j < kStep; ++j) to[d * kGroup * kStep + j] = from[d * t_.slots_padded * kStep + j];
-      }
-      from = block_of(begin + i) + t_.value_offset + slot / kStep * kStep * ld_ + slot % kStep;
-      to = packed_ + kSegment * ld_ + i / kStep * kStep * ld_ + i % kStep;
-      for (int64_t d = 0; d < ld_; ++d) to[d * kStep] = from[d * kStep];
-    }
-  }
-
   // Scores of query vectors [r, r + Rows) and columns [first, end) of tokens.
   template <int Rows>
   void score(int64_t r, int64_t first, int64_t end) {
-    constexpr int kColumns = score_columns(Rows);
+    constexpr int kColumns = Tile::score_columns(Rows);
     int64_t c = first;
     for (; c + kColumns / 2 < end; c += kColumns) score_columns_at<Rows, kColumns>(r, c);
     if (c < end) score_columns_at<Rows, kColumns / 2>(r, c);
@@ -204,21 +175,28 @@ class TileAttention {
   void score_columns_at(int64_t r, int64_t c) {
     const Operand* q = q_ + r * ld_;
     const Stored* keys[Columns];
-    F32 acc[Rows][Columns];
-    for (int j = 0; j < Columns; ++j) keys[j] = keys_[c + j];
+    Sum acc[Rows][Columns];
+    for (int j = 0; j < Columns; ++j) keys[j] = segment_.keys[c + j];
     for (int i = 0; i < Rows; ++i) {
-      for (int j = 0; j < Columns; ++j) acc[i][j] = set1(0.0f);
+      for (int j = 0; j < Columns; ++j) acc[i][j] = Kv::start(query_[r + i]);
     }
     for (int64_t d = 0; d < key_rows_; ++d) {
       typename Kv::Loaded key[Columns];
-      for (int j = 0; j < Columns; ++j) key[j] = Kv::load_rows(keys[j] + d * key_stride_);
+      for (int j = 0; j < Columns; ++j) key[j] = Kv::load_rows(keys[j] + d * segment_.key_stride);
       for (int i = 0; i < Rows; ++i) {
-        for (int j = 0; j < Columns; ++j) acc[i][j] = Kv::step(acc[i][j], q + i * ld_ + d * kStep, key[j]);
+        for (int j = 0; j < Columns; ++j) Kv::step(acc[i][j], q + i * ld_ + d * kStep, key[j]);
       }
     }
+    // Sums stay in registers only if GCC unrolls all loops over them, which it does by itself to short ones.
+#pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
       float* out = scores_ + (r + i) * kAttentionStride + c * kWidth;
-      for (int j = 0; j < Columns; ++j) store(out + j * kWidth, acc[i][j]);
+#pragma GCC unroll 8
+      for (int j = 0; j < Columns; ++j) {
+        F32 score = Kv::finish(acc[i][j], query_[r + i]);
+        if constexpr (Kv::kScaled) score = mul(score, load(segment_.key_scales + (c + j) * kWidth));
+        store(out + j * kWidth, score);
+      }
     }
   }
 
@@ -235,15 +213,35 @@ class TileAttention {
     const float largest = reduce_max(max(best, best2));
     const F32 reference = set1(largest);
     // What is not seen weighs 2^-126: nothing beside the largest weight, 1, and it meets no V.
-    F32 sum = set1(0.0f);
+    F32 sum = set1(0.0f), scaled = sum, odd = sum;
     Operand* w = weights(r);
     for (int64_t i = 0; i < padded; i += 2 * kWidth) {
       const F32 first = exp2_negative<Kv::kExpDegree>(sub(load(s + i), reference));
       const F32 second = exp2_negative<Kv::kExpDegree>(sub(load(s + i + kWidth), reference));
-      sum = Kv::put(w + i, first, second, sum);
+      if constexpr (Kv::kScaled) {
+        sum = add(add(sum, first), second);
+        // The scales of those that are not seen may be anything.
+        const float* scales = segment_.value_scales + i;
+        float seen[2 * kWidth];
+        if (i + 2 * kWidth > count) {
+          for (int64_t j = 0; j < 2 * kWidth; ++j) seen[j] = i + j < count ? scales[j] : 0.0f;
+          scales = seen;
+        }
+        for (int j = 0; j < 2; ++j) {
+          const F32 x = mul(j == 0 ? first : second, load(scales + j * kWidth));
+          scaled = max(scaled, x);
+          odd = fma(x, set1(0.0f), odd);  // a maximum may lose a NaN
+          store(s + i + j * kWidth, x);
+        }
+      } else {
+        sum = Kv::put(w + i, first, second, sum);
+      }
     }
     segment_max_[r] = largest;
     segment_sum_[r] = reduce_add(sum);
+    if constexpr (Kv::kScaled) {
+      weight_[r] = Kv::round_weights(s, padded, reduce_max(scaled) + reduce_add(odd), w);
+    }
   }
 
   // How a segment joins what was merged before: whichever of the two has the smaller maximum is scaled down.
@@ -272,7 +270,7 @@ class TileAttention {
   void weigh(int64_t begin, int64_t skipped, float* out, bool onto) {
     for (int64_t r = skipped; r < vectors_; r += kTileRows) {
       with_count<kTileRows>(vectors_ - r, [&](auto rows) {
-        constexpr int kRows = rows.value, kColumns = value_columns(kRows);
+        constexpr int kRows = rows.value, kColumns = Tile::value_columns(kRows);
         int64_t d = 0;
         for (; d + kColumns * kWidth <= ld_; d += kColumns * kWidth) {
           weigh_columns<kRows, kColumns>(r, begin, d, out, onto);
@@ -284,9 +282,9 @@ class TileAttention {
 
   template <int Rows, int Columns>
   void weigh_columns(int64_t r, int64_t begin, int64_t d, float* out, bool onto) {
-    F32 acc[Rows][Columns];
+    Sum acc[Rows][Columns];
     for (int i = 0; i < Rows; ++i) {
-      for (int j = 0; j < Columns; ++j) acc[i][j] = set1(0.0f);
+      for (int j = 0; j < Columns; ++j) acc[i][j] = Kv::start(weight_[r + i]);
     }
     // A later token's slot may hold anything, so nobody's sum may touch it: together the vectors walk the tokens that
     // the first one sees.
@@ -294,38 +292,40 @@ class TileAttention {
     const Operand* w = weights(r);
     constexpr int64_t kLd = kAttentionStride * (sizeof(float) / sizeof(Operand));
     for (int64_t t = 0; t < common; t += kGroup) {
-      const Stored* v = values_[t / kGroup] + d * kStep;
+      const Stored* v = segment_.values[t / kGroup] + d * kStep;
       const int64_t steps = (common - t < kGroup ? common - t : kGroup) / kStep;
       for (int64_t s = 0; s < steps; ++s, v += ld_ * kStep, w += kStep) {
         typename Kv::Loaded value[Columns];
         for (int j = 0; j < Columns; ++j) value[j] = Kv::load_rows(v + j * kWidth * kStep);
         for (int i = 0; i < Rows; ++i) {
-          for (int j = 0; j < Columns; ++j) acc[i][j] = Kv::step(acc[i][j], w + i * kLd, value[j]);
+          for (int j = 0; j < Columns; ++j) Kv::step(acc[i][j], w + i * kLd, value[j]);
         }
       }
     }
     if (seen(r + Rows - 1, begin) != common) {
       for (int i = 0; i < Rows; ++i) {
-        float* row = ragged_ + i * Columns * kWidth;
-        for (int j = 0; j < Columns; ++j) store(row + j * kWidth, acc[i][j]);
+        Sum* row = ragged_ + i * Columns;
+        for (int j = 0; j < Columns; ++j) row[j] = acc[i][j];
         weigh_rest<Columns>(weights(r + i), common, seen(r + i, begin), d, row);
-        for (int j = 0; j < Columns; ++j) acc[i][j] = load(row + j * kWidth);
+        for (int j = 0; j < Columns; ++j) acc[i][j] = row[j];
       }
     }
     for (int i = 0; i < Rows; ++i) {
-      for (int j = 0; j < Columns; ++j) fold(out + (r + i) * ld_ + d + j * kWidth, acc[i][j], r + i, onto);
+      for (int j = 0; j < Columns; ++j) {
+        fold(out + (r + i) * ld_ + d + j * kWidth, Kv::finish(acc[i][j], weight_[r + i]), r + i, onto);
+      }
     }
   }
 
   // Continues one vector's sum with tokens [from, to).
   template <int Columns>
-  void weigh_rest(const Operand* w, int64_t from, int64_t to, int64_t d, float* sum) const {
+  void weigh_rest(const Operand* w, int64_t from, int64_t to, int64_t d, Sum* sum) const {
     for (int64_t t = from; t < to; t += kStep) {
-      const Stored* v = values_[t / kGroup] + t % kGroup * ld_ + d * kStep;
+      const Stored* v = segment_.values[t / kGroup] + t % kGroup * ld_ + d * kStep;
       for (int j = 0; j < Columns; ++j) {
         const Stored* p = v + j * kWidth * kStep;
         const auto value = t + kStep <= to ? Kv::load_rows(p) : Kv::load_first_row(p);
-        store(sum + j * kWidth, Kv::step(load(sum + j * kWidth), w + t, value));
+        Kv::step(sum[j], w + t, value);
       }
     }
   }
@@ -342,16 +342,13 @@ class TileAttention {
   const int64_t vectors_;  // r = query * heads + head
   const int64_t ld_;
   const int64_t key_rows_;
-  const bool in_place_;
+  KvSegment<Kv> segment_;
   Operand* q_;     // [vectors][ld], scaled
   float* scores_;  // [vectors][kAttentionStride]; later the weights, as Operand
   float* total_;   // [vectors][ld]: merged so far
-  float* ragged_;  // [kTileRows][ld]
+  Sum* ragged_;    // [kTileRows][ld]
   float *segment_max_, *segment_sum_, *max_, *sum_, *keep_, *take_;  // [vectors]
-  Stored* packed_;                                                   // a segment's K, then its V
-  int64_t key_stride_ = 0;
-  const Stored* keys_[kSegment / kWidth];
-  const Stored* values_[kSegment / kGroup];
+  Rounded *query_, *weight_;                                         // [vectors]
 };
 
 template <class Kv>

@@ -28,6 +28,7 @@ constexpr KernelTable make_table(const char* name) {
       .rotate = rotate,
       .attention_f32 = attention_kernels<Float32Kv>(),
       .attention_bf16 = attention_kernels<BFloat16Kv>(),
+      .attention_int8 = attention_kernels<Int8Kv>(),
       .activate = activate,
       .logits = {maximum_logit, sum_weights, weigh_logits, collect_logits},
   };

@@ -49,6 +49,7 @@ struct AttentionTile {
   const void* pool;      // element 0 of this layer and KV head in block 0
   int64_t block_stride;  // elements from one block to the next
   int64_t value_offset;  // elements from K to V
+  int64_t scale_offset;  // elements from K to the scales, where there are any
   int64_t block_size, slots_padded;
   const int32_t* table;
   float* scratch;  // attention_scratch() floats, exclusive to the caller
@@ -59,7 +60,8 @@ constexpr int64_t kAttentionStride = kSegment + 16;
 
 // Floats of scratch for a tile of `vectors` = queries * heads query vectors.
 constexpr int64_t attention_scratch(int64_t vectors, int64_t head_dim_padded) {
-  return vectors * (kAttentionStride + 2 * head_dim_padded + 6) + (2 * kSegment + 8) * head_dim_padded + 256;
+  return vectors * (kAttentionStride + 2 * head_dim_padded + 10) + (2 * kSegment + 8) * head_dim_padded + 2 * kSegment +
+         320;
 }
 // Floats of one segment's result: weighted sums of V, maxima and sums of weights.
 constexpr int64_t attention_partial(int64_t vectors, int64_t head_dim_padded) {
@@ -88,7 +90,7 @@ struct KernelTable {
   void (*rms_norm)(const float* x, const float* weight, float* y, int64_t width, float eps);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float* y, int64_t width, float eps);
   void (*rotate)(float* head, const float* cos_sin, int64_t half);
-  AttentionKernels attention_f32, attention_bf16;
+  AttentionKernels attention_f32, attention_bf16, attention_int8;
   void (*activate)(Activation kind, float* x, const float* gate_product, int64_t width);
   LogitKernels logits;
 };

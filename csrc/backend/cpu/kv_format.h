@@ -9,17 +9,27 @@
 
 namespace fastserve::cpu::FS_ISA {
 
+// What a vector of queries or weights was multiplied by as it was rounded, and where its sums start.
+struct Rounded {
+  float scale;
+  int32_t offset;
+};
+
 struct Float32Kv {
   using Stored = float;
-  using Operand = float;  // the other factor: the query or the weights
+  using Operand = float;                  // the other factor: the query or the weights
+  using Sum = F32;                        // of products
+  static constexpr bool kScaled = false;  // tokens' K and V have scales
   static constexpr int kStep = 1;
   static constexpr int kExpDegree = 6;
   struct Loaded {
     F32 x;
   };
+  static Sum start(const Rounded&) { return set1(0.0f); }
+  static F32 finish(Sum sum, const Rounded&) { return sum; }
   static Loaded load_rows(const float* p) { return {load(p)}; }
   static Loaded load_first_row(const float* p) { return {load(p)}; }
-  static F32 step(F32 acc, const float* a, const Loaded& b) { return fma(set1(a[0]), b.x, acc); }
+  static void step(F32& acc, const float* a, const Loaded& b) { acc = fma(set1(a[0]), b.x, acc); }
   static Operand operand(float x) { return x; }
   // Stores the weights of 2 · kWidth tokens and adds them to `sum` as they are stored.
   static F32 put(float* p, F32 first, F32 second, F32 sum) {
@@ -34,20 +44,24 @@ struct Float32Kv {
 struct BFloat16Kv {
   using Stored = Bf16;
   using Operand = Bf16;
+  using Sum = F32;
+  static constexpr bool kScaled = false;
   static constexpr int kStep = 2;
   static constexpr int kExpDegree = 3;
   struct Loaded {
     __m512i x;
   };
+  static Sum start(const Rounded&) { return set1(0.0f); }
+  static F32 finish(Sum sum, const Rounded&) { return sum; }
   static Loaded load_rows(const Bf16* p) { return {_mm512_loadu_si512(p)}; }
   static Loaded load_first_row(const Bf16* p) {
     return {_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0xffff))};
   }
-  static F32 step(F32 acc, const Bf16* a, const Loaded& b) {
+  static void step(F32& acc, const Bf16* a, const Loaded& b) {
     int pair;
     __builtin_memcpy(&pair, a, sizeof pair);
-    return {
-        _mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)), reinterpret_cast<__m512bh>(b.x))};
+    acc.v =
+        _mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)), reinterpret_cast<__m512bh>(b.x));
   }
   static Operand operand(float x) { return to_bf16(x); }
   static F32 put(Bf16* p, F32 first, F32 second, F32 sum) {
@@ -61,11 +75,15 @@ struct BFloat16Kv {
 struct BFloat16Kv {
   using Stored = Bf16;
   using Operand = float;
+  using Sum = F32;
+  static constexpr bool kScaled = false;
   static constexpr int kStep = 2;
   static constexpr int kExpDegree = 6;
   struct Loaded {
     F32 even, odd;
   };
+  static Sum start(const Rounded&) { return set1(0.0f); }
+  static F32 finish(Sum sum, const Rounded&) { return sum; }
   static Loaded load_rows(const Bf16* p) {
     Loaded rows;
     load_pairs(p, rows.even, rows.odd);
@@ -76,8 +94,8 @@ struct BFloat16Kv {
     rows.odd = set1(0.0f);
     return rows;
   }
-  static F32 step(F32 acc, const float* a, const Loaded& b) {
-    return fma(set1(a[1]), b.odd, fma(set1(a[0]), b.even, acc));
+  static void step(F32& acc, const float* a, const Loaded& b) {
+    acc = fma(set1(a[1]), b.odd, fma(set1(a[0]), b.even, acc));
   }
   static Operand operand(float x) { return x; }
   static F32 put(float* p, F32 first, F32 second, F32 sum) { return Float32Kv::put(p, first, second, sum); }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "backend/cpu/round_row.h"
+
 namespace fastserve::cpu {
 
 namespace {
@@ -21,21 +23,40 @@ char* reserve(Buffer& buffer, int64_t floats) {
   return buffer.as<char>();
 }
 
+// Calls put(d, element) for every element of x as it is held, and returns their scale.
+template <class Put>
+float convert(const float* x, int64_t n, float*, Put put) {
+  for (int64_t d = 0; d < n; ++d) put(d, x[d]);
+  return 1.0f;
+}
+template <class Put>
+float convert(const float* x, int64_t n, Bf16*, Put put) {
+  for (int64_t d = 0; d < n; ++d) put(d, to_bf16(x[d]));
+  return 1.0f;
+}
+template <class Put>
+float convert(const float* x, int64_t n, uint8_t*, Put put) {
+  return round_row(x, n, 127.0f, [&](int64_t d, int32_t value) { put(d, value + 128); });
+}
+
 template <class T>
-void store_head(const KvLayout& kv, const float* k, const float* v, int64_t slot, T* keys) {
-  constexpr int64_t kStep = sizeof(T) == 4 ? 1 : 2;
-  const auto convert = [](float x) {
-    if constexpr (sizeof(T) == 4) {
-      return x;
-    } else {
-      return to_bf16(x);
-    }
-  };
-  T* values = keys + kv.value_offset() + slot / kStep * kStep * kv.head_dim_padded() + slot % kStep;
+void store_head(const KvLayout& kv, const float* k, const float* v, int64_t slot, T* head) {
+  constexpr int64_t kStep = 4 / sizeof(T);
   const int64_t stride = kv.slots_padded() * kStep;
-  keys += slot * kStep;
-  for (int64_t d = 0; d < kv.head_dim; ++d) keys[d / kStep * stride + d % kStep] = convert(k[d]);
-  for (int64_t d = 0; d < kv.head_dim; ++d) values[d * kStep] = convert(v[d]);
+  T* keys = head + slot * kStep;
+  T* values = head + kv.value_offset() + slot / kStep * kStep * kv.head_dim_padded() + slot % kStep;
+  const float scales[] = {
+      convert(k, kv.head_dim, head,
+              [&](int64_t d, auto x) { keys[d / kStep * stride + d % kStep] = static_cast<T>(x); }),
+      convert(v, kv.head_dim, head, [&](int64_t d, auto x) { values[d * kStep] = static_cast<T>(x); }),
+  };
+  if constexpr (sizeof(T) == 1) {
+    float* held = reinterpret_cast<float*>(head + kv.scale_offset()) + slot;
+    for (const float scale : scales) {
+      *held = scale;
+      held += kv.slots_padded();
+    }
+  }
 }
 
 }  // namespace
@@ -46,11 +67,17 @@ void PagedAttention::store(const RopeAndStoreArgs& args, const Row& row, int64_t
   const float* v = k + kv_.num_kv_heads * kv_.head_dim;
   char* block = base_ + row.table[position / kv_.block_size] * kv_.block_bytes();
   for (int64_t h = 0; h < kv_.num_kv_heads; ++h, k += kv_.head_dim, v += kv_.head_dim) {
-    char* head = block + head_offset(args.layer, h) * size_of(kv_.dtype);
-    if (kv_.dtype == DType::kFloat32) {
-      store_head(kv_, k, v, slot, reinterpret_cast<float*>(head));
-    } else {
-      store_head(kv_, k, v, slot, reinterpret_cast<Bf16*>(head));
+    char* head = block + head_offset(args.layer, h) * size_of(kv_.format);
+    switch (kv_.format) {
+      case KvFormat::kFloat32:
+        store_head(kv_, k, v, slot, reinterpret_cast<float*>(head));
+        break;
+      case KvFormat::kBFloat16:
+        store_head(kv_, k, v, slot, reinterpret_cast<Bf16*>(head));
+        break;
+      case KvFormat::kInt8:
+        store_head(kv_, k, v, slot, reinterpret_cast<uint8_t*>(head));
+        break;
     }
   }
 }
@@ -106,7 +133,9 @@ int64_t PagedAttention::cut(const AttentionArgs& args) {
 }
 
 void PagedAttention::attend(const AttentionArgs& args, const Task& task, int thread) {
-  const AttentionKernels& kernels = kv_.dtype == DType::kFloat32 ? kernels_.attention_f32 : kernels_.attention_bf16;
+  const AttentionKernels& kernels = kv_.format == KvFormat::kFloat32    ? kernels_.attention_f32
+                                    : kv_.format == KvFormat::kBFloat16 ? kernels_.attention_bf16
+                                                                        : kernels_.attention_int8;
   const Tile& tile = tiles_[task.tile];
   const int64_t group = args.num_heads / kv_.num_kv_heads;
   const int64_t token = tile.row->first + tile.first, column = tile.kv_head * group * kv_.head_dim;
@@ -120,9 +149,10 @@ void PagedAttention::attend(const AttentionArgs& args, const Task& task, int thr
                            .head_dim_padded = kv_.head_dim_padded(),
                            .position = tile.row->start + tile.first,
                            .scale = args.scale,
-                           .pool = base_ + head_offset(args.layer, tile.kv_head) * size_of(kv_.dtype),
+                           .pool = base_ + head_offset(args.layer, tile.kv_head) * size_of(kv_.format),
                            .block_stride = kv_.num_layers * kv_.layer_elements(),
                            .value_offset = kv_.value_offset(),
+                           .scale_offset = kv_.scale_offset(),
                            .block_size = kv_.block_size,
                            .slots_padded = kv_.slots_padded(),
                            .table = tile.row->table,
