@@ -18,18 +18,17 @@ Exits with 1 when a token differs or a job does not finish.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import numpy as np
-from cpu_clock import CpuTimed, use_cpu_clock
+from command import parse
+from cpu_clock import CpuTimed
 from rich.console import Console
 
 from fastserve import LLM, CostModel, SamplingParams
@@ -196,20 +195,8 @@ def _print(result: dict[str, Any], console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; returns the exit code."""
-    parser = argparse.ArgumentParser(description="A real model under memory pressure, in every swap mode.")
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--runs", type=int, default=3, help="of each mode, interleaved (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, help="of the trace (default: 0)")
-    parser.add_argument("--threads", type=int, default=0, help="0: one a core")
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    parser.add_argument(
-        "--cpu-clock", action="store_true", help="count processor seconds: for a busy machine; 1 thread"
-    )
-    options = parser.parse_args(arguments)
-    if options.cpu_clock:
-        options.threads = 1
-        use_cpu_clock()
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    description = "A real model under memory pressure, in every swap mode."
+    options, console = parse(description, "of each mode, interleaved", arguments)
     result = measure(options.model, options.seed, options.runs, options.threads, options.cpu_clock, console)
     _print(result, console)
     runs = [each for several in result["runs"].values() for each in several]

@@ -6,10 +6,10 @@ Bursts of short questions and long stories go through a real model (LLM.replay) 
 jobs, with the output lengths of the real run, go through the simulator with the cost model that the machine was
 measured to have (LLM.profile): the mean of a profile just before the run and one just after, since a shared machine
 changes its speed meanwhile. Rounds are interleaved: profile, fcfs, profile, skip-join-mlfq, profile, and again. Mean
-and P95 JCT are compared by their medians over the rounds; the goal is 10 %. Where the cost model errs is
-told by the shape of iterations, and by a third simulation, whose cost model is fitted to the iterations of the real
-run itself: it tells the simulator's error from that of the profile, and from what other programs did to the machine
-meanwhile.
+and P95 JCT are compared by their medians over the rounds, and round by round; the goal is 10 %. Where the cost model
+errs is told by the shape of iterations, and by a third simulation, whose cost model is fitted to the iterations of the
+real run itself: it tells the simulator's error from that of the profile, and from what other programs did to the
+machine meanwhile.
 
 The second part records a run on too little memory, KV swapping included, and replays it with the recorded times: every
 plan must come out identical, to the last bit.
@@ -19,7 +19,6 @@ Exits with 1 when a plan does not; a difference of JCTs is only told, since othe
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -27,12 +26,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import numpy as np
-from cpu_clock import CpuTimed, use_cpu_clock
+from command import parse
+from cpu_clock import CpuTimed
 from rich.console import Console
 
 from fastserve import LLM, CostModel, SamplingParams
@@ -247,28 +246,40 @@ def _summary(jcts: Sequence[float]) -> dict[str, float]:
 
 
 def differences(rounds: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of mean and P95 JCT: the medians over the rounds, and how far the simulated one is off."""
+    """Of mean and P95 JCT: the medians over the rounds, how far the simulated one is off, and the median of how far
+    each round's simulation is off its run, which a machine that changes its speed between rounds does not move."""
     found = {}
     for measure in ("mean_jct", "p95_jct"):
         kinds = ("real", "simulated", "fitted")
         real, simulated, fitted = (median(each[kind][measure] for each in rounds) for kind in kinds)
-        found[measure] = {"real": real, "simulated": simulated, "fitted": fitted}
+        paired = median(each["simulated"][measure] / each["real"][measure] - 1 for each in rounds)
+        found[measure] = {"real": real, "simulated": simulated, "fitted": fitted, "paired_difference": paired}
         found[measure] |= {"difference": simulated / real - 1, "fitted_difference": fitted / real - 1}
     return found
 
 
 def _print(result: dict[str, Any], console: Console) -> None:
     table = new_table()
-    for heading in ("policy", "JCT", "real", "simulated", "difference", "at the run's own speed", "difference"):
+    headings = (
+        "policy",
+        "JCT",
+        "real",
+        "simulated",
+        "difference",
+        "round by round",
+        "at the run's own speed",
+        "difference",
+    )
+    for heading in headings:
         table.add_column(heading, justify="left" if heading in ("policy", "JCT") else "right")
     for policy, rounds in result["policies"].items():
         for measure, found in differences(rounds).items():
             off = [
                 f"[{'green' if abs(found[each]) <= TOLERANCE else 'red'}]{100 * found[each]:+.1f} %[/]"
-                for each in ("difference", "fitted_difference")
+                for each in ("difference", "paired_difference", "fitted_difference")
             ]
             real, simulated, fitted = (f"{found[each]:.2f} s" for each in ("real", "simulated", "fitted"))
-            table.add_row(policy, measure.split("_")[0], real, simulated, off[0], fitted, off[1])
+            table.add_row(policy, measure.split("_")[0], real, simulated, *off[:2], fitted, off[2])
     console.print(table)
     shapes = new_table()
     for heading in ("iterations of the last round", "policy", "how many", "measured", "modelled ÷ measured"):
@@ -282,21 +293,8 @@ def _print(result: dict[str, Any], console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; returns the exit code."""
-    parser = argparse.ArgumentParser(description="The simulator against a real run, and a recorded run replayed.")
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--runs", type=int, default=3, help="rounds (default: 3); 0: only record and replay")
-    parser.add_argument("--jobs", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0, help="of the trace (default: 0)")
-    parser.add_argument("--threads", type=int, default=0, help="0: one a core")
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    parser.add_argument(
-        "--cpu-clock", action="store_true", help="count processor seconds: for a busy machine; 1 thread"
-    )
-    options = parser.parse_args(arguments)
-    if options.cpu_clock:
-        options.threads = 1
-        use_cpu_clock()
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    description = "The simulator against a real run, and a recorded run replayed."
+    options, console = parse(description, "rounds; 0: only record and replay", arguments, jobs=200)
     result: dict[str, Any] = {"benchmark": "truth", "model": options.model, "seed": options.seed, **LIMITS}
     result["clock"] = "cpu" if options.cpu_clock else "wall"
     if options.runs > 0:

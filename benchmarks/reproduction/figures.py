@@ -12,33 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from fastserve.bench.plot_style import COLOURS, GRID, INK, QUIET, STYLE
+from fastserve.bench.plot_style import plain as plain_frame
 from fastserve.bench.stats import Estimate
 
-INK, QUIET, GRID = "#1f2430", "#6b7280", "#e7e9ee"
-COLOURS: Final = {
-    "orca": "#1f2430",
-    "fcfs": "#9aa1ad",
-    "mlfq": "#e07a3f",
-    "skip-join-mlfq": "#2f5bea",
-    "gittins": "#0f8b8d",
-    "srpt": "#b0399b",
-}
 _MARKERS: Final = dict(zip(COLOURS, "xos^Dv", strict=True))
-_STYLE: Final[dict[Any, Any]] = {
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.edgecolor": QUIET,
-    "axes.labelcolor": INK,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "svg.hashsalt": "fastserve",  # the same picture is the same file
-}
 
 
 @contextmanager
 def canvas(path: Path, title: str, size: tuple[float, float]) -> Iterator[Figure]:
     """A figure to draw on, written to `path` at the end."""
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(title, x=0.012, ha="left", fontsize=11, color=QUIET)
         yield figure
@@ -55,9 +39,7 @@ def legend_below(figure: Figure, axes: Axes) -> None:
 def plain(axes: Axes, title: str = "") -> None:
     axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
     axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    plain_frame(axes)
 
 
 def logarithmic(axis: Any) -> None:
@@ -74,7 +56,12 @@ def line(axes: Axes, policy: str, xs: Sequence[float], values: Sequence[Estimate
     below = [min(width, 0.9 * mean) for width, mean in zip(widths, means, strict=True)]
     style: dict[str, Any] = {"label": policy, "linewidth": 1.8, "markersize": 4.5, "capsize": 2.5} | more
     axes.errorbar(
-        xs, means, yerr=(below, widths), color=COLOURS.get(policy, INK), marker=_MARKERS.get(policy, "o"), **style
+        xs,
+        means,
+        yerr=(below, widths),
+        color=COLOURS.get(policy, INK),
+        marker=_MARKERS.get(policy, "o"),
+        **style,
     )
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fastserve.bench.plot_style import INK
+
 from . import figures
 from .cases import AZURE, Case
 from .common import Missing, Scale, at_loads, table
@@ -122,7 +124,7 @@ def draw(data: Data, folder: Path) -> None:
                 ratio = cell.jct["gittins"] / cell.jct[policy]
                 row, column = rows.index((list(WORKLOADS).index(cell.workload), cell.batch)), loads.index(cell.load)
                 image[row][column] = math.log2(ratio)
-                colour = "white" if abs(math.log2(ratio)) > 0.8 else figures.INK
+                colour = "white" if abs(math.log2(ratio)) > 0.8 else INK
                 axes.text(column, row, f"{ratio:.2f}", ha="center", va="center", fontsize=7.5, color=colour)
             axes.imshow(image, aspect="auto", cmap="RdBu_r", norm=TwoSlopeNorm(0, -1.5, 1.5))
             axes.set_xticks(range(len(loads)), [f"{load:g}" for load in loads])

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, Final
 
+from fastserve.bench.plot_style import COLOURS, QUIET
 from fastserve.bench.stats import estimate
 
 from . import figures
@@ -93,9 +94,13 @@ def draw(data: Data, folder: Path) -> None:
             found = [estimate(values(data, "mean_normalized_latency", which, policy, rate=rate)) for rate in rates]
             figures.line(axes, policy, rates, found)
         for policy, curve in PAPER_CURVES.items():
-            style: dict[str, Any] = {"color": figures.COLOURS[policy], "linestyle": (0, (2, 2)), "linewidth": 1.2}
+            style: dict[str, Any] = {
+                "color": COLOURS[policy],
+                "linestyle": (0, (2, 2)),
+                "linewidth": 1.2,
+            }
             axes.plot(PAPER_RATES[: len(curve)], curve, label=f"{policy} (paper)", **style)
-        axes.axhline(SLO, color=figures.QUIET, linewidth=1, linestyle=(0, (5, 4)), zorder=0)
+        axes.axhline(SLO, color=QUIET, linewidth=1, linestyle=(0, (5, 4)), zorder=0)
         axes.set_ylim(0, 1)
         axes.set_xlabel("jobs per second")
         axes.set_ylabel("mean normalized latency (s per token)")

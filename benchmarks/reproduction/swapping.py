@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from fastserve.bench.plot_style import QUIET
 from fastserve.bench.stats import estimate
 
 from . import figures
@@ -96,7 +97,7 @@ def draw(data: Data, folder: Path) -> None:
             axes.plot(_curve_rates(scale), means, label=name, color=colours[name], marker="o")
         for mode, rate in PAPER.items():
             axes.plot([rate], [SLO], marker="x", color=colours[f"{mode} (paper)"], linestyle="")
-        axes.axhline(SLO, color=figures.QUIET, linewidth=1, linestyle=(0, (5, 4)), zorder=0)
+        axes.axhline(SLO, color=QUIET, linewidth=1, linestyle=(0, (5, 4)), zorder=0)
         axes.set_ylim(0, 1)
         axes.set_xlabel("jobs per second (crosses: where the paper's lines meet the limit)")
         axes.set_ylabel("mean normalized latency (s per token)")

@@ -54,8 +54,9 @@ struct NormArgs {
 };
 
 // Geometry of the paged KV pool. A block holds all local layers, so that moving it is one copy:
-// [layers][kv heads]{ K [head_dim][slots_padded], V [block_size][head_dim_padded] }. K lies transposed so that the
-// score of many tokens is one vector; both paddings are zero-filled multiples of the widest vector.
+// [layers][kv heads]{ K [dimensions / step][slots][step], V [slots / step][dimensions][step] }. K lies transposed so
+// that the score of many tokens is one vector; `step` neighbours in the direction of a sum are together, which is what
+// dot product instructions read: 2 of bfloat16. All of it is padded to whole vectors, with zeros.
 struct KvLayout {
   DType dtype;
   int64_t num_layers;
@@ -63,9 +64,11 @@ struct KvLayout {
   int64_t head_dim;
   int64_t block_size;
 
+  int64_t step() const { return dtype == DType::kFloat32 ? 1 : 2; }
   int64_t slots_padded() const { return round_up(block_size, 16); }
   int64_t head_dim_padded() const { return round_up(head_dim, 16); }
-  int64_t head_elements() const { return head_dim * slots_padded() + block_size * head_dim_padded(); }
+  int64_t value_offset() const { return round_up(head_dim, step()) * slots_padded(); }
+  int64_t head_elements() const { return value_offset() + round_up(block_size, step()) * head_dim_padded(); }
   int64_t layer_elements() const { return num_kv_heads * head_elements(); }
   int64_t block_bytes() const { return num_layers * layer_elements() * size_of(dtype); }
 };

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .plot_style import GRID, INK, QUIET, STYLE, plain
 from .runs import JobRun, PolicyRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK = "#1f2430"
-_QUIET = "#6b7280"
-_GRID = "#e7e9ee"
 _WAITING = "#e3e6ec"
 _KINDS = ("#0f8b8d", "#e07a3f", "#7c5cbf", "#5b8def")  # colours of job kinds
 _POLICIES = ("#9aa1ad", "#2f5bea", "#b0399b", "#0f8b8d")  # colours of policies, the baseline quiet
@@ -30,18 +28,10 @@ def plot_runs(runs: Sequence[PolicyRun], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    style: dict[Any, Any] = {
-        "font.size": 9.5,
-        "text.color": _INK,
-        "axes.edgecolor": _QUIET,
-        "axes.labelcolor": _INK,
-        "xtick.color": _QUIET,
-        "ytick.color": _QUIET,
-    }
     kinds = sorted({job.kind for job in runs[0].jobs})
     colours = {kind: _KINDS[i % len(_KINDS)] for i, kind in enumerate(kinds)}
     columns = max(2, len(runs))
-    with rc_context(style):
+    with rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.10, wspace=0.02, hspace=0.03)
         figure = Figure(figsize=(6.2 * columns, 8.6), layout=layout)
         figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold")
@@ -75,8 +65,8 @@ def _timeline(axes: Axes, run: PolicyRun, colours: dict[str, str], end: float, *
         axes.set_ylabel("jobs, in order of arrival")
     mean = run.summaries()["jct"].mean
     axes.set_title(f"{run.policy}", loc="left", fontweight="bold", fontsize=11)
-    axes.set_title(f"mean JCT {mean:.1f} s", loc="right", color=_QUIET, fontsize=9.5)
-    _plain(axes, left=False)
+    axes.set_title(f"mean JCT {mean:.1f} s", loc="right", color=QUIET, fontsize=9.5)
+    plain(axes, left=False)
 
 
 def _distribution(axes: Axes, runs: Sequence[PolicyRun]) -> None:
@@ -90,8 +80,8 @@ def _distribution(axes: Axes, runs: Sequence[PolicyRun]) -> None:
     axes.set(xlim=(0, top * 1.02), ylim=(0, 1.02), xlabel="job completion time (seconds)", ylabel="share of jobs")
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.set_title("Finished within", loc="left", fontweight="bold", fontsize=11)
-    axes.grid(color=_GRID, linewidth=0.8)
-    _plain(axes)
+    axes.grid(color=GRID, linewidth=0.8)
+    plain(axes)
     axes.legend(loc="lower right", frameon=False)
 
 
@@ -104,14 +94,14 @@ def _means(axes: Axes, runs: Sequence[PolicyRun], kinds: Sequence[str]) -> None:
         means = [run.summaries(kind)["jct"].mean for kind in (None, *kinds)]
         places = [group + (i - (len(runs) - 1) / 2) * height for group in range(len(groups))]
         bars = axes.barh(places, means, height=height * 0.88, color=colour, label=run.policy)
-        axes.bar_label(bars, [f"{mean:.1f} s" for mean in means], padding=4, fontsize=9, color=_INK)
+        axes.bar_label(bars, [f"{mean:.1f} s" for mean in means], padding=4, fontsize=9, color=INK)
         longest = max(longest, *means)
     axes.set_yticks(range(len(groups)), groups)
-    axes.tick_params(axis="y", length=0, labelcolor=_INK)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set(xlim=(0, longest * 1.14), ylim=(len(groups) - 0.45, -0.55), xlabel="seconds")
     axes.set_title("Mean job completion time", loc="left", fontweight="bold", fontsize=11)
-    axes.grid(axis="x", color=_GRID, linewidth=0.8)
-    _plain(axes, left=False)
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    plain(axes, left=False)
 
 
 def _jcts(jobs: Sequence[JobRun]) -> list[float]:
@@ -126,9 +116,3 @@ def _swatch(colour: str, label: str) -> Any:
     from matplotlib.patches import Patch
 
     return Patch(color=colour, label=label)
-
-
-def _plain(axes: Axes, *, left: bool = True) -> None:
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines["left"].set_visible(left)

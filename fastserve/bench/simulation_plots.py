@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .plots import _GRID, _INK, _QUIET, _plain
+from .plot_style import COLOURS, GRID, INK, QUIET, STYLE, plain
 from .simulation import RunSummary
 from .simulation_tables import NO_STEADY_STATE, Level, levels_of
 
@@ -15,13 +15,6 @@ if TYPE_CHECKING:
 
 SLO = 0.3  # seconds a token: what the paper calls acceptable
 
-_COLOURS = {
-    "fcfs": "#9aa1ad",
-    "mlfq": "#e07a3f",
-    "skip-join-mlfq": "#2f5bea",
-    "gittins": "#0f8b8d",
-    "srpt": "#b0399b",
-}
 _MARKERS = "osD^v"
 _PANELS = (
     ("mean_normalized_latency", "Mean normalized latency", "seconds per token"),
@@ -41,19 +34,10 @@ def plot_sweep(runs: Sequence[RunSummary], path: Path, title: str) -> None:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     levels = levels_of(runs)
-    style: dict[Any, Any] = {
-        "font.size": 9.5,
-        "text.color": _INK,
-        "axes.edgecolor": _QUIET,
-        "axes.labelcolor": _INK,
-        "xtick.color": _QUIET,
-        "ytick.color": _QUIET,
-        "svg.hashsalt": "fastserve",  # the same picture is the same file
-    }
-    with rc_context(style):
+    with rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.10, wspace=0.03)
         figure = Figure(figsize=(13.5, 4.8), layout=layout)
-        figure.suptitle(title, x=0.012, ha="left", fontsize=11, color=_QUIET)
+        figure.suptitle(title, x=0.012, ha="left", fontsize=11, color=QUIET)
         panels = figure.subplots(1, len(_PANELS))
         for axes, (measure, name, unit) in zip(panels, _PANELS, strict=True):
             _panel(axes, levels, measure)
@@ -82,7 +66,7 @@ def _panel(axes: Axes, levels: Sequence[Level], measure: str) -> None:
             [x for x, _ in points],
             means,
             yerr=(below, widths) if any(widths) else None,
-            color=_COLOURS.get(policy, _INK),
+            color=COLOURS.get(policy, INK),
             marker=_MARKERS[i % len(_MARKERS)],
             markersize=4.5,
             linewidth=2.0,
@@ -97,14 +81,14 @@ def _panel(axes: Axes, levels: Sequence[Level], measure: str) -> None:
     else:
         axes.set_ylim(bottom=0)
     if measure == "mean_normalized_latency" and max(values) > SLO > 0.5 * min(values):
-        axes.axhline(SLO, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        axes.axhline(SLO, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-        axes.annotate(f"{SLO} s/token", (0.99, SLO), color=_QUIET, fontsize=8.5, **place)
+        axes.annotate(f"{SLO} s/token", (0.99, SLO), color=QUIET, fontsize=8.5, **place)
     if by_load and max(level.load or 0.0 for level in levels) >= 1:
         _shade_overload(axes, levels)
     axes.set_xlabel("load (share of fcfs's capacity)" if by_load else "jobs per second")
-    axes.grid(color=_GRID, linewidth=0.8)
-    _plain(axes)
+    axes.grid(color=GRID, linewidth=0.8)
+    plain(axes)
 
 
 def _shade_overload(axes: Axes, levels: Sequence[Level]) -> None:
@@ -113,7 +97,7 @@ def _shade_overload(axes: Axes, levels: Sequence[Level]) -> None:
     axes.set_xlim(min(loads) - margin, max(loads) + margin)
     axes.axvspan(max(1.0, min(loads) - margin), max(loads) + margin, color="#f4f5f7", zorder=-1, linewidth=0)
     place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "bottom"}
-    axes.annotate(NO_STEADY_STATE, (max(loads) + 0.9 * margin, 0.02), color=_QUIET, fontsize=8, **place)
+    axes.annotate(NO_STEADY_STATE, (max(loads) + 0.9 * margin, 0.02), color=QUIET, fontsize=8, **place)
 
 
 def _position(level: Level) -> float:

@@ -1,255 +1,377 @@
 // Paged, causal, grouped-query attention of a tile of query vectors over one KV head.
 //
 // A query's result is built from absolute segments of kSegment positions: inside a segment plain softmax attention,
-// segments merged in ascending order. Lanes and sums depend on absolute positions only, so neither the tile, nor the
-// chunking, nor the block size changes a bit of it. Decode is a tile of one position.
+// segments merged in ascending order. Every sum is one chain over dimensions or over absolute positions, ascending, so
+// neither the tile, nor the chunking, nor the block size, nor who computed a segment changes a bit of it. Decode is a
+// tile of one position.
 #pragma once
 
 #include "backend/cpu/kernels.h"
+#include "backend/cpu/kv_format.h"
 #include "backend/cpu/simd.h"
 
 namespace fastserve::cpu::FS_ISA {
 
+// Register tiles: query vectors by columns (of tokens for the scores, of dimensions for the values).
 #if defined(__AVX512F__)
-constexpr int kScoreVectors = 8;  // query vectors that share one load of K
-constexpr int kValueVectors = 4;  // query vectors that share one load of V
+constexpr int kTileRows = 6;
+constexpr int score_columns(int rows) { return rows <= 3 ? 8 : 4; }
+constexpr int value_columns(int) { return 4; }
 #else
-constexpr int kScoreVectors = 4;
-constexpr int kValueVectors = 2;
+constexpr int kTileRows = 4;
+constexpr int score_columns(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
+constexpr int value_columns(int rows) { return rows <= 2 ? 4 : 2; }
 #endif
-constexpr int kValueRegisters = 4;  // vectors of V handled together
+constexpr int kScoreColumns = 8;       // a multiple of every score_columns()
+constexpr int kGroup = 16;             // positions that lie together, whatever the block size
+constexpr float kLog2E = 1.44269504f;  // weights are powers of two
+constexpr float kLowest = -3e38f;      // score of a position that is not seen
 
-// Scratch of a tile, by query vector r = query * heads + head.
-struct TileScratch {
-  float* q;        // [vectors][head_dim_padded], scaled
-  float* weights;  // [vectors][kWeightStride]: scores, then e^(score - max)
-  float* partial;  // [vectors][head_dim_padded]: the segment's weighted sum of V
-  float* total;    // [vectors][head_dim_padded]: merged so far
-  float* maximum;  // [vectors]
-  float* sum;      // [vectors]
+template <int N>
+struct Count {
+  static constexpr int value = N;
 };
 
-constexpr int64_t kWeightStride = kSegment + 16;
-
-// out[v] (lane = token) = q_r · K[token] for kWidth tokens of one block, from K [head_dim][slots_padded].
-template <class T, int Vectors>
-inline void score_tokens(const float* q, int64_t ld_q, const T* k, int64_t slots_padded, int64_t head_dim, F32* out) {
-  F32 acc[Vectors];
-  for (int r = 0; r < Vectors; ++r) acc[r] = set1(0.0f);
-  for (int64_t d = 0; d < head_dim; ++d) {
-    const F32 key = load(k + d * slots_padded);
-    for (int r = 0; r < Vectors; ++r) acc[r] = fma(set1(q[r * ld_q + d]), key, acc[r]);
-  }
-  for (int r = 0; r < Vectors; ++r) out[r] = acc[r];
-}
-
-template <class T, int Vectors>
-inline void score_dispatch(int64_t vectors, const float* q, int64_t ld_q, const T* k, int64_t slots_padded,
-                           int64_t head_dim, F32* out) {
-  if constexpr (Vectors > 0) {
-    if (vectors == Vectors) {
-      score_tokens<T, Vectors>(q, ld_q, k, slots_padded, head_dim, out);
-    } else {
-      score_dispatch<T, Vectors - 1>(vectors, q, ld_q, k, slots_padded, head_dim, out);
-    }
+// Calls body(Count<rows>) for 1 <= rows <= N.
+template <int N, class Body>
+inline void with_count(int64_t rows, Body body) {
+  if constexpr (N == 1) {
+    body(Count<1>());
+  } else if (rows >= N) {
+    body(Count<N>());
+  } else {
+    with_count<N - 1>(rows, body);
   }
 }
 
-// partial[r] += Σ_t weights[r][t] · V[t] for one run of tokens inside a block, ascending; V [tokens][head_dim_padded].
-template <class T, int Vectors, int Registers>
-inline void weigh_values(const float* weights, const T* v, int64_t tokens, int64_t ld, float* partial) {
-  F32 acc[Vectors][Registers];
-  for (int r = 0; r < Vectors; ++r) {
-    for (int i = 0; i < Registers; ++i) acc[r][i] = load(partial + r * ld + i * kWidth);
-  }
-  for (int64_t t = 0; t < tokens; ++t) {
-    F32 value[Registers];
-    for (int i = 0; i < Registers; ++i) value[i] = load(v + t * ld + i * kWidth);
-    for (int r = 0; r < Vectors; ++r) {
-      const F32 w = set1(weights[r * kWeightStride + t]);
-      for (int i = 0; i < Registers; ++i) acc[r][i] = fma(w, value[i], acc[r][i]);
-    }
-  }
-  for (int r = 0; r < Vectors; ++r) {
-    for (int i = 0; i < Registers; ++i) store(partial + r * ld + i * kWidth, acc[r][i]);
-  }
-}
-
-template <class T, int Vectors>
-inline void weigh_all(const float* weights, const T* v, int64_t tokens, int64_t ld, float* partial) {
-  int64_t d = 0;
-  for (; d + kValueRegisters * kWidth <= ld; d += kValueRegisters * kWidth) {
-    weigh_values<T, Vectors, kValueRegisters>(weights, v + d, tokens, ld, partial + d);
-  }
-  for (; d < ld; d += kWidth) weigh_values<T, Vectors, 1>(weights, v + d, tokens, ld, partial + d);
-}
-
-template <class T>
+template <class Kv>
 class TileAttention {
+  using Stored = typename Kv::Stored;
+  using Operand = typename Kv::Operand;
+  static constexpr int kStep = Kv::kStep;
+
  public:
-  explicit TileAttention(const AttentionTile& tile) : t_(tile), vectors_(tile.queries * tile.heads) {
-    const int64_t ld = t_.head_dim_padded;
-    s_.q = t_.scratch;
-    s_.partial = s_.q + vectors_ * ld;
-    s_.total = s_.partial + vectors_ * ld;
-    s_.weights = s_.total + vectors_ * ld;
-    s_.maximum = s_.weights + vectors_ * kWeightStride;
-    s_.sum = s_.maximum + vectors_;
+  explicit TileAttention(const AttentionTile& tile)
+      : t_(tile),
+        vectors_(tile.queries * tile.heads),
+        ld_(tile.head_dim_padded),
+        key_rows_((tile.head_dim + kStep - 1) / kStep),
+        in_place_(tile.block_size % kGroup == 0) {
+    float* free = t_.scratch;
+    const auto take = [&](int64_t floats) {
+      float* taken = free;
+      free += (floats + 15) / 16 * 16;
+      return taken;
+    };
+    q_ = reinterpret_cast<Operand*>(take(vectors_ * ld_));
+    scores_ = take(vectors_ * kAttentionStride);
+    total_ = take(vectors_ * ld_);
+    ragged_ = take(kTileRows * ld_);
+    for (float** row : {&segment_max_, &segment_sum_, &max_, &sum_, &keep_, &take_}) *row = take(vectors_ + 16);
+    packed_ = reinterpret_cast<Stored*>(take(in_place_ ? 0 : 2 * kSegment * ld_));
+    load_queries();
   }
 
   void run() {
-    for (int64_t r = 0; r < vectors_; ++r) {
-      const float* q = t_.q + r / t_.heads * t_.ld_q + r % t_.heads * t_.head_dim;
-      for (int64_t d = 0; d < t_.head_dim; ++d) s_.q[r * t_.head_dim_padded + d] = q[d] * t_.scale;
-    }
     const int64_t context = t_.position + t_.queries;
     for (int64_t begin = 0; begin < context; begin += kSegment) {
-      const int64_t end = begin + kSegment < context ? begin + kSegment : context;
-      // Queries before the segment see nothing of it.
-      const int64_t skipped = begin > t_.position ? (begin - t_.position) * t_.heads : 0;
-      score(begin, end, skipped);
-      for (int64_t r = skipped; r < vectors_; ++r) soften(r, valid(r, begin));
-      weigh(begin, end, skipped);
-      for (int64_t r = skipped; r < vectors_; ++r) merge(r, begin == 0);
+      const int64_t skipped = attend(begin);
+      fold_factors(skipped, begin == 0);
+      weigh(begin, skipped, total_, begin != 0);
     }
-    for (int64_t r = 0; r < vectors_; ++r) {
-      float* out = t_.output + r / t_.heads * t_.ld_output + r % t_.heads * t_.head_dim;
-      const float inverse = 1.0f / s_.sum[r];
-      for (int64_t d = 0; d < t_.head_dim; ++d) out[d] = s_.total[r * t_.head_dim_padded + d] * inverse;
+    finish();
+  }
+
+  void run_segment(int64_t segment, float* partial) {
+    const int64_t begin = segment * kSegment, skipped = attend(begin);
+    weigh(begin, skipped, partial, false);
+    float* stats = partial + vectors_ * ld_;
+    for (int64_t r = skipped; r < vectors_; ++r) {
+      stats[r] = segment_max_[r];
+      stats[vectors_ + r] = segment_sum_[r];
     }
+  }
+
+  void merge(const float* partials) {
+    const int64_t context = t_.position + t_.queries;
+    for (int64_t begin = 0; begin < context; begin += kSegment, partials += attention_partial(vectors_, ld_)) {
+      const int64_t skipped = unseeing(begin);
+      const float* stats = partials + vectors_ * ld_;
+      for (int64_t r = skipped; r < vectors_; ++r) {
+        segment_max_[r] = stats[r];
+        segment_sum_[r] = stats[vectors_ + r];
+      }
+      fold_factors(skipped, begin == 0);
+      for (int64_t r = skipped; r < vectors_; ++r) {
+        for (int64_t d = 0; d < ld_; d += kWidth) {
+          fold(total_ + r * ld_ + d, load(partials + r * ld_ + d), r, begin != 0);
+        }
+      }
+    }
+    finish();
   }
 
  private:
-  // Positions of the segment that query vector r may see.
-  int64_t valid(int64_t r, int64_t begin) const {
-    const int64_t seen = t_.position + r / t_.heads + 1 - begin;
-    return seen < kSegment ? seen : kSegment;
-  }
-
-  const T* keys(int64_t position) const {
-    return static_cast<const T*>(t_.pool) + t_.table[position / t_.block_size] * t_.block_stride;
-  }
-  const T* values(int64_t position) const { return keys(position) + t_.head_dim * t_.slots_padded; }
-
-  // Calls body(position, slot, tokens) for each run of positions that lies in one block.
-  template <class Body>
-  void for_each_run(int64_t begin, int64_t end, Body body) const {
-    while (begin < end) {
-      const int64_t slot = begin % t_.block_size;
-      const int64_t left = t_.block_size - slot;
-      const int64_t tokens = left < end - begin ? left : end - begin;
-      body(begin, slot, tokens);
-      begin += tokens;
+  void load_queries() {
+    const float scale = t_.scale * kLog2E;
+    for (int64_t r = 0; r < vectors_; ++r) {
+      const float* from = t_.q + r / t_.heads * t_.ld_q + r % t_.heads * t_.head_dim;
+      Operand* q = q_ + r * ld_;
+      for (int64_t d = 0; d < t_.head_dim; ++d) q[d] = Kv::operand(from[d] * scale);
+      for (int64_t d = t_.head_dim; d < key_rows_ * kStep; ++d) q[d] = Operand{};
     }
   }
 
-  void score(int64_t begin, int64_t end, int64_t skipped) {
-    for_each_run(begin, end, [&](int64_t position, int64_t slot, int64_t tokens) {
-      const T* k = keys(position);
-      // Whole vectors of slots; those outside the run are computed and dropped.
-      for (int64_t first = slot / kWidth * kWidth; first < slot + tokens; first += kWidth) {
-        const int64_t from = first < slot ? slot : first;
-        const int64_t to = first + kWidth < slot + tokens ? first + kWidth : slot + tokens;
-        const int64_t column = position - begin + from - slot;
-        for (int64_t r = skipped; r < vectors_; r += kScoreVectors) {
-          const int64_t count = vectors_ - r < kScoreVectors ? vectors_ - r : kScoreVectors;
-          F32 scores[kScoreVectors];
-          score_dispatch<T, kScoreVectors>(count, s_.q + r * t_.head_dim_padded, t_.head_dim_padded, k + first,
-                                           t_.slots_padded, t_.head_dim, scores);
-          for (int64_t i = 0; i < count; ++i) {
-            float* out = s_.weights + (r + i) * kWeightStride + column;
-            if (to - from == kWidth) {
-              store(out, scores[i]);
-            } else {
-              alignas(64) float lane[kWidth];
-              store(lane, scores[i]);
-              for (int64_t j = from; j < to; ++j) out[j - from] = lane[j - first];
-            }
-          }
-        }
+  // The first query vectors of the tile, those before the segment, see nothing of it.
+  int64_t unseeing(int64_t begin) const { return begin > t_.position ? (begin - t_.position) * t_.heads : 0; }
+  // Positions of the segment that query vector r sees.
+  int64_t seen(int64_t r, int64_t begin) const {
+    const int64_t count = t_.position + r / t_.heads + 1 - begin;
+    return count < kSegment ? count : kSegment;
+  }
+  Operand* weights(int64_t r) const { return reinterpret_cast<Operand*>(scores_ + r * kAttentionStride); }
+
+  // Scores and weights of a segment.
+  int64_t attend(int64_t begin) {
+    const int64_t skipped = unseeing(begin), tokens = seen(vectors_ - 1, begin);
+    locate(begin, tokens);
+    const int64_t columns = (tokens + kWidth - 1) / kWidth;
+    // Query vectors take turns with as many columns as one register tile of them has: those stay in the L1 cache.
+    const int64_t chunk = kScoreColumns;
+    for (int64_t c = 0; c < columns; c += chunk) {
+      const int64_t end = c + chunk < columns ? c + chunk : columns;
+      for (int64_t r = skipped; r < vectors_; r += kTileRows) {
+        with_count<kTileRows>(vectors_ - r, [&](auto rows) { score<rows.value>(r, c, end); });
       }
-    });
+    }
+    for (int64_t r = skipped; r < vectors_; ++r) soften(r, seen(r, begin));
+    return skipped;
   }
 
-  // Scores of the first `count` positions become weights; the rest of the segment weighs nothing.
+  // Finds the columns of K and the groups of V that hold a segment.
+  void locate(int64_t begin, int64_t tokens) {
+    if (!in_place_) pack(begin, tokens);
+    const int64_t groups = (tokens + kGroup - 1) / kGroup;
+    int64_t columns = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      const Stored *keys, *values;
+      if (in_place_) {
+        const int64_t position = begin + g * kGroup, slot = position % t_.block_size;
+        const Stored* block = block_of(position);
+        keys = block + slot * kStep;
+        values = block + t_.value_offset + slot * ld_;
+      } else {
+        keys = packed_ + g * kGroup * key_rows_ * kStep;
+        values = packed_ + kSegment * ld_ + g * kGroup * ld_;
+      }
+      for (int64_t i = 0; i < kGroup; i += kWidth) keys_[columns++] = keys + i * kStep;
+      values_[g] = values;
+    }
+    // Register tiles are whole: what they compute of the last column again is not read.
+    for (; columns % kScoreColumns != 0; ++columns) keys_[columns] = keys_[columns - 1];
+    key_stride_ = (in_place_ ? t_.slots_padded : kGroup) * kStep;
+  }
+
+  const Stored* block_of(int64_t position) const {
+    return static_cast<const Stored*>(t_.pool) + t_.table[position / t_.block_size] * t_.block_stride;
+  }
+
+  // Groups that blocks of an odd size tear apart are put together first.
+  void pack(int64_t begin, int64_t tokens) {
+    for (int64_t i = 0; i < tokens; ++i) {
+      const int64_t slot = (begin + i) % t_.block_size, lane = i % kGroup;
+      const Stored* from = block_of(begin + i) + slot * kStep;
+      Stored* to = packed_ + (i - lane) * key_rows_ * kStep + lane * kStep;
+      for (int64_t d = 0; d < key_rows_; ++d) {
+        for (int j = 0; j < kStep; ++j) to[d * kGroup * kStep + j] = from[d * t_.slots_padded * kStep + j];
+      }
+      from = block_of(begin + i) + t_.value_offset + slot / kStep * kStep * ld_ + slot % kStep;
+      to = packed_ + kSegment * ld_ + i / kStep * kStep * ld_ + i % kStep;
+      for (int64_t d = 0; d < ld_; ++d) to[d * kStep] = from[d * kStep];
+    }
+  }
+
+  // Scores of query vectors [r, r + Rows) and columns [first, end) of tokens.
+  template <int Rows>
+  void score(int64_t r, int64_t first, int64_t end) {
+    constexpr int kColumns = score_columns(Rows);
+    int64_t c = first;
+    for (; c + kColumns / 2 < end; c += kColumns) score_columns_at<Rows, kColumns>(r, c);
+    if (c < end) score_columns_at<Rows, kColumns / 2>(r, c);
+  }
+
+  template <int Rows, int Columns>
+  void score_columns_at(int64_t r, int64_t c) {
+    const Operand* q = q_ + r * ld_;
+    const Stored* keys[Columns];
+    F32 acc[Rows][Columns];
+    for (int j = 0; j < Columns; ++j) keys[j] = keys_[c + j];
+    for (int i = 0; i < Rows; ++i) {
+      for (int j = 0; j < Columns; ++j) acc[i][j] = set1(0.0f);
+    }
+    for (int64_t d = 0; d < key_rows_; ++d) {
+      typename Kv::Loaded key[Columns];
+      for (int j = 0; j < Columns; ++j) key[j] = Kv::load_rows(keys[j] + d * key_stride_);
+      for (int i = 0; i < Rows; ++i) {
+        for (int j = 0; j < Columns; ++j) acc[i][j] = Kv::step(acc[i][j], q + i * ld_ + d * kStep, key[j]);
+      }
+    }
+    for (int i = 0; i < Rows; ++i) {
+      float* out = scores_ + (r + i) * kAttentionStride + c * kWidth;
+      for (int j = 0; j < Columns; ++j) store(out + j * kWidth, acc[i][j]);
+    }
+  }
+
+  // Turns the scores of the first `count` positions into weights, in place.
   void soften(int64_t r, int64_t count) {
-    float* w = s_.weights + r * kWeightStride;
-    float maximum = w[0];
-    for (int64_t i = 1; i < count; ++i) maximum = w[i] > maximum ? w[i] : maximum;
-    const int64_t padded = (count + kWidth - 1) / kWidth * kWidth;
-    for (int64_t i = count; i < padded; ++i) w[i] = maximum;
-    for (int64_t i = 0; i < padded; i += kWidth) store(w + i, exp(sub(load(w + i), set1(maximum))));
-    for (int64_t i = count; i < padded; ++i) w[i] = 0.0f;
+    float* s = scores_ + r * kAttentionStride;
+    const int64_t padded = (count + 2 * kWidth - 1) / (2 * kWidth) * (2 * kWidth);
+    for (int64_t i = count; i < padded; ++i) s[i] = kLowest;
+    F32 best = load(s), best2 = load(s + kWidth);
+    for (int64_t i = 2 * kWidth; i < padded; i += 2 * kWidth) {
+      best = max(best, load(s + i));
+      best2 = max(best2, load(s + i + kWidth));
+    }
+    const float largest = reduce_max(max(best, best2));
+    const F32 reference = set1(largest);
+    // What is not seen weighs 2^-126: nothing beside the largest weight, 1, and it meets no V.
     F32 sum = set1(0.0f);
-    for (int64_t i = 0; i < padded; i += kWidth) sum = add(sum, load(w + i));
-    segment_max(r) = maximum;
-    segment_sum(r) = reduce_add(sum);
+    Operand* w = weights(r);
+    for (int64_t i = 0; i < padded; i += 2 * kWidth) {
+      const F32 first = exp2_negative<Kv::kExpDegree>(sub(load(s + i), reference));
+      const F32 second = exp2_negative<Kv::kExpDegree>(sub(load(s + i + kWidth), reference));
+      sum = Kv::put(w + i, first, second, sum);
+    }
+    segment_max_[r] = largest;
+    segment_sum_[r] = reduce_add(sum);
   }
 
-  void weigh(int64_t begin, int64_t end, int64_t skipped) {
-    const int64_t ld = t_.head_dim_padded;
-    for (int64_t r = skipped; r < vectors_; ++r) {
-      for (int64_t d = 0; d < ld; ++d) s_.partial[r * ld + d] = 0.0f;
+  // How a segment joins what was merged before: whichever of the two has the smaller maximum is scaled down.
+  void fold_factors(int64_t first_vector, bool first) {
+    for (int64_t r = first_vector; r < vectors_; r += kWidth) {
+      const F32 here = load(segment_max_ + r), sum = load(segment_sum_ + r);
+      if (first) {
+        store(max_ + r, here);
+        store(sum_ + r, sum);
+        continue;
+      }
+      const F32 before = load(max_ + r), largest = max(before, here);
+      const F32 keep = exp2_negative<6>(sub(before, largest)), take = exp2_negative<6>(sub(here, largest));
+      store(sum_ + r, fma(sum, take, mul(load(sum_ + r), keep)));
+      store(max_ + r, largest);
+      store(keep_ + r, keep);
+      store(take_ + r, take);
     }
-    for_each_run(begin, end, [&](int64_t position, int64_t slot, int64_t tokens) {
-      const T* v = values(position) + slot * ld;
-      const int64_t column = position - begin;
-      for (int64_t r = skipped; r < vectors_;) {
-        // A later token's slot may hold anything, so nobody's sum may touch it: the group walks the tokens all of its
-        // vectors see, and the rest one vector at a time.
-        const int64_t common = clamp(valid(r, begin) - column, tokens);
-        const float* w = s_.weights + r * kWeightStride + column;
-        float* partial = s_.partial + r * ld;
-        if (r + kValueVectors <= vectors_) {
-          weigh_all<T, kValueVectors>(w, v, common, ld, partial);
-          for (int64_t i = 1; i < kValueVectors; ++i) {
-            const int64_t own = clamp(valid(r + i, begin) - column, tokens);
-            if (own > common) {
-              weigh_all<T, 1>(w + i * kWeightStride + common, v + common * ld, own - common, ld, partial + i * ld);
-            }
-          }
-          r += kValueVectors;
-        } else {
-          weigh_all<T, 1>(w, v, common, ld, partial);
-          ++r;
+  }
+
+  void fold(float* total, F32 part, int64_t r, bool onto) const {
+    store(total, onto ? fma(part, set1(take_[r]), mul(load(total), set1(keep_[r]))) : part);
+  }
+
+  // Σ weight · V of the segment for every query vector, into `out` or folded onto it.
+  void weigh(int64_t begin, int64_t skipped, float* out, bool onto) {
+    for (int64_t r = skipped; r < vectors_; r += kTileRows) {
+      with_count<kTileRows>(vectors_ - r, [&](auto rows) {
+        constexpr int kRows = rows.value, kColumns = value_columns(kRows);
+        int64_t d = 0;
+        for (; d + kColumns * kWidth <= ld_; d += kColumns * kWidth) {
+          weigh_columns<kRows, kColumns>(r, begin, d, out, onto);
+        }
+        for (; d < ld_; d += kWidth) weigh_columns<kRows, 1>(r, begin, d, out, onto);
+      });
+    }
+  }
+
+  template <int Rows, int Columns>
+  void weigh_columns(int64_t r, int64_t begin, int64_t d, float* out, bool onto) {
+    F32 acc[Rows][Columns];
+    for (int i = 0; i < Rows; ++i) {
+      for (int j = 0; j < Columns; ++j) acc[i][j] = set1(0.0f);
+    }
+    // A later token's slot may hold anything, so nobody's sum may touch it: together the vectors walk the tokens that
+    // the first one sees.
+    const int64_t common = seen(r, begin) / kStep * kStep;
+    const Operand* w = weights(r);
+    constexpr int64_t kLd = kAttentionStride * (sizeof(float) / sizeof(Operand));
+    for (int64_t t = 0; t < common; t += kGroup) {
+      const Stored* v = values_[t / kGroup] + d * kStep;
+      const int64_t steps = (common - t < kGroup ? common - t : kGroup) / kStep;
+      for (int64_t s = 0; s < steps; ++s, v += ld_ * kStep, w += kStep) {
+        typename Kv::Loaded value[Columns];
+        for (int j = 0; j < Columns; ++j) value[j] = Kv::load_rows(v + j * kWidth * kStep);
+        for (int i = 0; i < Rows; ++i) {
+          for (int j = 0; j < Columns; ++j) acc[i][j] = Kv::step(acc[i][j], w + i * kLd, value[j]);
         }
       }
-    });
+    }
+    if (seen(r + Rows - 1, begin) != common) {
+      for (int i = 0; i < Rows; ++i) {
+        float* row = ragged_ + i * Columns * kWidth;
+        for (int j = 0; j < Columns; ++j) store(row + j * kWidth, acc[i][j]);
+        weigh_rest<Columns>(weights(r + i), common, seen(r + i, begin), d, row);
+        for (int j = 0; j < Columns; ++j) acc[i][j] = load(row + j * kWidth);
+      }
+    }
+    for (int i = 0; i < Rows; ++i) {
+      for (int j = 0; j < Columns; ++j) fold(out + (r + i) * ld_ + d + j * kWidth, acc[i][j], r + i, onto);
+    }
   }
 
-  // Adds the segment to the running result, rescaling whichever of the two has the smaller maximum.
-  void merge(int64_t r, bool first) {
-    const int64_t ld = t_.head_dim_padded;
-    float* total = s_.total + r * ld;
-    const float* partial = s_.partial + r * ld;
-    if (first) {
-      for (int64_t d = 0; d < ld; d += kWidth) store(total + d, load(partial + d));
-      s_.maximum[r] = segment_max(r);
-      s_.sum[r] = segment_sum(r);
-      return;
+  // Continues one vector's sum with tokens [from, to).
+  template <int Columns>
+  void weigh_rest(const Operand* w, int64_t from, int64_t to, int64_t d, float* sum) const {
+    for (int64_t t = from; t < to; t += kStep) {
+      const Stored* v = values_[t / kGroup] + t % kGroup * ld_ + d * kStep;
+      for (int j = 0; j < Columns; ++j) {
+        const Stored* p = v + j * kWidth * kStep;
+        const auto value = t + kStep <= to ? Kv::load_rows(p) : Kv::load_first_row(p);
+        store(sum + j * kWidth, Kv::step(load(sum + j * kWidth), w + t, value));
+      }
     }
-    const float maximum = segment_max(r) > s_.maximum[r] ? segment_max(r) : s_.maximum[r];
-    const float keep = exp(s_.maximum[r] - maximum), take = exp(segment_max(r) - maximum);
-    for (int64_t d = 0; d < ld; d += kWidth) {
-      store(total + d, fma(load(partial + d), set1(take), mul(load(total + d), set1(keep))));
-    }
-    s_.sum[r] = s_.sum[r] * keep + segment_sum(r) * take;
-    s_.maximum[r] = maximum;
   }
 
-  static int64_t clamp(int64_t value, int64_t high) { return value < 0 ? 0 : value < high ? value : high; }
-  // Kept in the slack behind a vector's weights.
-  float& segment_max(int64_t r) { return s_.weights[r * kWeightStride + kSegment]; }
-  float& segment_sum(int64_t r) { return s_.weights[r * kWeightStride + kSegment + 1]; }
+  void finish() {
+    for (int64_t r = 0; r < vectors_; ++r) {
+      float* out = t_.output + r / t_.heads * t_.ld_output + r % t_.heads * t_.head_dim;
+      const float inverse = 1.0f / sum_[r];
+      for (int64_t d = 0; d < t_.head_dim; ++d) out[d] = total_[r * ld_ + d] * inverse;
+    }
+  }
 
   const AttentionTile& t_;
-  const int64_t vectors_;
-  TileScratch s_;
+  const int64_t vectors_;  // r = query * heads + head
+  const int64_t ld_;
+  const int64_t key_rows_;
+  const bool in_place_;
+  Operand* q_;     // [vectors][ld], scaled
+  float* scores_;  // [vectors][kAttentionStride]; later the weights, as Operand
+  float* total_;   // [vectors][ld]: merged so far
+  float* ragged_;  // [kTileRows][ld]
+  float *segment_max_, *segment_sum_, *max_, *sum_, *keep_, *take_;  // [vectors]
+  Stored* packed_;                                                   // a segment's K, then its V
+  int64_t key_stride_ = 0;
+  const Stored* keys_[kSegment / kWidth];
+  const Stored* values_[kSegment / kGroup];
 };
 
-template <class T>
+template <class Kv>
 inline void attention(const AttentionTile& tile) {
-  TileAttention<T>(tile).run();
+  TileAttention<Kv>(tile).run();
+}
+
+template <class Kv>
+inline void attention_segment(const AttentionTile& tile, int64_t segment, float* partial) {
+  TileAttention<Kv>(tile).run_segment(segment, partial);
+}
+
+template <class Kv>
+inline void attention_merge(const AttentionTile& tile, const float* partials) {
+  TileAttention<Kv>(tile).merge(partials);
+}
+
+template <class Kv>
+constexpr AttentionKernels attention_kernels() {
+  return {attention<Kv>, attention_segment<Kv>, attention_merge<Kv>};
 }
 
 }  // namespace fastserve::cpu::FS_ISA

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "backend/cpu/kernels.h"
+#include "backend/cpu/paged_attention.h"
 #include "common/buffer.h"
 #include "common/thread_pool.h"
 #include "model/dequantize.h"
@@ -15,9 +16,6 @@ namespace {
 using cpu::KernelTable;
 using cpu::PanelLayout;
 
-// Query vectors of one attention tile: enough to reuse every load of K and V, few enough for their scratch to stay in
-// the L1 cache's reach.
-constexpr int64_t kTileVectors = 24;
 // Work below this many elements is not worth waking a thread for.
 constexpr int64_t kSerialElements = 16384;
 
@@ -53,7 +51,8 @@ class QuantizedMatrix final : public Matrix {
 
 class CpuBackend final : public Backend {
  public:
-  explicit CpuBackend(int threads) : kernels_(cpu::select_kernels()), pool_(threads), scratch_(pool_.size()) {}
+  explicit CpuBackend(int threads)
+      : kernels_(cpu::select_kernels()), pool_(threads), scratch_(pool_.size()), attention_(kernels_, pool_) {}
 
   const char* name() const override { return kernels_.name; }
   int threads() const override { return pool_.size(); }
@@ -93,10 +92,7 @@ class CpuBackend final : public Backend {
     });
   }
 
-  void set_kv_pool(const KvLayout& layout, void* base) override {
-    kv_ = layout;
-    pool_base_ = static_cast<char*>(base);
-  }
+  void set_kv_pool(const KvLayout& layout, void* base) override { attention_.set_pool(layout, base); }
 
   void embed(const Matrix& table, const int32_t* token_ids, int64_t tokens, float* output, int64_t ld,
              bool accumulate) override {
@@ -159,54 +155,18 @@ class CpuBackend final : public Backend {
   }
 
   void rope_and_store(const RopeAndStoreArgs& args) override {
-    const int64_t width = (args.num_heads + 2 * kv_.num_kv_heads) * kv_.head_dim;
+    const KvLayout& kv = attention_.layout();
+    const int64_t width = (args.num_heads + 2 * kv.num_kv_heads) * kv.head_dim;
     for (int64_t r = 0; r < args.num_rows; ++r) {
       const Row& row = args.rows[r];
       split_rows(row.tokens, width, [&](int64_t i) {
         rotate_token(args, row.first + i);
-        if (kv_.dtype == DType::kFloat32) {
-          store_token<float>(args, row, i);
-        } else {
-          store_token<Bf16>(args, row, i);
-        }
+        attention_.store(args, row, i);
       });
     }
   }
 
-  void attention(const AttentionArgs& args) override {
-    const int64_t group = args.num_heads / kv_.num_kv_heads;
-    const int64_t tile_queries = std::max<int64_t>(1, kTileVectors / group);
-    tiles_.clear();
-    for (int64_t r = 0; r < args.num_rows; ++r) {
-      // Later queries see more, so the longest tiles start first.
-      for (int64_t first = (args.rows[r].tokens - 1) / tile_queries * tile_queries; first >= 0; first -= tile_queries) {
-        tiles_.push_back({&args.rows[r], first});
-      }
-    }
-    const auto kernel = kv_.dtype == DType::kFloat32 ? kernels_.attention_f32 : kernels_.attention_bf16;
-    pool_.run(static_cast<int64_t>(tiles_.size()) * kv_.num_kv_heads, [&](int64_t task, int thread) {
-      const auto [row, first] = tiles_[task / kv_.num_kv_heads];
-      const int64_t kv_head = task % kv_.num_kv_heads;
-      const int64_t token = row->first + first, column = kv_head * group * kv_.head_dim;
-      const int64_t queries = std::min(tile_queries, row->tokens - first);
-      kernel({.q = args.qkv + token * args.ld + column,
-              .ld_q = args.ld,
-              .output = args.output + token * args.ld_output + column,
-              .ld_output = args.ld_output,
-              .queries = queries,
-              .heads = group,
-              .head_dim = kv_.head_dim,
-              .head_dim_padded = kv_.head_dim_padded(),
-              .position = row->start + first,
-              .scale = args.scale,
-              .pool = pool_base_ + head_offset(args.layer, kv_head) * size_of(kv_.dtype),
-              .block_stride = kv_.num_layers * kv_.layer_elements(),
-              .block_size = kv_.block_size,
-              .slots_padded = kv_.slots_padded(),
-              .table = row->table,
-              .scratch = scratch(thread, cpu::attention_scratch(queries * group, kv_.head_dim_padded()))});
-    });
-  }
+  void attention(const AttentionArgs& args) override { attention_.run(args); }
 
   void activate(Activation kind, bool gated, float* x, int64_t tokens, int64_t width, int64_t ld) override {
     split_rows(tokens, width, [&](int64_t t) {
@@ -222,11 +182,6 @@ class CpuBackend final : public Backend {
   }
 
  private:
-  struct Tile {
-    const Row* row;
-    int64_t first;
-  };
-
   void gemm_quantized(const GemmArgs& args, const QuantizedMatrix& matrix) {
     const cpu::QuantizedLayout& layout = matrix.layout;
     const int64_t row_bytes = layout.operand_bytes(kernels_.quant_bytes);
@@ -279,51 +234,23 @@ class CpuBackend final : public Backend {
   }
 
   void rotate_token(const RopeAndStoreArgs& args, int64_t token) const {
+    const KvLayout& kv = attention_.layout();
     const auto prepare = [&](float* head, const float* norm) {
-      if (norm != nullptr) kernels_.rms_norm(head, norm, head, kv_.head_dim, args.eps);
+      if (norm != nullptr) kernels_.rms_norm(head, norm, head, kv.head_dim, args.eps);
       if (args.cos_sin != nullptr) {
         kernels_.rotate(head, args.cos_sin + token * 2 * args.rotary_half, args.rotary_half);
       }
     };
     float* head = args.qkv + token * args.ld;
-    for (int64_t h = 0; h < args.num_heads; ++h, head += kv_.head_dim) prepare(head, args.q_norm);
-    for (int64_t h = 0; h < kv_.num_kv_heads; ++h, head += kv_.head_dim) prepare(head, args.k_norm);
-  }
-
-  template <class T>
-  void store_token(const RopeAndStoreArgs& args, const Row& row, int64_t i) {
-    const auto convert = [](float x) {
-      if constexpr (sizeof(T) == 4) {
-        return x;
-      } else {
-        return to_bf16(x);
-      }
-    };
-    const int64_t position = row.start + i, slot = position % kv_.block_size;
-    T* block =
-        reinterpret_cast<T*>(pool_base_) + row.table[position / kv_.block_size] * kv_.num_layers * kv_.layer_elements();
-    const float* k = args.qkv + (row.first + i) * args.ld + args.num_heads * kv_.head_dim;
-    const float* v = k + kv_.num_kv_heads * kv_.head_dim;
-    for (int64_t h = 0; h < kv_.num_kv_heads; ++h, k += kv_.head_dim, v += kv_.head_dim) {
-      T* keys = block + head_offset(args.layer, h);
-      T* values = keys + kv_.head_dim * kv_.slots_padded() + slot * kv_.head_dim_padded();
-      for (int64_t d = 0; d < kv_.head_dim; ++d) keys[d * kv_.slots_padded() + slot] = convert(k[d]);
-      for (int64_t d = 0; d < kv_.head_dim; ++d) values[d] = convert(v[d]);
-    }
-  }
-
-  // Elements from the start of a block to the K of one head.
-  int64_t head_offset(int64_t layer, int64_t kv_head) const {
-    return layer * kv_.layer_elements() + kv_head * kv_.head_elements();
+    for (int64_t h = 0; h < args.num_heads; ++h, head += kv.head_dim) prepare(head, args.q_norm);
+    for (int64_t h = 0; h < kv.num_kv_heads; ++h, head += kv.head_dim) prepare(head, args.k_norm);
   }
 
   const KernelTable& kernels_;
   ThreadPool pool_;
   std::vector<Buffer> scratch_;  // one a thread
   Buffer operand_;
-  std::vector<Tile> tiles_;
-  KvLayout kv_{};
-  char* pool_base_ = nullptr;
+  cpu::PagedAttention attention_;
 };
 
 }  // namespace

@@ -26,8 +26,8 @@ constexpr KernelTable make_table(const char* name) {
       .rms_norm = rms_norm,
       .layer_norm = layer_norm,
       .rotate = rotate,
-      .attention_f32 = attention<float>,
-      .attention_bf16 = attention<Bf16>,
+      .attention_f32 = attention_kernels<Float32Kv>(),
+      .attention_bf16 = attention_kernels<BFloat16Kv>(),
       .activate = activate,
       .logits = {maximum_logit, sum_weights, weigh_logits, collect_logits},
   };

@@ -48,15 +48,31 @@ struct AttentionTile {
   float scale;
   const void* pool;      // element 0 of this layer and KV head in block 0
   int64_t block_stride;  // elements from one block to the next
+  int64_t value_offset;  // elements from K to V
   int64_t block_size, slots_padded;
   const int32_t* table;
   float* scratch;  // attention_scratch() floats, exclusive to the caller
 };
 
+// Floats from one query vector's scores to the next one's: not a multiple of the cache's ways.
+constexpr int64_t kAttentionStride = kSegment + 16;
+
 // Floats of scratch for a tile of `vectors` = queries * heads query vectors.
 constexpr int64_t attention_scratch(int64_t vectors, int64_t head_dim_padded) {
-  return vectors * (kSegment + 16 + 3 * head_dim_padded + 2);
+  return vectors * (kAttentionStride + 2 * head_dim_padded + 6) + (2 * kSegment + 8) * head_dim_padded + 256;
 }
+// Floats of one segment's result: weighted sums of V, maxima and sums of weights.
+constexpr int64_t attention_partial(int64_t vectors, int64_t head_dim_padded) {
+  return vectors * (head_dim_padded + 2);
+}
+
+// A tile in one go, or one segment of it at a time, by anybody and in any order, and then their results, which lie one
+// behind the other, merged: the same bits.
+struct AttentionKernels {
+  void (*tile)(const AttentionTile&);
+  void (*segment)(const AttentionTile&, int64_t segment, float* partial);
+  void (*merge)(const AttentionTile&, const float* partials);
+};
 
 struct KernelTable {
   const char* name;
@@ -72,8 +88,7 @@ struct KernelTable {
   void (*rms_norm)(const float* x, const float* weight, float* y, int64_t width, float eps);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float* y, int64_t width, float eps);
   void (*rotate)(float* head, const float* cos_sin, int64_t half);
-  void (*attention_f32)(const AttentionTile&);
-  void (*attention_bf16)(const AttentionTile&);
+  AttentionKernels attention_f32, attention_bf16;
   void (*activate)(Activation kind, float* x, const float* gate_product, int64_t width);
   LogitKernels logits;
 };

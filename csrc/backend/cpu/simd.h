@@ -160,22 +160,28 @@ inline int64_t compress(float* p, F32 x, uint32_t mask) {
 }
 #endif
 
-// Sum and maximum of the lanes, in a fixed order.
+// Sum and maximum of the lanes, in a fixed order: the upper half joins the lower one, until one lane is left.
+#if defined(__AVX512F__)
+inline float reduce_add(F32 x) { return _mm512_reduce_add_ps(x.v); }
+inline float reduce_max(F32 x) { return _mm512_reduce_max_ps(x.v); }
+#elif defined(__AVX2__) && defined(__FMA__)
 inline float reduce_add(F32 x) {
-  alignas(64) float lane[kWidth];
-  store(lane, x);
-  for (int width = kWidth / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  }
-  return lane[0];
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 inline float reduce_max(F32 x) {
-  alignas(64) float lane[kWidth];
-  store(lane, x);
-  float best = lane[0];
-  for (int i = 1; i < kWidth; ++i) best = lane[i] > best ? lane[i] : best;
-  return best;
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
+#else
+inline float reduce_add(F32 x) { return (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]); }
+inline float reduce_max(F32 x) {
+  const float a = x.v[0] > x.v[2] ? x.v[0] : x.v[2], b = x.v[1] > x.v[3] ? x.v[1] : x.v[3];
+  return a > b ? a : b;
+}
+#endif
 
 // What exp_inside computes with. Loops that are nothing but exponentials pass their own, `pinned`.
 struct ExpTerms {
@@ -205,6 +211,21 @@ inline float exp(float x) {
   alignas(64) float lane[kWidth];
   store(lane, exp(set1(x)));
   return lane[0];
+}
+
+// 2^x for x <= 0; below -126 it stays at 2^-126. A polynomial of degree `Degree` on [-1/2, 1/2], its relative error the
+// smallest for which 2^0 is exactly 1: 1.0e-4 for degree 3, beneath a bfloat16's rounding, and 2.0e-9 for degree 6.
+template <int Degree>
+inline F32 exp2_negative(F32 x) {
+  static_assert(Degree == 3 || Degree == 6);
+  constexpr float kCubic[] = {5.500893126e-2f, 2.422109678e-1f, 6.932829281e-1f, 1.0f};
+  constexpr float kSextic[] = {
+      1.535336206e-4f, 1.339887456e-3f, 9.618437358e-3f, 5.550332471e-2f, 2.402264791e-1f, 6.931472029e-1f, 1.0f};
+  x = max(set1(-126.0f), x);  // in this order, which keeps a NaN
+  const F32 n = round(x), r = sub(x, n);
+  F32 p = set1(Degree == 3 ? kCubic[0] : kSextic[0]);
+  for (int i = 1; i <= Degree; ++i) p = fma(p, r, set1(Degree == 3 ? kCubic[i] : kSextic[i]));
+  return scale2(p, n);
 }
 
 }  // namespace fastserve::cpu::FS_ISA
