@@ -165,11 +165,11 @@ int main(int count, char** arguments) {
       "attention",
       "Attention of one layer over the paged pool, in GB/s of keys and values and GFLOP/s, and their shares of "
       "what memory\nand the multiply-add units reach beside it.");
-  options.add("preset", "NAME,…", "smollm2", "heads of: smollm2, llama-1b");
-  options.add("dtype", "NAME,…", "float32,bfloat16", "how keys and values are held");
-  options.add("rows", "N,…", "1,8,32", "jobs that decode together");
-  options.add("context", "N,…", "256,2048", "positions each of them looks at");
-  options.add("tokens", "N,…", "512,2048", "lengths of prompts; 0: none");
+  options.add("preset", "NAME,...", "smollm2", "heads of: smollm2, llama-1b");
+  options.add("dtype", "NAME,...", "float32,bfloat16", "how keys and values are held");
+  options.add("rows", "N,...", "1,8,32", "jobs that decode together");
+  options.add("context", "N,...", "256,2048", "positions each of them looks at");
+  options.add("tokens", "N,...", "512,2048", "lengths of prompts; 0: none");
   options.add("block-size", "N", "16", "token slots of a block");
   return run_main(count, arguments, options, run);
 }

@@ -116,7 +116,7 @@ int main(int count, char** arguments) {
                   "Decodes of a model with random weights through the runtime, in tokens/s, GB/s of weights and KV and "
                   "GFLOP/s, and\ntheir shares of what memory and the multiply-add units reach beside them.");
   add_model_options(options);
-  options.add("rows", "N,…", "1,8,32", "jobs that decode together");
+  options.add("rows", "N,...", "1,8,32", "jobs that decode together");
   options.add("context", "N", "128", "positions each of them has");
   options.add("steps", "N", "16", "iterations of a sample");
   return run_main(count, arguments, options, run);

@@ -131,8 +131,9 @@ int main(int count, char** arguments) {
       "gemm",
       "Products of activations with each weight matrix of a model, in GB/s of weights and GFLOP/s, and their "
       "shares of\nwhat memory and the multiply-add units reach beside them.");
-  options.add("preset", "NAME,…", "smollm2", "shapes of: smollm2, llama-1b");
-  options.add("weights", "NAME,…", "float32,bfloat16,int8,q8_0,q4_0,q4_1", "how weights are held");
-  options.add("rows", "N,…", "1,8,32,512", "tokens in a product; the head takes at most 64");
+  options.add("preset", "NAME,...", "smollm2", "shapes of: smollm2, llama-1b");
+  options.add("weights", "NAME,...", "bfloat16,q8_0,q4_0",
+              "how weights are held: float32, bfloat16, int8, q8_0, q4_0, q4_1");
+  options.add("rows", "N,...", "1,8,32,512", "tokens in a product; the head takes at most 64");
   return run_main(count, arguments, options, run);
 }

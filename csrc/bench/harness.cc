@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <thread>
 
 #include "backend/cpu/kernels.h"
 
@@ -15,6 +16,7 @@ namespace {
 
 constexpr int kNumberWidth = 9;
 constexpr int kTextWidth = 12;
+constexpr double kBusy = 0.5;  // of the cores
 
 std::string join(const std::vector<std::string>& parts) {
   std::string joined;
@@ -64,7 +66,17 @@ std::vector<std::string> isa_names() {
   return names;
 }
 
+// How many threads wanted to run lately, NaN where that is unknown.
+double load_average() {
+  double load = 0;
+  return getloadavg(&load, 1) == 1 ? load : std::numeric_limits<double>::quiet_NaN();
+}
+
 using File = std::unique_ptr<std::FILE, int (*)(std::FILE*)>;
+
+File open_file(const std::string& path, const char* mode) {
+  return {std::fopen(path.c_str(), mode), [](std::FILE* file) { return std::fclose(file); }};
+}
 
 }  // namespace
 
@@ -109,7 +121,7 @@ bool Options::parse(int count, char** arguments) {
 }
 
 std::string Options::help() const {
-  std::string text = "usage: bench_" + name_ + " [options]\n\n" + summary_ + "\n\n";
+  std::string text = "usage: " + name_ + " [options]\n\n" + summary_ + "\n\n";
   for (const std::string& name : order_) {
     const Option& option = options_.at(name);
     std::string line = "  --" + name + " " + option.value_name;
@@ -197,7 +209,7 @@ std::string Report::json() const {
 
 int run_main(int count, char** arguments, Options& options, const std::function<void(const Options&, Report&)>& body) {
   const auto complain = [&](const std::exception& error, int status) {
-    std::fprintf(stderr, "bench_%s: %s\n", options.benchmark().c_str(), error.what());
+    std::fprintf(stderr, "%s: %s\n", options.benchmark().c_str(), error.what());
     return status;
   };
   try {
@@ -216,18 +228,27 @@ int run_main(int count, char** arguments, Options& options, const std::function<
       throw UsageError(error.what());
     }
     const std::string path = options.text("json");
-    File file(path.empty() ? nullptr : std::fopen(path.c_str(), "w"), [](std::FILE* f) { return std::fclose(f); });
-    if (!path.empty() && !file) throw UsageError("--json: cannot write '" + path + "'");
+    // Found out before the work, and without emptying what is there.
+    if (!path.empty() && !open_file(path, "a")) throw UsageError("--json: cannot write '" + path + "'");
 
     Report report(isa);
     report.fact("benchmark", options.benchmark());
     report.fact("repeats", int64_t{options.repeats()});
+    const double load = load_average();  // of others: this process has done nothing yet
+    report.fact("load_average", load);
     options.threads();
     body(options, report);
-    if (file) {
+    const unsigned cores = std::thread::hardware_concurrency();
+    if (load > kBusy * cores) {
+      std::printf("other work kept this machine busy (load %.1f on %u cores): figures waver\n", load, cores);
+    }
+    if (!path.empty()) {
       const std::string json = report.json();
-      const bool written = std::fwrite(json.data(), 1, json.size(), file.get()) == json.size();
-      if (std::fclose(file.release()) != 0 || !written) throw std::runtime_error("cannot write '" + path + "'");
+      File file = open_file(path, "w");
+      const bool written = file && std::fwrite(json.data(), 1, json.size(), file.get()) == json.size();
+      if (!file || std::fclose(file.release()) != 0 || !written) {
+        throw std::runtime_error("cannot write '" + path + "'");
+      }
     }
   } catch (const UsageError& error) {
     return complain(error, 2);

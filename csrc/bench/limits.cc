@@ -15,6 +15,7 @@ extern const Peak kPortablePeak;
 extern const Peak kAvx2Peak;
 extern const Peak kAvx512Peak;
 extern const Peak kAvx512Bf16Peak;
+extern const Peak kAmxPeak;
 #endif
 
 namespace {
@@ -27,7 +28,7 @@ constexpr int64_t kPieces = 16;
 
 const Peak* find_peak(const std::string& isa) {
 #ifdef FS_X86
-  for (const Peak* peak : {&kAvx2Peak, &kAvx512Peak, &kAvx512Bf16Peak}) {
+  for (const Peak* peak : {&kAvx2Peak, &kAvx512Peak, &kAvx512Bf16Peak, &kAmxPeak}) {
     if (isa == peak->isa) return peak;
   }
 #endif

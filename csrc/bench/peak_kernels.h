@@ -61,6 +61,7 @@ uint64_t read_words(const void* data, int64_t bytes) {
 template <class Factor, class Sum, class Step>
 inline int64_t run_chains(int64_t steps, int64_t operations, Step step) {
   Factor a = {}, b = {};
+  FS_CHANGED(b);  // else products with a known zero are left out
   Sum sums[kChains] = {};
   for (int64_t i = 0; i < steps; ++i) {
     for (int c = 0; c < kChains; ++c) {

@@ -88,7 +88,7 @@ int main(int count, char** arguments) {
                   "Prompts of a model with random weights through the runtime, in tokens/s, GB/s of weights and KV and "
                   "GFLOP/s, and\ntheir shares of what memory and the multiply-add units reach beside them.");
   add_model_options(options);
-  options.add("tokens", "N,…", "512,2048", "lengths of prompts");
+  options.add("tokens", "N,...", "512,2048", "lengths of prompts");
   options.add("chunk", "N", "512", "tokens of an iteration, as --max-num-batched-tokens");
   return run_main(count, arguments, options, run);
 }

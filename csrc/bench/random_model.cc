@@ -164,8 +164,8 @@ Cost cost_of(const ModelSpec& spec, WeightFormat weights, DType kv) {
 }
 
 void add_model_options(Options& options) {
-  options.add("preset", "NAME,…", "smollm2", "shapes of: smollm2, llama-1b");
-  options.add("weights", "NAME,…", "bfloat16,q8_0,q4_0",
+  options.add("preset", "NAME,...", "smollm2", "shapes of: smollm2, llama-1b");
+  options.add("weights", "NAME,...", "bfloat16,q8_0,q4_0",
               "how weights are held: float32, bfloat16, int8, q8_0, q4_0, q4_1");
   options.add("dtype", "NAME", "auto", "of keys and values; auto: float32 with float32 weights, else bfloat16");
   options.add("memory", "GB", "6", "refuse what takes more");

@@ -134,9 +134,9 @@ int main(int count, char** arguments) {
       "swap",
       "Copies of KV blocks between device and host, in GB/s (each byte counted once), and their shares of plain "
       "copies by as\nmany threads, and, reads and writes counted, of what memory reads beside them.");
-  options.add("preset", "NAME,…", "smollm2", "blocks of: smollm2, llama-1b");
-  options.add("dtype", "NAME,…", "bfloat16", "of keys and values: float32, bfloat16");
+  options.add("preset", "NAME,...", "smollm2", "blocks of: smollm2, llama-1b");
+  options.add("dtype", "NAME,...", "bfloat16", "of keys and values: float32, bfloat16");
   options.add("block-size", "N", "16", "token slots of a block");
-  options.add("blocks", "N,…", "1,64", "blocks of a copy");
+  options.add("blocks", "N,...", "1,64", "blocks of a copy");
   return run_main(count, arguments, options, run);
 }
