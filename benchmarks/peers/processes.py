@@ -36,7 +36,7 @@ class Measure:
     tokens: int  # decoded of each after the first; 0: prefill
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """An engine, and the model in the format it reads."""
 
