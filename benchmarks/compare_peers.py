@@ -3,8 +3,8 @@
     python benchmarks/compare_peers.py [--model llama-1b] [--weights bfloat16,q8_0,q4_0]
         [--vllm-python PATH] [--llama-bench PATH] [--json peers.json]
 
-Prefill is one prompt and its first token. A decode rate is that of a batch after its first tokens: the time of prompts and
-N + 1 tokens less that of other prompts and one. Every engine sits in a process of its own, and all but the one
+Prefill is one prompt and its first token. A decode rate is that of a batch after its first tokens: the time of prompts
+and N + 1 tokens each less that of other prompts and one. Every engine sits in a process of its own, and all but the one
 that is measured are stopped (SIGSTOP): none of them spins or computes beside it. All engines have their turn at a
 measure before the next one, and after the last the next round begins; medians are told, and of ratios the median over
 rounds. Prompts are the same random tokens for all but llama-bench, which draws its own and samples nothing.
@@ -170,7 +170,8 @@ def compare(
             "threads": options.threads,
             "rounds": options.rounds,
             "processor": _processor(),
-            "load_average": load,
+            "cores": os.cpu_count(),
+            "load_average": load,  # before anything was started
             "measures": [vars(measure) for measure in wanted],
             "engines": [
                 {

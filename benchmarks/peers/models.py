@@ -1,6 +1,6 @@
 """One model in the formats that engines read: a Hugging Face directory in bfloat16, GGUF files made from it.
 
-A GGUF file holds every matrix in one type, the token embedding included, so that all who read it multiply the same bits.
+A GGUF file holds every matrix in one type, the token embedding included: all who read it multiply the same bits.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ def gguf_of(directory: Path, weights: Weights, work: Path) -> Path:
     writer.add_feed_forward_length(spec.intermediate_size)
     writer.add_head_count(spec.num_heads)
     writer.add_head_count_kv(spec.num_kv_heads)
+    writer.add_key_length(spec.head_dim)
+    writer.add_value_length(spec.head_dim)
     writer.add_rope_dimension_count(spec.head_dim)
     writer.add_rope_freq_base(_rope_theta(spec))
     writer.add_layer_norm_rms_eps(spec.norm_eps)

@@ -99,10 +99,8 @@ class Group:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.close()
         self.signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
         self.signal(signal.SIGKILL)
         self.process.wait()
 
@@ -199,9 +197,13 @@ class LlamaBench:
         if measure.tokens == 0:
             lengths = ["-p", str(measure.length), "-n", "0", "-r", "1", "-o", "json"]
             said = self._call(self._program, ["-t", threads, "-fa", "1", *lengths])
-            (result,) = json.loads(said)
-            self.version = f"{result['build_number']} ({result['build_commit']})"
-            return float(result["avg_ts"])
+            try:
+                (result,) = json.loads(said)
+                if result["build_commit"] != "unknown":  # built outside of its repository
+                    self.version = f"{result['build_number']} ({result['build_commit']})"
+                return float(result["avg_ts"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise PeerError(f"{self._program.name} printed no result that is known here") from error
         batched = self._program.with_name(self._program.name.replace("llama-bench", "llama-batched-bench"))
         if not batched.is_file():
             return None
@@ -209,9 +211,10 @@ class LlamaBench:
         counts = ["-npp", str(measure.length), "-ntg", str(measure.tokens), "-npl", str(measure.batch)]
         arguments = ["-t", threads, "-fa", "on", "-c", str(context), *counts, "--output-format", "jsonl"]
         lines = [line for line in self._call(batched, arguments).splitlines() if line.startswith("{")]
-        if not lines:
-            raise PeerError(f"{batched.name} printed no result")
-        return float(json.loads(lines[-1])["speed_tg"])
+        try:
+            return float(json.loads(lines[-1])["speed_tg"])
+        except (ValueError, KeyError, IndexError) as error:
+            raise PeerError(f"{batched.name} printed no result that is known here") from error
 
     def _call(self, program: Path, arguments: list[str]) -> str:
         command = [str(program), "-m", self._candidate.model, *arguments]

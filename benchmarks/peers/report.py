@@ -14,6 +14,7 @@ NAMES = {
     "llama-server": "llama-server",
 }
 OURS = "fastserve"
+_BUSY = 0.5  # of the cores
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -28,11 +29,14 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for engine in result["engines"]:
         ours = _ours(result, engine["weights"])
-        cells = [_cell(engine["samples"][name], ours and ours["samples"][name]) for name in columns]
+        cells = [_cell(engine["samples"][name], None if ours is None else ours["samples"][name]) for name in columns]
         version = "" if engine["version"] == "unknown" else f" {engine['version']}"
         lines.append(f"| {NAMES[engine['engine']]}{version} | {engine['weights']} | " + " | ".join(cells) + " |")
-    if result["failed"]:
+    load, cores = result["load_average"][0], result["cores"]
+    if result["failed"] or load > _BUSY * cores:
         lines.append("")
+    if load > _BUSY * cores:
+        lines.append(f"Other work kept the machine busy (load {load:.1f} on {cores} cores): figures waver.")
     for failed in result["failed"]:
         lines.append(f"Left out: {NAMES[failed['engine']]} {failed['weights']}: {failed['reason']}")
     return "\n".join(lines) + "\n"

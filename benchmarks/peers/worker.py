@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -160,7 +161,7 @@ class LlamaServer:
             return int(json.load(answer)["tokens_predicted"])
 
 
-ENGINES: dict[str, type[Engine]] = {
+ENGINES: dict[str, Callable[[dict[str, Any]], Engine]] = {
     "fastserve": FastServe,
     "vllm": Vllm,
     "transformers": Transformers,
