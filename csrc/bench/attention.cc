@@ -26,7 +26,7 @@ struct Batch {
 
 class Attention {
  public:
-  Attention(const ModelSpec& spec, DType dtype, int64_t block_size, const Batch& batch, int threads)
+  Attention(const ModelSpec& spec, DType dtype, int64_t block_size, const Batch& batch, int threads, int64_t cold_bytes)
       : backend_(make_cpu_backend(threads)),
         batch_(batch),
         blocks_(ceil_div(batch.context, block_size)),
@@ -37,7 +37,7 @@ class Attention {
         tables_(batch.jobs * blocks_) {
     layout_ = {dtype, 1, spec.num_kv_heads, spec.head_dim, block_size};
     const int64_t layer_bytes = layout_.block_bytes() * blocks_ * batch.jobs;
-    layout_.num_layers = std::clamp<int64_t>(ceil_div(cold_bytes(), layer_bytes), 1, spec.num_layers);
+    layout_.num_layers = std::clamp<int64_t>(ceil_div(cold_bytes, layer_bytes), 1, spec.num_layers);
     const double bytes = static_cast<double>(layer_bytes) * static_cast<double>(layout_.num_layers);
     if (bytes > kMostBytes) {
       throw UsageError("keys and values of " + std::to_string(batch.jobs) + " jobs of " +
@@ -131,7 +131,7 @@ void run(const Options& options, Report& report) {
   for (const int64_t tokens : options.integers("tokens", 0, 1 << 20)) {
     if (tokens > 0) batches.push_back({"prefill", 1, tokens, tokens});
   }
-  Limits limits(options.threads(), report.isa());
+  Limits limits(options, report.isa());
 
   std::vector<Report::Column> columns = {{"preset", "model"}, {"phase", "phase"},     {"dtype", "dtype"},
                                          {"rows", "rows"},    {"context", "context"}, {"tokens", "tokens"}};
@@ -141,7 +141,7 @@ void run(const Options& options, Report& report) {
     const ModelSpec spec = preset(name);
     for (const std::string& dtype : dtypes) {
       for (const Batch& batch : batches) {
-        Attention attention(spec, parse_dtype(dtype), block_size, batch, options.threads());
+        Attention attention(spec, parse_dtype(dtype), block_size, batch, options.threads(), options.cold_bytes());
         Measured measured(attention.work(spec));
         const double once = std::min(attention.seconds(1), attention.seconds(1));
         const auto calls = std::max<int64_t>(1, static_cast<int64_t>(kSampleSeconds / once));

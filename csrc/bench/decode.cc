@@ -63,7 +63,7 @@ void run(const Options& options, Report& report) {
                                             .threads = options.threads()}));
     run_plans(*runtimes.back(), prompts(model.spec, most_rows, context, blocks));
   }
-  Limits limits(options.threads(), report.isa());
+  Limits limits(options, report.isa());
   std::vector<Measured> measured;
   for (const Candidate& model : models) {
     for (const int64_t jobs : rows) {

@@ -22,6 +22,11 @@ struct Shape {
   int64_t n, k;
 };
 
+const std::vector<std::string>& matrix_names() {
+  static const std::vector<std::string> names = {"qkv", "out", "up", "down", "head"};
+  return names;
+}
+
 std::vector<Shape> shapes(const ModelSpec& spec) {
   return {{"qkv", spec.qkv_width(), spec.hidden_size},
           {"out", spec.hidden_size, spec.num_heads * spec.head_dim},
@@ -33,7 +38,7 @@ std::vector<Shape> shapes(const ModelSpec& spec) {
 // One matrix as often as it takes to be cold, and a product with the next copy at every call.
 class Product {
  public:
-  Product(Backend& backend, const Shape& shape, WeightFormat format, int64_t most_rows)
+  Product(Backend& backend, const Shape& shape, WeightFormat format, int64_t most_rows, int64_t cold_bytes)
       : backend_(backend),
         ld_input_(round_up(shape.k, kPad)),
         ld_output_(round_up(shape.n, kPad)),
@@ -45,7 +50,7 @@ class Product {
       copies_.push_back(backend.make_matrix(shape.n, shape.k, format));
       fill(backend, *copies_.back(), weights);
       bytes += copies_.back()->bytes();
-    } while (bytes < cold_bytes() / 2);
+    } while (bytes < cold_bytes);
     const auto values = random_floats(most_rows * ld_input_, 1.0f);
     std::memcpy(input_.as<float>(), values.data(), values.size() * sizeof(float));
   }
@@ -79,10 +84,11 @@ class Product {
 
 void run(const Options& options, Report& report) {
   const auto presets = options.choices("preset", preset_names());
+  const auto matrices = options.choices("matrix", matrix_names());
   const auto formats = options.choices("weights", weight_names());
   const auto rows = options.integers("rows", 1, 65536);
   const auto backend = make_cpu_backend(options.threads());
-  Limits limits(options.threads(), report.isa());
+  Limits limits(options, report.isa());
 
   std::vector<Report::Column> columns = {{"preset", "model"}, {"matrix", "matrix"},   {"n", "n"},
                                          {"k", "k"},          {"weights", "weights"}, {"rows", "rows"}};
@@ -91,6 +97,7 @@ void run(const Options& options, Report& report) {
 
   for (const std::string& name : presets) {
     for (const Shape& shape : shapes(preset(name))) {
+      if (std::find(matrices.begin(), matrices.end(), shape.name) == matrices.end()) continue;
       for (const std::string& format_name : formats) {
         const WeightFormat format = parse_weight_format(format_name);
         std::vector<int64_t> wanted;
@@ -98,7 +105,7 @@ void run(const Options& options, Report& report) {
           if (m <= kMostHeadRows || std::string(shape.name) != "head") wanted.push_back(m);
         }
         if (wanted.empty()) continue;
-        Product product(*backend, shape, format, *std::max_element(wanted.begin(), wanted.end()));
+        Product product(*backend, shape, format, *std::max_element(wanted.begin(), wanted.end()), options.cold_bytes());
         std::vector<Measured> measured;
         std::vector<int64_t> calls;
         for (const int64_t m : wanted) {
@@ -132,6 +139,7 @@ int main(int count, char** arguments) {
       "Products of activations with each weight matrix of a model, in GB/s of weights and GFLOP/s, and their "
       "shares of\nwhat memory and the multiply-add units reach beside them.");
   options.add("preset", "NAME,...", "smollm2", "shapes of: smollm2, llama-1b");
+  options.add("matrix", "NAME,...", "qkv,out,up,down,head", "which of its matrices; up: gate and up");
   options.add("weights", "NAME,...", "bfloat16,q8_0,q4_0",
               "how weights are held: float32, bfloat16, int8, q8_0, q4_0, q4_1");
   options.add("rows", "N,...", "1,8,32,512", "tokens in a product; the head takes at most 64");

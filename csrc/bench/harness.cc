@@ -1,5 +1,7 @@
 #include "bench/harness.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -72,6 +74,17 @@ double load_average() {
   return getloadavg(&load, 1) == 1 ? load : std::numeric_limits<double>::quiet_NaN();
 }
 
+// Megabytes, as --cold takes them, that no cache keeps from one pass to the next.
+int64_t default_cold() {
+  constexpr int64_t kLeast = 256, kMost = 1024;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  const int64_t cache = std::max<int64_t>(0, sysconf(_SC_LEVEL3_CACHE_SIZE)) >> 20;
+#else
+  const int64_t cache = 0;
+#endif
+  return std::clamp(2 * cache, kLeast, kMost);
+}
+
 using File = std::unique_ptr<std::FILE, int (*)(std::FILE*)>;
 
 File open_file(const std::string& path, const char* mode) {
@@ -92,6 +105,7 @@ Options::Options(std::string name, std::string summary) : name_(std::move(name))
   add("threads", "N", "0", "threads; 0: one a core");
   add("isa", "NAME", "", "instruction set: " + join(isa_names()) + " (default: FASTSERVE_ISA, else the first)");
   add("repeats", "N", "5", "measurements of everything, in turn; medians are told");
+  add("cold", "MB", std::to_string(default_cold()), "read that much before touching any of it again");
   add("json", "FILE", "", "also write the result as JSON");
 }
 

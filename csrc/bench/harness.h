@@ -32,7 +32,7 @@ double seconds_of(Body&& body) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-// `--name value` and `--name=value`. Every benchmark has --help, --threads, --isa, --repeats and --json.
+// `--name value` and `--name=value`. Every benchmark has --help, --threads, --isa, --repeats, --cold and --json.
 class Options {
  public:
   Options(std::string name, std::string summary);
@@ -51,6 +51,8 @@ class Options {
 
   int threads() const { return static_cast<int>(integer("threads", 0, 4096)); }
   int repeats() const { return static_cast<int>(integer("repeats", 1, 1000000)); }
+  // Far more than the caches hold.
+  int64_t cold_bytes() const { return integer("cold", 1, 1 << 20) << 20; }
 
  private:
   struct Option {

@@ -1,7 +1,5 @@
 #include "bench/limits.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -37,16 +35,6 @@ const Peak* find_peak(const std::string& isa) {
 
 }  // namespace
 
-int64_t cold_bytes() {
-  constexpr int64_t kLeast = int64_t{256} << 20, kMost = int64_t{2} << 30;
-#ifdef _SC_LEVEL3_CACHE_SIZE
-  const int64_t cache = std::max<int64_t>(0, sysconf(_SC_LEVEL3_CACHE_SIZE));
-#else
-  const int64_t cache = 0;
-#endif
-  return std::clamp(8 * cache, kLeast, kMost);
-}
-
 Arithmetic arithmetic_of(WeightFormat weights) {
   if (weights == WeightFormat::kFloat32) return Arithmetic::kFloat32;
   return weights == WeightFormat::kBFloat16 ? Arithmetic::kBFloat16 : Arithmetic::kInt8;
@@ -56,8 +44,8 @@ Arithmetic arithmetic_of(DType dtype) {
   return dtype == DType::kFloat32 ? Arithmetic::kFloat32 : Arithmetic::kBFloat16;
 }
 
-Limits::Limits(int threads, const std::string& isa)
-    : pool_(threads), peak_(find_peak(isa)), buffer_(round_up(cold_bytes(), 4096)) {
+Limits::Limits(const Options& options, const std::string& isa)
+    : pool_(options.threads()), peak_(find_peak(isa)), buffer_(options.cold_bytes()) {
   std::memset(buffer_.as<char>(), 1, buffer_.bytes());  // pages nobody wrote to are all the same one
 }
 

@@ -12,9 +12,6 @@
 
 namespace fastserve::bench {
 
-// Far more than the caches hold.
-int64_t cold_bytes();
-
 // Kinds of multiply-add, by the type of the factors.
 enum class Arithmetic { kFloat32, kBFloat16, kInt8 };
 Arithmetic arithmetic_of(WeightFormat weights);
@@ -29,8 +26,7 @@ struct Work {
 
 class Limits {
  public:
-  // threads: as for the backend.
-  Limits(int threads, const std::string& isa);
+  Limits(const Options& options, const std::string& isa);
 
   int threads() const { return pool_.size(); }
   // Measures one sample, in bytes or operations a second. NaN for an instruction set without loops of its own.

@@ -49,7 +49,7 @@ void run(const Options& options, Report& report) {
                                  arithmetic_of(model.format)});
     }
   }
-  Limits limits(options.threads(), report.isa());
+  Limits limits(options, report.isa());
   for (int round = 0; round < options.repeats(); ++round) {
     for (size_t i = 0; i < models.size(); ++i) {
       for (size_t j = 0; j < lengths.size(); ++j) {

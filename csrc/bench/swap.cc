@@ -80,7 +80,7 @@ void run(const Options& options, Report& report) {
   const auto dtypes = options.choices("dtype", dtype_names());
   const auto block_size = options.integer("block-size", 1, 4096);
   const auto sizes = options.integers("blocks", 1, 1 << 20);
-  Limits limits(options.threads(), report.isa());
+  Limits limits(options, report.isa());
 
   report.columns({{"preset", "model"},
                   {"dtype", "dtype"},
@@ -96,7 +96,7 @@ void run(const Options& options, Report& report) {
   for (const std::string& name : presets) {
     for (const std::string& dtype : dtypes) {
       const KvLayout layout = Runtime::kv_layout(preset(name), parse_dtype(dtype), block_size);
-      const int64_t blocks = 2 * ceil_div(cold_bytes() / 2, layout.block_bytes());
+      const int64_t blocks = 2 * ceil_div(options.cold_bytes() / 2, layout.block_bytes());
       Tiers tiers(layout, blocks);
       std::vector<Case> cases;
       for (const char* direction : {"offload", "upload", "both"}) {
