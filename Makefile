@@ -65,6 +65,9 @@ bench-scheduler: setup-dev  ## Microseconds of a decision, an arrival and an abo
 	$(BIN)/python -m pytest -q benchmarks/decision.py --benchmark-timer=time.thread_time \
 	  --benchmark-columns=median,iqr,mean,max,rounds --benchmark-json=scheduler.json
 
+bench-peers: setup-dev  ## FastServe beside llama.cpp, vLLM, CTranslate2, transformers: those installed, interleaved (minutes)
+	$(BIN)/python benchmarks/compare_peers.py
+
 clean:  ## Remove the build and caches, keep .venv
 	rm -rf build dist *.egg-info fastserve/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f $(STAMPS)/install
