@@ -235,9 +235,9 @@ def _llama_server(candidate: Candidate, log: Path) -> tuple[str, Group]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     slots, threads = candidate.settings["max_num_seqs"], str(candidate.settings["threads"])
-    context = max(slots * 256, candidate.settings["max_model_len"])
+    context = slots * candidate.settings["max_model_len"]
     command = [candidate.program, "-m", candidate.model, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["-t", threads, "-tb", threads, "-fa", "on", "-np", str(slots), "-c", str(context), "-kvu"]
+    command += ["-t", threads, "-tb", threads, "-fa", "on", "-np", str(slots), "-c", str(context), "--cache-ram", "0"]
     return f"http://127.0.0.1:{port}", Group(command, log, {})
 
 

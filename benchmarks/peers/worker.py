@@ -63,7 +63,6 @@ class Vllm:
             "max_model_len": settings["max_model_len"],
             "max_num_seqs": settings["max_num_seqs"],
             "enable_prefix_caching": False,
-            "skip_tokenizer_init": True,
             "disable_log_stats": True,
             **settings["options"],
         }

@@ -249,6 +249,45 @@ def test_llama_bench_is_read(tmp_path: Path) -> None:
         peer.sample(Measure("", 1, 13, 0), 0)
 
 
+SERVER = """#!{python}
+import json, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer({{"build_info": "b12"}})
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert not asked["cache_prompt"] and asked["ignore_eos"], asked
+        self.answer({{"tokens_predicted": asked["n_predict"] - (len(asked["prompt"]) == 13)}})
+    def answer(self, fields):
+        body = json.dumps(fields).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *_):
+        pass
+port = int(sys.argv[sys.argv.index("--port") + 1])
+ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def test_llama_server_is_asked_for_so_many_tokens(tmp_path: Path) -> None:
+    settings = {"threads": 1, "max_num_seqs": 4, "max_model_len": 64, "vocab_size": 1000, "python": sys.executable}
+    program = _program(tmp_path, SERVER)
+    peer = start(Candidate("llama-server", "q8_0", program, "model.gguf", settings), tmp_path / "log")
+    assert isinstance(peer, Worker)
+    try:
+        assert peer.version == "b12"
+        speed = peer.sample(Measure("", 4, 8, 0), seed=1)
+        assert speed is not None and speed > 0
+        with pytest.raises(PeerError, match=r"RuntimeError: asked for 1 tokens each, got \[0\]"):
+            peer.sample(Measure("", 1, 13, 0), seed=1)
+    finally:
+        peer.close()
+    assert all(group.process.returncode is not None for group in peer._groups)
+
+
 def test_vllm_finds_its_libraries_beside_its_python(tmp_path: Path) -> None:
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "libiomp5.so").touch()
