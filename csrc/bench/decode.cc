@@ -117,7 +117,8 @@ int main(int count, char** arguments) {
                   "GFLOP/s, and\ntheir shares of what memory and the multiply-add units reach beside them.");
   add_model_options(options);
   options.add("rows", "N,...", "1,8,32", "jobs that decode together");
-  options.add("context", "N", "128", "positions each of them has");
+  options.add("context", "N", "128",
+              "positions each of them has; their prompts run first, which takes a while for llama-1b");
   options.add("steps", "N", "16", "iterations of a sample");
   return run_main(count, arguments, options, run);
 }
