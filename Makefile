@@ -16,7 +16,7 @@ CPP = $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.
 # A virtual environment of the caller, or packages of theirs, must not leak in.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
-.PHONY: help setup setup-dev build demo test test-all lint format bench bench-scheduler clean
+.PHONY: help setup setup-dev build demo test test-all lint format build-bench bench bench-scheduler bench-peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -31,10 +31,10 @@ build: $(STAMPS)/install  ## Compile what changed in csrc/
 demo: setup  ## A real model under FCFS and skip-join MLFQ, side by side
 	@$(BIN)/python -m fastserve.bench.demo
 
-test: setup-dev lint  ## Linters and the tests (under 15 minutes on two cores)
+test: setup-dev lint build-bench  ## Linters and the tests (under 15 minutes on two cores)
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: setup-dev lint  ## Linters, all tests, and native ones under sanitizers (under 60 minutes)
+test-all: setup-dev lint build-bench  ## Linters, all tests, and native ones under sanitizers (under 60 minutes)
 	$(BIN)/python -m pytest
 	scripts/sanitize.sh address,undefined
 	scripts/sanitize.sh thread
@@ -50,12 +50,23 @@ format: $(STAMPS)/dev  ## Format Python and C++ in place
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-bench: setup  ## Tokens per second of the demo model at batch 1, 8 and 32
+# Compiled by themselves, so that installing stays quick.
+build-bench: build  ## Compile the benchmark binaries of csrc/bench/ into build/bench
+	@{ $(BIN)/cmake -S . -B build -DFASTSERVE_BENCHMARKS=ON && $(BIN)/cmake --build build --target benchmarks; } \
+	  > $(STAMPS)/build.log 2>&1 || { cat $(STAMPS)/build.log; exit 1; }
+
+bench: setup build-bench  ## Kernels, runtime and demo model beside this machine's limits (minutes); JSON in build/bench
+	@for name in gemm attention decode prefill swap; do \
+	  echo; echo "$$name"; build/bench/$$name --json build/bench/$$name.json; \
+	done
 	$(BIN)/fastserve bench latency --model smollm2 --batch-size 1 --batch-size 8 --batch-size 32
 
 bench-scheduler: setup-dev  ## Microseconds of a decision, an arrival and an abort, with up to 100,000 jobs waiting (minutes)
 	$(BIN)/python -m pytest -q benchmarks/decision.py --benchmark-timer=time.thread_time \
 	  --benchmark-columns=median,iqr,mean,max,rounds --benchmark-json=scheduler.json
+
+bench-peers: setup-dev  ## FastServe beside llama.cpp, vLLM, CTranslate2, transformers: those installed, interleaved (minutes)
+	$(BIN)/python benchmarks/compare_peers.py
 
 clean:  ## Remove the build and caches, keep .venv
 	rm -rf build dist *.egg-info fastserve/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,147 @@
+// Products with each weight matrix of a model, by weight format and number of rows. Matrices come from memory, as they
+// do in a forward pass: there are as many copies of each as the caches cannot hold, used in turn.
+#include <algorithm>
+#include <cstring>
+
+#include "backend/cpu/cpu_backend.h"
+#include "bench/limits.h"
+#include "bench/random_model.h"
+
+namespace {
+
+using namespace fastserve;
+using namespace fastserve::bench;
+
+// The head computes logits only where a token is sampled: never for a whole prompt.
+constexpr int64_t kMostHeadRows = 64;
+// A sample is this long at least, so that the clock and a sleeping thread do not matter.
+constexpr double kSampleSeconds = 4e-3;
+
+struct Shape {
+  const char* name;
+  int64_t n, k;
+};
+
+const std::vector<std::string>& matrix_names() {
+  static const std::vector<std::string> names = {"qkv", "out", "up", "down", "head"};
+  return names;
+}
+
+std::vector<Shape> shapes(const ModelSpec& spec) {
+  return {{"qkv", spec.qkv_width(), spec.hidden_size},
+          {"out", spec.hidden_size, spec.num_heads * spec.head_dim},
+          {"up", spec.up_offset() + spec.intermediate_size, spec.hidden_size},
+          {"down", spec.hidden_size, spec.intermediate_size},
+          {"head", spec.vocab_size, spec.hidden_size}};
+}
+
+// One matrix as often as it takes to be cold, and a product with the next copy at every call.
+class Product {
+ public:
+  Product(Backend& backend, const Shape& shape, WeightFormat format, int64_t most_rows, int64_t cold_bytes)
+      : backend_(backend),
+        ld_input_(round_up(shape.k, kPad)),
+        ld_output_(round_up(shape.n, kPad)),
+        input_(most_rows * ld_input_ * sizeof(float)),
+        output_(most_rows * ld_output_ * sizeof(float)) {
+    const RandomRows weights(format, shape.k);
+    int64_t bytes = 0;
+    do {
+      copies_.push_back(backend.make_matrix(shape.n, shape.k, format));
+      fill(backend, *copies_.back(), weights);
+      bytes += copies_.back()->bytes();
+    } while (bytes < cold_bytes);
+    const auto values = random_floats(most_rows * ld_input_, 1.0f);
+    std::memcpy(input_.as<float>(), values.data(), values.size() * sizeof(float));
+  }
+
+  int64_t bytes() const { return copies_.front()->bytes(); }
+
+  // Seconds of one of `calls` products.
+  double seconds(int64_t rows, int64_t calls) {
+    return seconds_of([&] {
+             for (int64_t i = 0; i < calls; ++i) {
+               backend_.gemm({.input = input_.as<float>(),
+                              .ld_input = ld_input_,
+                              .weight = copies_[next_++ % copies_.size()].get(),
+                              .bias = nullptr,
+                              .output = output_.as<float>(),
+                              .ld_output = ld_output_,
+                              .m = rows,
+                              .accumulate = false});
+             }
+           }) /
+           static_cast<double>(calls);
+  }
+
+ private:
+  Backend& backend_;
+  int64_t ld_input_, ld_output_;
+  Buffer input_, output_;
+  std::vector<std::unique_ptr<Matrix>> copies_;
+  size_t next_ = 0;
+};
+
+void run(const Options& options, Report& report) {
+  const auto presets = options.choices("preset", preset_names());
+  const auto matrices = options.choices("matrix", matrix_names());
+  const auto formats = options.choices("weights", weight_names());
+  const auto rows = options.integers("rows", 1, 65536);
+  const auto backend = make_cpu_backend(options.threads());
+  Limits limits(options, report.isa());
+
+  std::vector<Report::Column> columns = {{"preset", "model"}, {"matrix", "matrix"},   {"n", "n"},
+                                         {"k", "k"},          {"weights", "weights"}, {"rows", "rows"}};
+  for (Report::Column& column : Measured::columns()) columns.push_back(std::move(column));
+  report.columns(columns);
+
+  for (const std::string& name : presets) {
+    for (const Shape& shape : shapes(preset(name))) {
+      if (std::find(matrices.begin(), matrices.end(), shape.name) == matrices.end()) continue;
+      for (const std::string& format_name : formats) {
+        const WeightFormat format = parse_weight_format(format_name);
+        std::vector<int64_t> wanted;
+        for (const int64_t m : rows) {
+          if (m <= kMostHeadRows || std::string(shape.name) != "head") wanted.push_back(m);
+        }
+        if (wanted.empty()) continue;
+        Product product(*backend, shape, format, *std::max_element(wanted.begin(), wanted.end()), options.cold_bytes());
+        std::vector<Measured> measured;
+        std::vector<int64_t> calls;
+        for (const int64_t m : wanted) {
+          const double size = static_cast<double>(shape.n) * static_cast<double>(shape.k);
+          measured.emplace_back(
+              Work{static_cast<double>(product.bytes()), 2 * size * static_cast<double>(m), arithmetic_of(format)});
+          const double once = std::min(product.seconds(m, 1), product.seconds(m, 1));
+          calls.push_back(std::max<int64_t>(1, static_cast<int64_t>(kSampleSeconds / once)));
+        }
+        for (int round = 0; round < options.repeats(); ++round) {
+          for (size_t i = 0; i < wanted.size(); ++i) {
+            measured[i].sample(limits, [&] { return product.seconds(wanted[i], calls[i]); });
+          }
+        }
+        for (size_t i = 0; i < wanted.size(); ++i) {
+          std::vector<Report::Value> values = {name, shape.name, shape.n, shape.k, format_name, wanted[i]};
+          for (Report::Value& value : measured[i].values()) values.push_back(std::move(value));
+          report.row(std::move(values));
+        }
+      }
+    }
+  }
+  limits.report(report);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  Options options(
+      "gemm",
+      "Products of activations with each weight matrix of a model, in GB/s of weights and GFLOP/s, and their "
+      "shares of\nwhat memory and the multiply-add units reach beside them.");
+  options.add("preset", "NAME,...", "smollm2", "shapes of: smollm2, llama-1b");
+  options.add("matrix", "NAME,...", "qkv,out,up,down,head", "which of its matrices; up: gate and up");
+  options.add("weights", "NAME,...", "bfloat16,q8_0,q4_0",
+              "how weights are held: float32, bfloat16, int8, q8_0, q4_0, q4_1");
+  options.add("rows", "N,...", "1,8,32,512", "tokens in a product; the head takes at most 64");
+  return run_main(count, arguments, options, run);
+}

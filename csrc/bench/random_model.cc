@@ -1,0 +1,268 @@
+#include "bench/random_model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <random>
+
+#include "common/check.h"
+#include "model/dequantize.h"
+
+namespace fastserve::bench {
+
+namespace {
+
+constexpr int64_t kChunkBytes = int64_t{8} << 20;
+constexpr float kMagnitude = 0.035f;  // uniform in ±0.035: a standard deviation of 0.02
+
+using Generator = std::mt19937;  // seeded alike every time
+
+ModelSpec llama(int64_t vocab_size, int64_t hidden, int64_t layers, int64_t heads, int64_t kv_heads, int64_t inner,
+                float theta) {
+  ModelSpec spec{};
+  spec.vocab_size = vocab_size;
+  spec.hidden_size = hidden;
+  spec.num_layers = layers;
+  spec.num_heads = heads;
+  spec.num_kv_heads = kv_heads;
+  spec.head_dim = 64;
+  spec.intermediate_size = inner;
+  spec.max_position = 8192;
+  spec.rms_norm = true;
+  spec.norm_eps = 1e-5f;
+  spec.activation = Activation::kSilu;
+  spec.gated_mlp = true;
+  spec.rope_scale = 1.0f;
+  spec.tied_embeddings = true;
+  for (int64_t i = 0; i < spec.head_dim / 2; ++i) {
+    spec.rope_inv_freq.push_back(std::pow(theta, -2.0f * static_cast<float>(i) / static_cast<float>(spec.head_dim)));
+  }
+  return spec;
+}
+
+SourceType source_type(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kFloat32:
+      return SourceType::kF32;
+    case WeightFormat::kQ8_0:
+      return SourceType::kQ8_0;
+    case WeightFormat::kQ4_0:
+      return SourceType::kQ4_0;
+    case WeightFormat::kQ4_1:
+      return SourceType::kQ4_1;
+    default:
+      return SourceType::kBF16;
+  }
+}
+
+// Scales of quantized blocks, float16: 2^-12 for bytes, 2^-8 for nibbles, and a minimum of -7.5 · 2^-8.
+constexpr uint16_t kByteScale = 0x0C00, kNibbleScale = 0x1C00, kNibbleMinimum = 0xA780;
+
+}  // namespace
+
+const std::vector<std::string>& preset_names() {
+  static const std::vector<std::string> names = {"smollm2", "llama-1b"};
+  return names;
+}
+
+ModelSpec preset(const std::string& name) {
+  if (name == "smollm2") return llama(49152, 576, 30, 9, 3, 1536, 1e5f);
+  FS_CHECK(name == "llama-1b", "no preset is called '", name, "'");
+  return llama(128256, 2048, 16, 32, 8, 8192, 5e5f);
+}
+
+const std::vector<std::string>& weight_names() {
+  static const std::vector<std::string> names = {"float32", "bfloat16", "int8", "q8_0", "q4_0", "q4_1"};
+  return names;
+}
+
+const std::vector<std::string>& dtype_names() {
+  static const std::vector<std::string> names = {"float32", "bfloat16"};
+  return names;
+}
+
+RandomRows::RandomRows(WeightFormat format, int64_t columns)
+    : type_(source_type(format)), row_bytes_(source_bytes(type_, columns)) {
+  const int64_t rows = std::max<int64_t>(1, kChunkBytes / row_bytes_);
+  bytes_.resize(rows * row_bytes_);
+  Generator generator(1);
+  if (type_ == SourceType::kF32 || type_ == SourceType::kBF16) {
+    std::uniform_real_distribution<float> draw(-kMagnitude, kMagnitude);
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      const float value = draw(generator);
+      if (type_ == SourceType::kF32) {
+        std::memcpy(bytes_.data() + i * 4, &value, 4);
+      } else {
+        const Bf16 rounded = to_bf16(value);
+        std::memcpy(bytes_.data() + i * 2, &rounded, 2);
+      }
+    }
+    return;
+  }
+  for (std::byte& byte : bytes_) byte = static_cast<std::byte>(generator() & 255u);
+  const uint16_t scale = type_ == SourceType::kQ8_0 ? kByteScale : kNibbleScale;
+  const int64_t block = block_bytes(type_);
+  for (int64_t at = 0; at < static_cast<int64_t>(bytes_.size()); at += block) {
+    std::memcpy(bytes_.data() + at, &scale, 2);
+    if (type_ == SourceType::kQ4_1) std::memcpy(bytes_.data() + at + 2, &kNibbleMinimum, 2);
+  }
+}
+
+void fill(Backend& backend, Matrix& matrix, const RandomRows& rows) {
+  for (int64_t first = 0; first < matrix.n; first += rows.most()) {
+    backend.load_rows(matrix, first, std::min(rows.most(), matrix.n - first), rows.type(), rows.data());
+  }
+}
+
+std::vector<float> random_floats(int64_t count, float magnitude) {
+  Generator generator(2);
+  std::uniform_real_distribution<float> draw(-magnitude, magnitude);
+  std::vector<float> values(count);
+  for (float& value : values) value = draw(generator);
+  return values;
+}
+
+std::vector<int32_t> random_tokens(int64_t count, int64_t vocab_size) {
+  Generator generator(3);
+  std::uniform_int_distribution<int32_t> draw(0, static_cast<int32_t>(vocab_size) - 1);
+  std::vector<int32_t> tokens(count);
+  for (int32_t& token : tokens) token = draw(generator);
+  return tokens;
+}
+
+Cost cost_of(const ModelSpec& spec, WeightFormat weights, DType kv) {
+  const double hidden = static_cast<double>(spec.hidden_size), inner = static_cast<double>(spec.intermediate_size);
+  const auto heads = static_cast<double>(spec.num_heads * spec.head_dim);
+  const auto layers = static_cast<double>(spec.num_layers);
+  const double layer =
+      hidden * static_cast<double>(spec.qkv_width()) + heads * hidden + (spec.gated_mlp ? 3 : 2) * hidden * inner;
+  const double head = hidden * static_cast<double>(spec.vocab_size);
+  double bits = 0;
+  switch (weights) {
+    case WeightFormat::kFloat32:
+      bits = 32;
+      break;
+    case WeightFormat::kBFloat16:
+      bits = 16;
+      break;
+    case WeightFormat::kInt8:
+      bits = 8;
+      break;
+    case WeightFormat::kQ8_0:
+      bits = 8.5;
+      break;
+    case WeightFormat::kQ4_0:
+      bits = 4.5;
+      break;
+    case WeightFormat::kQ4_1:
+      bits = 5;
+      break;
+  }
+  return {(layers * layer + head) * bits / 8, layers * layer, head,
+          2.0 * layers * static_cast<double>(spec.num_kv_heads * spec.head_dim * size_of(kv)), 4 * layers * heads};
+}
+
+void add_model_options(Options& options) {
+  options.add("preset", "NAME,...", "smollm2", "shapes of: smollm2, llama-1b");
+  options.add("weights", "NAME,...", "bfloat16,q8_0,q4_0",
+              "how weights are held: float32, bfloat16, int8, q8_0, q4_0, q4_1");
+  options.add("dtype", "NAME", "auto", "of keys and values; auto: float32 with float32 weights, else bfloat16");
+  options.add("memory", "GB", "6", "refuse what takes more");
+}
+
+std::vector<Candidate> candidates(const Options& options, int64_t kv_tokens) {
+  const auto presets = options.choices("preset", preset_names());
+  const auto weights = options.choices("weights", weight_names());
+  const std::string& dtype = options.text("dtype");
+  if (dtype != "auto") options.choices("dtype", dtype_names());
+  const auto most = static_cast<double>(options.integer("memory", 1, 1 << 20));
+  std::vector<Candidate> made;
+  double bytes = 0;
+  for (const std::string& name : presets) {
+    for (const std::string& format_name : weights) {
+      const WeightFormat format = parse_weight_format(format_name);
+      const std::string held = dtype != "auto" ? dtype : format == WeightFormat::kFloat32 ? "float32" : "bfloat16";
+      const DType kv = parse_dtype(held);
+      made.push_back({name, format_name, held, format, kv, preset(name), cost_of(preset(name), format, kv)});
+      bytes += made.back().cost.weight_bytes + static_cast<double>(kv_tokens) * made.back().cost.kv_bytes_per_token;
+    }
+  }
+  if (bytes > 1e9 * most) {
+    char line[160];
+    std::snprintf(line, sizeof line, "these models take %.1f GB side by side; name fewer --weights or raise --memory",
+                  bytes / 1e9);
+    throw UsageError(line);
+  }
+  return made;
+}
+
+std::unique_ptr<Runtime> random_model(const Candidate& candidate, const RuntimeSize& size) {
+  const ModelSpec& spec = candidate.spec;
+  std::vector<std::pair<std::string, std::pair<int64_t, int64_t>>> matrices = {
+      {"token_embedding.weight", {spec.vocab_size, spec.hidden_size}}};
+  std::vector<std::string> norms = {"final_norm.weight"};
+  const int64_t hidden = spec.hidden_size, q = spec.num_heads * spec.head_dim, kv = spec.num_kv_heads * spec.head_dim;
+  for (int64_t i = 0; i < spec.num_layers; ++i) {
+    const std::string prefix = "layers." + std::to_string(i) + ".";
+    norms.push_back(prefix + "attn_norm.weight");
+    norms.push_back(prefix + "mlp_norm.weight");
+    matrices.push_back({prefix + "q.weight", {q, hidden}});
+    matrices.push_back({prefix + "k.weight", {kv, hidden}});
+    matrices.push_back({prefix + "v.weight", {kv, hidden}});
+    matrices.push_back({prefix + "o.weight", {hidden, q}});
+    matrices.push_back({prefix + "gate.weight", {spec.intermediate_size, hidden}});
+    matrices.push_back({prefix + "up.weight", {spec.intermediate_size, hidden}});
+    matrices.push_back({prefix + "down.weight", {hidden, spec.intermediate_size}});
+  }
+  RuntimeOptions given{.dtype = candidate.kv,
+                       .block_size = size.block_size,
+                       .num_blocks = size.num_blocks,
+                       .max_tokens = size.max_tokens,
+                       .threads = size.threads};
+  for (const auto& [name, shape] : matrices) given.formats[name] = candidate.format;
+  auto runtime = std::make_unique<Runtime>(spec, given);
+  const std::vector<float> ones(hidden, 1.0f);
+  for (const std::string& name : norms) {
+    runtime->load_tensor(name, SourceType::kF32, {hidden}, 0, ones.data(), hidden * 4);
+  }
+  std::map<int64_t, RandomRows> made;
+  for (const auto& [name, shape] : matrices) {
+    const auto [n, k] = shape;
+    const RandomRows& rows = made.try_emplace(k, candidate.format, k).first->second;
+    for (int64_t first = 0; first < n; first += rows.most()) {
+      const int64_t count = std::min(rows.most(), n - first);
+      runtime->load_tensor(name, rows.type(), {n, k}, first, rows.data(), count * rows.row_bytes());
+    }
+  }
+  runtime->finish_loading();
+  return runtime;
+}
+
+void run_plans(Runtime& runtime, std::vector<BatchPlan> plans) {
+  const auto take = [&] {
+    const StepResult result = *runtime.poll(-1);
+    if (result.error) std::rethrow_exception(result.error);
+    for (const Sampled& sampled : result.sampled) FS_CHECK(sampled.error.empty(), sampled.error);
+  };
+  int64_t queued = 0;
+  for (BatchPlan& plan : plans) {
+    runtime.submit(std::move(plan));
+    if (++queued == 2) {
+      take();
+      --queued;
+    }
+  }
+  for (; queued > 0; --queued) take();
+}
+
+void open_slot(BatchPlan& plan, int32_t slot, int64_t prompt_length, int64_t first_block, int64_t blocks) {
+  OpenedSlot opened{.slot = slot, .prompt_length = static_cast<int32_t>(prompt_length), .params = {}, .history = {}};
+  opened.params.temperature = 0;
+  plan.opened.push_back(opened);
+  for (int64_t i = 0; i < blocks; ++i) {
+    plan.table.push_back({slot, static_cast<int32_t>(i), static_cast<int32_t>(first_block + i)});
+  }
+}
+
+}  // namespace fastserve::bench

@@ -1,0 +1,77 @@
+// Models of a known shape and random weights: their speed is that of real ones.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bench/harness.h"
+#include "model/spec.h"
+#include "runtime/runtime.h"
+
+namespace fastserve::bench {
+
+// Llama-like shapes: "smollm2" (SmolLM2-135M) and "llama-1b" (Llama-3.2-1B).
+const std::vector<std::string>& preset_names();
+ModelSpec preset(const std::string& name);
+
+const std::vector<std::string>& weight_names();
+const std::vector<std::string>& dtype_names();
+
+// Rows of weights with a standard deviation near 0.02, as a file would hold them for this format; the same bytes again
+// and again.
+class RandomRows {
+ public:
+  RandomRows(WeightFormat format, int64_t columns);
+  SourceType type() const { return type_; }
+  int64_t row_bytes() const { return row_bytes_; }
+  int64_t most() const { return static_cast<int64_t>(bytes_.size()) / row_bytes_; }  // rows at a time
+  const void* data() const { return bytes_.data(); }
+
+ private:
+  SourceType type_;
+  int64_t row_bytes_;
+  std::vector<std::byte> bytes_;
+};
+
+void fill(Backend& backend, Matrix& matrix, const RandomRows& rows);
+
+std::vector<float> random_floats(int64_t count, float magnitude);
+std::vector<int32_t> random_tokens(int64_t count, int64_t vocab_size);
+
+// What forward passes need. The head and the token embedding are one matrix; a pair is a query and a position it sees.
+struct Cost {
+  double weight_bytes, layer_parameters, head_parameters, kv_bytes_per_token, flops_per_pair;
+};
+Cost cost_of(const ModelSpec& spec, WeightFormat weights, DType kv);
+
+// A model that a benchmark measures.
+struct Candidate {
+  std::string preset, weights, dtype;
+  WeightFormat format;
+  DType kv;
+  ModelSpec spec;
+  Cost cost;
+};
+// Adds --preset, --weights, --dtype and --memory.
+void add_model_options(Options& options);
+// Every preset with every weight format. Throws UsageError when they take more than --memory side by side, each with
+// the keys and values of `kv_tokens` tokens.
+std::vector<Candidate> candidates(const Options& options, int64_t kv_tokens);
+
+struct RuntimeSize {
+  int64_t block_size;
+  int64_t num_blocks;
+  int64_t max_tokens;
+  int threads;
+};
+std::unique_ptr<Runtime> random_model(const Candidate& candidate, const RuntimeSize& size);
+
+// Runs plans one after another, keeping one queued behind the running one, as the engine does; throws for a plan or a
+// sample that failed.
+void run_plans(Runtime& runtime, std::vector<BatchPlan> plans);
+// Opens slot `slot` with greedy sampling and gives it `blocks` blocks from `first_block` on.
+void open_slot(BatchPlan& plan, int32_t slot, int64_t prompt_length, int64_t first_block, int64_t blocks);
+
+}  // namespace fastserve::bench

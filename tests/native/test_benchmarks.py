@@ -1,0 +1,110 @@
+"""The benchmark binaries: what they print and write, and what they refuse. Not how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastserve import _C
+
+FOLDER = Path(__file__).parents[2] / "build" / "bench"
+QUICK = {
+    "gemm": ["--weights", "bfloat16,q4_0", "--rows", "1,65"],
+    "attention": ["--dtype", "bfloat16", "--rows", "2", "--context", "40", "--tokens", "30"],
+    "decode": ["--weights", "q8_0", "--rows", "1,3", "--context", "20", "--steps", "2"],
+    "prefill": ["--weights", "bfloat16", "--tokens", "20,33", "--chunk", "16"],
+    "swap": ["--blocks", "3"],
+}
+ROWS = {"gemm": 5 * 2 * 2 - 2, "attention": 2, "decode": 2, "prefill": 2, "swap": 6}  # 65 rows: not of the head
+
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="not built: make build-bench")
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [FOLDER / name, "--cold", "8", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_table_and_the_same_as_json(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    done = run(name, "--repeats", "1", "--threads", "2", "--json", str(file), *QUICK[name])
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    result = json.loads(file.read_text())
+    assert (result["benchmark"], result["threads"], result["repeats"]) == (name, 2, 1)
+    assert result["limit_read_gb_s"] > 0
+    rows: list[dict[str, Any]] = result["results"]
+    assert len(rows) == ROWS[name]
+    table, limits = done.stdout.split("limits, 2 threads: read ")
+    assert limits.startswith(f"{result['limit_read_gb_s']:.1f} GB/s")
+    printed = [line.split() for line in table.splitlines()[1:]]
+    assert len(printed) == len(rows)
+    for cells, row in zip(printed, rows, strict=True):
+        assert cells[0] == row["preset"] == "smollm2"
+        assert f"{row['gb_s']:.1f}" in cells
+        assert row["seconds"] > 0
+        assert row["read_percent"] > 0
+
+
+def test_what_a_decode_reads_and_computes(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    arguments = ["--weights", "bfloat16", "--rows", "3", "--context", "20", "--steps", "3", "--repeats", "1"]
+    assert run("decode", *arguments, "--json", str(file)).returncode == 0
+    (row,) = json.loads(file.read_text())["results"]
+    layer = 576 * (9 + 2 * 3) * 64 + 9 * 64 * 576 + 3 * 576 * 1536
+    weights = 30 * layer + 576 * 49152
+    seen = 22  # positions a token looks at, in the middle one of three iterations
+    read = 2 * weights + 3 * seen * 2 * 30 * 3 * 64 * 2
+    computed = 3 * (2 * weights + 4 * 30 * 9 * 64 * seen)
+    assert row["gb_s"] * 1e9 * row["seconds"] == pytest.approx(read, rel=1e-6)
+    assert row["gflop_s"] * 1e9 * row["seconds"] == pytest.approx(computed, rel=1e-6)
+    assert row["tokens_per_second"] * row["seconds"] == pytest.approx(3, rel=1e-6)
+
+
+@pytest.mark.parametrize("isa", _C.instruction_sets())
+def test_every_instruction_set_has_its_own_limits(isa: str, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    arguments = ["--isa", isa, "--matrix", "out", "--weights", "float32,bfloat16,int8", "--rows", "1", "--repeats", "1"]
+    assert run("gemm", *arguments, "--json", str(file)).returncode == 0
+    result = json.loads(file.read_text())
+    assert result["isa"] == isa
+    for kind in ("float32", "bfloat16", "int8"):
+        limit = result[f"limit_{kind}_gflop_s"]
+        assert limit is None if isa.endswith("_emulated") else limit > 0  # which has no instructions to measure
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("gemm", ["--rows", "0"], "--rows takes whole numbers from 1 to 65536, got '0'"),
+        ("gemm", ["--rows=1,two"], "--rows takes whole numbers from 1 to 65536, got 'two'"),
+        ("gemm", ["--weights", "q5_0"], "--weights must be of float32, bfloat16, int8, q8_0, q4_0, q4_1, got 'q5_0'"),
+        ("attention", ["--context"], "--context needs a value"),
+        ("attention", ["--rows", "4000", "--context", "100000"], "take more than 4 GB"),
+        ("decode", ["--preset", "gpt-5"], "--preset must be of smollm2, llama-1b, got 'gpt-5'"),
+        ("decode", ["--preset", "llama-1b", "--weights", "float32,bfloat16"], "raise --memory"),
+        ("prefill", ["--isa", "mmx"], "--isa must be of "),
+        ("prefill", ["--json", "/no/such/folder/file"], "cannot write '/no/such/folder/file'"),
+        ("swap", ["--layers", "3"], "there is no option '--layers'; --help lists them"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_status_2(name: str, arguments: list[str], message: str) -> None:
+    done = run(name, *arguments)
+    assert done.returncode == 2
+    assert not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{name}: ") and message in line
+
+
+def test_help_lists_every_option() -> None:
+    for name in QUICK:
+        done = run(name, "--help")
+        assert done.returncode == 0 and not done.stderr
+        assert done.stdout.startswith(f"usage: {name} ")
+        for option in ("--threads", "--isa", "--repeats", "--cold", "--json", "--preset"):
+            assert option in done.stdout
