@@ -26,7 +26,8 @@ struct Batch {
 
 class Attention {
  public:
-  Attention(const ModelSpec& spec, DType dtype, int64_t block_size, const Batch& batch, int threads, int64_t cold_bytes)
+  Attention(const ModelSpec& spec, KvFormat format, int64_t block_size, const Batch& batch, int threads,
+            int64_t cold_bytes)
       : backend_(make_cpu_backend(threads)),
         batch_(batch),
         blocks_(ceil_div(batch.context, block_size)),
@@ -35,7 +36,7 @@ class Attention {
         scale_(1.0f / std::sqrt(static_cast<float>(spec.head_dim))),
         heads_(spec.num_heads),
         tables_(batch.jobs * blocks_) {
-    layout_ = {dtype, 1, spec.num_kv_heads, spec.head_dim, block_size};
+    layout_ = {format, 1, spec.num_kv_heads, spec.head_dim, block_size};
     const int64_t layer_bytes = layout_.block_bytes() * blocks_ * batch.jobs;
     layout_.num_layers = std::clamp<int64_t>(ceil_div(cold_bytes, layer_bytes), 1, spec.num_layers);
     const double bytes = static_cast<double>(layer_bytes) * static_cast<double>(layout_.num_layers);
@@ -64,8 +65,8 @@ class Attention {
     const double pairs = jobs * tokens * (context - (tokens - 1) / 2);
     const auto width = static_cast<double>(spec.head_dim);
     return {jobs * context * 2 * static_cast<double>(spec.num_kv_heads) * width *
-                static_cast<double>(size_of(layout_.dtype)),
-            4 * pairs * static_cast<double>(spec.num_heads) * width, arithmetic_of(layout_.dtype)};
+                static_cast<double>(size_of(layout_.format)),
+            4 * pairs * static_cast<double>(spec.num_heads) * width, arithmetic_of(layout_.format)};
   }
 
   double seconds(int64_t calls) {
@@ -141,7 +142,7 @@ void run(const Options& options, Report& report) {
     const ModelSpec spec = preset(name);
     for (const std::string& dtype : dtypes) {
       for (const Batch& batch : batches) {
-        Attention attention(spec, parse_dtype(dtype), block_size, batch, options.threads(), options.cold_bytes());
+        Attention attention(spec, parse_kv_format(dtype), block_size, batch, options.threads(), options.cold_bytes());
         Measured measured(attention.work(spec));
         const double once = std::min(attention.seconds(1), attention.seconds(1));
         const auto calls = std::max<int64_t>(1, static_cast<int64_t>(kSampleSeconds / once));
@@ -166,7 +167,7 @@ int main(int count, char** arguments) {
       "Attention of one layer over the paged pool, in GB/s of keys and values and GFLOP/s, and their shares of "
       "what memory\nand the multiply-add units reach beside it.");
   options.add("preset", "NAME,...", "smollm2", "heads of: smollm2, llama-1b");
-  options.add("dtype", "NAME,...", "float32,bfloat16", "how keys and values are held");
+  options.add("dtype", "NAME,...", "float32,bfloat16,int8", "how keys and values are held");
   options.add("rows", "N,...", "1,8,32", "jobs that decode together");
   options.add("context", "N,...", "256,2048", "positions each of them looks at");
   options.add("tokens", "N,...", "512,2048", "lengths of prompts; 0: none");

@@ -40,8 +40,9 @@ Arithmetic arithmetic_of(WeightFormat weights) {
   return weights == WeightFormat::kBFloat16 ? Arithmetic::kBFloat16 : Arithmetic::kInt8;
 }
 
-Arithmetic arithmetic_of(DType dtype) {
-  return dtype == DType::kFloat32 ? Arithmetic::kFloat32 : Arithmetic::kBFloat16;
+Arithmetic arithmetic_of(KvFormat format) {
+  if (format == KvFormat::kFloat32) return Arithmetic::kFloat32;
+  return format == KvFormat::kBFloat16 ? Arithmetic::kBFloat16 : Arithmetic::kInt8;
 }
 
 Limits::Limits(const Options& options, const std::string& isa)

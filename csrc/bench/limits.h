@@ -15,7 +15,7 @@ namespace fastserve::bench {
 // Kinds of multiply-add, by the type of the factors.
 enum class Arithmetic { kFloat32, kBFloat16, kInt8 };
 Arithmetic arithmetic_of(WeightFormat weights);
-Arithmetic arithmetic_of(DType dtype);
+Arithmetic arithmetic_of(KvFormat format);
 
 // A floating-point operation is a multiplication or an addition, of integers also.
 struct Work {

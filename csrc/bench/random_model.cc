@@ -78,7 +78,7 @@ const std::vector<std::string>& weight_names() {
 }
 
 const std::vector<std::string>& dtype_names() {
-  static const std::vector<std::string> names = {"float32", "bfloat16"};
+  static const std::vector<std::string> names = {"float32", "bfloat16", "int8"};
   return names;
 }
 
@@ -131,13 +131,14 @@ std::vector<int32_t> random_tokens(int64_t count, int64_t vocab_size) {
   return tokens;
 }
 
-Cost cost_of(const ModelSpec& spec, WeightFormat weights, DType kv) {
+Cost cost_of(const ModelSpec& spec, WeightFormat weights, KvFormat kv) {
   const double hidden = static_cast<double>(spec.hidden_size), inner = static_cast<double>(spec.intermediate_size);
   const auto heads = static_cast<double>(spec.num_heads * spec.head_dim);
   const auto layers = static_cast<double>(spec.num_layers);
   const double layer =
       hidden * static_cast<double>(spec.qkv_width()) + heads * hidden + (spec.gated_mlp ? 3 : 2) * hidden * inner;
   const double head = hidden * static_cast<double>(spec.vocab_size);
+  const int64_t scale_bytes = kv == KvFormat::kInt8 ? 4 : 0;
   double bits = 0;
   switch (weights) {
     case WeightFormat::kFloat32:
@@ -160,14 +161,16 @@ Cost cost_of(const ModelSpec& spec, WeightFormat weights, DType kv) {
       break;
   }
   return {(layers * layer + head) * bits / 8, layers * layer, head,
-          2.0 * layers * static_cast<double>(spec.num_kv_heads * spec.head_dim * size_of(kv)), 4 * layers * heads};
+          2.0 * layers * static_cast<double>(spec.num_kv_heads * (spec.head_dim * size_of(kv) + scale_bytes)),
+          4 * layers * heads};
 }
 
 void add_model_options(Options& options) {
   options.add("preset", "NAME,...", "smollm2", "shapes of: smollm2, llama-1b");
   options.add("weights", "NAME,...", "bfloat16,q8_0,q4_0",
               "how weights are held: float32, bfloat16, int8, q8_0, q4_0, q4_1");
-  options.add("dtype", "NAME", "auto", "of keys and values; auto: float32 with float32 weights, else bfloat16");
+  options.add("dtype", "NAME", "auto",
+              "of keys and values: float32, bfloat16, int8; auto: float32 with float32 weights, else bfloat16");
   options.add("memory", "GB", "6", "refuse what takes more");
 }
 
@@ -183,7 +186,7 @@ std::vector<Candidate> candidates(const Options& options, int64_t kv_tokens) {
     for (const std::string& format_name : weights) {
       const WeightFormat format = parse_weight_format(format_name);
       const std::string held = dtype != "auto" ? dtype : format == WeightFormat::kFloat32 ? "float32" : "bfloat16";
-      const DType kv = parse_dtype(held);
+      const KvFormat kv = parse_kv_format(held);
       made.push_back({name, format_name, held, format, kv, preset(name), cost_of(preset(name), format, kv)});
       bytes += made.back().cost.weight_bytes + static_cast<double>(kv_tokens) * made.back().cost.kv_bytes_per_token;
     }
@@ -215,7 +218,8 @@ std::unique_ptr<Runtime> random_model(const Candidate& candidate, const RuntimeS
     matrices.push_back({prefix + "up.weight", {spec.intermediate_size, hidden}});
     matrices.push_back({prefix + "down.weight", {hidden, spec.intermediate_size}});
   }
-  RuntimeOptions given{.dtype = candidate.kv,
+  RuntimeOptions given{.dtype = candidate.format == WeightFormat::kFloat32 ? DType::kFloat32 : DType::kBFloat16,
+                       .kv_format = candidate.kv,
                        .block_size = size.block_size,
                        .num_blocks = size.num_blocks,
                        .max_tokens = size.max_tokens,

@@ -44,13 +44,13 @@ std::vector<int32_t> random_tokens(int64_t count, int64_t vocab_size);
 struct Cost {
   double weight_bytes, layer_parameters, head_parameters, kv_bytes_per_token, flops_per_pair;
 };
-Cost cost_of(const ModelSpec& spec, WeightFormat weights, DType kv);
+Cost cost_of(const ModelSpec& spec, WeightFormat weights, KvFormat kv);
 
 // A model that a benchmark measures.
 struct Candidate {
   std::string preset, weights, dtype;
   WeightFormat format;
-  DType kv;
+  KvFormat kv;
   ModelSpec spec;
   Cost cost;
 };

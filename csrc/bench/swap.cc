@@ -95,7 +95,7 @@ void run(const Options& options, Report& report) {
                   {"read_percent", "% of read", 1}});
   for (const std::string& name : presets) {
     for (const std::string& dtype : dtypes) {
-      const KvLayout layout = Runtime::kv_layout(preset(name), parse_dtype(dtype), block_size);
+      const KvLayout layout = Runtime::kv_layout(preset(name), parse_kv_format(dtype), block_size);
       const int64_t blocks = 2 * ceil_div(options.cold_bytes() / 2, layout.block_bytes());
       Tiers tiers(layout, blocks);
       std::vector<Case> cases;

@@ -14,12 +14,12 @@ from fastserve import _C
 FOLDER = Path(__file__).parents[2] / "build" / "bench"
 QUICK = {
     "gemm": ["--weights", "bfloat16,q4_0", "--rows", "1,65"],
-    "attention": ["--dtype", "bfloat16", "--rows", "2", "--context", "40", "--tokens", "30"],
+    "attention": ["--dtype", "bfloat16,int8", "--rows", "2", "--context", "40", "--tokens", "30"],
     "decode": ["--weights", "q8_0", "--rows", "1,3", "--context", "20", "--steps", "2"],
     "prefill": ["--weights", "bfloat16", "--tokens", "20,33", "--chunk", "16"],
     "swap": ["--blocks", "3"],
 }
-ROWS = {"gemm": 5 * 2 * 2 - 2, "attention": 2, "decode": 2, "prefill": 2, "swap": 6}  # 65 rows: not of the head
+ROWS = {"gemm": 5 * 2 * 2 - 2, "attention": 4, "decode": 2, "prefill": 2, "swap": 6}  # 65 rows: not of the head
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="not built: make build-bench")
 

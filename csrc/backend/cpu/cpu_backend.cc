@@ -221,8 +221,7 @@ class CpuBackend final : public Backend {
   void split_panels(int64_t panels, int64_t rows, Body body) {
     const int64_t most = rows <= kPairedRows ? panels / 2 : panels;
     const int64_t rounds = std::clamp<int64_t>(most / threads(), 1, 8), pieces = std::min(panels, rounds * threads());
-    pool_.run(pieces,
-              [&](int64_t piece, int) { body(piece * panels / pieces, (piece + 1) * panels / pieces); });
+    pool_.run(pieces, [&](int64_t piece, int) { body(piece * panels / pieces, (piece + 1) * panels / pieces); });
   }
 
   // Calls body(row) for every row, on the pool when there is enough to do.
