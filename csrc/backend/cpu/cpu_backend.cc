@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "backend/cpu/gemm_blocks.h"
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/paged_attention.h"
 #include "common/buffer.h"
@@ -13,16 +14,20 @@ namespace fastserve {
 
 namespace {
 
+using cpu::cut_gemm;
+using cpu::GemmBlocks;
 using cpu::KernelTable;
 using cpu::PanelLayout;
 
 // Work below this many elements is not worth waking a thread for.
 constexpr int64_t kSerialElements = 16384;
+// Kernels may read an operand's rows in groups of so many.
+constexpr int64_t kTileRows = 16;
 
 class PackedMatrix final : public Matrix {
  public:
-  PackedMatrix(int64_t outputs, int64_t inputs, DType dtype, int64_t panel)
-      : layout{dtype, outputs, inputs, panel, dtype == DType::kBFloat16 ? round_up(inputs, 2) : inputs},
+  PackedMatrix(int64_t outputs, int64_t inputs, DType dtype, int64_t panel, int64_t input_step)
+      : layout{dtype, outputs, inputs, panel, dtype == DType::kBFloat16 ? round_up(inputs, input_step) : inputs},
         data(layout.panels() * layout.panel_elements() * size_of(dtype)) {
     n = outputs;
     k = inputs;
@@ -63,7 +68,7 @@ class CpuBackend final : public Backend {
       return std::make_unique<QuantizedMatrix>(n, k, format, kernels_.panel);
     }
     const DType dtype = format == WeightFormat::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
-    return std::make_unique<PackedMatrix>(n, k, dtype, kernels_.panel);
+    return std::make_unique<PackedMatrix>(n, k, dtype, kernels_.panel, kernels_.input_step);
   }
 
   void load_rows(Matrix& target, int64_t first_row, int64_t rows, SourceType type, const void* source) override {
@@ -114,31 +119,42 @@ class CpuBackend final : public Backend {
       return gemm_quantized(args, *quantized);
     const auto& matrix = static_cast<const PackedMatrix&>(*args.weight);
     const PanelLayout& layout = matrix.layout;
-    cpu::PanelGemm work{.layout = &layout,
-                        .weight = matrix.data.as<char>(),
-                        .operand = args.input,
-                        .ld_operand = args.ld_input,
-                        .bias = args.bias,
-                        .output = args.output,
-                        .ld_output = args.ld_output,
-                        .m = args.m,
-                        .first_panel = 0,
-                        .last_panel = layout.panels(),
-                        .accumulate = args.accumulate};
+    const void* operand = args.input;
+    int64_t element_bytes = sizeof(float), ld_operand = args.ld_input;
     if (layout.dtype == DType::kBFloat16) {
-      work.ld_operand = layout.k_padded;
-      char* operand = reserve(operand_, args.m * layout.k_padded * kernels_.operand_bytes);
-      work.operand = operand;
+      element_bytes = kernels_.operand_bytes;
+      ld_operand = layout.k_padded;
+      char* placed = reserve(operand_, round_up(args.m, kTileRows) * ld_operand * element_bytes);
+      operand = placed;
       split_rows(args.m, layout.k, [&](int64_t row) {
-        kernels_.prepare_operand(args.input + row * args.ld_input, layout.k, layout.k_padded,
-                                 operand + row * layout.k_padded * kernels_.operand_bytes);
+        kernels_.place_row(layout, args.input + row * args.ld_input, row, args.m, placed);
       });
     }
-    split_panels(layout.panels(), [&](int64_t first, int64_t last) {
-      cpu::PanelGemm piece = work;
-      piece.first_panel = first;
-      piece.last_panel = last;
-      kernels_.gemm(piece);
+    const GemmBlocks blocks = cut_gemm(layout, args.m, element_bytes, kernels_.cached_bytes, threads());
+    pool_.run(blocks.row_blocks * blocks.panel_blocks, [&](int64_t task, int thread) {
+      // Neighbouring tasks share weights.
+      const int64_t row = task % blocks.row_blocks * blocks.rows, panel = task / blocks.row_blocks * blocks.panels;
+      cpu::PanelGemm piece{.layout = &layout,
+                           .weight = matrix.data.as<char>(),
+                           .operand = static_cast<const char*>(operand) + row * ld_operand * element_bytes,
+                           .ld_operand = ld_operand,
+                           .operand_rows = args.m,
+                           .bias = args.bias,
+                           .output = args.output + row * args.ld_output,
+                           .ld_output = args.ld_output,
+                           .m = std::min(blocks.rows, args.m - row),
+                           .first_panel = panel,
+                           .last_panel = std::min(panel + blocks.panels, layout.panels()),
+                           .accumulate = args.accumulate,
+                           .first_input = 0,
+                           .last_input = 0,
+                           .partial = nullptr,
+                           .ld_partial = blocks.panels * layout.panel + 16};
+      if (blocks.inputs < layout.k_padded) piece.partial = scratch(thread, blocks.rows * piece.ld_partial);
+      for (; piece.last_input < layout.k_padded; piece.first_input = piece.last_input) {
+        piece.last_input = std::min(piece.first_input + blocks.inputs, layout.k_padded);
+        kernels_.gemm(piece);
+      }
     });
   }
 
@@ -211,11 +227,10 @@ class CpuBackend final : public Backend {
     return reinterpret_cast<float*>(reserve(scratch_[thread], floats * sizeof(float)));
   }
 
-  // Calls body(first, last) for pieces of [0, panels): even numbers of panels, because kernels like to work on pairs;
-  // about eight pieces a thread to level the load.
+  // Calls body(first, last) for pieces of [0, panels).
   template <class Body>
   void split_panels(int64_t panels, Body body) {
-    const int64_t step = std::max<int64_t>(2, round_up(panels / (8 * threads()), 2));
+    const int64_t step = cpu::panels_of_task(panels, 1, threads());
     pool_.run(ceil_div(panels, step),
               [&](int64_t task, int) { body(task * step, std::min(panels, (task + 1) * step)); });
   }

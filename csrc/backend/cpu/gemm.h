@@ -74,11 +74,15 @@ inline void gemm_tile(const PanelGemm& g, int64_t row, int64_t panel) {
   const int64_t panel_elements = g.layout->panel_elements();
   const auto* weight = static_cast<const typename Format::Weight*>(g.weight) + panel * panel_elements;
   const auto* operand = static_cast<const typename Format::Operand*>(g.operand) + row * g.ld_operand;
+  float* partial = g.partial + row * g.ld_partial + (panel - g.first_panel) * kPanel;
   F32 acc[Rows][kVectors];
   for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = set1(0.0f);
+    for (int v = 0; v < kVectors; ++v) {
+      acc[r][v] = g.first_input == 0 ? set1(0.0f) : load(partial + r * g.ld_partial + v * kWidth);
+    }
   }
-  for (int64_t k = 0; k < g.layout->k_padded; k += Format::kStep) {
+  weight += g.first_input * kPanel;
+  for (int64_t k = g.first_input; k < g.last_input; k += Format::kStep) {
     typename Format::Loaded w[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       w[v] =
@@ -88,6 +92,12 @@ inline void gemm_tile(const PanelGemm& g, int64_t row, int64_t panel) {
       for (int v = 0; v < kVectors; ++v) acc[r][v] = Format::step(acc[r][v], operand + r * g.ld_operand + k, w[v]);
     }
     weight += kVectorsPerPanel * kElements;
+  }
+  if (g.last_input != g.layout->k_padded) {
+    for (int r = 0; r < Rows; ++r) {
+      for (int v = 0; v < kVectors; ++v) store(partial + r * g.ld_partial + v * kWidth, acc[r][v]);
+    }
+    return;
   }
   for (int r = 0; r < Rows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
@@ -165,16 +175,31 @@ inline void unpack_row(const PanelLayout& layout, const void* weight, int64_t ro
   }
 }
 
-inline void prepare_operand(const float* input, int64_t k, int64_t k_padded, void* output) {
-  auto* out = static_cast<BFloat16Format::Operand*>(output);
-  for (int64_t i = 0; i < k; ++i) {
+#if defined(__AVX512BF16__)
+// Rounds up to 32 inputs and stores 32, the rest zeros.
+inline void round_inputs(const float* input, int64_t count, void* output) {
+  const uint32_t lanes = count >= 32 ? ~0u : (1u << count) - 1;
+  const __m512 first = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), input);
+  const __m512 second = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> 16), input + 16);
+  _mm512_storeu_si512(output, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+}
+#endif
+
+// Places row `row` of the m rows of a bfloat16 product's operand, which is [m][k_padded] here.
+inline void place_row(const PanelLayout& layout, const float* input, int64_t row, int64_t, void* operand) {
+  auto* out = static_cast<BFloat16Format::Operand*>(operand) + row * layout.k_padded;
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  for (; i + 32 <= layout.k; i += 32) round_inputs(input + i, 32, out + i);
+#endif
+  for (; i < layout.k; ++i) {
     if constexpr (sizeof(BFloat16Format::Operand) == 2) {
       reinterpret_cast<Bf16*>(out)[i] = to_bf16(input[i]);
     } else {
       reinterpret_cast<float*>(out)[i] = to_float(to_bf16(input[i]));
     }
   }
-  for (int64_t i = k; i < k_padded; ++i) out[i] = {};
+  for (; i < layout.k_padded; ++i) out[i] = {};
 }
 
 }  // namespace fastserve::cpu::FS_ISA
