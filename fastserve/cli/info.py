@@ -64,7 +64,7 @@ def describe(model: str) -> dict[str, Any]:
         "chat_template": tokenizer is not None and tokenizer.chat_template is not None,
         "eos_token_ids": list(spec.eos_token_ids),
         "kv_bytes_per_token": {dtype: block_bytes(spec, dtype, _BLOCK) // _BLOCK for dtype in ("bfloat16", "float32")},
-        "instruction_sets": instruction_sets(),
+        "instruction_sets": [name for name in instruction_sets() if not name.endswith("_emulated")],
         **_default_pools(block_bytes(spec, "bfloat16", _BLOCK), spec.max_position),
     }
 

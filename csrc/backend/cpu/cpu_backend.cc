@@ -130,7 +130,8 @@ class CpuBackend final : public Backend {
         kernels_.place_row(layout, args.input + row * args.ld_input, row, args.m, placed);
       });
     }
-    const GemmBlocks blocks = cut_gemm(layout, args.m, element_bytes, kernels_.cached_bytes, threads());
+    const int64_t cached_bytes = layout.dtype == DType::kBFloat16 ? kernels_.cached_bytes : 0;
+    const GemmBlocks blocks = cut_gemm(layout, args.m, element_bytes, cached_bytes, threads());
     pool_.run(blocks.row_blocks * blocks.panel_blocks, [&](int64_t task, int thread) {
       // Neighbouring tasks share weights.
       const int64_t row = task % blocks.row_blocks * blocks.rows, panel = task / blocks.row_blocks * blocks.panels;
@@ -150,7 +151,7 @@ class CpuBackend final : public Backend {
                            .last_input = 0,
                            .partial = nullptr,
                            .ld_partial = blocks.panels * layout.panel + 16};
-      if (blocks.inputs < layout.k_padded) piece.partial = scratch(thread, blocks.rows * piece.ld_partial);
+      if (blocks.inputs < layout.k_padded) piece.partial = scratch(thread, round_up(blocks.rows, 32) * piece.ld_partial);
       for (; piece.last_input < layout.k_padded; piece.first_input = piece.last_input) {
         piece.last_input = std::min(piece.first_input + blocks.inputs, layout.k_padded);
         kernels_.gemm(piece);

@@ -74,15 +74,11 @@ inline void gemm_tile(const PanelGemm& g, int64_t row, int64_t panel) {
   const int64_t panel_elements = g.layout->panel_elements();
   const auto* weight = static_cast<const typename Format::Weight*>(g.weight) + panel * panel_elements;
   const auto* operand = static_cast<const typename Format::Operand*>(g.operand) + row * g.ld_operand;
-  float* partial = g.partial + row * g.ld_partial + (panel - g.first_panel) * kPanel;
   F32 acc[Rows][kVectors];
   for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      acc[r][v] = g.first_input == 0 ? set1(0.0f) : load(partial + r * g.ld_partial + v * kWidth);
-    }
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = set1(0.0f);
   }
-  weight += g.first_input * kPanel;
-  for (int64_t k = g.first_input; k < g.last_input; k += Format::kStep) {
+  for (int64_t k = 0; k < g.layout->k_padded; k += Format::kStep) {
     typename Format::Loaded w[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       w[v] =
@@ -92,12 +88,6 @@ inline void gemm_tile(const PanelGemm& g, int64_t row, int64_t panel) {
       for (int v = 0; v < kVectors; ++v) acc[r][v] = Format::step(acc[r][v], operand + r * g.ld_operand + k, w[v]);
     }
     weight += kVectorsPerPanel * kElements;
-  }
-  if (g.last_input != g.layout->k_padded) {
-    for (int r = 0; r < Rows; ++r) {
-      for (int v = 0; v < kVectors; ++v) store(partial + r * g.ld_partial + v * kWidth, acc[r][v]);
-    }
-    return;
   }
   for (int r = 0; r < Rows; ++r) {
     for (int v = 0; v < kVectors; ++v) {

@@ -17,7 +17,7 @@ constexpr KernelTable make_table(const char* name) {
       .panel = kPanel,
       .operand_bytes = sizeof(BFloat16Format::Operand),
       .input_step = 2,
-      .cached_bytes = 512 * 1024,
+      .cached_bytes = 0,
       .pack_panel = pack_panel,
       .unpack_row = unpack_row,
       .place_row = place_row,

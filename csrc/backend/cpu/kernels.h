@@ -34,9 +34,9 @@ struct PanelGemm {
   int64_t m;
   int64_t first_panel, last_panel;
   bool accumulate;
-  // Inputs [first_input, last_input), multiples of input_step or the end. Sums that do not start at the first input are
-  // taken from `partial` ([m rounded up to 32][ld_partial], column 0 is first_panel's), those that do not end with the
-  // last one go there. Storing float32 sums changes no bit of them.
+  // Where cached_bytes is set: inputs [first_input, last_input), multiples of input_step. Sums that do not start at the
+  // first input are taken from `partial` ([m rounded up to 32][ld_partial], column 0 is first_panel's), those that do
+  // not end with the last one go there. Storing float32 sums changes no bit of them.
   int64_t first_input, last_input;
   float* partial;
   int64_t ld_partial;
@@ -86,7 +86,7 @@ struct KernelTable {
   int64_t panel;          // outputs of a weight panel
   int64_t operand_bytes;  // of one element of a bfloat16 GEMM's operand
   int64_t input_step;     // inputs of bfloat16 panels are padded to a multiple of it
-  int64_t cached_bytes;   // of an operand that stay in the L2 cache beside a panel on its way through
+  int64_t cached_bytes;   // of a bfloat16 GEMM's operand that a call should take at most; 0: it has no limit
   void (*pack_panel)(const PanelLayout&, const float* rows, int64_t count, int64_t first, void* panel);
   void (*unpack_row)(const PanelLayout&, const void* weight, int64_t row, float* output, bool accumulate);
   void (*place_row)(const PanelLayout&, const float* input, int64_t row, int64_t m, void* operand);
