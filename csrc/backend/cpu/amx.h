@@ -55,15 +55,15 @@ inline void amx_dot_bytes() {
 
 #endif
 
-// Makes tiles 0 to 3 (C) and 6, 7 (A) have `rows` rows; 4 and 5 (B) have 16. All rows are 64 bytes wide. Other
-// libraries use the tiles of a thread too, so the shape is asked for and not remembered: that takes a tenth of the time
-// that setting it does.
-inline void amx_shape(int64_t rows) {
+// Makes tiles 0 to 3 (C) and 6, 7 (A) have `rows` rows, and those of 4, 5 (B) as many as hold `inputs` bfloat16 inputs,
+// which A's rows are wide. Other libraries use the tiles of a thread too, so its shape is asked for and not remembered:
+// that takes a tenth of the time that setting it does.
+inline void amx_shape(int64_t rows, int64_t inputs = kAmxInputs) {
   AmxShape wanted, current;
   wanted.palette = 1;
   for (int t = 0; t < 8; ++t) {
-    wanted.row_bytes[t] = kAmxBytes;
-    wanted.rows[t] = t == 4 || t == 5 ? kAmxRows : static_cast<uint8_t>(rows);
+    wanted.rows[t] = static_cast<uint8_t>(t == 4 || t == 5 ? inputs / 2 : rows);
+    wanted.row_bytes[t] = static_cast<uint16_t>(t >= 6 ? inputs * 2 : kAmxBytes);
   }
   amx_store_shape(current);
   if (__builtin_memcmp(&wanted, &current, sizeof wanted) != 0) amx_load_shape(wanted);

@@ -28,6 +28,8 @@ constexpr KernelTable make_table(const char* name) {
       .rms_norm = rms_norm,
       .layer_norm = layer_norm,
       .rotate = rotate,
+      // Enough to reuse every load of K and V, few enough for their scores to stay in the L1 cache.
+      .attention_vectors = 24,
       .attention_f32 = attention_kernels<Float32Kv>(),
       .attention_bf16 = attention_kernels<BFloat16Kv>(),
       .activate = activate,

@@ -66,7 +66,8 @@ constexpr int64_t kAttentionStride = kSegment + 16;
 
 // Floats of scratch for a tile of `vectors` = queries * heads query vectors.
 constexpr int64_t attention_scratch(int64_t vectors, int64_t head_dim_padded) {
-  return vectors * (kAttentionStride + 2 * head_dim_padded + 6) + (2 * kSegment + 8) * head_dim_padded + 256;
+  return (vectors + 15) / 16 * 16 * (kAttentionStride + 2 * head_dim_padded + 6) +
+         (2 * kSegment + 48) * head_dim_padded + 256;
 }
 // Floats of one segment's result: weighted sums of V, maxima and sums of weights.
 constexpr int64_t attention_partial(int64_t vectors, int64_t head_dim_padded) {
@@ -97,6 +98,7 @@ struct KernelTable {
   void (*rms_norm)(const float* x, const float* weight, float* y, int64_t width, float eps);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float* y, int64_t width, float eps);
   void (*rotate)(float* head, const float* cos_sin, int64_t half);
+  int64_t attention_vectors;  // a tile has as many query vectors at most, unless one position has more
   AttentionKernels attention_f32, attention_bf16;
   void (*activate)(Activation kind, float* x, const float* gate_product, int64_t width);
   LogitKernels logits;
