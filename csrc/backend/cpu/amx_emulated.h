@@ -82,19 +82,26 @@ inline void amx_multiply_bf16(int c, int a, int b) {
   asm volatile("" ::: "memory");
   const int pairs = amx_row_bytes(a) / 4;
   const __m512i odd_mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  for (int m = 0; m < amx_rows(c); ++m) {
-    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+  constexpr int kBeside = 4;  // rows, which hide each other's latency; those that are not there are zeros
+  for (int m = 0; m < amx_rows(c); m += kBeside) {
+    __m512 even[kBeside], odd[kBeside];
+    for (int i = 0; i < kBeside; ++i) even[i] = odd[i] = _mm512_setzero_ps();
     for (int k = 0; k < pairs; ++k) {
-      int pair;
-      __builtin_memcpy(&pair, amx_state.tile[a][m] + 4 * k, sizeof pair);
-      const __m512i x = _mm512_set1_epi32(pair), y = _mm512_load_si512(amx_state.tile[b][k]);
-      even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),
-                             _mm512_castsi512_ps(_mm512_slli_epi32(y, 16)), even);
-      odd = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(x, odd_mask)),
-                            _mm512_castsi512_ps(_mm512_and_si512(y, odd_mask)), odd);
+      const __m512i y = _mm512_load_si512(amx_state.tile[b][k]);
+      const __m512 y_even = _mm512_castsi512_ps(_mm512_slli_epi32(y, 16));
+      const __m512 y_odd = _mm512_castsi512_ps(_mm512_and_si512(y, odd_mask));
+      for (int i = 0; i < kBeside; ++i) {
+        int pair;
+        __builtin_memcpy(&pair, amx_state.tile[a][m + i] + 4 * k, sizeof pair);
+        const __m512i x = _mm512_set1_epi32(pair);
+        even[i] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), y_even, even[i]);
+        odd[i] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(x, odd_mask)), y_odd, odd[i]);
+      }
     }
-    float* out = reinterpret_cast<float*>(amx_state.tile[c][m]);
-    _mm512_store_ps(out, _mm512_add_ps(_mm512_load_ps(out), _mm512_add_ps(even, odd)));
+    for (int i = 0; i < kBeside; ++i) {
+      auto* out = reinterpret_cast<float*>(amx_state.tile[c][m + i]);
+      _mm512_store_ps(out, _mm512_add_ps(_mm512_load_ps(out), _mm512_add_ps(even[i], odd[i])));
+    }
   }
   for (int m = amx_rows(c); m < 16; ++m) __builtin_memset(amx_state.tile[c][m], 0, 64);
   asm volatile("" ::: "memory");

@@ -202,11 +202,12 @@ class CpuBackend final : public Backend {
   void gemm_quantized(const GemmArgs& args, const QuantizedMatrix& matrix) {
     const cpu::QuantizedLayout& layout = matrix.layout;
     const int64_t row_bytes = layout.operand_bytes(kernels_.quant_bytes);
-    char* operand = reserve(operand_, args.m * row_bytes);
+    char* operand = reserve(operand_, round_up(args.m, kTileRows) * row_bytes);
     split_rows(args.m, layout.k, [&](int64_t row) {
       kernels_.quantize_input(layout, args.input + row * args.ld_input, operand + row * row_bytes);
     });
-    split_panels(layout.panels(), [&](int64_t first, int64_t last) {
+    const int64_t panel_floats = round_up(layout.k, cpu::kBlockInputs) * layout.panel / 4;
+    split_panels(layout.panels(), [&](int64_t first, int64_t last, int thread) {
       kernels_.gemm_quantized({.layout = &layout,
                                .weight = matrix.panel(0),
                                .operand = operand,
@@ -216,7 +217,8 @@ class CpuBackend final : public Backend {
                                .m = args.m,
                                .first_panel = first,
                                .last_panel = last,
-                               .accumulate = args.accumulate});
+                               .accumulate = args.accumulate,
+                               .scratch = reinterpret_cast<uint8_t*>(scratch(thread, panel_floats))});
     });
   }
 
@@ -228,12 +230,12 @@ class CpuBackend final : public Backend {
     return reinterpret_cast<float*>(reserve(scratch_[thread], floats * sizeof(float)));
   }
 
-  // Calls body(first, last) for pieces of [0, panels).
+  // Calls body(first, last, thread) for pieces of [0, panels).
   template <class Body>
   void split_panels(int64_t panels, Body body) {
     const int64_t step = cpu::panels_of_task(panels, 1, threads());
     pool_.run(ceil_div(panels, step),
-              [&](int64_t task, int) { body(task * step, std::min(panels, (task + 1) * step)); });
+              [&](int64_t task, int thread) { body(task * step, std::min(panels, (task + 1) * step), thread); });
   }
 
   // Calls body(row) for every row, on the pool when there is enough to do.

@@ -6,6 +6,7 @@
 #endif
 #include "backend/cpu/attention_amx.h"
 #include "backend/cpu/gemm_amx.h"
+#include "backend/cpu/gemm_quantized_amx.h"
 #include "backend/cpu/isa_table.h"
 
 namespace fastserve::cpu {
@@ -18,6 +19,7 @@ constexpr KernelTable make_amx_table(const char* name) {
   table.cached_bytes = 1024 * 1024;
   table.place_row = place_tile_row;
   table.gemm = gemm_amx;
+  table.gemm_quantized = gemm_quantized_amx;
   table.attention_vectors = 2 * kAmxRows;
   table.attention_bf16 = {attention_amx, attention_amx_segment, attention_amx_merge};
   return table;
