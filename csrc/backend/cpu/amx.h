@@ -1,8 +1,8 @@
 // The tile instructions of AMX: eight registers of up to 16 rows of 64 bytes, and products of them.
 //
-// A product C += A · B: A [rows][64 bytes] of inputs, B [16][64 bytes] whose row p holds the p-th 4 bytes of inputs of 16
-// neighbouring outputs, C [rows][16] float32 or int32. Written as assembly, because GCC 12's intrinsics declare neither
-// all they read nor that they read memory, and so may run before the stores they depend on.
+// A product C += A · B: A [rows][64 bytes] of inputs, B [16][64 bytes] whose row p holds the p-th 4 bytes of inputs of
+// 16 neighbouring outputs, C [rows][16] float32 or int32. Written as assembly, because GCC 12's intrinsics declare
+// neither all they read nor that they read memory, and so may run before the stores they depend on.
 #pragma once
 
 #include <cstdint>

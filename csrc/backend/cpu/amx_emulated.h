@@ -34,8 +34,9 @@ inline void amx_load_shape(const AmxShape& shape) {
   amx_check(shape.palette == 1 && shape.start_row == 0, "palette 1 and start row 0");
   for (const uint8_t byte : shape.reserved) amx_check(byte == 0, "reserved bytes are 0");
   for (int t = 0; t < 16; ++t) {
-    amx_check(t < 8 ? shape.rows[t] <= 16 && shape.row_bytes[t] <= 64 && (shape.rows[t] == 0) == (shape.row_bytes[t] == 0)
-                    : shape.rows[t] == 0 && shape.row_bytes[t] == 0,
+    amx_check(t < 8
+                  ? shape.rows[t] <= 16 && shape.row_bytes[t] <= 64 && (shape.rows[t] == 0) == (shape.row_bytes[t] == 0)
+                  : shape.rows[t] == 0 && shape.row_bytes[t] == 0,
               "8 tiles of at most 16 rows of 64 bytes");
   }
   amx_release();
@@ -58,7 +59,8 @@ template <int T>
 inline void amx_load(const void* p, int64_t stride) {
   const int rows = amx_rows(T), bytes = amx_row_bytes(T);
   __builtin_memset(amx_state.tile[T], 0, sizeof amx_state.tile[T]);
-  for (int r = 0; r < rows; ++r) __builtin_memcpy(amx_state.tile[T][r], static_cast<const char*>(p) + r * stride, bytes);
+  for (int r = 0; r < rows; ++r)
+    __builtin_memcpy(amx_state.tile[T][r], static_cast<const char*>(p) + r * stride, bytes);
 }
 template <int T>
 inline void amx_store(void* p, int64_t stride) {

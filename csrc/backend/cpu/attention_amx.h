@@ -1,6 +1,6 @@
-// Attention over a bfloat16 KV cache on the tiles of AMX. K and V lie in pairs, as B tiles want them: 16 tokens of K are
-// 16 columns of a tile, whatever the block size, and 16 tokens of V are half its rows. So the scores are added up by 32
-// dimensions at a time and the values by 16 tokens, from absolute positions on.
+// Attention over a bfloat16 KV cache on the tiles of AMX. K and V lie in pairs, as B tiles want them: 16 tokens of K
+// are 16 columns of a tile, whatever the block size, and 16 tokens of V are half its rows. So the scores are added up
+// by 32 dimensions at a time and the values by 16 tokens, from absolute positions on.
 #pragma once
 
 #include "backend/cpu/amx.h"

@@ -132,9 +132,10 @@ class CpuBackend final : public Backend {
     }
     const int64_t cached_bytes = layout.dtype == DType::kBFloat16 ? kernels_.cached_bytes : 0;
     const GemmBlocks blocks = cut_gemm(layout, args.m, element_bytes, cached_bytes, threads());
-    pool_.run(blocks.row_blocks * blocks.panel_blocks, [&](int64_t task, int thread) {
+    const int64_t panels = layout.panels(), partial_columns = ceil_div(panels, blocks.pieces) * layout.panel;
+    pool_.run(blocks.row_blocks * blocks.pieces, [&](int64_t task, int thread) {
       // Neighbouring tasks share weights.
-      const int64_t row = task % blocks.row_blocks * blocks.rows, panel = task / blocks.row_blocks * blocks.panels;
+      const int64_t row = task % blocks.row_blocks * blocks.rows, share = task / blocks.row_blocks;
       cpu::PanelGemm piece{.layout = &layout,
                            .weight = matrix.data.as<char>(),
                            .operand = static_cast<const char*>(operand) + row * ld_operand * element_bytes,
@@ -144,14 +145,16 @@ class CpuBackend final : public Backend {
                            .output = args.output + row * args.ld_output,
                            .ld_output = args.ld_output,
                            .m = std::min(blocks.rows, args.m - row),
-                           .first_panel = panel,
-                           .last_panel = std::min(panel + blocks.panels, layout.panels()),
+                           .first_panel = share * panels / blocks.pieces,
+                           .last_panel = (share + 1) * panels / blocks.pieces,
                            .accumulate = args.accumulate,
                            .first_input = 0,
                            .last_input = 0,
                            .partial = nullptr,
-                           .ld_partial = blocks.panels * layout.panel + 16};
-      if (blocks.inputs < layout.k_padded) piece.partial = scratch(thread, round_up(blocks.rows, 32) * piece.ld_partial);
+                           .ld_partial = partial_columns + 16};
+      if (blocks.inputs < layout.k_padded) {
+        piece.partial = scratch(thread, round_up(blocks.rows, 32) * piece.ld_partial);
+      }
       for (; piece.last_input < layout.k_padded; piece.first_input = piece.last_input) {
         piece.last_input = std::min(piece.first_input + blocks.inputs, layout.k_padded);
         kernels_.gemm(piece);
@@ -207,7 +210,7 @@ class CpuBackend final : public Backend {
       kernels_.quantize_input(layout, args.input + row * args.ld_input, operand + row * row_bytes);
     });
     const int64_t panel_floats = round_up(layout.k, cpu::kBlockInputs) * layout.panel / 4;
-    split_panels(layout.panels(), [&](int64_t first, int64_t last, int thread) {
+    split_panels(layout.panels(), args.m, [&](int64_t first, int64_t last, int thread) {
       kernels_.gemm_quantized({.layout = &layout,
                                .weight = matrix.panel(0),
                                .operand = operand,
@@ -232,10 +235,10 @@ class CpuBackend final : public Backend {
 
   // Calls body(first, last, thread) for pieces of [0, panels).
   template <class Body>
-  void split_panels(int64_t panels, Body body) {
-    const int64_t step = cpu::panels_of_task(panels, 1, threads());
-    pool_.run(ceil_div(panels, step),
-              [&](int64_t task, int thread) { body(task * step, std::min(panels, (task + 1) * step), thread); });
+  void split_panels(int64_t panels, int64_t rows, Body body) {
+    const int64_t pieces = cpu::panel_pieces(panels, rows, 1, threads());
+    pool_.run(pieces,
+              [&](int64_t piece, int thread) { body(piece * panels / pieces, (piece + 1) * panels / pieces, thread); });
   }
 
   // Calls body(row) for every row, on the pool when there is enough to do.

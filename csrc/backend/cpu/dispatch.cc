@@ -26,7 +26,8 @@ bool has_amx() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, …)
   if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return false;
   if (amx_works()) return true;
-  std::fprintf(stderr, "fastserve: this machine's AMX computes wrong products; going on without it. Please report it.\n");
+  std::fprintf(stderr,
+               "fastserve: this machine's AMX computes wrong products; going on without it. Please report it.\n");
 #endif
   return false;
 }

@@ -1,5 +1,5 @@
-// Products with bfloat16 weights on the tiles of AMX. The panels of gemm.h are B tiles already: 16 pairs of inputs of 16
-// outputs are 16 rows of 64 bytes, two tiles side by side. A tile product takes the same time for one row as for
+// Products with bfloat16 weights on the tiles of AMX. The panels of gemm.h are B tiles already: 16 pairs of inputs of
+// 16 outputs are 16 rows of 64 bytes, two tiles side by side. A tile product takes the same time for one row as for
 // sixteen, so it serves decode as well as prefill, and every row count has the same order of additions.
 #pragma once
 
@@ -8,16 +8,17 @@
 
 namespace fastserve::cpu::FS_ISA {
 
-constexpr int64_t kOperandStep = kAmxRows * kAmxBytes;        // of one A tile
-constexpr int64_t kWeightStep = kAmxRows * kPanel * 4;        // of the two B tiles of a panel and 32 inputs
-constexpr int64_t kStreamAhead = 2 * kWeightStep;             // bytes between a load from memory and its prefetch
+constexpr int64_t kOperandStep = kAmxRows * kAmxBytes;  // of one A tile
+constexpr int64_t kWeightStep = kAmxRows * kPanel * 4;  // of the two B tiles of a panel and 32 inputs
+constexpr int64_t kStreamAhead = 2 * kWeightStep;       // bytes between a load from memory and its prefetch
 static_assert(kPanel == 2 * kAmxOutputs);
 
 // The operand is A tiles: [m / 16][k / 32][16 rows, or m if there are fewer][32], so that loads of a tile are of 16
 // neighbouring lines. Places one row of it.
 inline void place_tile_row(const PanelLayout& layout, const float* input, int64_t row, int64_t m, void* operand) {
   const int64_t rows = m < kAmxRows ? m : kAmxRows;
-  char* out = static_cast<char*>(operand) + row / kAmxRows * kAmxRows * layout.k_padded * 2 + row % kAmxRows * kAmxBytes;
+  char* out =
+      static_cast<char*>(operand) + row / kAmxRows * kAmxRows * layout.k_padded * 2 + row % kAmxRows * kAmxBytes;
   for (int64_t k = 0; k < layout.k; k += kAmxInputs, out += rows * kAmxBytes) {
     round_inputs(input + k, layout.k - k, out);
   }
@@ -136,9 +137,11 @@ inline void gemm_amx_bf16(const PanelGemm& g) {
       panel += pair ? 2 : 1;
       continue;
     }
-    // One pass over the rows reads the panel from memory as it goes; of more passes, each fetches its share of the next.
+    // One pass over the rows reads the panel from memory as it goes; of more passes, each fetches its share of the
+    // next.
     Prefetch ahead{stream(panel) + kStreamAhead, kWeightStep};
-    if (passes > 1) ahead = {stream(panel + 1), panel + 1 < g.last_panel ? (kWeightStep / 64 + passes - 1) / passes * 64 : 0};
+    if (passes > 1)
+      ahead = {stream(panel + 1), panel + 1 < g.last_panel ? (kWeightStep / 64 + passes - 1) / passes * 64 : 0};
     for (int64_t row = 0; row < g.m; row += 2 * kAmxRows) {
       const int64_t count = g.m - row;
       if (count > kAmxRows) {

@@ -11,23 +11,27 @@ namespace fastserve::cpu {
 
 struct GemmBlocks {
   int64_t rows, row_blocks;
-  int64_t panels, panel_blocks;
+  int64_t pieces;  // of the panels; piece i is [i · panels / pieces, (i + 1) · panels / pieces)
   int64_t inputs;  // of a part of the sums
 };
 
 // Rows of a block whose sums are cut: every weight is read from memory once for so many.
 constexpr int64_t kBlockRows = 256;
+// Kernels may compute as many rows as this at most for two panels at a time.
+constexpr int64_t kPairedRows = 16;
 
-// Even numbers of panels, because kernels like to work on pairs; about eight tasks a thread to level the load.
-inline int64_t panels_of_task(int64_t panels, int64_t row_blocks, int threads) {
-  return std::max<int64_t>(2, round_up(panels * row_blocks / (8 * threads), 2));
+// Pieces that leave no thread with more than another; about eight a thread, to level what else the threads have to do.
+inline int64_t panel_pieces(int64_t panels, int64_t rows, int64_t row_blocks, int threads) {
+  const int64_t most = rows <= kPairedRows ? ceil_div(panels, 2) : panels;
+  const int64_t rounds = std::clamp<int64_t>(most * row_blocks / threads, 1, 8);
+  return std::min(panels, ceil_div(rounds * threads, row_blocks));
 }
 
 // cached_bytes: KernelTable's, or 0.
 inline GemmBlocks cut_gemm(const PanelLayout& layout, int64_t m, int64_t element_bytes, int64_t cached_bytes,
                            int threads) {
   const int64_t k = layout.k_padded;
-  GemmBlocks blocks{.rows = m, .row_blocks = 1, .panels = 0, .panel_blocks = 0, .inputs = k};
+  GemmBlocks blocks{.rows = m, .row_blocks = 1, .pieces = 0, .inputs = k};
   if (cached_bytes != 0 && m * k * element_bytes > cached_bytes) {
     const int64_t cached = cached_bytes / element_bytes, whole = cached / k;  // rows that fit with all their inputs
     const int64_t most = std::max(whole, std::min(m, kBlockRows));
@@ -35,8 +39,7 @@ inline GemmBlocks cut_gemm(const PanelLayout& layout, int64_t m, int64_t element
     blocks.rows = round_up(ceil_div(m, ceil_div(m, most)), 32);  // two tiles of AMX
     blocks.row_blocks = ceil_div(m, blocks.rows);
   }
-  blocks.panels = panels_of_task(layout.panels(), blocks.row_blocks, threads);
-  blocks.panel_blocks = ceil_div(layout.panels(), blocks.panels);
+  blocks.pieces = panel_pieces(layout.panels(), m, blocks.row_blocks, threads);
   return blocks;
 }
 

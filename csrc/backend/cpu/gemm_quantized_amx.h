@@ -2,8 +2,8 @@
 // order, and what follows is done in the order of gemm_quantized.h: the bits are the same, so kernels may take turns.
 //
 // A group of 32 inputs is half a B tile deep and needs its sums stored, converted and scaled: about 36 cycles for 16
-// rows of 16 outputs (16 for the product, 16 for the store beside it, 32 for four operations a row on two ports) against
-// 88 (64 dot products and 24) with AVX-512. Of few rows the tile would be mostly empty.
+// rows of 16 outputs (16 for the product, 16 for the store beside it, 32 for four operations a row on two ports)
+// against 88 (64 dot products and 24) with AVX-512. Of few rows the tile would be mostly empty.
 #pragma once
 
 #include "backend/cpu/amx.h"
@@ -12,7 +12,7 @@
 namespace fastserve::cpu::FS_ISA {
 
 constexpr int64_t kAmxLeastRows = 8;
-constexpr int64_t kQuantizedBlockRows = 256;  // whose operand stays in the L2 cache
+constexpr int64_t kQuantizedBlockRows = 256;            // whose operand stays in the L2 cache
 constexpr int64_t kGroupBytes = kBlockInputs * kPanel;  // of weights, a byte each
 
 template <class Format>

@@ -1,4 +1,5 @@
-// The kernels for AMX, and for AVX-512 with dot products where tiles do not help; CMakeLists.txt sets the compiler flags.
+// The kernels for AMX, and for AVX-512 with dot products where tiles do not help; CMakeLists.txt sets the compiler
+// flags.
 #if defined(FS_AMX_EMULATED)
 #define FS_ISA amx_emulated
 #else
@@ -62,7 +63,8 @@ inline bool tiles_work() {
       float sum = static_cast<float>(i - n);
       for (int k = 0; k < kAmxInputs; ++k) sum += to_float(a[i][k]) * to_float(b[k / 2][2 * n + k % 2]);
       int32_t byte_sum = i - n;
-      for (int k = 0; k < kAmxBytes; ++k) byte_sum += static_cast<int8_t>(bytes[0][i][k]) * bytes[1][k / 4][4 * n + k % 4];
+      for (int k = 0; k < kAmxBytes; ++k)
+        byte_sum += static_cast<int8_t>(bytes[0][i][k]) * bytes[1][k / 4][4 * n + k % 4];
       if (sums[i][n] != sum || byte_sums[i][n] != byte_sum) return false;
     }
   }
