@@ -125,6 +125,7 @@ def _limits(config: SchedulerConfig) -> dict[str, Any]:
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
+        "stall_limit": config.stall_limit,
         "max_in_flight": config.max_in_flight,
         "num_levels": config.num_levels,
         "starvation_limit": config.starvation_limit,

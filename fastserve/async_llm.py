@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from .outputs import LiveRequest, Request, RequestOutput
 from .serving import EngineError, Message, Prompt, ServingCore
@@ -60,6 +60,9 @@ class AsyncLLM(ServingCore):
     ...     async for output in llm.generate("Once upon a time", SamplingParams(max_tokens=100)):
     ...         print(output.outputs[0].text)
     """
+
+    # Twice as long a gap as usual is what a reader notices; the cost model may be off by a tenth.
+    _stall_limit: ClassVar[float | None] = 1.8
 
     def _start(self) -> None:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

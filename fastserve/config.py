@@ -73,6 +73,8 @@ class SchedulerConfig:
     policy: str = "skip-join-mlfq"
     max_num_seqs: int = 32  # rows of one iteration
     max_num_batched_tokens: int = 512  # tokens of one iteration
+    # Prefills make an iteration at most this many times as long as its decodes alone would; None: however long.
+    stall_limit: float | None = None
     block_size: int = 16  # token slots of one KV block
     num_blocks: int = 1024  # KV blocks on the device
     max_model_len: int = 2048  # longest prompt + output
@@ -119,8 +121,10 @@ class SchedulerConfig:
             )
         if not _is_number(self.repayment) or not 0 <= self.repayment < math.inf:
             raise InvalidRequest("repayment", f"must be a number from 0 on, got {self.repayment!r}")
-        for option, unit in (("starvation_limit", " seconds"), ("slowdown_limit", "")):
+        for option, unit in (("starvation_limit", " seconds"), ("slowdown_limit", ""), ("stall_limit", "")):
             object.__setattr__(self, option, _checked_limit(option, getattr(self, option), unit))
+        if self.stall_limit is not None and self.stall_limit <= 1:
+            raise InvalidRequest("stall_limit", f"must be above 1, or none, got {self.stall_limit!r}")
 
     @property
     def swaps(self) -> bool:

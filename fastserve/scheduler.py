@@ -19,6 +19,7 @@ from typing import Final
 
 import numpy as np
 
+from .chunking import Chunks
 from .config import SchedulerConfig
 from .cost import Cost, Link
 from .decode_rows import DecodeRows
@@ -156,9 +157,12 @@ class Scheduler:
             for job in exhausted:
                 self._leave(job)
             budget = self.config.max_num_batched_tokens - len(decodes)
+            chunks = Chunks(self.cost, self.config.stall_limit, rows)
             for job in batch.prefills:
-                taken += self._prefill(plan, job, budget, prefills, now)
-                budget -= prefills[-1].tokens
+                if (tokens := chunks.cut(job.computed, min(job.known - job.computed, budget))) == 0:
+                    break
+                taken += self._prefill(plan, job, tokens, prefills, now)
+                budget -= tokens
             if prefills:
                 self._version += 1  # they have other rows next time
         closed, copies = self.residency.tell(plan, taken)
@@ -290,13 +294,12 @@ class Scheduler:
         batch.grew(row, position + self.blocks.block_size)
         return 1
 
-    def _prefill(self, plan: PlanBuilder, job: Job, budget: int, rows: list[Row], now: float) -> int:
-        """A row for as many of the job's tokens as the budget allows; returns how many blocks that took."""
+    def _prefill(self, plan: PlanBuilder, job: Job, tokens: int, rows: list[Row], now: float) -> int:
+        """A row for so many of the job's tokens; returns how many blocks that took."""
         if job.waiting_since is not None:
             self._runs(job, now)
         taken = self.residency.open(job, plan) if job.slot is None else 0
         assert job.slot is not None
-        tokens = min(job.known - job.computed, budget)
         row = Row(job, job.computed, tokens, job.computed + tokens == job.known)
         rows.append(row)
         plan.row(job, job.slot, row.start, tokens, int(row.samples))

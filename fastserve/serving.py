@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .assembly import assemble
 from .calibration import Calibration
@@ -44,6 +44,8 @@ class EngineError(RuntimeError):
 class ServingCore:
     """What LLM and AsyncLLM share. `_add`, `_abort` and `_step` belong to one thread; the rest is for any."""
 
+    _stall_limit: ClassVar[float | None] = None  # unless it is given
+
     def __init__(
         self,
         model: str | os.PathLike[str],
@@ -56,6 +58,7 @@ class ServingCore:
         max_model_len: int | None = None,
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
+        stall_limit: float | Literal["auto"] | None = "auto",
         block_size: int = 16,
         kv_cache_memory: str | int | None = None,
         swap_space: str | int | None = None,
@@ -82,6 +85,9 @@ class ServingCore:
         max_model_len    longest prompt + output, in tokens; None: the model's own limit
         max_num_seqs     jobs in one iteration
         max_num_batched_tokens  tokens in one iteration; longer prompts are prefilled in chunks
+        stall_limit      these make an iteration at most this many times as long as its decodes alone would take, by the
+                         cost model; None: however long; auto: 1.8 for AsyncLLM, whose users see every token come, and
+                         None for LLM, whose users see the end
         block_size       tokens in one block of the KV cache
         kv_cache_memory  bytes, or text such as 512M; None: room for max_num_seqs full contexts, but at most a quarter
                          of the memory available
@@ -120,6 +126,7 @@ class ServingCore:
                 "policy": policy,
                 "max_num_seqs": max_num_seqs,
                 "max_num_batched_tokens": max_num_batched_tokens,
+                "stall_limit": self._stall_limit if stall_limit == "auto" else stall_limit,
                 "block_size": block_size,
                 "max_in_flight": max_in_flight,
                 "num_levels": num_levels,

@@ -92,6 +92,12 @@ SCHEDULING: dict[str, Any] = {
     "slowdown_limit": _engine(
         str | None, "none", "So does one that has waited this many times its own service; none: never."
     ),
+    "stall_limit": _engine(
+        str | None,
+        "auto",
+        "Cut prompts so that they make an iteration at most this many times as long for jobs that decode; none: never; "
+        "auto: 1.8 where tokens are streamed to many, else never.",
+    ),
     "num_levels": _engine(int | None, "12", "Levels of the MLFQ."),
     "cost": _engine(
         Path | None, "measured once and remembered", "Cost profile to schedule by, as `fastserve profile` writes it."
@@ -118,7 +124,7 @@ SAMPLING: dict[str, Any] = {
     ),
     "ignore_eos": _sampling(bool | None, False, "Go on after the end-of-sequence token.", "--ignore-eos"),
 }
-_LIMITS = {"starvation_limit": " of seconds", "slowdown_limit": ""}
+_LIMITS = {"starvation_limit": " of seconds", "slowdown_limit": "", "stall_limit": ""}
 
 SIMULATION = (
     "workload", "trace", "arrivals", "jobs", "rate", "load", "seeds", "warmup_jobs", "hardware", "tensor_parallel_size",
@@ -176,7 +182,9 @@ def engine_options(given: dict[str, Any]) -> dict[str, Any]:
     return {**given, **limits}
 
 
-def _limit(option: str, unit: str, text: str) -> float | None:
+def _limit(option: str, unit: str, text: str) -> float | str | None:
+    if option == "stall_limit" and text == "auto":
+        return text
     try:
         return None if text.lower() == "none" else float(text)
     except ValueError:

@@ -126,6 +126,10 @@ def simulate(
     slowdown_limit: Annotated[
         str | None, _in(_LIMITS, "So does one that has waited this many times its own service.", default="none")
     ] = None,
+    stall_limit: Annotated[
+        str | None,
+        _in(_LIMITS, "Prefills make an iteration at most this many times as long as its decodes.", default="none"),
+    ] = None,
     num_levels: Annotated[int, _in(_LIMITS, "Levels of the MLFQ.", default=True)] = 12,
     as_json: JsonOption = False,
     plot: Annotated[
@@ -222,7 +226,8 @@ def simulate(
         swap_seconds=swap_seconds,
         scheduler={name: value for name, value in scheduler.items() if value is not None}
         | limit_from("starvation_limit", starvation_limit)
-        | limit_from("slowdown_limit", slowdown_limit),
+        | limit_from("slowdown_limit", slowdown_limit)
+        | limit_from("stall_limit", stall_limit),
     )
     setting = experiment.setting()
     if timeline and setting.jobs > _TIMELINE_JOBS:

@@ -44,6 +44,10 @@ class Policy(ABC):
         """The job is complete, and its `finish_reason` says why; `remove` follows. For policies that learn."""
         return None
 
+    def make_way(self) -> None:
+        """Jobs of other priorities compete for places too: those that run may not all stay. Called before iter_best."""
+        return None
+
     def next_deadline(self) -> float | None:
         """When time alone will next change the order, or, for the sake of running jobs, earlier; None: never."""
         return None

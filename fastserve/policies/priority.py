@@ -61,6 +61,8 @@ class ByPriority(Policy):
     def iter_best(self, now: float) -> Iterator[Job]:
         if len(self._priorities) == 1:
             return self._policies[self._priorities[0]].iter_best(now)
+        for policy in self._policies.values():
+            policy.make_way()
         return chain.from_iterable(self._policies[priority].iter_best(now) for priority in self._priorities)
 
     def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:

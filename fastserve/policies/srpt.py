@@ -31,8 +31,9 @@ class ShortestRemainingTime(Policy):
     of the first and the last, which is exact for a cost linear in the context. Jobs without `known_output` are refused.
 
     A running job's remaining time only shrinks, so a stale one harms nobody until a job arrives that might fit in
-    between. Hence service is not asked for (the horizon is infinite); when a job has arrived, those that ran are looked
-    at again before anyone is chosen. Those whose time changes at every look, a batch of them, are kept apart from the
+    between, or jobs of other priorities take places. Hence service is not asked for (the horizon is infinite); in these
+    cases those that ran are looked at again before anyone is chosen. Who gives way for want of memory is chosen by
+    times as they were looked at last. Those whose time changes at every look, a batch of them, are kept apart from the
     many that wait: sorting a few hundred anew is quicker than finding a new place among all for each.
     """
 
@@ -45,7 +46,7 @@ class ShortestRemainingTime(Policy):
         self._sorted: list[tuple[_Key, Job]] = []  # those; empty: to be sorted
         self._running_sums: list[float] = []  # of them, as _sums; empty: to be summed
         self._ran: dict[Job, None] = {}  # those whose key may be out of date
-        self._arrived = False
+        self._stale = False
         self._sums = [0.0] * (_HIGHEST - _LOWEST + 1)  # of those that wait
         self._counts = [0] * len(self._sums)
 
@@ -54,7 +55,7 @@ class ShortestRemainingTime(Policy):
         if job.known_output is None:
             raise InvalidRequest("policy", "srpt needs output lengths: simulator and replay only")
         self._insert(job)
-        self._arrived = True
+        self._stale = True
 
     def remove(self, job: Job) -> None:
         self._delete(job)
@@ -66,6 +67,9 @@ class ShortestRemainingTime(Policy):
     def horizon(self, job: Job) -> float:
         return math.inf
 
+    def make_way(self) -> None:
+        self._stale = True
+
     def move(self, job: Job, tier: int | None) -> None:
         if job in self._running:
             return
@@ -76,8 +80,8 @@ class ShortestRemainingTime(Policy):
             self._tiers[tier][key] = job
 
     def iter_best(self, now: float) -> Iterator[Job]:
-        if self._arrived:
-            self._arrived = False
+        if self._stale:
+            self._stale = False
             for job in list(self._ran):
                 waits = job.waiting_since is not None
                 if waits or job not in self._running:

@@ -54,7 +54,9 @@ class Recorded:
         check_real("rate", "jobs a second", rate, MIN_RATE, MAX_RATE)
         own = self.shape.rate
         if own is None:
-            raise InvalidRequest("rate", f"cannot be set: all jobs of {self.path} arrive at once")
+            raise InvalidRequest(
+                "rate", f"{self.path} cannot be stretched to a rate or a load: all its jobs arrive at once"
+            )
         stretch = own / rate
         return (replace(job, arrival=job.arrival * stretch) for job in jobs)
 

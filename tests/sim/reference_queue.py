@@ -15,6 +15,7 @@ class Customer:
     arrival: float
     prompt_tokens: int
     output_tokens: int
+    priority: int = 0
     produced: int = 0
     finish: float = -1.0
     first_token: float = -1.0
@@ -24,23 +25,23 @@ class Customer:
         return self.output_tokens - self.produced
 
 
-def fcfs(customer: Customer) -> tuple[float, int]:
-    return customer.arrival, customer.number
+def fcfs(customer: Customer) -> tuple[int, float, int]:
+    return customer.priority, customer.arrival, customer.number
 
 
-def srpt(customer: Customer) -> tuple[float, int]:
+def srpt(customer: Customer) -> tuple[int, float, int]:
     """Prompt and first token are one iteration, so what remains is counted in tokens of output."""
-    return customer.remaining, customer.number
+    return customer.priority, customer.remaining, customer.number
 
 
 def serve(
-    jobs: Sequence[tuple[float, int, int]],
-    order: Callable[[Customer], tuple[float, int]],
+    jobs: Sequence[tuple[float, int, int, int]],
+    order: Callable[[Customer], tuple[int, float, int]],
     *,
     batch: int,
     seconds: float,
 ) -> list[Customer]:
-    """(arrival, prompt tokens, output tokens) of each job, in order of arrival → when each got what.
+    """(arrival, prompt tokens, output tokens, priority) of each job, in order of arrival → when each got what.
 
     A job that arrives during an iteration can be in the next.
     """

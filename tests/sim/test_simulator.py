@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pytest
 import reference_queue
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastserve.config import SchedulerConfig
@@ -40,7 +40,12 @@ def finishes(jobs: Iterable[Job]) -> list[float]:
 # --- constant iterations: the reference, and formulas -----------------------------------------------------------------
 
 TRACES = st.lists(
-    st.tuples(st.floats(0, 20, allow_nan=False), st.integers(1, 50), st.one_of(st.integers(1, 6), st.integers(1, 40))),
+    st.tuples(
+        st.floats(0, 20, allow_nan=False),
+        st.integers(1, 50),
+        st.one_of(st.integers(1, 6), st.integers(1, 40)),
+        st.sampled_from([0, 0, 0, -1, 1]),
+    ),
     min_size=1,
     max_size=40,
 ).map(sorted)
@@ -48,17 +53,19 @@ ORDERS = {"fcfs": reference_queue.fcfs, "srpt": reference_queue.srpt}
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "srpt"])
+@example(trace=[(0.0, 1, 5, 0), (1.57, 1, 3, 0), (3.53, 1, 1, -1)], batch=2, seconds=1.0)  # one makes way: a tie
 @given(trace=TRACES, batch=st.integers(1, 5), seconds=st.sampled_from([1.0, 0.1, 0.037]))
 def test_finish_times_are_the_references(
-    policy: str, trace: list[tuple[float, int, int]], batch: int, seconds: float
+    policy: str, trace: list[tuple[float, int, int, int]], batch: int, seconds: float
 ) -> None:
-    done, totals = run([SimJob(*job) for job in trace], CostModel.constant(seconds), policy=policy, max_num_seqs=batch)
+    jobs = [SimJob(*job[:3], priority=job[3]) for job in trace]
+    done, totals = run(jobs, CostModel.constant(seconds), policy=policy, max_num_seqs=batch)
     expected = reference_queue.serve(trace, ORDERS[policy], batch=batch, seconds=seconds)
     assert finishes(done) == [customer.finish for customer in expected]
     assert [job.metrics.first_token for job in done] == [customer.first_token for customer in expected]
-    assert [len(job.output) for job in done] == [output for _, _, output in trace]
-    assert totals.rows == sum(output for _, _, output in trace) == totals.decode_tokens + len(trace)
-    assert totals.prefill_tokens == sum(prompt for _, prompt, _ in trace)
+    assert [len(job.output) for job in done] == [job.output_tokens for job in jobs]
+    assert totals.rows == sum(job.output_tokens for job in jobs) == totals.decode_tokens + len(trace)
+    assert totals.prefill_tokens == sum(job.prompt_tokens for job in jobs)
 
 
 @pytest.mark.parametrize("batch", [1, 4])

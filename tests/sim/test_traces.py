@@ -221,7 +221,7 @@ def test_a_recorded_workload_can_be_its_beginning(write: Write) -> None:
 def test_what_cannot_be_stretched_is_refused(write: Write) -> None:
     recorded = Recorded(write("\n".join([MOONCAKE.splitlines()[0]] * 3)))
     assert recorded.shape.rate is None
-    with pytest.raises(InvalidRequest, match=r"rate: cannot be set: all jobs of .* arrive at once"):
+    with pytest.raises(InvalidRequest, match=r"cannot be stretched to a rate or a load: all its jobs arrive at once"):
         recorded.jobs(0, 3, 1.0)
     with pytest.raises(InvalidRequest, match="rate: jobs a second must be"):
         recorded.jobs(0, 3, 0.0)

@@ -29,8 +29,11 @@ ARROWS: dict[str, set[str] | None] = {
     "planning": {"config", "cost", "types"},
     "decode_rows": {"cost", "types"},
     "residency": {"decode_rows", "policies", "kv", "planning", "config", "cost", "types"},
+    "chunking": {"cost", "types"},
     "selection": {"policies", "residency", "decode_rows", "config", "types"},
-    "scheduler": {"selection", "policies", "residency", "decode_rows", "planning", "config", "cost", "types"},
+    "scheduler": {
+        "chunking", "selection", "policies", "residency", "decode_rows", "planning", "config", "cost", "types",
+    },
     "engine": {"planning", "scheduler", "config", "cost", "types"},
     "simulator": {"engine", "workloads", "config", "cost", "types"},
     "roofline": {"config", "cost", "types"},

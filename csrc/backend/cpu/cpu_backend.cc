@@ -130,8 +130,7 @@ class CpuBackend final : public Backend {
         kernels_.place_row(layout, args.input + row * args.ld_input, row, args.m, placed);
       });
     }
-    const int64_t cached_bytes = layout.dtype == DType::kBFloat16 ? kernels_.cached_bytes : 0;
-    const GemmBlocks blocks = cut_gemm(layout, args.m, element_bytes, cached_bytes, threads());
+    const GemmBlocks blocks = cut_gemm(layout, args.m, element_bytes, kernels_, threads());
     const int64_t panels = layout.panels(), partial_columns = ceil_div(panels, blocks.pieces) * layout.panel;
     pool_.run(blocks.row_blocks * blocks.pieces, [&](int64_t task, int thread) {
       // Neighbouring tasks share weights.
@@ -176,14 +175,15 @@ class CpuBackend final : public Backend {
 
   void rope_and_store(const RopeAndStoreArgs& args) override {
     const KvLayout& kv = attention_.layout();
-    const int64_t width = (args.num_heads + 2 * kv.num_kv_heads) * kv.head_dim;
-    for (int64_t r = 0; r < args.num_rows; ++r) {
-      const Row& row = args.rows[r];
-      split_rows(row.tokens, width, [&](int64_t i) {
-        rotate_token(args, row.first + i);
-        attention_.store(args, row, i);
-      });
-    }
+    // One job's chunk may hold all tokens, or every job one.
+    token_rows_.clear();
+    for (int64_t r = 0; r < args.num_rows; ++r) token_rows_.insert(token_rows_.end(), args.rows[r].tokens, r);
+    split_rows(static_cast<int64_t>(token_rows_.size()), (args.num_heads + 2 * kv.num_kv_heads) * kv.head_dim,
+               [&](int64_t token) {
+                 const Row& row = args.rows[token_rows_[token]];
+                 rotate_token(args, token);
+                 attention_.store(args, row, token - row.first);
+               });
   }
 
   void attention(const AttentionArgs& args) override { attention_.run(args); }
@@ -236,7 +236,7 @@ class CpuBackend final : public Backend {
   // Calls body(first, last, thread) for pieces of [0, panels).
   template <class Body>
   void split_panels(int64_t panels, int64_t rows, Body body) {
-    const int64_t pieces = cpu::panel_pieces(panels, rows, 1, threads());
+    const int64_t pieces = cpu::panel_pieces(panels, rows > kernels_.paired_rows ? 1 : 2, 1, threads());
     pool_.run(pieces,
               [&](int64_t piece, int thread) { body(piece * panels / pieces, (piece + 1) * panels / pieces, thread); });
   }
@@ -271,6 +271,7 @@ class CpuBackend final : public Backend {
   ThreadPool pool_;
   std::vector<Buffer> scratch_;  // one a thread
   Buffer operand_;
+  std::vector<int64_t> token_rows_;  // the row of every token
   cpu::PagedAttention attention_;
 };
 

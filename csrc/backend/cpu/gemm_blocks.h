@@ -17,19 +17,16 @@ struct GemmBlocks {
 
 // Rows of a block whose sums are cut: every weight is read from memory once for so many.
 constexpr int64_t kBlockRows = 256;
-// Kernels may compute as many rows as this at most for two panels at a time.
-constexpr int64_t kPairedRows = 16;
-
-// Pieces that leave no thread with more than another; about eight a thread, to level what else the threads have to do.
-inline int64_t panel_pieces(int64_t panels, int64_t rows, int64_t row_blocks, int threads) {
-  const int64_t most = rows <= kPairedRows ? ceil_div(panels, 2) : panels;
-  const int64_t rounds = std::clamp<int64_t>(most * row_blocks / threads, 1, 8);
+// Pieces of at least `together` panels that leave no thread with more than another; about eight a thread, to level what
+// else the threads have to do.
+inline int64_t panel_pieces(int64_t panels, int64_t together, int64_t row_blocks, int threads) {
+  const int64_t rounds = std::clamp<int64_t>(panels / together * row_blocks / threads, 1, 8);
   return std::min(panels, ceil_div(rounds * threads, row_blocks));
 }
 
-// cached_bytes: KernelTable's, or 0.
-inline GemmBlocks cut_gemm(const PanelLayout& layout, int64_t m, int64_t element_bytes, int64_t cached_bytes,
+inline GemmBlocks cut_gemm(const PanelLayout& layout, int64_t m, int64_t element_bytes, const KernelTable& kernels,
                            int threads) {
+  const int64_t cached_bytes = layout.dtype == DType::kBFloat16 ? kernels.cached_bytes : 0;
   const int64_t k = layout.k_padded;
   GemmBlocks blocks{.rows = m, .row_blocks = 1, .pieces = 0, .inputs = k};
   if (cached_bytes != 0 && m * k * element_bytes > cached_bytes) {
@@ -39,7 +36,7 @@ inline GemmBlocks cut_gemm(const PanelLayout& layout, int64_t m, int64_t element
     blocks.rows = round_up(ceil_div(m, ceil_div(m, most)), 32);  // two tiles of AMX
     blocks.row_blocks = ceil_div(m, blocks.rows);
   }
-  blocks.pieces = panel_pieces(layout.panels(), m, blocks.row_blocks, threads);
+  blocks.pieces = panel_pieces(layout.panels(), m > kernels.paired_rows ? 1 : 2, blocks.row_blocks, threads);
   return blocks;
 }
 

@@ -17,6 +17,7 @@ namespace FS_ISA {
 constexpr KernelTable make_amx_table(const char* name) {
   KernelTable table = make_table(name);
   table.input_step = kAmxInputs;
+  table.paired_rows = kAmxRows;
   table.cached_bytes = 1024 * 1024;
   table.place_row = place_tile_row;
   table.gemm = gemm_amx;

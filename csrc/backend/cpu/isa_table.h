@@ -17,6 +17,7 @@ constexpr KernelTable make_table(const char* name) {
       .panel = kPanel,
       .operand_bytes = sizeof(BFloat16Format::Operand),
       .input_step = 2,
+      .paired_rows = kMaxRows / 2,
       .cached_bytes = 0,
       .pack_panel = pack_panel,
       .unpack_row = unpack_row,

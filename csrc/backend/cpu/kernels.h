@@ -87,6 +87,7 @@ struct KernelTable {
   int64_t panel;          // outputs of a weight panel
   int64_t operand_bytes;  // of one element of a bfloat16 GEMM's operand
   int64_t input_step;     // inputs of bfloat16 panels are padded to a multiple of it
+  int64_t paired_rows;    // a GEMM of as many rows at most takes two panels at a time
   int64_t cached_bytes;   // of a bfloat16 GEMM's operand that a call should take at most; 0: it has no limit
   void (*pack_panel)(const PanelLayout&, const float* rows, int64_t count, int64_t first, void* panel);
   void (*unpack_row)(const PanelLayout&, const void* weight, int64_t row, float* output, bool accumulate);

@@ -1,0 +1,120 @@
+"""Prefills that are cut so that they do not hold up those who decode beside them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+import toy_llm
+from hypothesis import example, given
+from hypothesis import strategies as st
+from toy_llm import ToyWorld
+
+from fastserve.chunking import Chunks
+from fastserve.config import SchedulerConfig
+from fastserve.cost import CostModel
+from fastserve.engine import IterationRecord
+from fastserve.simulator import simulate
+from fastserve.types import InvalidRequest, Job
+from fastserve.workloads.job import SimJob
+
+COST = CostModel(per_iteration=1.0, per_row=0.125, per_token=0.25, per_read=0.0001, per_pair=0.0002)
+LIMITS: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 512, "num_blocks": 4096, "max_model_len": 4096}
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> ToyWorld:
+    return toy_llm.enter(monkeypatch)
+
+
+def decodes(*positions: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.array([[slot, position, 1, 1] for slot, position in enumerate(positions)], np.int32).reshape(-1, 4)
+
+
+def run(jobs: list[SimJob], policy: str, stall_limit: float | None) -> tuple[list[Job], list[IterationRecord]]:
+    done: list[Job] = []
+    records: list[IterationRecord] = []
+    config = SchedulerConfig(policy=policy, stall_limit=stall_limit, **LIMITS)
+    simulate(jobs, config, COST, on_finish=done.append, on_iteration=records.append)
+    return done, records
+
+
+def test_worked_example() -> None:
+    """One decode at position 0 takes 1.3753 s, so that as much is left: 1.2503 beside the row. From position 0 on, n
+    tokens take 0.2501 n + 0.0001 n (n + 1): 1.0024 for 4 and 1.2535 for 5."""
+    chunks = Chunks(COST, 2.0, decodes(0))
+    assert chunks.cut(0, 100) == 4
+    assert chunks.cut(0, 100) == 0  # no time is left
+
+
+@example(positions=[400], wants=[(0, 7), (2000, 512), (0, 512)], limit=2.0)  # no time for the second
+@given(
+    positions=st.lists(st.integers(0, 3000), max_size=8),
+    wants=st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 512)), min_size=1, max_size=5),
+    limit=st.one_of(st.none(), st.floats(1.01, 10)),
+)
+def test_as_much_as_there_is_time_for(positions: list[int], wants: list[tuple[int, int]], limit: float | None) -> None:
+    rows = [(position, 1) for position in positions]
+    chunks = Chunks(COST, limit, decodes(*positions))
+    allowed = float("inf") if limit is None or not rows else limit * COST.iteration_seconds(rows)
+    for number, (start, tokens) in enumerate(wants):
+        taken = chunks.cut(start, tokens)
+        assert 0 <= taken <= tokens
+        assert taken > 0 or number > 0, "a prefill that is first always moves on"
+        if taken > (number == 0):
+            assert COST.iteration_seconds([*rows, (start, taken)]) <= allowed * (1 + 1e-9)
+        if taken < tokens:
+            assert COST.iteration_seconds([*rows, (start, taken + 1)]) > allowed * (1 - 1e-9)
+        if taken:
+            rows.append((start, taken))
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "skip-join-mlfq", "gittins", "srpt"])
+def test_a_long_prompt_does_not_hold_up_those_who_decode(policy: str) -> None:
+    """Without a limit the others wait for minutes between two tokens, since 512 tokens of it are an iteration."""
+    jobs = [SimJob(0.0, 8, 60)] * 3 + [SimJob(20.0, 2048, 4)]
+    longest = {}
+    for limit in (None, 1.5):
+        done, records = run(jobs, policy, limit)
+        assert sorted(len(job.output) for job in done) == [4, 60, 60, 60]
+        assert sum(record.prefill_tokens for record in records) == 3 * 8 + 2048
+        longest[limit] = max(record.seconds for record in records if record.decode_tokens and record.submitted > 20)
+    assert longest[None] > 100
+    assert longest[1.5] <= 1.5 * COST.iteration_seconds([(68, 1)] * 3)
+
+
+@given(
+    jobs=st.lists(st.tuples(st.floats(0, 60), st.integers(1, 700), st.integers(1, 20)), min_size=1, max_size=12).map(
+        sorted
+    ),
+    policy=st.sampled_from(["fcfs", "mlfq", "skip-join-mlfq", "gittins", "srpt"]),
+    limit=st.floats(1.05, 4),
+)
+def test_no_iteration_is_longer_than_its_decodes_allow(
+    jobs: list[tuple[float, int, int]], policy: str, limit: float
+) -> None:
+    done, records = run([SimJob(*job) for job in jobs], policy, limit)
+    assert sorted(len(job.output) for job in done) == sorted(output for _, _, output in jobs)
+    for record in records:
+        if record.decode_tokens and record.prefill_tokens > 1:
+            # Contexts are not in the record: the longest there are bound the time of the decodes from above.
+            assert record.seconds <= limit * COST.iteration_seconds([(720, 1)] * record.decode_tokens) + 1e-9
+
+
+def test_readers_of_a_stream_are_not_held_up_unless_told(world: ToyWorld) -> None:
+    async def told(**options: object) -> object:
+        async with world.async_llm(**options) as llm:
+            return llm.info["stall_limit"]
+
+    assert asyncio.run(told()) == 1.8
+    assert asyncio.run(told(stall_limit=None)) is None
+    with world.llm() as llm, world.llm(stall_limit=3) as limited:
+        assert (llm.info["stall_limit"], limited.info["stall_limit"]) == (None, 3.0)
+
+
+@pytest.mark.parametrize("value", [1, 0.5, -1, float("nan"), "twice", True])
+def test_a_limit_that_is_none(value: object) -> None:
+    with pytest.raises(InvalidRequest, match="stall_limit: must be above"):
+        SchedulerConfig(stall_limit=value)  # type: ignore[arg-type]
