@@ -17,6 +17,7 @@ struct GemmBlocks {
 
 // Rows of a block whose sums are cut: every weight is read from memory once for so many.
 constexpr int64_t kBlockRows = 256;
+
 // Pieces of at least `together` panels that leave no thread with more than another; about eight a thread, to level what
 // else the threads have to do.
 inline int64_t panel_pieces(int64_t panels, int64_t together, int64_t row_blocks, int threads) {
