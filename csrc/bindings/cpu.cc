@@ -15,7 +15,13 @@ void register_cpu(pybind11::module_& module) {
         for (const cpu::KernelTable* table : cpu::supported_kernels()) names.emplace_back(table->name);
         return names;
       },
-      "Names of the instruction sets this build and this machine have, best first; FASTSERVE_ISA forces one.");
+      "Names of the instruction sets this build and this machine have, best first; FASTSERVE_ISA forces one. The last "
+      "may "
+      "be amx_emulated, which is slow and for tests.");
+#ifdef FS_X86
+  module.def("emulated_amx_works", &cpu::emulated_amx_works,
+             "For tests: what a machine with AMX is asked before it is trusted, asked of the emulation.");
+#endif
   module.def(
       "dequantize",
       [](const std::string& type, const Array<uint8_t>& data, int64_t count) {

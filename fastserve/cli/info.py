@@ -66,7 +66,7 @@ def describe(model: str) -> dict[str, Any]:
         "kv_bytes_per_token": {
             dtype: block_bytes(spec, dtype, _BLOCK) // _BLOCK for dtype in KV_CACHE_DTYPES if dtype != "auto"
         },
-        "instruction_sets": instruction_sets(),
+        "instruction_sets": [name for name in instruction_sets() if not name.endswith("_emulated")],
         **_default_pools(block_bytes(spec, "bfloat16", _BLOCK), spec.max_position),
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import reference
@@ -15,6 +17,10 @@ SPECS = {
     "llama": llama_spec(),
     "qwen3": llama_spec(qk_norm=True, num_kv_heads=3),
     "mqa": llama_spec(num_heads=7, num_kv_heads=1, head_dim=16, rope_inv_freq=(1.0, 0.3, 0.1)),
+    # Heads of the widths that tiles take, of two and of three of them, and more at one position than tiles have rows.
+    "tiled": llama_spec(head_dim=64, rope_inv_freq=tuple(0.7**i for i in range(32))),
+    "tiled-odd": llama_spec(num_layers=1, num_heads=3, num_kv_heads=3, head_dim=96, rope_inv_freq=(1.0, 0.1)),
+    "tiled-mqa": llama_spec(num_layers=1, num_heads=40, num_kv_heads=1, head_dim=32, rope_inv_freq=(1.0, 0.3)),
     "gpt2": gpt_spec(),
     "neox": neox_spec(),
 }
@@ -65,13 +71,31 @@ def test_no_bit_depends_on_batch_chunks_blocks_or_threads(
             assert np.array_equal(driver.all_logits(slot), alone)
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["float32", "bfloat16", "int8"])
-def test_garbage_in_a_recycled_block_reaches_nobody(kv_cache_dtype: str) -> None:
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("name", SPECS)
+def test_bfloat16_is_close_to_a_plain_decoder(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding to 8 bits in every product, each about 2^-9 of a value; where attention wavers, much comes of it."""
+    monkeypatch.setenv("FASTSERVE_ISA", isa)
+    source, tokens = SyntheticModel(SPECS[name]), _tokens(600, seed=1)
+    expected = reference.logits(source, tokens)
+    errors = whole(source, tokens, dtype="bfloat16") - expected
+    error = np.sqrt(np.mean(errors**2, axis=1)) / expected.std()
+    assert np.median(error) < 16 * 2**-9
+    assert error.max() < 0.4
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize(("dtype", "kv_cache_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")])
+@pytest.mark.parametrize("name", ["llama", "tiled"])
+def test_garbage_in_a_recycled_block_reaches_nobody(
+    name: str, dtype: str, kv_cache_dtype: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One job's NaN must not leak into the next holder of its blocks through a slot that is not yet written."""
-    spec = llama_spec(num_layers=1)
+    monkeypatch.setenv("FASTSERVE_ISA", isa)
+    spec = replace(SPECS[name], num_layers=1)
     clean = SyntheticModel(spec)
 
-    driver = Driver(PoisonedModel(spec, np.nan), [[0] * 20], kv_cache_dtype=kv_cache_dtype)
+    driver = Driver(PoisonedModel(spec, np.nan), [[0] * 20], dtype=dtype, kv_cache_dtype=kv_cache_dtype)
     runtime = driver.runtime
     runtime.submit(plan(1, [(0, 0, 20, 0)], [0] * 20, opened=[(0, 20)], table=[(0, 0, 0), (0, 1, 1)]))
     runtime.poll()
@@ -80,4 +104,22 @@ def test_garbage_in_a_recycled_block_reaches_nobody(kv_cache_dtype: str) -> None
     _, logits = runtime.logits(
         plan(2, [(1, 0, 18, 18)], tokens, opened=[(1, 18)], table=[(1, 0, 1), (1, 1, 0)], closed=[0])
     )
-    assert np.array_equal(logits, whole(clean, tokens, kv_cache_dtype=kv_cache_dtype))
+    assert np.array_equal(logits, whole(clean, tokens, dtype=dtype, kv_cache_dtype=kv_cache_dtype))
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "tiled", "tiled-mqa"])
+def test_a_later_token_of_the_same_chunk_changes_nothing(
+    name: str, dtype: str, poison: float, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even one that is not a number; those behind it are none either."""
+    monkeypatch.setenv("FASTSERVE_ISA", isa)
+    source, tokens = PoisonedModel(SPECS[name], poison), [max(1, token) for token in _tokens(300, seed=4)]
+    sound = whole(source, tokens, dtype=dtype)
+    assert np.isfinite(sound).all()
+    for place in (3, 21, 270):
+        spoilt = whole(source, [*tokens[:place], 0, *tokens[place + 1 :]], dtype=dtype)
+        assert np.array_equal(spoilt[:place], sound[:place])
+        assert np.isnan(spoilt[place:]).all()

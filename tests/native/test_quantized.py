@@ -117,7 +117,7 @@ def test_extreme_weights(format: str, isa: str) -> None:
                 blocks[..., 2:4] = np.frombuffer(np.float16(-3.0).tobytes(), np.uint8)
             held = gguf.quants.dequantize(blocks.reshape(n, -1), BLOCKS[format]).astype(np.float64)
             matrix.load(format, blocks.reshape(-1))
-        for x in (np.ones((3, k), np.float32), -np.ones((3, k), np.float32)):
+        for x in (np.ones((20, k), np.float32), -np.ones((20, k), np.float32)):
             np.testing.assert_allclose(matrix.multiply(x), x @ held.T, rtol=1e-5)
 
 
@@ -129,6 +129,7 @@ def test_a_row_does_not_depend_on_how_many_share_the_call(format: str, isa: str)
     alone = np.concatenate([matrix.multiply(row[None]) for row in x])
     for m in range(1, 41):
         assert np.array_equal(matrix.multiply(x[40 - m :]), alone[40 - m :]), m
+    assert np.array_equal(matrix.multiply(np.tile(x, (7, 1))[:275]), np.tile(alone, (7, 1))[:275])
 
 
 @pytest.mark.parametrize("format", FORMATS)

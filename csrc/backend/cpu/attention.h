@@ -59,7 +59,10 @@ class TileAttention {
   static constexpr int kTileRows = Tile::kRows;
 
  public:
-  explicit TileAttention(const AttentionTile& tile)
+  explicit TileAttention(const AttentionTile& tile) : TileAttention(tile, tile.queries * tile.heads) {}
+
+  // Scratch memory has room for `rows` query vectors, of which there may be fewer.
+  TileAttention(const AttentionTile& tile, int64_t rows)
       : t_(tile),
         vectors_(tile.queries * tile.heads),
         ld_(tile.head_dim_padded),
@@ -71,13 +74,14 @@ class TileAttention {
       free += (floats + 15) / 16 * 16;
       return taken;
     };
-    q_ = reinterpret_cast<Operand*>(take(vectors_ * ld_));
-    scores_ = take(vectors_ * kAttentionStride);
+    q_ = reinterpret_cast<Operand*>(take(rows * ld_));
+    scores_ = take(rows * kAttentionStride);
     total_ = take(vectors_ * ld_);
     ragged_ = reinterpret_cast<Sum*>(take(kTileRows * ld_ * (sizeof(Sum) / sizeof(F32))));
     for (float** row : {&segment_max_, &segment_sum_, &max_, &sum_, &keep_, &take_}) *row = take(vectors_ + 16);
     for (Rounded** row : {&query_, &weight_}) *row = reinterpret_cast<Rounded*>(take(2 * vectors_));
     segment_.use(take(segment_.scratch()));
+    free_ = free;
     load_queries();
   }
 
@@ -120,7 +124,7 @@ class TileAttention {
     finish();
   }
 
- private:
+ protected:
   void load_queries() {
     const float scale = t_.scale * kLog2E;
     for (int64_t r = 0; r < vectors_; ++r) {
@@ -150,6 +154,12 @@ class TileAttention {
     const int64_t skipped = unseeing(begin), tokens = seen(vectors_ - 1, begin);
     segment_.locate(begin, tokens);
     const int64_t columns = (tokens + kWidth - 1) / kWidth;
+    score_all(skipped, columns);
+    for (int64_t r = skipped; r < vectors_; ++r) soften(r, seen(r, begin));
+    return skipped;
+  }
+
+  virtual void score_all(int64_t skipped, int64_t columns) {
     // Query vectors take turns with as many columns as one register tile of them has: those stay in the L1 cache.
     const int64_t chunk = kScoreColumns;
     for (int64_t c = 0; c < columns; c += chunk) {
@@ -158,8 +168,6 @@ class TileAttention {
         with_count<kTileRows>(vectors_ - r, [&](auto rows) { score<rows.value>(r, c, end); });
       }
     }
-    for (int64_t r = skipped; r < vectors_; ++r) soften(r, seen(r, begin));
-    return skipped;
   }
 
   // Scores of query vectors [r, r + Rows) and columns [first, end) of tokens.
@@ -267,7 +275,7 @@ class TileAttention {
   }
 
   // Σ weight · V of the segment for every query vector, into `out` or folded onto it.
-  void weigh(int64_t begin, int64_t skipped, float* out, bool onto) {
+  virtual void weigh(int64_t begin, int64_t skipped, float* out, bool onto) {
     for (int64_t r = skipped; r < vectors_; r += kTileRows) {
       with_count<kTileRows>(vectors_ - r, [&](auto rows) {
         constexpr int kRows = rows.value, kColumns = Tile::value_columns(kRows);
@@ -349,6 +357,7 @@ class TileAttention {
   Sum* ragged_;    // [kTileRows][ld]
   float *segment_max_, *segment_sum_, *max_, *sum_, *keep_, *take_;  // [vectors]
   Rounded *query_, *weight_;                                         // [vectors]
+  float* free_;                                                      // scratch memory that is left
 };
 
 template <class Kv>

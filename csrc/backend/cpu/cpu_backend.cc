@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "backend/cpu/gemm_blocks.h"
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/paged_attention.h"
 #include "common/buffer.h"
@@ -13,18 +14,20 @@ namespace fastserve {
 
 namespace {
 
+using cpu::cut_gemm;
+using cpu::GemmBlocks;
 using cpu::KernelTable;
 using cpu::PanelLayout;
 
 // Work below this many elements is not worth waking a thread for.
 constexpr int64_t kSerialElements = 16384;
-// Kernels compute as many rows as this at most for two panels at a time.
-constexpr int64_t kPairedRows = 6;
+// Kernels may read an operand's rows in groups of so many.
+constexpr int64_t kTileRows = 16;
 
 class PackedMatrix final : public Matrix {
  public:
-  PackedMatrix(int64_t outputs, int64_t inputs, DType dtype, int64_t panel)
-      : layout{dtype, outputs, inputs, panel, dtype == DType::kBFloat16 ? round_up(inputs, 2) : inputs},
+  PackedMatrix(int64_t outputs, int64_t inputs, DType dtype, int64_t panel, int64_t input_step)
+      : layout{dtype, outputs, inputs, panel, dtype == DType::kBFloat16 ? round_up(inputs, input_step) : inputs},
         data(layout.panels() * layout.panel_elements() * size_of(dtype)) {
     n = outputs;
     k = inputs;
@@ -65,7 +68,7 @@ class CpuBackend final : public Backend {
       return std::make_unique<QuantizedMatrix>(n, k, format, kernels_.panel);
     }
     const DType dtype = format == WeightFormat::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
-    return std::make_unique<PackedMatrix>(n, k, dtype, kernels_.panel);
+    return std::make_unique<PackedMatrix>(n, k, dtype, kernels_.panel, kernels_.input_step);
   }
 
   void load_rows(Matrix& target, int64_t first_row, int64_t rows, SourceType type, const void* source) override {
@@ -116,31 +119,45 @@ class CpuBackend final : public Backend {
       return gemm_quantized(args, *quantized);
     const auto& matrix = static_cast<const PackedMatrix&>(*args.weight);
     const PanelLayout& layout = matrix.layout;
-    cpu::PanelGemm work{.layout = &layout,
-                        .weight = matrix.data.as<char>(),
-                        .operand = args.input,
-                        .ld_operand = args.ld_input,
-                        .bias = args.bias,
-                        .output = args.output,
-                        .ld_output = args.ld_output,
-                        .m = args.m,
-                        .first_panel = 0,
-                        .last_panel = layout.panels(),
-                        .accumulate = args.accumulate};
+    const void* operand = args.input;
+    int64_t element_bytes = sizeof(float), ld_operand = args.ld_input;
     if (layout.dtype == DType::kBFloat16) {
-      work.ld_operand = layout.k_padded;
-      char* operand = reserve(operand_, args.m * layout.k_padded * kernels_.operand_bytes);
-      work.operand = operand;
+      element_bytes = kernels_.operand_bytes;
+      ld_operand = layout.k_padded;
+      char* placed = reserve(operand_, round_up(args.m, kTileRows) * ld_operand * element_bytes);
+      operand = placed;
       split_rows(args.m, layout.k, [&](int64_t row) {
-        kernels_.prepare_operand(args.input + row * args.ld_input, layout.k, layout.k_padded,
-                                 operand + row * layout.k_padded * kernels_.operand_bytes);
+        kernels_.place_row(layout, args.input + row * args.ld_input, row, args.m, placed);
       });
     }
-    split_panels(layout.panels(), args.m, [&](int64_t first, int64_t last) {
-      cpu::PanelGemm piece = work;
-      piece.first_panel = first;
-      piece.last_panel = last;
-      kernels_.gemm(piece);
+    const GemmBlocks blocks = cut_gemm(layout, args.m, element_bytes, kernels_, threads());
+    const int64_t panels = layout.panels(), partial_columns = ceil_div(panels, blocks.pieces) * layout.panel;
+    pool_.run(blocks.row_blocks * blocks.pieces, [&](int64_t task, int thread) {
+      // Neighbouring tasks share weights.
+      const int64_t row = task % blocks.row_blocks * blocks.rows, share = task / blocks.row_blocks;
+      cpu::PanelGemm piece{.layout = &layout,
+                           .weight = matrix.data.as<char>(),
+                           .operand = static_cast<const char*>(operand) + row * ld_operand * element_bytes,
+                           .ld_operand = ld_operand,
+                           .operand_rows = args.m,
+                           .bias = args.bias,
+                           .output = args.output + row * args.ld_output,
+                           .ld_output = args.ld_output,
+                           .m = std::min(blocks.rows, args.m - row),
+                           .first_panel = share * panels / blocks.pieces,
+                           .last_panel = (share + 1) * panels / blocks.pieces,
+                           .accumulate = args.accumulate,
+                           .first_input = 0,
+                           .last_input = 0,
+                           .partial = nullptr,
+                           .ld_partial = partial_columns + 16};
+      if (blocks.inputs < layout.k_padded) {
+        piece.partial = scratch(thread, round_up(blocks.rows, 32) * piece.ld_partial);
+      }
+      for (; piece.last_input < layout.k_padded; piece.first_input = piece.last_input) {
+        piece.last_input = std::min(piece.first_input + blocks.inputs, layout.k_padded);
+        kernels_.gemm(piece);
+      }
     });
   }
 
@@ -188,11 +205,12 @@ class CpuBackend final : public Backend {
   void gemm_quantized(const GemmArgs& args, const QuantizedMatrix& matrix) {
     const cpu::QuantizedLayout& layout = matrix.layout;
     const int64_t row_bytes = layout.operand_bytes(kernels_.quant_bytes);
-    char* operand = reserve(operand_, args.m * row_bytes);
+    char* operand = reserve(operand_, round_up(args.m, kTileRows) * row_bytes);
     split_rows(args.m, layout.k, [&](int64_t row) {
       kernels_.quantize_input(layout, args.input + row * args.ld_input, operand + row * row_bytes);
     });
-    split_panels(layout.panels(), args.m, [&](int64_t first, int64_t last) {
+    const int64_t panel_floats = round_up(layout.k, cpu::kBlockInputs) * layout.panel / 4;
+    split_panels(layout.panels(), args.m, [&](int64_t first, int64_t last, int thread) {
       kernels_.gemm_quantized({.layout = &layout,
                                .weight = matrix.panel(0),
                                .operand = operand,
@@ -202,7 +220,8 @@ class CpuBackend final : public Backend {
                                .m = args.m,
                                .first_panel = first,
                                .last_panel = last,
-                               .accumulate = args.accumulate});
+                               .accumulate = args.accumulate,
+                               .scratch = reinterpret_cast<uint8_t*>(scratch(thread, panel_floats))});
     });
   }
 
@@ -214,14 +233,12 @@ class CpuBackend final : public Backend {
     return reinterpret_cast<float*>(reserve(scratch_[thread], floats * sizeof(float)));
   }
 
-  // Calls body(first, last) for pieces of [0, panels) that leave no thread with more than another; several a thread, to
-  // level what else the threads have to do, and of two panels at least when the rows are few, because kernels then work
-  // on pairs.
+  // Calls body(first, last, thread) for pieces of [0, panels).
   template <class Body>
   void split_panels(int64_t panels, int64_t rows, Body body) {
-    const int64_t most = rows <= kPairedRows ? panels / 2 : panels;
-    const int64_t rounds = std::clamp<int64_t>(most / threads(), 1, 8), pieces = std::min(panels, rounds * threads());
-    pool_.run(pieces, [&](int64_t piece, int) { body(piece * panels / pieces, (piece + 1) * panels / pieces); });
+    const int64_t pieces = cpu::panel_pieces(panels, rows > kernels_.paired_rows ? 1 : 2, 1, threads());
+    pool_.run(pieces,
+              [&](int64_t piece, int thread) { body(piece * panels / pieces, (piece + 1) * panels / pieces, thread); });
   }
 
   // Calls body(row) for every row, on the pool when there is enough to do.

@@ -1,11 +1,39 @@
 // Chooses the instruction set at run time.
+#include <cstdio>
 #include <cstdlib>
 #include <string>
+
+#if defined(FS_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "backend/cpu/kernels.h"
 #include "common/check.h"
 
 namespace fastserve::cpu {
+
+#ifdef FS_X86
+namespace {
+
+// Whether the processor has tiles, the system lets this process use them, and they compute what they should.
+bool has_amx() {
+#ifdef __linux__
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAll) != kAll) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, …)
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return false;
+  if (amx_works()) return true;
+  std::fprintf(stderr,
+               "fastserve: this machine's AMX computes wrong products; going on without it. Please report it.\n");
+#endif
+  return false;
+}
+
+}  // namespace
+#endif
 
 std::vector<const KernelTable*> supported_kernels() {
   std::vector<const KernelTable*> supported;
@@ -15,11 +43,17 @@ std::vector<const KernelTable*> supported_kernels() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  if (vnni && __builtin_cpu_supports("avx512bf16")) supported.push_back(&kAvx512Bf16Kernels);
+  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+  static const bool amx = bf16 && has_amx();
+  if (amx) supported.push_back(&kAmxKernels);
+  if (bf16) supported.push_back(&kAvx512Bf16Kernels);
   if (avx512) supported.push_back(&kAvx512Kernels);
   if (avx2) supported.push_back(&kAvx2Kernels);
 #endif
   supported.push_back(&kPortableKernels);
+#ifdef FS_X86
+  if (bf16) supported.push_back(&kAmxEmulatedKernels);
+#endif
   return supported;
 }
 

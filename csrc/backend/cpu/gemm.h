@@ -165,16 +165,31 @@ inline void unpack_row(const PanelLayout& layout, const void* weight, int64_t ro
   }
 }
 
-inline void prepare_operand(const float* input, int64_t k, int64_t k_padded, void* output) {
-  auto* out = static_cast<BFloat16Format::Operand*>(output);
-  for (int64_t i = 0; i < k; ++i) {
+#if defined(__AVX512BF16__)
+// Rounds up to 32 inputs and stores 32, the rest zeros.
+inline void round_inputs(const float* input, int64_t count, void* output) {
+  const uint32_t lanes = count >= 32 ? ~0u : (1u << count) - 1;
+  const __m512 first = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), input);
+  const __m512 second = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> 16), input + 16);
+  _mm512_storeu_si512(output, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+}
+#endif
+
+// Places row `row` of the m rows of a bfloat16 product's operand, which is [m][k_padded] here.
+inline void place_row(const PanelLayout& layout, const float* input, int64_t row, int64_t, void* operand) {
+  auto* out = static_cast<BFloat16Format::Operand*>(operand) + row * layout.k_padded;
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  for (; i + 32 <= layout.k; i += 32) round_inputs(input + i, 32, out + i);
+#endif
+  for (; i < layout.k; ++i) {
     if constexpr (sizeof(BFloat16Format::Operand) == 2) {
       reinterpret_cast<Bf16*>(out)[i] = to_bf16(input[i]);
     } else {
       reinterpret_cast<float*>(out)[i] = to_float(to_bf16(input[i]));
     }
   }
-  for (int64_t i = k; i < k_padded; ++i) out[i] = {};
+  for (; i < layout.k_padded; ++i) out[i] = {};
 }
 
 }  // namespace fastserve::cpu::FS_ISA

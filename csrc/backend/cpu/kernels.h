@@ -16,23 +16,30 @@ struct PanelLayout {
   DType dtype;
   int64_t n, k;
   int64_t panel;     // outputs of a panel
-  int64_t k_padded;  // k, rounded up to even for bfloat16
+  int64_t k_padded;  // k, for bfloat16 rounded up to KernelTable::input_step
   int64_t panels() const { return ceil_div(n, panel); }
   int64_t panel_elements() const { return k_padded * panel; }
 };
 
-// Columns [first_panel, last_panel) of output = operand · weightᵀ (+ bias) (+ output).
+// Columns [first_panel, last_panel) of output = operand · weightᵀ (+ bias) (+ output), or part of the sums.
 struct PanelGemm {
   const PanelLayout* layout;
-  const void* weight;   // all panels
-  const void* operand;  // [m][ld_operand] as prepare_operand left it, or float32 input for float32 weights
-  int64_t ld_operand;
-  const float* bias;  // [n] padded, or null
-  float* output;      // [m][ld_output]
+  const void* weight;    // all panels
+  const void* operand;   // as place_row left it, or float32 input for float32 weights
+  int64_t ld_operand;    // where it has rows
+  int64_t operand_rows;  // m of place_row; the rows meant may be some of them
+  const float* bias;     // [n] padded, or null
+  float* output;         // [m][ld_output]
   int64_t ld_output;
   int64_t m;
   int64_t first_panel, last_panel;
   bool accumulate;
+  // Where cached_bytes is set: inputs [first_input, last_input), multiples of input_step. Sums that do not start at the
+  // first input are taken from `partial` ([m rounded up to 32][ld_partial], column 0 is first_panel's), those that do
+  // not end with the last one go there. Storing float32 sums changes no bit of them.
+  int64_t first_input, last_input;
+  float* partial;
+  int64_t ld_partial;
 };
 
 // A tile of queries that share one KV head of one job.
@@ -60,8 +67,8 @@ constexpr int64_t kAttentionStride = kSegment + 16;
 
 // Floats of scratch for a tile of `vectors` = queries * heads query vectors.
 constexpr int64_t attention_scratch(int64_t vectors, int64_t head_dim_padded) {
-  return vectors * (kAttentionStride + 2 * head_dim_padded + 10) + (2 * kSegment + 8) * head_dim_padded + 2 * kSegment +
-         320;
+  return (vectors + 15) / 16 * 16 * (kAttentionStride + 2 * head_dim_padded + 10) +
+         (2 * kSegment + 48) * head_dim_padded + 2 * kSegment + 320;
 }
 // Floats of one segment's result: weighted sums of V, maxima and sums of weights.
 constexpr int64_t attention_partial(int64_t vectors, int64_t head_dim_padded) {
@@ -80,9 +87,12 @@ struct KernelTable {
   const char* name;
   int64_t panel;          // outputs of a weight panel
   int64_t operand_bytes;  // of one element of a bfloat16 GEMM's operand
+  int64_t input_step;     // inputs of bfloat16 panels are padded to a multiple of it
+  int64_t paired_rows;    // a GEMM of as many rows at most takes two panels at a time
+  int64_t cached_bytes;   // of a bfloat16 GEMM's operand that a call should take at most; 0: it has no limit
   void (*pack_panel)(const PanelLayout&, const float* rows, int64_t count, int64_t first, void* panel);
   void (*unpack_row)(const PanelLayout&, const void* weight, int64_t row, float* output, bool accumulate);
-  void (*prepare_operand)(const float* input, int64_t k, int64_t k_padded, void* output);
+  void (*place_row)(const PanelLayout&, const float* input, int64_t row, int64_t m, void* operand);
   void (*gemm)(const PanelGemm&);
   int64_t quant_bytes;  // of one value of a quantized GEMM's operand
   void (*quantize_input)(const QuantizedLayout&, const float* input, void* output);
@@ -90,12 +100,13 @@ struct KernelTable {
   void (*rms_norm)(const float* x, const float* weight, float* y, int64_t width, float eps);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float* y, int64_t width, float eps);
   void (*rotate)(float* head, const float* cos_sin, int64_t half);
+  int64_t attention_vectors;  // a tile has as many query vectors at most, unless one position has more
   AttentionKernels attention_f32, attention_bf16, attention_int8;
   void (*activate)(Activation kind, float* x, const float* gate_product, int64_t width);
   LogitKernels logits;
 };
 
-// Every instruction set this build has and this machine can run, best first.
+// Every instruction set this build has and this machine can run, best first; the emulated one, for tests, is last.
 std::vector<const KernelTable*> supported_kernels();
 // The best one, or the one named by the environment variable FASTSERVE_ISA. Throws when that one is not available.
 const KernelTable& select_kernels();
@@ -105,6 +116,11 @@ extern const KernelTable kPortableKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 extern const KernelTable kAvx512Bf16Kernels;
+extern const KernelTable kAmxKernels;
+extern const KernelTable kAmxEmulatedKernels;  // for tests: the same code, its tile instructions emulated
+// Whether products of tiles are what they should be, tried out; only where the processor and the system have tiles.
+bool amx_works();
+bool emulated_amx_works();
 #endif
 
 }  // namespace fastserve::cpu

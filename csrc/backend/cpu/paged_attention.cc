@@ -9,9 +9,6 @@ namespace fastserve::cpu {
 
 namespace {
 
-// Query vectors of one tile: enough to reuse every load of K and V, few enough for their scores to stay in the L1
-// cache.
-constexpr int64_t kTileVectors = 24;
 // A tile is cut into segments when it is more than this share of a thread's work.
 constexpr int64_t kGrains = 8;
 // Fewer products of a query vector and a position than this are not worth waking a thread for.
@@ -95,7 +92,7 @@ void PagedAttention::run(const AttentionArgs& args) {
 // the cache; later queries see more, so the longest tiles come first.
 int64_t PagedAttention::cut(const AttentionArgs& args) {
   const int64_t group = args.num_heads / kv_.num_kv_heads, ld = kv_.head_dim_padded();
-  const int64_t height = std::max<int64_t>(1, kTileVectors / group);
+  const int64_t height = std::max<int64_t>(1, kernels_.attention_vectors / group);
   const auto seen = [](const Tile& tile) { return tile.row->start + tile.first + tile.queries; };
   int64_t pairs = 0, largest = 0;
   tiles_.clear();

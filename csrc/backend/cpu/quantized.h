@@ -59,13 +59,14 @@ struct GroupInput {
 struct QuantizedGemm {
   const QuantizedLayout* layout;
   const uint8_t* weight;  // all panels
-  const char* operand;    // [m] rows as quantize_input left them
+  const char* operand;    // [m rounded up to 16] rows as quantize_input left them
   const float* bias;      // [n] padded, or null
   float* output;          // [m][ld_output]
   int64_t ld_output;
   int64_t m;
   int64_t first_panel, last_panel;
   bool accumulate;
+  uint8_t* scratch;  // a byte for each weight of a panel, exclusive to the caller
 };
 
 // Throws unless a matrix of `format` can have k inputs, and unless rows of `type` can become it.
