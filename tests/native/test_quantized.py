@@ -132,11 +132,12 @@ def test_a_row_does_not_depend_on_how_many_share_the_call(format: str, isa: str)
     assert np.array_equal(matrix.multiply(np.tile(x, (7, 1))[:275]), np.tile(alone, (7, 1))[:275])
 
 
+@pytest.mark.parametrize("m", [3, 275])
 @pytest.mark.parametrize("format", FORMATS)
-def test_bias_and_accumulation(format: str, isa: str) -> None:
+def test_bias_and_accumulation(format: str, m: int, isa: str) -> None:
     matrix, _ = _matrix(format, 75, 96)
-    x, rng = _activations(3, 96), np.random.default_rng(2)
-    bias, onto = rng.standard_normal(75).astype(np.float32), rng.standard_normal((3, 75)).astype(np.float32)
+    x, rng = _activations(m, 96), np.random.default_rng(2)
+    bias, onto = rng.standard_normal(75).astype(np.float32), rng.standard_normal((m, 75)).astype(np.float32)
     plain = matrix.multiply(x)
     assert np.array_equal(matrix.multiply(x, bias=bias), plain + bias)
     assert np.array_equal(matrix.multiply(x, bias=bias, onto=onto), plain + bias + onto)
