@@ -43,7 +43,16 @@ SETTINGS: dict[str, Any] = {
 }
 
 SAMPLES = (QUESTIONS[0], STORIES[0])  # whose answers are printed
+_CONTEXT = 128  # a usual position of a token in the trace
 _EQUAL_SPEED = 1.15  # runs whose tokens/s differ by more were disturbed by something
+
+
+def iteration_seconds(model: str) -> float:
+    """What an iteration takes in which all slots decode, by the cost model of this machine."""
+    from ..llm import LLM
+
+    with LLM(model, **SETTINGS) as llm:
+        return llm.cost.iteration_seconds([(_CONTEXT, 1)] * SETTINGS["max_num_seqs"])
 
 
 def run_policy(model: str, policy: str, trace: Sequence[TraceJob], seed: int, console: Console) -> PolicyRun:
@@ -164,7 +173,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if find_spec("matplotlib") is None:
         console.print("the demo draws with matplotlib; install it with: pip install 'fastserve\\[plots]'")
         return 2
-    trace = demo_trace(options.seed)
+    try:
+        trace = demo_trace(options.seed, iteration_seconds(options.model))
+    except (InvalidRequest, ModelError) as error:
+        console.print(f"[red]{escape(str(error))}[/]")
+        return 2
+    except KeyboardInterrupt:
+        return 130
     questions = sum(job.kind == "question" for job in trace)
     title = (
         f"{options.model}, {SETTINGS['max_num_seqs']} slots: {questions} questions and "

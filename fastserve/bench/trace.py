@@ -14,8 +14,9 @@ from ..types import SamplingParams
 
 Kind = Literal["question", "story"]
 
-BURSTS = (0.0, 2.25, 4.5, 6.75, 9.0, 11.25, 13.5, 15.75)  # seconds at which a burst begins
-BURST_SECONDS = 1.0  # its jobs arrive within this time, in shuffled order
+# In iterations of a full batch, so that a fast machine has as many jobs to choose from as a slow one:
+BURSTS = (0, 180, 360, 540, 720, 900, 1080, 1260)  # when a burst begins
+BURST_LENGTH = 80  # its jobs arrive within this time, in shuffled order
 QUESTION_TOKENS = 40  # most tokens of an answer
 STORY_TOKENS = (150, 400)  # a story's limit is drawn from this range
 
@@ -211,11 +212,11 @@ class TraceJob:
         return self.messages[-1]["content"]
 
 
-def demo_trace(seed: int = 0) -> list[TraceJob]:
+def demo_trace(seed: int = 0, iteration_seconds: float = 0.0125) -> list[TraceJob]:
     """Every question and story once, dealt evenly to the bursts, in order of arrival.
 
-    The seed decides the order of the jobs, the limits of the stories and the seeds their words are drawn with:
-    equal seeds give equal traces. Questions are answered greedily, stories are sampled.
+    `iteration_seconds` is what an iteration of a full batch takes. The seed decides the order of the jobs, the limits of
+    the stories and the seeds their words are drawn with: equal seeds give equal traces. Questions are answered greedily, stories are sampled.
     """
     draw = random.Random(seed)
     questions = draw.sample(QUESTIONS, len(QUESTIONS))
@@ -225,7 +226,7 @@ def demo_trace(seed: int = 0) -> list[TraceJob]:
         asked: list[tuple[Kind, str]] = [("question", text) for text in questions[burst :: len(BURSTS)]]
         asked += [("story", text) for text in stories[burst :: len(BURSTS)]]
         draw.shuffle(asked)
-        arrivals = sorted(start + draw.uniform(0.0, BURST_SECONDS) for _ in asked)
+        arrivals = sorted(iteration_seconds * (start + draw.uniform(0.0, BURST_LENGTH)) for _ in asked)
         for arrival, (kind, text) in zip(arrivals, asked, strict=True):
             jobs.append(_job(f"{kind}-{len(jobs):03d}", kind, round(arrival, 3), text, draw))
     return jobs

@@ -23,7 +23,7 @@ from fastserve.bench.plots import plot_runs
 from fastserve.bench.runs import JobRun, PolicyRun, different_jobs, job_spans, wall_spans
 from fastserve.bench.summary import STATISTICS, summarize, summarize_jobs
 from fastserve.bench.tables import compare_policies
-from fastserve.bench.trace import BURST_SECONDS, BURSTS, demo_trace
+from fastserve.bench.trace import BURST_LENGTH, BURSTS, demo_trace
 from fastserve.bench.view import TraceView
 from fastserve.bench.workload import read_prompts, synthetic_prompts
 from fastserve.types import InvalidRequest, JobMetrics, SamplingParams
@@ -77,9 +77,9 @@ def test_trace_is_fixed_and_mixes_many_short_jobs_with_long_ones() -> None:
 
 
 def test_trace_arrives_in_bursts() -> None:
-    arrivals = [job.arrival for job in demo_trace()]
+    arrivals = [job.arrival for job in demo_trace(iteration_seconds=0.01)]
     assert arrivals == sorted(arrivals)
-    bursts = [[a for a in arrivals if start <= a <= start + BURST_SECONDS] for start in BURSTS]
+    bursts = [[a for a in arrivals if start <= 100 * a <= start + BURST_LENGTH] for start in BURSTS]
     assert sum(map(len, bursts)) == len(arrivals)
     assert max(map(len, bursts)) - min(map(len, bursts)) <= 1
 
