@@ -215,8 +215,9 @@ class TraceJob:
 def demo_trace(seed: int = 0, iteration_seconds: float = 0.0125) -> list[TraceJob]:
     """Every question and story once, dealt evenly to the bursts, in order of arrival.
 
-    `iteration_seconds` is what an iteration of a full batch takes. The seed decides the order of the jobs, the limits of
-    the stories and the seeds their words are drawn with: equal seeds give equal traces. Questions are answered greedily, stories are sampled.
+    `iteration_seconds` is what an iteration of a full batch takes. The seed decides the order of the jobs, the limits
+    of the stories and the seeds their words are drawn with: equal seeds give equal traces. Questions are answered
+    greedily, stories are sampled.
     """
     draw = random.Random(seed)
     questions = draw.sample(QUESTIONS, len(QUESTIONS))
