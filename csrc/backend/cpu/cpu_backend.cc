@@ -123,7 +123,7 @@ class CpuBackend final : public Backend {
     int64_t element_bytes = sizeof(float), ld_operand = args.ld_input;
     if (layout.dtype == DType::kBFloat16) {
       element_bytes = kernels_.operand_bytes;
-      ld_operand = layout.k_padded;
+      ld_operand = layout.k_padded + kernels_.operand_gap;
       char* placed = reserve(operand_, round_up(args.m, kTileRows) * ld_operand * element_bytes);
       operand = placed;
       split_rows(args.m, layout.k, [&](int64_t row) {

@@ -175,9 +175,13 @@ inline void round_inputs(const float* input, int64_t count, void* output) {
 }
 #endif
 
-// Places row `row` of the m rows of a bfloat16 product's operand, which is [m][k_padded] here.
+// Elements between the rows of an operand: without a gap, rows of 2,048 inputs would all want the same few lines of the
+// L1 cache.
+constexpr int64_t kOperandGap = 64 / sizeof(BFloat16Format::Operand);
+
+// Places row `row` of the m rows of a bfloat16 product's operand, which is [m][k_padded + kOperandGap] here.
 inline void place_row(const PanelLayout& layout, const float* input, int64_t row, int64_t, void* operand) {
-  auto* out = static_cast<BFloat16Format::Operand*>(operand) + row * layout.k_padded;
+  auto* out = static_cast<BFloat16Format::Operand*>(operand) + row * (layout.k_padded + kOperandGap);
   int64_t i = 0;
 #if defined(__AVX512BF16__)
   for (; i + 32 <= layout.k; i += 32) round_inputs(input + i, 32, out + i);

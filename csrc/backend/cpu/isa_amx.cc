@@ -16,6 +16,7 @@ namespace FS_ISA {
 
 constexpr KernelTable make_amx_table(const char* name) {
   KernelTable table = make_table(name);
+  table.operand_gap = 0;  // it has tiles
   table.input_step = kAmxInputs;
   table.paired_rows = kAmxRows;
   table.cached_bytes = 1024 * 1024;

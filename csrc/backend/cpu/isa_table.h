@@ -16,6 +16,7 @@ constexpr KernelTable make_table(const char* name) {
       .name = name,
       .panel = kPanel,
       .operand_bytes = sizeof(BFloat16Format::Operand),
+      .operand_gap = kOperandGap,
       .input_step = 2,
       .paired_rows = kMaxRows / 2,
       .cached_bytes = 0,

@@ -87,6 +87,7 @@ struct KernelTable {
   const char* name;
   int64_t panel;          // outputs of a weight panel
   int64_t operand_bytes;  // of one element of a bfloat16 GEMM's operand
+  int64_t operand_gap;    // of its elements between rows, where it has rows
   int64_t input_step;     // inputs of bfloat16 panels are padded to a multiple of it
   int64_t paired_rows;    // a GEMM of as many rows at most takes two panels at a time
   int64_t cached_bytes;   // of a bfloat16 GEMM's operand that a call should take at most; 0: it has no limit
