@@ -15,8 +15,8 @@ Everything here is made by one command, `python benchmarks/paper.py`: simulated 
 scheduler in virtual time, on modelled devices (`fastserve/presets.py` states what is assumed of them). The numbers
 are kept in [`data/`](data), and this page and its figures are rendered from them (`--render` does only that). `--only
 NAME` runs one experiment and keeps the others; finished runs are not repeated; `--fresh` forgets them first.
-[real.md](real.md) and [cpu.md](cpu.md) have what was measured on a real machine instead: memory pressure, the simulator's error,
-decisions; the CPU runtime beside other engines.
+[real.md](real.md) and [cpu.md](cpu.md) have what was measured on a real machine instead: memory pressure, the
+simulator's error, decisions; the CPU runtime beside other engines.
 
 Numbers are means over seeds ± the half width of the 95 % confidence interval (Student's t); × is how many times
 better, as the mean over seeds of the ratio on the same jobs. The paper's numbers are of real A100s and real lengths,
