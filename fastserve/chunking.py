@@ -22,15 +22,16 @@ class Chunks:
         self._cost = cost
         self._starts = decodes[:, 1]
         self._tokens = decodes[:, 2]
-        self._seconds = math.inf
-        if limit is not None and len(decodes):
-            self._seconds = limit * cost.plan_seconds(self._starts, self._tokens)
-        self._first = True
+        self._limit = limit if limit is not None and len(decodes) else math.inf
+        self._seconds: float | None = None  # worked out where there is a prefill
 
     def cut(self, start: int, tokens: int) -> int:
         """How many of `tokens` from position `start` on there is time for; 0: none. They count as taken."""
-        if self._seconds == math.inf:
+        if self._limit == math.inf:
             return tokens
+        first = self._seconds is None
+        if self._seconds is None:
+            self._seconds = self._limit * self._cost.plan_seconds(self._starts, self._tokens)
         starts, computed = np.append(self._starts, np.int32(start)), np.append(self._tokens, np.int32(0))
 
         def seconds(count: int) -> float:
@@ -38,8 +39,7 @@ class Chunks:
             return self._cost.plan_seconds(starts, computed)
 
         if seconds(tokens) > self._seconds:
-            tokens = max(int(self._first), bisect_right(range(1, tokens), self._seconds, key=seconds))
-        self._first = False
+            tokens = max(int(first), bisect_right(range(1, tokens), self._seconds, key=seconds))
         if tokens:
             computed[-1] = tokens
             self._starts, self._tokens = starts, computed

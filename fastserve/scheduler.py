@@ -163,6 +163,8 @@ class Scheduler:
                     break
                 taken += self._prefill(plan, job, tokens, prefills, now)
                 budget -= tokens
+            for job in batch.prefills[len(prefills) :]:  # there is no time for them: they wait, and it counts
+                self._pause(job, now)
             if prefills:
                 self._version += 1  # they have other rows next time
         closed, copies = self.residency.tell(plan, taken)

@@ -175,18 +175,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         trace = demo_trace(options.seed, iteration_seconds(options.model))
-    except (InvalidRequest, ModelError) as error:
-        console.print(f"[red]{escape(str(error))}[/]")
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    questions = sum(job.kind == "question" for job in trace)
-    title = (
-        f"{options.model}, {SETTINGS['max_num_seqs']} slots: {questions} questions and "
-        f"{len(trace) - questions} stories in {len(BURSTS)} bursts"
-    )
-    console.print(f"[bold]{escape(title)}[/]\n")
-    try:
+        questions = sum(job.kind == "question" for job in trace)
+        title = (
+            f"{options.model}, {SETTINGS['max_num_seqs']} slots: {questions} questions and "
+            f"{len(trace) - questions} stories in {len(BURSTS)} bursts"
+        )
+        console.print(f"[bold]{escape(title)}[/]\n")
         runs = [run_policy(options.model, policy, trace, options.seed, console) for policy in options.policy]
         different = report(runs, console)
         plot_runs(runs, options.out, title)

@@ -101,6 +101,12 @@ def test_no_iteration_is_longer_than_its_decodes_allow(
         if record.decode_tokens and record.prefill_tokens > 1:
             # Contexts are not in the record: the longest there are bound the time of the decodes from above.
             assert record.seconds <= limit * COST.iteration_seconds([(720, 1)] * record.decode_tokens) + 1e-9
+    for job in done:  # bounds on waiting hold for those, too, who had no time in an iteration
+        first, finish = job.metrics.first_scheduled, job.metrics.finish
+        assert first is not None and finish is not None
+        left_out = (r for r in records if first <= r.submitted < finish and job.job_id not in r.job_ids)
+        passed = sum(record.completed - record.submitted for record in left_out)
+        assert job.waited == pytest.approx(first - job.metrics.arrival + passed)
 
 
 def test_readers_of_a_stream_are_not_held_up_unless_told(world: ToyWorld) -> None:
