@@ -17,6 +17,7 @@ namespace {
 using cpu::cut_gemm;
 using cpu::GemmBlocks;
 using cpu::KernelTable;
+using cpu::OperandLayout;
 using cpu::PanelLayout;
 
 // Work below this many elements is not worth waking a thread for.
@@ -119,33 +120,31 @@ class CpuBackend final : public Backend {
       return gemm_quantized(args, *quantized);
     const auto& matrix = static_cast<const PackedMatrix&>(*args.weight);
     const PanelLayout& layout = matrix.layout;
-    const void* operand = args.input;
-    int64_t element_bytes = sizeof(float), ld_operand = args.ld_input;
-    if (layout.dtype == DType::kBFloat16) {
-      element_bytes = kernels_.operand_bytes;
-      ld_operand = layout.k_padded + kernels_.operand_gap;
-      char* placed = reserve(operand_, round_up(args.m, kTileRows) * ld_operand * element_bytes);
-      operand = placed;
-      split_rows(args.m, layout.k, [&](int64_t row) {
-        kernels_.place_row(layout, args.input + row * args.ld_input, row, args.m, placed);
-      });
-    }
-    const GemmBlocks blocks = cut_gemm(layout, args.m, element_bytes, kernels_, threads());
+    const OperandLayout& form = layout.dtype == DType::kFloat32 ? kernels_.operand_f32 : kernels_.operand_bf16;
+    const int64_t row_bytes = layout.k_padded * form.element_bytes, group_rows = std::min(form.rows, args.m);
+    char* operand = reserve(operand_, round_up(args.m, group_rows) * row_bytes);
+    split_rows(ceil_div(args.m, group_rows), layout.k * group_rows, [&](int64_t group) {
+      const int64_t row = group * group_rows;
+      kernels_.place_rows(layout, args.input + row * args.ld_input, args.ld_input, std::min(group_rows, args.m - row),
+                          group_rows, operand + row * row_bytes);
+    });
+    const GemmBlocks blocks = cut_gemm(layout, args.m, form.element_bytes, kernels_, threads());
     const int64_t panels = layout.panels(), partial_columns = ceil_div(panels, blocks.pieces) * layout.panel;
     pool_.run(blocks.row_blocks * blocks.pieces, [&](int64_t task, int thread) {
       // Neighbouring tasks share weights.
       const int64_t row = task % blocks.row_blocks * blocks.rows, share = task / blocks.row_blocks;
+      const int64_t next_share = (task + threads()) / blocks.row_blocks;  // which this thread probably has next
       cpu::PanelGemm piece{.layout = &layout,
                            .weight = matrix.data.as<char>(),
-                           .operand = static_cast<const char*>(operand) + row * ld_operand * element_bytes,
-                           .ld_operand = ld_operand,
-                           .operand_rows = args.m,
+                           .operand = operand + row * row_bytes,
+                           .group_rows = group_rows,
                            .bias = args.bias,
                            .output = args.output + row * args.ld_output,
                            .ld_output = args.ld_output,
                            .m = std::min(blocks.rows, args.m - row),
                            .first_panel = share * panels / blocks.pieces,
                            .last_panel = (share + 1) * panels / blocks.pieces,
+                           .next_panel = next_share == share ? panels : next_share * panels / blocks.pieces,
                            .accumulate = args.accumulate,
                            .first_input = 0,
                            .last_input = 0,
@@ -210,7 +209,9 @@ class CpuBackend final : public Backend {
       kernels_.quantize_input(layout, args.input + row * args.ld_input, operand + row * row_bytes);
     });
     const int64_t panel_floats = round_up(layout.k, cpu::kBlockInputs) * layout.panel / 4;
-    split_panels(layout.panels(), args.m, [&](int64_t first, int64_t last, int thread) {
+    const int64_t panels = layout.panels();
+    const int64_t pieces = cpu::panel_pieces(panels, args.m > kernels_.paired_rows ? 1 : 2, 1, threads());
+    pool_.run(pieces, [&](int64_t piece, int thread) {
       kernels_.gemm_quantized({.layout = &layout,
                                .weight = matrix.panel(0),
                                .operand = operand,
@@ -218,8 +219,9 @@ class CpuBackend final : public Backend {
                                .output = args.output,
                                .ld_output = args.ld_output,
                                .m = args.m,
-                               .first_panel = first,
-                               .last_panel = last,
+                               .first_panel = piece * panels / pieces,
+                               .last_panel = (piece + 1) * panels / pieces,
+                               .next_panel = std::min(piece + threads(), pieces) * panels / pieces,
                                .accumulate = args.accumulate,
                                .scratch = reinterpret_cast<uint8_t*>(scratch(thread, panel_floats))});
     });
@@ -231,14 +233,6 @@ class CpuBackend final : public Backend {
   }
   float* scratch(int thread, int64_t floats) {
     return reinterpret_cast<float*>(reserve(scratch_[thread], floats * sizeof(float)));
-  }
-
-  // Calls body(first, last, thread) for pieces of [0, panels).
-  template <class Body>
-  void split_panels(int64_t panels, int64_t rows, Body body) {
-    const int64_t pieces = cpu::panel_pieces(panels, rows > kernels_.paired_rows ? 1 : 2, 1, threads());
-    pool_.run(pieces,
-              [&](int64_t piece, int thread) { body(piece * panels / pieces, (piece + 1) * panels / pieces, thread); });
   }
 
   // Calls body(row) for every row, on the pool when there is enough to do.

@@ -18,7 +18,7 @@ constexpr int kMaxRows = 4;
 #endif
 
 // A weight format: Operand is the type of the other factor, kStep the number of inputs one step consumes, and
-// step(acc, operand row at the step's first input, weights of one step of one panel) advances one row.
+// step(acc, a row's inputs of the step, weights of one step of one panel) advances one row.
 struct Float32Format {
   using Weight = float;
   using Operand = float;
@@ -66,28 +66,42 @@ struct BFloat16Format {
 };
 #endif
 
+constexpr int64_t kStreamAhead = 4096;  // bytes between a load from memory and its prefetch
+
+// Weights to fetch into the L2 cache meanwhile: `bytes` from `next` on at every step.
+struct Prefetch {
+  const char* next = nullptr;
+  int64_t bytes = 0;
+
+  [[gnu::always_inline]] void step() {
+    for (const char* end = next + bytes; next < end; next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
 // Rows × Panels tiles of the output, all accumulators in registers.
 template <class Format, int Rows, int Panels>
-inline void gemm_tile(const PanelGemm& g, int64_t row, int64_t panel) {
+inline void gemm_tile(const PanelGemm& g, int64_t row, int64_t panel, Prefetch ahead) {
   constexpr int kVectors = Panels * kVectorsPerPanel;
   constexpr int kElements = kWidth * Format::kStep;  // of one vector of weights
-  const int64_t panel_elements = g.layout->panel_elements();
+  const int64_t panel_elements = g.layout->panel_elements(), group_step = g.group_rows * Format::kStep;
   const auto* weight = static_cast<const typename Format::Weight*>(g.weight) + panel * panel_elements;
-  const auto* operand = static_cast<const typename Format::Operand*>(g.operand) + row * g.ld_operand;
+  const auto* operand = static_cast<const typename Format::Operand*>(g.operand) + row * g.layout->k_padded;
   F32 acc[Rows][kVectors];
   for (int r = 0; r < Rows; ++r) {
     for (int v = 0; v < kVectors; ++v) acc[r][v] = set1(0.0f);
   }
   for (int64_t k = 0; k < g.layout->k_padded; k += Format::kStep) {
+    ahead.step();
     typename Format::Loaded w[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       w[v] =
           Format::load_weights(weight + (v / kVectorsPerPanel) * panel_elements + (v % kVectorsPerPanel) * kElements);
     }
     for (int r = 0; r < Rows; ++r) {
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = Format::step(acc[r][v], operand + r * g.ld_operand + k, w[v]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = Format::step(acc[r][v], operand + r * Format::kStep, w[v]);
     }
     weight += kVectorsPerPanel * kElements;
+    operand += group_step;
   }
   for (int r = 0; r < Rows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
@@ -102,12 +116,12 @@ inline void gemm_tile(const PanelGemm& g, int64_t row, int64_t panel) {
 }
 
 template <class Format, int Panels, int Rows>
-inline void gemm_rows(const PanelGemm& g, int64_t row, int64_t rows, int64_t panel) {
+inline void gemm_rows(const PanelGemm& g, int64_t row, int64_t rows, int64_t panel, Prefetch ahead) {
   if constexpr (Rows > 0) {
     if (rows == Rows) {
-      gemm_tile<Format, Rows, Panels>(g, row, panel);
+      gemm_tile<Format, Rows, Panels>(g, row, panel, ahead);
     } else {
-      gemm_rows<Format, Panels, Rows - 1>(g, row, rows, panel);
+      gemm_rows<Format, Panels, Rows - 1>(g, row, rows, panel, ahead);
     }
   }
 }
@@ -116,14 +130,29 @@ template <class Format>
 inline void gemm_panels(const PanelGemm& g) {
   // Few rows leave registers free for a second panel, which hides the latency of the multiply-add chains.
   constexpr int kPairRows = kMaxRows / 2;
+  // A step fetches one line of the cache: so many tiles together fetch a panel.
+  constexpr int64_t kStepLines = kPanel * Format::kStep * sizeof(typename Format::Weight) / 64;
+  constexpr int64_t kFetchers = kStepLines == 0 ? 1 : kStepLines;
   for (int64_t panel = g.first_panel; panel < g.last_panel;) {
     if (g.m <= kPairRows && panel + 2 <= g.last_panel) {
-      gemm_rows<Format, 2, kPairRows>(g, 0, g.m, panel);
+      gemm_rows<Format, 2, kPairRows>(g, 0, g.m, panel, {});
       panel += 2;
       continue;
     }
-    for (int64_t row = 0; row < g.m; row += kMaxRows) {
-      gemm_rows<Format, 1, kMaxRows>(g, row, g.m - row < kMaxRows ? g.m - row : kMaxRows, panel);
+    // Of several tiles only the first waits for memory; the last ones fetch the next panel.
+    const int64_t next = panel + 1 < g.last_panel ? panel + 1 : g.next_panel;
+    const int64_t bytes = g.layout->panel_elements() * static_cast<int64_t>(sizeof(typename Format::Weight));
+    const int64_t tiles = (g.m + kMaxRows - 1) / kMaxRows;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      Prefetch ahead;
+      const int64_t fetcher = tile - (tiles - kFetchers);
+      if (tiles == 1) {
+        ahead = {static_cast<const char*>(g.weight) + panel * bytes + kStreamAhead, kFetchers * 64};
+      } else if (fetcher >= 0 && next < g.layout->panels()) {
+        ahead = {static_cast<const char*>(g.weight) + next * bytes + fetcher * bytes / kFetchers, 64};
+      }
+      const int64_t row = tile * kMaxRows;
+      gemm_rows<Format, 1, kMaxRows>(g, row, g.m - row < kMaxRows ? g.m - row : kMaxRows, panel, ahead);
     }
     ++panel;
   }
@@ -166,34 +195,93 @@ inline void unpack_row(const PanelLayout& layout, const void* weight, int64_t ro
 }
 
 #if defined(__AVX512BF16__)
-// Rounds up to 32 inputs and stores 32, the rest zeros.
-inline void round_inputs(const float* input, int64_t count, void* output) {
+// Up to 32 inputs, rounded, and zeros.
+inline __m512i round_inputs(const float* input, int64_t count) {
   const uint32_t lanes = count >= 32 ? ~0u : (1u << count) - 1;
   const __m512 first = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), input);
   const __m512 second = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> 16), input + 16);
-  _mm512_storeu_si512(output, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+}
+
+// The same 32 inputs of four neighbouring rows of a group, from their first pair on.
+inline void place_four(const float* input, int64_t ld_input, int64_t group_rows, Bf16* out) {
+  __m512i row[4];
+  for (int r = 0; r < 4; ++r) row[r] = round_inputs(input + r * ld_input, 32);
+  const __m512i low[2] = {_mm512_unpacklo_epi32(row[0], row[1]), _mm512_unpacklo_epi32(row[2], row[3])};
+  const __m512i high[2] = {_mm512_unpackhi_epi32(row[0], row[1]), _mm512_unpackhi_epi32(row[2], row[3])};
+  const __m512i pairs[4] = {// of all four rows: pairs i, i + 4, i + 8 and i + 12
+                            _mm512_unpacklo_epi64(low[0], low[1]), _mm512_unpackhi_epi64(low[0], low[1]),
+                            _mm512_unpacklo_epi64(high[0], high[1]), _mm512_unpackhi_epi64(high[0], high[1])};
+  for (int i = 0; i < 4; ++i) {
+    const auto place = [&](int pair, __m128i four) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + pair * group_rows * 2), four);
+    };
+    place(i, _mm512_castsi512_si128(pairs[i]));
+    place(i + 4, _mm512_extracti32x4_epi32(pairs[i], 1));
+    place(i + 8, _mm512_extracti32x4_epi32(pairs[i], 2));
+    place(i + 12, _mm512_extracti32x4_epi32(pairs[i], 3));
+  }
+}
+
+// All whole 32 inputs of the rows; returns how many those are.
+inline int64_t place_whole(const float* input, int64_t ld_input, int64_t inputs, int64_t rows, int64_t group_rows,
+                           Bf16* group) {
+  const int64_t whole = inputs / 32 * 32;
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) {
+    for (int64_t k = 0; k < whole; k += 32) {
+      place_four(input + row * ld_input + k, ld_input, group_rows, group + k * group_rows + row * 2);
+    }
+  }
+  for (; row < rows; ++row) {
+    for (int64_t k = 0; k < whole; k += 32) {
+      alignas(64) int pairs[16];
+      _mm512_store_si512(pairs, round_inputs(input + row * ld_input + k, 32));
+      Bf16* out = group + k * group_rows + row * 2;
+      if (group_rows == 1) {
+        __builtin_memcpy(out, pairs, sizeof pairs);
+      } else {
+        for (int i = 0; i < 16; ++i) __builtin_memcpy(out + i * group_rows * 2, &pairs[i], sizeof pairs[i]);
+      }
+    }
+  }
+  return whole;
 }
 #endif
 
-// Elements between the rows of an operand: without a gap, rows of 2,048 inputs would all want the same few lines of the
-// L1 cache.
-constexpr int64_t kOperandGap = 64 / sizeof(BFloat16Format::Operand);
-
-// Places row `row` of the m rows of a bfloat16 product's operand, which is [m][k_padded + kOperandGap] here.
-inline void place_row(const PanelLayout& layout, const float* input, int64_t row, int64_t, void* operand) {
-  auto* out = static_cast<BFloat16Format::Operand*>(operand) + row * (layout.k_padded + kOperandGap);
-  int64_t i = 0;
+template <class Format, class Round>
+inline void place_group(const PanelLayout& layout, const float* input, int64_t ld_input, int64_t rows,
+                        int64_t group_rows, typename Format::Operand* group, Round round) {
+  constexpr int kStep = Format::kStep;
+  int64_t placed = 0;
 #if defined(__AVX512BF16__)
-  for (; i + 32 <= layout.k; i += 32) round_inputs(input + i, 32, out + i);
+  if constexpr (sizeof(typename Format::Operand) == sizeof(Bf16)) {
+    placed = place_whole(input, ld_input, layout.k, rows, group_rows, group);
+  }
 #endif
-  for (; i < layout.k; ++i) {
-    if constexpr (sizeof(BFloat16Format::Operand) == 2) {
-      reinterpret_cast<Bf16*>(out)[i] = to_bf16(input[i]);
-    } else {
-      reinterpret_cast<float*>(out)[i] = to_float(to_bf16(input[i]));
+  for (int64_t row = 0; row < rows; ++row) {
+    auto* out = group + placed * group_rows + row * kStep;
+    for (int64_t k = placed; k < layout.k_padded; k += kStep, out += group_rows * kStep) {
+      for (int i = 0; i < kStep; ++i) out[i] = k + i < layout.k ? round(input[row * ld_input + k + i]) : round(0.0f);
     }
   }
-  for (; i < layout.k_padded; ++i) out[i] = {};
+}
+
+inline void place_rows(const PanelLayout& layout, const float* input, int64_t ld_input, int64_t rows,
+                       int64_t group_rows, void* group) {
+  if (layout.dtype == DType::kFloat32) {
+    place_group<Float32Format>(layout, input, ld_input, rows, group_rows, static_cast<float*>(group),
+                               [](float x) { return x; });
+  } else {
+    using Operand = BFloat16Format::Operand;
+    place_group<BFloat16Format>(layout, input, ld_input, rows, group_rows, static_cast<Operand*>(group), [](float x) {
+      if constexpr (sizeof(Operand) == 2) {
+        return to_bf16(x);
+      } else {
+        return to_float(to_bf16(x));
+      }
+    });
+  }
 }
 
 }  // namespace fastserve::cpu::FS_ISA

@@ -10,25 +10,19 @@ namespace fastserve::cpu::FS_ISA {
 
 constexpr int64_t kOperandStep = kAmxRows * kAmxBytes;  // of one A tile
 constexpr int64_t kWeightStep = kAmxRows * kPanel * 4;  // of the two B tiles of a panel and 32 inputs
-constexpr int64_t kStreamAhead = 2 * kWeightStep;       // bytes between a load from memory and its prefetch
 static_assert(kPanel == 2 * kAmxOutputs);
 
-// The operand is A tiles: [m / 16][k / 32][16 rows, or m if there are fewer][32], so that loads of a tile are of 16
-// neighbouring lines. Places one row of it.
-inline void place_tile_row(const PanelLayout& layout, const float* input, int64_t row, int64_t m, void* operand) {
-  const int64_t rows = m < kAmxRows ? m : kAmxRows;
-  char* out =
-      static_cast<char*>(operand) + row / kAmxRows * kAmxRows * layout.k_padded * 2 + row % kAmxRows * kAmxBytes;
-  for (int64_t k = 0; k < layout.k; k += kAmxInputs, out += rows * kAmxBytes) {
-    round_inputs(input + k, layout.k - k, out);
+// A group of the operand is A tiles, so that loads of a tile are of 16 neighbouring lines.
+inline void place_amx_rows(const PanelLayout& layout, const float* input, int64_t ld_input, int64_t rows,
+                           int64_t group_rows, void* group) {
+  if (layout.dtype == DType::kFloat32) return place_rows(layout, input, ld_input, rows, group_rows, group);
+  for (int64_t row = 0; row < rows; ++row, input += ld_input) {
+    char* out = static_cast<char*>(group) + row * kAmxBytes;
+    for (int64_t k = 0; k < layout.k; k += kAmxInputs, out += group_rows * kAmxBytes) {
+      _mm512_storeu_si512(out, round_inputs(input + k, layout.k - k));
+    }
   }
 }
-
-// What to fetch into the L2 cache meanwhile: `bytes` from `next` on at every step.
-struct Prefetch {
-  const char* next;
-  int64_t bytes;
-};
 
 template <int Heights, int Panels>
 class AmxTile {
@@ -37,8 +31,7 @@ class AmxTile {
  public:
   // Rows [row, row + count) of panels [panel, panel + Panels).
   static void run(const PanelGemm& g, int64_t row, int64_t count, int64_t panel, Prefetch& ahead) {
-    const bool whole = g.operand_rows >= kAmxRows;  // else there is one tile, of as many rows as there are
-    const int64_t rows = whole ? kAmxRows : g.operand_rows, operand_step = rows * kAmxBytes;
+    const int64_t rows = g.group_rows, operand_step = rows * kAmxBytes;
     const int64_t panel_bytes = g.layout->panel_elements() * 2, height_bytes = kAmxRows * g.layout->k_padded * 2;
     const int64_t first = g.first_input / kAmxInputs, last = g.last_input / kAmxInputs;
     const char* a = static_cast<const char*>(g.operand) + row * g.layout->k_padded * 2 + first * operand_step;
@@ -119,7 +112,7 @@ class AmxTile {
 };
 
 inline void gemm_amx_bf16(const PanelGemm& g) {
-  amx_shape(g.operand_rows < kAmxRows ? g.operand_rows : kAmxRows);
+  amx_shape(g.group_rows);
   const int64_t passes = (g.m + 2 * kAmxRows - 1) / (2 * kAmxRows);
   const int64_t panel_bytes = g.layout->panel_elements() * 2;
   const auto stream = [&](int64_t panel) {
@@ -140,8 +133,10 @@ inline void gemm_amx_bf16(const PanelGemm& g) {
     // One pass over the rows reads the panel from memory as it goes; of more passes, each fetches its share of the
     // next.
     Prefetch ahead{stream(panel) + kStreamAhead, kWeightStep};
-    if (passes > 1)
-      ahead = {stream(panel + 1), panel + 1 < g.last_panel ? (kWeightStep / 64 + passes - 1) / passes * 64 : 0};
+    if (passes > 1) {
+      const int64_t next = panel + 1 < g.last_panel ? panel + 1 : g.next_panel;
+      ahead = {stream(next), next < g.layout->panels() ? (kWeightStep / 64 + passes - 1) / passes * 64 : 0};
+    }
     for (int64_t row = 0; row < g.m; row += 2 * kAmxRows) {
       const int64_t count = g.m - row;
       if (count > kAmxRows) {

@@ -53,7 +53,7 @@ struct NibbleMinimumFormat : NibbleFormat {
 };
 
 template <class Format, int Rows, int Panels>
-inline void quantized_tile(const QuantizedGemm& g, int64_t row, int64_t panel) {
+inline void quantized_tile(const QuantizedGemm& g, int64_t row, int64_t panel, Prefetch ahead) {
   constexpr int kVectors = Panels * kVectorsPerPanel;
   const QuantizedLayout& layout = *g.layout;
   const int64_t panel_bytes = layout.panel_bytes(), operand_bytes = layout.operand_bytes(sizeof(Quant));
@@ -66,6 +66,7 @@ inline void quantized_tile(const QuantizedGemm& g, int64_t row, int64_t panel) {
     for (int v = 0; v < kVectors; ++v) acc[r][v] = set1(0.0f);
   }
   for (int64_t group = 0; group < groups; ++group) {
+    ahead.step();
     const auto* a = reinterpret_cast<const Quant*>(operand) + group * kBlockInputs;
     const auto* inputs = reinterpret_cast<const GroupInput*>(operand + operand_head) + group;
     const auto input = [&](int r) {
@@ -136,14 +137,24 @@ inline void quantized_tile(const QuantizedGemm& g, int64_t row, int64_t panel) {
 }
 
 template <class Format, int Panels, int Rows>
-inline void quantized_rows(const QuantizedGemm& g, int64_t row, int64_t rows, int64_t panel) {
+inline void quantized_rows(const QuantizedGemm& g, int64_t row, int64_t rows, int64_t panel, Prefetch ahead) {
   if constexpr (Rows > 0) {
     if (rows == Rows) {
-      quantized_tile<Format, Rows, Panels>(g, row, panel);
+      quantized_tile<Format, Rows, Panels>(g, row, panel, ahead);
     } else {
-      quantized_rows<Format, Panels, Rows - 1>(g, row, rows, panel);
+      quantized_rows<Format, Panels, Rows - 1>(g, row, rows, panel, ahead);
     }
   }
+}
+
+// What tile `tile` of the `tiles` that share the work has to fetch of the panel after `panel`.
+inline Prefetch share_of_next(const QuantizedGemm& g, int64_t panel, int64_t tile, int64_t tiles) {
+  const int64_t next = panel + 1 < g.last_panel ? panel + 1 : g.next_panel;
+  if (next >= g.layout->panels()) return {};
+  const int64_t bytes = g.layout->panel_bytes(), groups = g.layout->groups();
+  const int64_t step = (bytes + tiles * groups * 64 - 1) / (tiles * groups * 64) * 64;
+  const char* start = reinterpret_cast<const char*>(g.weight + next * bytes) + tile * groups * step;
+  return {start, step};
 }
 
 template <class Format>
@@ -151,7 +162,7 @@ inline void quantized_panels(const QuantizedGemm& g) {
   constexpr int kPairRows = kQuantizedRows / 2;
   for (int64_t panel = g.first_panel; panel < g.last_panel;) {
     if (g.m <= kPairRows && panel + 2 <= g.last_panel) {
-      quantized_rows<Format, 2, kPairRows>(g, 0, g.m, panel);
+      quantized_rows<Format, 2, kPairRows>(g, 0, g.m, panel, {});
       panel += 2;
       continue;
     }
@@ -159,7 +170,10 @@ inline void quantized_panels(const QuantizedGemm& g) {
     const int64_t tiles = (g.m + kQuantizedRows - 1) / kQuantizedRows;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t row = tile * g.m / tiles, end = (tile + 1) * g.m / tiles;
-      quantized_rows<Format, 1, kQuantizedRows>(g, row, end - row, panel);
+      // Of several tiles only the first waits for memory; the last two fetch the next panel.
+      Prefetch ahead;
+      if (tiles > 1 && tile >= tiles - 2) ahead = share_of_next(g, panel, tile - (tiles - 2), 2);
+      quantized_rows<Format, 1, kQuantizedRows>(g, row, end - row, panel, ahead);
     }
     ++panel;
   }

@@ -34,15 +34,16 @@ class QuantizedAmxTile {
         operand_(g.operand + row * operand_bytes_),
         inputs_(operand_ + g.layout->operand_head(sizeof(Quant))) {}
 
-  void run() {
+  void run(Prefetch ahead) {
     const int64_t groups = g_.layout->groups();
     F32 acc[kAmxRows];
     for (F32& x : acc) x = set1(0.0f);
     multiply<0>(0);
-    for (int64_t group = 0;;) {  // a group's sums are added while the next one's are on their way
+    for (int64_t group = 0;; ahead.step()) {  // a group's sums are added while the next one's are on their way
       if (group + 1 < groups) multiply<1>(group + 1);
       add_group(sums_[0], group, acc);
       if (++group == groups) break;
+      ahead.step();
       if (group + 1 < groups) multiply<0>(group + 1);
       add_group(sums_[1], group, acc);
       if (++group == groups) break;
@@ -126,6 +127,7 @@ inline void quantized_amx_panels(const QuantizedGemm& g) {
   amx_shape(kAmxRows, kBlockInputs / 2);
   for (int64_t first = 0; first < g.m; first += kQuantizedBlockRows) {
     const int64_t end = first + kQuantizedBlockRows < g.m ? first + kQuantizedBlockRows : g.m;
+    const int64_t tiles = (end - first + kAmxRows - 1) / kAmxRows * 2;
     for (int64_t panel = g.first_panel; panel < g.last_panel; ++panel) {
       const uint8_t* weight = g.weight + panel * layout.panel_bytes();
       const uint8_t* values = weight + layout.head_bytes();
@@ -138,14 +140,15 @@ inline void quantized_amx_panels(const QuantizedGemm& g) {
       for (int64_t row = first; row < end; row += kAmxRows) {
         const int64_t count = end - row < kAmxRows ? end - row : kAmxRows;
         if (count < kAmxLeastRows) {
-          quantized_rows<Format, 1, kQuantizedRows>(g, row, count < kQuantizedRows ? count : kQuantizedRows, panel);
+          quantized_rows<Format, 1, kQuantizedRows>(g, row, count < kQuantizedRows ? count : kQuantizedRows, panel, {});
           if (count > kQuantizedRows) {
-            quantized_rows<Format, 1, kQuantizedRows>(g, row + kQuantizedRows, count - kQuantizedRows, panel);
+            quantized_rows<Format, 1, kQuantizedRows>(g, row + kQuantizedRows, count - kQuantizedRows, panel, {});
           }
           continue;
         }
         for (int half = 0; half < 2; ++half) {
-          QuantizedAmxTile<Format>(g, row, count, panel, half, values, step).run();
+          const int64_t tile = (row - first) / kAmxRows * 2 + half;
+          QuantizedAmxTile<Format>(g, row, count, panel, half, values, step).run(share_of_next(g, panel, tile, tiles));
         }
       }
     }

@@ -16,11 +16,11 @@ namespace FS_ISA {
 
 constexpr KernelTable make_amx_table(const char* name) {
   KernelTable table = make_table(name);
-  table.operand_gap = 0;  // it has tiles
+  table.operand_bf16.rows = kAmxRows;
   table.input_step = kAmxInputs;
   table.paired_rows = kAmxRows;
   table.cached_bytes = 1024 * 1024;
-  table.place_row = place_tile_row;
+  table.place_rows = place_amx_rows;
   table.gemm = gemm_amx;
   table.gemm_quantized = gemm_quantized_amx;
   table.attention_vectors = 2 * kAmxRows;

@@ -21,18 +21,26 @@ struct PanelLayout {
   int64_t panel_elements() const { return k_padded * panel; }
 };
 
+// The operand of a product lies in groups of neighbouring rows, one behind the other: [m / rows][k_padded / step][rows,
+// or m if there are fewer][step], so that a kernel, which takes the rows of a group together, reads it from front to
+// back.
+struct OperandLayout {
+  int64_t element_bytes;
+  int64_t rows;  // of a group
+};
+
 // Columns [first_panel, last_panel) of output = operand · weightᵀ (+ bias) (+ output), or part of the sums.
 struct PanelGemm {
   const PanelLayout* layout;
-  const void* weight;    // all panels
-  const void* operand;   // as place_row left it, or float32 input for float32 weights
-  int64_t ld_operand;    // where it has rows
-  int64_t operand_rows;  // m of place_row; the rows meant may be some of them
-  const float* bias;     // [n] padded, or null
-  float* output;         // [m][ld_output]
+  const void* weight;   // all panels
+  const void* operand;  // as place_rows left it, from the first of the rows meant on, which begins a group
+  int64_t group_rows;   // of its groups
+  const float* bias;    // [n] padded, or null
+  float* output;        // [m][ld_output]
   int64_t ld_output;
   int64_t m;
   int64_t first_panel, last_panel;
+  int64_t next_panel;  // which the caller will probably want next, or panels() if none
   bool accumulate;
   // Where cached_bytes is set: inputs [first_input, last_input), multiples of input_step. Sums that do not start at the
   // first input are taken from `partial` ([m rounded up to 32][ld_partial], column 0 is first_panel's), those that do
@@ -85,15 +93,16 @@ struct AttentionKernels {
 
 struct KernelTable {
   const char* name;
-  int64_t panel;          // outputs of a weight panel
-  int64_t operand_bytes;  // of one element of a bfloat16 GEMM's operand
-  int64_t operand_gap;    // of its elements between rows, where it has rows
-  int64_t input_step;     // inputs of bfloat16 panels are padded to a multiple of it
-  int64_t paired_rows;    // a GEMM of as many rows at most takes two panels at a time
-  int64_t cached_bytes;   // of a bfloat16 GEMM's operand that a call should take at most; 0: it has no limit
+  int64_t panel;                            // outputs of a weight panel
+  OperandLayout operand_f32, operand_bf16;  // by the type of the weights
+  int64_t input_step;                       // inputs of bfloat16 panels are padded to a multiple of it
+  int64_t paired_rows;                      // a GEMM of as many rows at most takes two panels at a time
+  int64_t cached_bytes;  // of a bfloat16 GEMM's operand that a call should take at most; 0: it has no limit
   void (*pack_panel)(const PanelLayout&, const float* rows, int64_t count, int64_t first, void* panel);
   void (*unpack_row)(const PanelLayout&, const void* weight, int64_t row, float* output, bool accumulate);
-  void (*place_row)(const PanelLayout&, const float* input, int64_t row, int64_t m, void* operand);
+  // Places the first `rows` rows of a group of the operand, for bfloat16 rounded.
+  void (*place_rows)(const PanelLayout&, const float* input, int64_t ld_input, int64_t rows, int64_t group_rows,
+                     void* group);
   void (*gemm)(const PanelGemm&);
   int64_t quant_bytes;  // of one value of a quantized GEMM's operand
   void (*quantize_input)(const QuantizedLayout&, const float* input, void* output);

@@ -65,6 +65,7 @@ struct QuantizedGemm {
   int64_t ld_output;
   int64_t m;
   int64_t first_panel, last_panel;
+  int64_t next_panel;  // which the caller will probably want next, or panels() if none
   bool accumulate;
   uint8_t* scratch;  // a byte for each weight of a panel, exclusive to the caller
 };
