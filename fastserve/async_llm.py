@@ -61,8 +61,8 @@ class AsyncLLM(ServingCore):
     ...         print(output.outputs[0].text)
     """
 
-    # Twice as long a gap as usual is what a reader notices; the cost model may be off by a tenth.
-    _stall_limit: ClassVar[float | None] = 1.8
+    # A gap twice as long as usual is what a reader notices, and the cost model is off by a third for single iterations.
+    _stall_limit: ClassVar[float | None] = 1.5
 
     def _start(self) -> None:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

@@ -14,7 +14,7 @@ from .profiler import measure, measure_link
 from .types import Executor, InvalidRequest
 from .version import __version__
 
-# First come, first served looks at no cost, so there is nothing to measure for it.
+# First come, first served looks at no cost, so there is nothing to measure for it unless iterations have a limit.
 UNMEASURED = CostModel.constant(0.01)
 _COSTLESS_POLICIES = frozenset({"fcfs"})
 
@@ -49,7 +49,7 @@ class Calibration:
             return CostModel.load(cost)
         if cost is not None:
             raise InvalidRequest("cost", f"must be a CostModel or the file of one, got {cost!r}")
-        if self._config.policy in _COSTLESS_POLICIES:
+        if self._config.policy in _COSTLESS_POLICIES and self._config.stall_limit is None:
             return UNMEASURED
         remembered = self._remembered(self.path)
         if remembered is not None:

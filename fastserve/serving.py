@@ -89,7 +89,7 @@ class ServingCore:
         max_num_seqs     jobs in one iteration
         max_num_batched_tokens  tokens in one iteration; longer prompts are prefilled in chunks
         stall_limit      these make an iteration at most this many times as long as its decodes alone would take, by the
-                         cost model; None: however long; auto: 1.8 for AsyncLLM, whose users see every token come, and
+                         cost model; None: however long; auto: 1.5 for AsyncLLM, whose users see every token come, and
                          None for LLM, whose users see the end
         block_size       tokens in one block of the KV cache
         kv_cache_memory  bytes, or text such as 512M; None: room for max_num_seqs full contexts, but at most a quarter

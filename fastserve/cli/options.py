@@ -101,7 +101,7 @@ SCHEDULING: dict[str, Any] = {
         str | None,
         "auto",
         "Cut prompts so that they make an iteration at most this many times as long for jobs that decode; none: never; "
-        "auto: 1.8 where tokens are streamed to many, else never.",
+        "auto: 1.5 where tokens are streamed to many, else never.",
     ),
     "num_levels": _engine(int | None, "12", "Levels of the MLFQ."),
     "cost": _engine(

@@ -114,7 +114,7 @@ def test_readers_of_a_stream_are_not_held_up_unless_told(world: ToyWorld) -> Non
         async with world.async_llm(**options) as llm:
             return llm.info["stall_limit"]
 
-    assert asyncio.run(told()) == 1.8
+    assert asyncio.run(told()) == 1.5
     assert asyncio.run(told(stall_limit=None)) is None
     with world.llm() as llm, world.llm(stall_limit=3) as limited:
         assert (llm.info["stall_limit"], limited.info["stall_limit"]) == (None, 3.0)

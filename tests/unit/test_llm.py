@@ -369,6 +369,10 @@ def test_the_cost_model_is_measured_once_and_remembered(
     monkeypatch.setenv("FASTSERVE_CACHE", str(tmp_path))
     with world.llm(policy="fcfs", cost=None):
         assert world.plans == []  # looks at no cost
+    with world.llm(policy="fcfs", cost=None, stall_limit=2):
+        assert world.plans != []  # the limit on its iterations does
+    for file in tmp_path.rglob("*.json"):
+        file.unlink()
     with world.llm(cost=None) as llm:
         assert world.plans != []
         measured = llm.cost
