@@ -1,0 +1,161 @@
+"""What the API server and the engine tell each other, and the socket between them.
+
+    API server ── Add, Abort, ListJobs, Stop ──▶ engine
+               ◀── Ready | Failed, then Step, Refused, Status, Jobs ──
+
+Each start of the engine gets a socket of its own, so that nothing a dead engine said can be taken for the living one's.
+Messages are msgpack, typed on both ends. Jobs go by integer keys that the API server hands out and never reuses.
+Times are seconds of time.monotonic, which all processes of a host share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from .types import JobMetrics, SamplingParams, TokenLogprobs
+
+
+class Message(msgspec.Struct, array_like=True, tag=True, gc=False):
+    """One of the messages below."""
+
+
+# --- to the engine -----------------------------------------------------------------------------------------------------
+
+
+class Add(Message):
+    """One prompt for one output. `output`: tokens that a lost engine had put out; they count as put out."""
+
+    key: int
+    prompt: list[int]
+    params: SamplingParams  # its n, stop and text options are the API server's business
+    seed: int
+    priority: int
+    arrival: float
+    output: list[int]
+
+
+class Abort(Message):
+    """End jobs; those unknown or finished are left out. `stopped`: by a stop string, else nobody wants them."""
+
+    keys: list[int]
+    stopped: bool
+
+
+class ListJobs(Message):
+    """Asks for a Jobs."""
+
+    query: int
+
+
+class Stop(Message):
+    """Finish nothing, free everything, exit 0."""
+
+
+# --- to the API server -------------------------------------------------------------------------------------------------
+
+
+class Ready(Message):
+    """The model is loaded; Adds may come."""
+
+    pids: list[int]
+    info: dict[str, Any]  # as LLM.info
+    vocab_size: int
+    max_model_len: int
+
+
+class Failed(Message):
+    """The engine cannot start or go on; it exits next. `message` is one line for the operator."""
+
+    message: str
+    field: str | None  # the option at fault, where it is one
+
+
+class Update(msgspec.Struct, array_like=True, gc=False):
+    """What one iteration did for one job."""
+
+    key: int
+    token: int | None
+    logprobs: TokenLogprobs | None
+    finish_reason: str | None  # as in CompletionOutput; None while it goes on
+    error: str | None
+    metrics: JobMetrics | None  # with finish_reason
+
+
+class Step(Message):
+    """The end of an iteration. `running`: jobs in the next ones, which is told when it changes."""
+
+    updates: list[Update]
+    running: list[int] | None
+
+
+class Refused(Message):
+    """An Add that the engine does not take: an InvalidRequest."""
+
+    key: int
+    field: str
+    message: str
+
+
+class LevelStatus(msgspec.Struct, array_like=True, gc=False):
+    """One level of the MLFQ, or all jobs of a policy without levels."""
+
+    quantum: float | None  # seconds
+    waiting: int
+    running: int
+    oldest_wait: float  # seconds
+
+
+class Status(Message):
+    """Sent every quarter of a second while there is work and every second otherwise: it is the heartbeat, too.
+
+    Counters count from this engine's start.
+    """
+
+    time: float
+    live: int
+    running: int
+    levels: list[LevelStatus]
+    backlog: float  # seconds until all live jobs are done, by the cost model
+    device_blocks: int
+    device_blocks_used: int
+    host_blocks: int
+    host_blocks_used: int
+    iterations: int
+    prefill_tokens: int
+    decode_tokens: int
+    preemptions: int
+    recomputed_tokens: int
+    offloaded_bytes: int
+    uploaded_bytes: int
+    copy_seconds: float  # that both streams were busy
+    hidden_copy_seconds: float  # of those, beside an iteration that did not wait for them
+    busy_seconds: float  # of iterations
+
+
+class JobStatus(msgspec.Struct, array_like=True, gc=False):
+    """A live job, for people to look at."""
+
+    key: int
+    level: int  # 0 for policies without levels
+    running: bool
+    tier: str  # of its KV: device, host or none
+    prompt_tokens: int
+    computed_tokens: int
+    output_tokens: int
+    max_output_tokens: int
+    attained: float  # modelled seconds of service
+    waiting: float  # seconds since it last ran
+    preemptions: int
+
+
+class Jobs(Message):
+    """The answer to a ListJobs: all live jobs, the next to run first."""
+
+    query: int
+    jobs: list[JobStatus]
+
+
+ToEngine = Add | Abort | ListJobs | Stop
+FromEngine = Ready | Failed | Step | Refused | Status | Jobs
