@@ -82,11 +82,28 @@ class Scheduler:
                 f"{self.blocks.block_size} tokens, and there are {self.blocks.num_blocks}; shorten the prompt, lower "
                 "max_tokens or raise kv_cache_memory",
             )
-        self._estimate(job)
-        job.waiting_since = job.arrival
+        if job.output:
+            self._resume(job, now)
+        else:
+            self._estimate(job)
+            job.waiting_since = job.arrival
         self.policy.add(job, now)
         self.jobs[job.job_id] = job
         self._version += 1
+
+    def _resume(self, job: Job, now: float) -> None:
+        """Take up a job where a lost engine left it.
+
+        What it had been served counts as served, so it is not charged for what is computed again, and a policy that
+        goes by service has it about where it was; but it joins by all that has to be computed. Nobody knows how long it
+        had been waiting.
+        """
+        prompt = len(job.prompt)
+        contexts = np.arange(prompt + 1, job.known, dtype=np.int32)  # of the tokens behind the first
+        job.attained = self.cost.prefill_charge(0, prompt) + float(self.cost.decode_each(contexts).sum())
+        job.served = job.known - 1
+        job.next_seconds = self.cost.prefill_charge(0, job.known)
+        job.waiting_since = now
 
     def abort(self, job_id: str, now: float, reason: FinishReason = FinishReason.ABORT) -> bool:
         """End a job at once; False when there is no such job. A plan in flight runs on and its result is dropped."""
@@ -394,7 +411,7 @@ class Scheduler:
         job.output.append(token)
         if job.params.logprobs is not None:
             job.logprobs.append(_logprobs(result, sample, job.params.logprobs))
-        if job.metrics.first_token is None:
+        if len(job.output) == 1:
             job.metrics.first_token = now
         if token in job.stop_tokens and len(job.output) > job.params.min_tokens:
             self._end(job, FinishReason.STOP, now)
