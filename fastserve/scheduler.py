@@ -57,6 +57,8 @@ class Scheduler:
         self.jobs: dict[str, Job] = {}
         self.in_flight: deque[Iteration] = deque()
         self.record_levels = False  # whether iterations shall tell their jobs' levels
+        self.preemptions = 0  # of all jobs there were, as are
+        self.recomputed_tokens = 0
         # One batch for each plan that may hold other jobs than the one before: with a pipeline, one a stage.
         stages = config.pipeline_parallel_size
         self._batches = [DecodeRows(config.max_num_seqs, cost) for _ in range(stages)]
@@ -112,6 +114,12 @@ class Scheduler:
             return False
         self._end(job, reason, now)
         return True
+
+    def progress(self, job: Job) -> tuple[int, float]:
+        """Tokens of the job whose KV is computed or being computed, and the modelled seconds of its service so far."""
+        if isinstance(job.batch, DecodeRows):
+            return job.batch.position(job.row), job.attained + job.batch.unreported(job)
+        return job.computed, job.attained + self._unreported.get(job, 0.0)
 
     # --- what to run -------------------------------------------------------------------------------------------------
 
@@ -296,6 +304,7 @@ class Scheduler:
     def _pause(self, job: Job, now: float) -> None:
         if job.waiting_since is None:  # else it was chosen for a batch that never ran
             job.metrics.preemptions += 1
+            self.preemptions += 1
             job.waiting_since = now
 
     def _runs(self, job: Job, now: float) -> None:
@@ -328,7 +337,9 @@ class Scheduler:
         job.in_flight += 1
         # Charged is the modelled solo time of what is new; neighbours and recomputation are never charged.
         new = end - max(row.start, job.served)
-        job.metrics.recomputed_tokens += tokens - max(0, new)
+        again = tokens - max(0, new)
+        job.metrics.recomputed_tokens += again
+        self.recomputed_tokens += again
         if new > 0:
             prompt = len(job.prompt)
             own = self.cost.prefill_charge(job.served, end) if job.served < prompt else self.cost.decode_seconds(end)
