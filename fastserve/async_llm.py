@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar
 
+from .config import STREAMING_STALL_LIMIT
 from .outputs import LiveRequest, Request, RequestOutput
 from .serving import EngineError, Message, Prompt, ServingCore
 from .types import SamplingParams
@@ -61,8 +62,7 @@ class AsyncLLM(ServingCore):
     ...         print(output.outputs[0].text)
     """
 
-    # A gap twice as long as usual is what a reader notices, and the cost model is off by a third for single iterations.
-    _stall_limit: ClassVar[float | None] = 1.5
+    _stall_limit: ClassVar[float | None] = STREAMING_STALL_LIMIT
 
     def _start(self) -> None:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

@@ -61,6 +61,10 @@ _BLOCK_SIZE = (1, 2**16)
 _BLOCKS = (1, MAX_BLOCKS)
 _BATCHED_TOKENS = (1, 2**20)
 
+# The stall limit where tokens are streamed to many: a gap twice as long as usual is what a reader notices, and the cost
+# model is off by a third for single iterations.
+STREAMING_STALL_LIMIT = 1.5
+
 ADMISSIONS = ("paged", "reserve")
 QUANTIZATIONS = ("auto", "int8", "none")
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")

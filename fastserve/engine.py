@@ -81,14 +81,17 @@ class Engine:
         priority: int = 0,
         arrival: float | None = None,
         known_output: int | None = None,
+        output: Sequence[int] = (),
     ) -> Job:
         """Queue one prompt for one output (`params.n` is the caller's business). `arrival` is on the engine's clock.
 
         `known_output`, how many tokens it will put out unless a limit ends it before, is for policies that are oracles.
+        `output` is what an engine that is lost had put out already: the job goes on behind it, with the tokens that
+        the other engine would have sampled next. Updates, logprobs and metrics are of what comes from here on.
 
         Raises InvalidRequest, before anything changes, for an empty prompt or one that fills the context, a token id
-        outside the vocabulary, an id in use, min_tokens where every token is a stop token, and a job that can never
-        fit in the KV pool.
+        outside the vocabulary, an id in use, min_tokens where every token is a stop token, an output that is complete,
+        and a job that can never fit in the KV pool.
         """
         tokens = _checked_tokens("prompt", prompt, vocab_size)
         if not tokens:
@@ -111,6 +114,7 @@ class Engine:
             )
         now = self._clock()
         max_output = self._max_output(len(tokens), params.max_tokens)
+        so_far = _unfinished(_checked_tokens("output", output, vocab_size), max_output, stop_tokens, params.min_tokens)
         job = Job(
             job_id=job_id,
             prompt=tokens,
@@ -122,6 +126,7 @@ class Engine:
             index=self._jobs_added,
             priority=priority,
             known_output=None if known_output is None else min(known_output, max_output),
+            output=so_far,
         )
         job.metrics = JobMetrics(job.arrival)
         self.scheduler.add(job, now)
@@ -198,6 +203,16 @@ def _checked_tokens(name: str, tokens: Collection[int], vocab_size: int) -> Sequ
         wrong = next(token for token in ids if not 0 <= token < vocab_size)
         raise InvalidRequest(name, f"holds the token id {wrong}, and the vocabulary ends at {vocab_size - 1}")
     return ids
+
+
+def _unfinished(output: Sequence[int], max_output: int, stop_tokens: Collection[int], min_tokens: int) -> list[int]:
+    """A list of its own. Raises InvalidRequest for an output to which nothing can be added."""
+    if len(output) >= max_output:
+        raise InvalidRequest("output", f"is complete: it has {len(output)} tokens, and the job ends at {max_output}")
+    stop = next((token for token in output[min_tokens:] if token in stop_tokens), None)
+    if stop is not None:
+        raise InvalidRequest("output", f"is complete: it holds {stop}, which ends it")
+    return list(output)
 
 
 def _record(iteration: Iteration, result: StepResult, now: float) -> IterationRecord:

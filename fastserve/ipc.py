@@ -16,12 +16,16 @@ import msgspec
 
 from .types import JobMetrics, SamplingParams, TokenLogprobs
 
+# In the engine's environment: the process without which it has nothing to do. Its parent may be another by the time it
+# looks, if the API server was killed meanwhile.
+SERVER_PID = "FASTSERVE_SERVER_PID"
+
 
 class Message(msgspec.Struct, array_like=True, tag=True, gc=False):
     """One of the messages below."""
 
 
-# --- to the engine -----------------------------------------------------------------------------------------------------
+# --- to the engine ----------------------------------------------------------------------------------------------------
 
 
 class Add(Message):
@@ -53,7 +57,7 @@ class Stop(Message):
     """Finish nothing, free everything, exit 0."""
 
 
-# --- to the API server -------------------------------------------------------------------------------------------------
+# --- to the API server ------------------------------------------------------------------------------------------------
 
 
 class Ready(Message):

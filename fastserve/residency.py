@@ -54,6 +54,8 @@ class Residency:
         self.iteration_seconds = cost.decode_seconds(1)  # of the latest iteration
         self.wants: list[Want] = []  # of the jobs that the batch being chosen lacks
         self.closed = False  # nobody else may start: a better job waits for room to, or there is no token left
+        self.copied = [0, 0]  # blocks, by direction, and ...
+        self.copy_seconds = 0.0  # ... seconds of all copies that were acknowledged
         self._config = config
         self._policy = policy
         self._cost = cost
@@ -343,6 +345,8 @@ class Residency:
         owner, direction, blocks = self.blocks.acknowledge(copy)
         self.link.observe(direction, blocks, seconds)
         self._under_way[direction] -= blocks
+        self.copied[direction] += blocks
+        self.copy_seconds += seconds
         job = self._moved.pop(copy)
         if job in self._absent and self.blocks.away(owner) == self.blocks.held(owner):
             self._gone.add(job)

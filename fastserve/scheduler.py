@@ -57,6 +57,8 @@ class Scheduler:
         self.jobs: dict[str, Job] = {}
         self.in_flight: deque[Iteration] = deque()
         self.record_levels = False  # whether iterations shall tell their jobs' levels
+        self.preemptions = 0  # of all jobs there were, as are
+        self.recomputed_tokens = 0
         # One batch for each plan that may hold other jobs than the one before: with a pipeline, one a stage.
         stages = config.pipeline_parallel_size
         self._batches = [DecodeRows(config.max_num_seqs, cost) for _ in range(stages)]
@@ -82,11 +84,28 @@ class Scheduler:
                 f"{self.blocks.block_size} tokens, and there are {self.blocks.num_blocks}; shorten the prompt, lower "
                 "max_tokens or raise kv_cache_memory",
             )
-        self._estimate(job)
-        job.waiting_since = job.arrival
+        if job.output:
+            self._resume(job, now)
+        else:
+            self._estimate(job)
+            job.waiting_since = job.arrival
         self.policy.add(job, now)
         self.jobs[job.job_id] = job
         self._version += 1
+
+    def _resume(self, job: Job, now: float) -> None:
+        """Take up a job where a lost engine left it.
+
+        What it had been served counts as served, so it is not charged for what is computed again, and a policy that
+        goes by service has it about where it was; but it joins by all that has to be computed. Nobody knows how long it
+        had been waiting.
+        """
+        prompt = len(job.prompt)
+        contexts = np.arange(prompt + 1, job.known, dtype=np.int32)  # of the tokens behind the first
+        job.attained = self.cost.prefill_charge(0, prompt) + float(self.cost.decode_each(contexts).sum())
+        job.served = job.known - 1
+        job.next_seconds = self.cost.prefill_charge(0, job.known)
+        job.waiting_since = now
 
     def abort(self, job_id: str, now: float, reason: FinishReason = FinishReason.ABORT) -> bool:
         """End a job at once; False when there is no such job. A plan in flight runs on and its result is dropped."""
@@ -95,6 +114,12 @@ class Scheduler:
             return False
         self._end(job, reason, now)
         return True
+
+    def progress(self, job: Job) -> tuple[int, float]:
+        """Tokens of the job whose KV is computed or being computed, and the modelled seconds of its service so far."""
+        if isinstance(job.batch, DecodeRows):
+            return job.batch.position(job.row), job.attained + job.batch.unreported(job)
+        return job.computed, job.attained + self._unreported.get(job, 0.0)
 
     # --- what to run -------------------------------------------------------------------------------------------------
 
@@ -279,6 +304,7 @@ class Scheduler:
     def _pause(self, job: Job, now: float) -> None:
         if job.waiting_since is None:  # else it was chosen for a batch that never ran
             job.metrics.preemptions += 1
+            self.preemptions += 1
             job.waiting_since = now
 
     def _runs(self, job: Job, now: float) -> None:
@@ -311,7 +337,9 @@ class Scheduler:
         job.in_flight += 1
         # Charged is the modelled solo time of what is new; neighbours and recomputation are never charged.
         new = end - max(row.start, job.served)
-        job.metrics.recomputed_tokens += tokens - max(0, new)
+        again = tokens - max(0, new)
+        job.metrics.recomputed_tokens += again
+        self.recomputed_tokens += again
         if new > 0:
             prompt = len(job.prompt)
             own = self.cost.prefill_charge(job.served, end) if job.served < prompt else self.cost.decode_seconds(end)
@@ -394,7 +422,7 @@ class Scheduler:
         job.output.append(token)
         if job.params.logprobs is not None:
             job.logprobs.append(_logprobs(result, sample, job.params.logprobs))
-        if job.metrics.first_token is None:
+        if len(job.output) == 1:
             job.metrics.first_token = now
         if token in job.stop_tokens and len(job.output) > job.params.min_tokens:
             self._end(job, FinishReason.STOP, now)

@@ -185,10 +185,10 @@ class JobMetrics:
 
     arrival: float
     first_scheduled: float | None = None
-    first_token: float | None = None
+    first_token: float | None = None  # None where a lost engine put it out
     finish: float | None = None
     preemptions: int = 0  # iterations that left the job out although it could run and had run in the one before
-    recomputed_tokens: int = 0  # KV entries computed again because their blocks had been taken
+    recomputed_tokens: int = 0  # KV entries computed again: their blocks had been taken, or their engine was lost
     prefill_seconds: float = 0.0  # in iterations that worked on its prompt
     decode_seconds: float = 0.0  # in iterations that worked on its output
     # queue time is what is left of the job's completion time
@@ -259,7 +259,7 @@ class Job:
     index: int = 0  # arrival order, unique; ties in every policy break by it
     priority: int = 0
     output: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens that this engine sampled
     computed: int = 0
     served: int = 0
     pending: int = 0  # output tokens being sampled by plans in flight

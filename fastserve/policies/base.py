@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ..types import Job
 
@@ -85,6 +85,10 @@ class Policy(ABC):
     @abstractmethod
     def backlog(self, now: float) -> float:
         """Modelled seconds of work of all jobs, as work_ahead counts it for a job that comes after them all."""
+
+    def quanta(self) -> Sequence[float]:
+        """Seconds of service that each level gives, for display; nothing for policies without levels."""
+        return ()
 
     def level(self, job: Job) -> int:
         """The job's level, for display; 0 for policies without levels."""

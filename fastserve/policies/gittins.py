@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Final
@@ -261,6 +261,9 @@ class Gittins(Policy):
         if self._unlearned is not None:
             return self._unlearned.backlog(now)
         return self._front.total() + sum(map(self._work, self._order))
+
+    def quanta(self) -> Sequence[float]:
+        return () if self._unlearned is None else self._unlearned.quanta()
 
     def level(self, job: Job) -> int:
         return 0 if self._unlearned is None else self._unlearned.level(job)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Final
@@ -126,6 +126,9 @@ class MultiLevelFeedbackQueue(Policy):
     def backlog(self, now: float) -> float:
         last = len(self._levels) - 1
         return self._above(last) + self._levels[last].total()
+
+    def quanta(self) -> Sequence[float]:
+        return self._quanta
 
     def level(self, job: Job) -> int:
         return self._places[job].level

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 from ..types import Job
@@ -78,6 +78,11 @@ class ByPriority(Policy):
 
     def backlog(self, now: float) -> float:
         return sum(policy.backlog(now) for policy in self._policies.values())
+
+    def quanta(self) -> Sequence[float]:
+        # Those of jobs that have learned to do without levels and those that have not may live side by side.
+        policies = self._policies.values() or (self._make(),)
+        return max((policy.quanta() for policy in policies), key=len)
 
     def level(self, job: Job) -> int:
         return self._policies[job.priority].level(job)

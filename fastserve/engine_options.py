@@ -1,0 +1,55 @@
+"""What the engine's process is told at its start: the options of LLM, as JSON."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from .types import InvalidRequest
+
+
+class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
+    """Names, defaults and meanings are LLM's; see there. Values are checked by who uses them."""
+
+    model: str
+    policy: str = "skip-join-mlfq"
+    dtype: str = "bfloat16"
+    kv_cache_dtype: str = "auto"
+    quantization: str = "auto"
+    device: str = "cpu"
+    threads: int = 0
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    stall_limit: float | Literal["auto"] | None = "auto"  # auto: as AsyncLLM's, for tokens are streamed
+    block_size: int = 16
+    kv_cache_memory: str | int | None = None
+    swap_space: str | int | None = None
+    swap_mode: str = "proactive"
+    swap_bandwidth: str | int | None = None
+    admission: str = "paged"
+    starvation_limit: float | None = 60.0
+    slowdown_limit: float | None = None
+    num_levels: int = 12
+    max_in_flight: int = 2
+    cost: str | None = None  # the file of a profile
+
+    def to_json(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> EngineOptions:
+        """Options left out have their defaults. Raises InvalidRequest for what is no object of options with a model."""
+        try:
+            given: Any = msgspec.json.decode(text)
+        except msgspec.MsgspecError as error:
+            raise InvalidRequest("options", f"must be a JSON object of LLM's options: {error}") from None
+        if not isinstance(given, dict):
+            raise InvalidRequest("options", f"must be a JSON object of LLM's options, got {text:.80}")
+        if unknown := sorted(given.keys() - set(cls.__struct_fields__)):
+            known = ", ".join(cls.__struct_fields__)
+            raise InvalidRequest(unknown[0], f"is no option of the engine's process, which has {known}")
+        if "model" not in given:
+            raise InvalidRequest("model", "must be given")
+        return cls(**given)

@@ -1,0 +1,135 @@
+"""What the engine says of itself, against what happened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from toy import Toy
+
+from fastserve.cost import CostModel
+from fastserve.engine import Engine
+from fastserve.ipc import JobStatus, Status
+from fastserve.monitor import Monitor
+from fastserve.policies import ONLINE_POLICIES
+from fastserve.types import OFFLOAD, UPLOAD
+
+COST = CostModel(per_iteration=1.0, per_token=0.05)
+BLOCK = 100  # bytes
+
+
+class Watched(Toy):
+    """A toy whose iterations a monitor sees, too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(COST, **options)
+        self.monitor = Monitor(self.config, COST, block_bytes=BLOCK)
+
+        def both(record: Any) -> None:
+            self.records.append(record)
+            self.monitor.on_iteration(record)
+
+        self.engine = Engine(self.config, self.executor, COST, clock=self.clock, on_iteration=both)
+
+    def status(self) -> Status:
+        return self.monitor.status(self.engine, self.clock.now)
+
+
+@pytest.mark.parametrize("policy", ONLINE_POLICIES)
+def test_counters_are_the_sums_of_what_happened(policy: str) -> None:
+    toy = Watched(
+        policy=policy, max_num_seqs=3, num_blocks=12, block_size=4, num_host_blocks=40, max_in_flight=2,
+        swap_mode="reactive", starvation_limit=6.0, repayment=1.0,
+    )  # fmt: skip
+    jobs = [toy.add(str(k), 4 + 3 * k, 20) for k in range(8)]
+    earlier = toy.status()
+    while toy.engine.has_work:
+        toy.engine.step()
+        status = toy.status()
+        for name in Status.__struct_fields__[10:]:  # from iterations on
+            assert getattr(status, name) >= getattr(earlier, name), f"{name} fell"
+        assert status.live == len(toy.engine.jobs) == sum(level.waiting + level.running for level in status.levels)
+        assert status.running <= 2 * 3
+        earlier = status
+    status = toy.status()
+    assert status.iterations == sum(bool(record.job_ids) for record in toy.records)
+    assert status.prefill_tokens == sum(record.prefill_tokens for record in toy.records)
+    assert status.decode_tokens == sum(record.decode_tokens for record in toy.records)
+    assert status.preemptions == sum(job.metrics.preemptions for job in jobs)
+    assert status.recomputed_tokens == sum(job.metrics.recomputed_tokens for job in jobs)
+    assert status.busy_seconds == pytest.approx(sum(record.seconds for record in toy.records if record.job_ids))
+    assert status.offloaded_bytes == toy.executor.copied[OFFLOAD] * BLOCK
+    assert status.uploaded_bytes == toy.executor.copied[UPLOAD] * BLOCK
+    assert 0 <= status.hidden_copy_seconds <= status.copy_seconds
+    if policy in ("mlfq", "skip-join-mlfq"):
+        assert status.preemptions > 0 and status.offloaded_bytes > 0
+    assert (status.live, status.running, status.backlog, status.device_blocks_used) == (0, 0, 0.0, 0)
+
+
+def test_levels_of_the_queue() -> None:
+    toy = Watched(policy="skip-join-mlfq", num_levels=4, max_num_seqs=1, starvation_limit=None)
+    short = toy.add("0", 1, 9)
+    toy.clock.now = 2.0
+    toy.add("1", 60, 9)  # 4 s of prefill, 4 quanta of 1.05 s: level 2
+    toy.add("2", 60, 9)
+    toy.engine.step()
+    status = toy.status()
+    assert [level.quantum for level in status.levels] == [1.05, 2.1, 4.2, 8.4]
+    assert [(level.waiting, level.running) for level in status.levels][2] == (2, 0)
+    assert [level.oldest_wait for level in status.levels] == [0, 0, toy.clock.now - 2.0, 0]
+    assert status.running == 1 and status.live == 3 and status.device_blocks_used == 1
+    assert short.waiting_since is None and status.backlog > 0
+
+
+@pytest.mark.parametrize("policy", ONLINE_POLICIES)
+def test_levels_are_told_before_the_first_job_and_with_priorities(policy: str) -> None:
+    toy = Watched(policy=policy, num_levels=4)
+    count = 1 if policy == "fcfs" else 4
+    assert [(level.waiting, level.running) for level in toy.status().levels] == [(0, 0)] * count
+    assert (toy.status().levels[0].quantum is None) == (policy == "fcfs")
+    for name, priority in (("1", 1), ("2", -1)):
+        job = toy.add(name, 5, 3)
+        assert job.priority == 0
+        toy.engine.abort(name)
+        toy.engine.add_job(name, job.prompt, job.params, seed=0, vocab_size=61, priority=priority)
+    assert len(toy.status().levels) == count and toy.status().live == 2
+
+
+def test_the_jobs_listed_are_in_the_order_in_which_they_run() -> None:
+    toy = Watched(policy="skip-join-mlfq", num_levels=6, max_num_seqs=1, num_blocks=20, block_size=4)
+    toy.add("7", 40, 9)
+    toy.engine.step()
+    toy.add("8", 2, 9)
+    toy.engine.step()
+    toy.clock.now += 0.5
+    first, second = toy.monitor.jobs(toy.engine, 3, toy.clock.now).jobs
+    assert toy.monitor.jobs(toy.engine, 3, toy.clock.now).query == 3
+    assert first == JobStatus(8, 1, True, "device", 2, 2, 1, 9, pytest.approx(1.1), 0.0, 0)
+    assert second == JobStatus(7, 2, False, "device", 40, 40, 1, 9, pytest.approx(3.0), second.waiting, 1)
+    assert second.waiting == pytest.approx(0.5 + 1.1)
+
+
+def test_listing_tells_of_service_that_the_policy_has_not_heard_of() -> None:
+    toy = Watched(policy="fcfs")
+    toy.add("1", 4, 30)
+    for _ in range(11):
+        toy.engine.step()
+    (job,) = toy.monitor.jobs(toy.engine, 1, toy.clock.now).jobs
+    assert job.output_tokens == 11 and job.computed_tokens == 4 + 10
+    assert job.attained == pytest.approx(1.2 + 10 * 1.05)
+
+
+def test_what_the_device_waited_for_was_not_hidden() -> None:
+    hidden = {}
+    for mode in ("proactive", "reactive"):
+        toy = Watched(
+            policy="mlfq", max_num_seqs=2, num_blocks=10, block_size=4, num_host_blocks=40, swap_mode=mode,
+            num_levels=4, repayment=1.0, starvation_limit=4.0,
+        )  # fmt: skip
+        for k in range(6):
+            toy.add(str(k), 9, 16)
+        toy.run()
+        status = toy.status()
+        assert status.copy_seconds > 0
+        hidden[mode] = status.hidden_copy_seconds / status.copy_seconds
+    assert hidden["reactive"] <= hidden["proactive"]
