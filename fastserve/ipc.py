@@ -16,6 +16,10 @@ import msgspec
 
 from .types import JobMetrics, SamplingParams, TokenLogprobs
 
+# In the engine's environment: the process without which it has nothing to do. Its parent may be another by the time it
+# looks, if the API server was killed meanwhile.
+SERVER_PID = "FASTSERVE_SERVER_PID"
+
 
 class Message(msgspec.Struct, array_like=True, tag=True, gc=False):
     """One of the messages below."""
