@@ -25,6 +25,7 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = data.special_tokens or {}
         self._template_text = data.chat_template
+        self._token_bytes: dict[int, bytes] = {}  # of tokens that were asked for: a server asks for each again and again
 
     @classmethod
     def from_data(cls, data: TokenizerData) -> Tokenizer:
@@ -94,13 +95,20 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """What a token of a byte-level vocabulary stands for; b"" for an id without a token."""
-        text = self._backend.id_to_token(token)
-        if text is None:
-            return b""
-        try:
-            return bytes(_BYTE_OF[character] for character in text)
-        except KeyError:  # an added token: literal text, not spelled in the byte alphabet
-            return text.encode()
+        known = self._token_bytes.get(token)
+        if known is None:
+            text = self._backend.id_to_token(token)
+            if text is None:
+                return b""
+            known = self._token_bytes[token] = _bytes_of(text)
+        return known
+
+
+def _bytes_of(text: str) -> bytes:
+    try:
+        return bytes(_BYTE_OF[character] for character in text)
+    except KeyError:  # an added token: literal text, not spelled in the byte alphabet
+        return text.encode()
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -241,14 +249,16 @@ class IncrementalDetokenizer:
         self._stream = (_ByteStream if tokenizer.byte_level else _WindowStream)(tokenizer, skip_special_tokens)
         self._stop = tuple(stop)
         self._include_stop = include_stop_str_in_output
-        self._stable = ""  # every character that can no longer change
-        self._released = 0
+        self._held = ""  # characters that can no longer change, held back as the possible start of a stop string
+        self._released: list[str] = []  # in pieces: adding to a text that grows would copy it at every token
         self.matched_stop: str | None = None
 
     @property
     def text(self) -> str:
         """What has been returned so far."""
-        return self._stable[: self._released]
+        if len(self._released) > 1:
+            self._released = ["".join(self._released)]
+        return self._released[0] if self._released else ""
 
     def append(self, tokens: Sequence[int], *, match_stop: bool = True) -> str:
         """The text that became certain with these tokens. After a stop string matched: always "".
@@ -265,34 +275,39 @@ class IncrementalDetokenizer:
         if self.matched_stop is not None:
             return ""
         released = self._extend(self._stream.flush())
-        return released if self.matched_stop is not None else released + self._release(len(self._stable))
+        return released if self.matched_stop is not None else released + self._release(len(self._held))
 
     def _extend(self, new: str, match_stop: bool = True) -> str:
-        before = len(self._stable)
-        self._stable += new
+        """A match starts in what is held back or in `new`: what could be the start of one is never released."""
+        before = len(self._held)
+        self._held += new
+        if not self._stop:
+            return self._release(len(self._held))
         matches = []
         for stop in self._stop if match_stop else ():
-            start = self._stable.find(stop, max(0, before - len(stop) + 1))
+            start = self._held.find(stop, max(0, before - len(stop) + 1))
             if start >= 0:
                 matches.append((start + len(stop), start, stop))
         if matches:
             end, start, self.matched_stop = min(matches)
-            self._stable = self._stable[: end if self._include_stop else start]
-            return self._release(len(self._stable))
-        return self._release(len(self._stable) - self._possible_stop())
+            released = self._release(end if self._include_stop else start)
+            self._held = ""
+            return released
+        return self._release(len(self._held) - self._possible_stop())
 
     def _possible_stop(self) -> int:
         """Length of the longest end of the text that a stop string begins with."""
-        longest = min(max(map(len, self._stop), default=1) - 1, len(self._stable))
+        longest = min(max(map(len, self._stop), default=1) - 1, len(self._held))
         for length in range(longest, 0, -1):
-            ending = self._stable[-length:]
+            ending = self._held[-length:]
             if any(stop.startswith(ending) for stop in self._stop):
                 return length
         return 0
 
     def _release(self, end: int) -> str:
-        text = self._stable[self._released : end]
-        self._released = max(self._released, end)
+        text, self._held = self._held[:end], self._held[end:]
+        if text:
+            self._released.append(text)
         return text
 
 

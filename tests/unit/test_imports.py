@@ -41,11 +41,13 @@ ARROWS: dict[str, set[str] | None] = {
     "profiler": {"config", "cost", "types"},
     "_C": {"loaders", "types"},  # its stub, for the type checker
     "native": {"loaders", "_C", "config", "types"},
+    "ipc": {"types"},
     "outputs": {"tokenizer", "types"},
     "sizing": {"config", "types"},
     "calibration": {"profiler", "cost", "config", "types", "version"},
     "assembly": {"calibration", "config", "cost", "loaders", "native", "policies", "sizing", "tokenizer", "types"},
     "serving": {"assembly", "calibration", "config", "cost", "engine", "outputs", "tokenizer", "types"},
+    "server": {"config", "ipc", "tokenizer", "types"},
     "llm": {"serving", "outputs", "calibration", "cost", "types"},
     "async_llm": {"serving", "outputs", "config", "types"},
     "ipc": {"types"},

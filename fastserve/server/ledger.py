@@ -1,0 +1,223 @@
+"""What the engine owes: every open job, what of it has been handed to the engine, and who ran when engines died.
+
+    open ──▶ [ open_jobs ] ──Add──▶ engine ──Step──▶ take ──▶ ended, and forgotten
+                  ▲                    │
+                  └────── down ────────┘        at the next `up` all that is open is handed over again
+
+No sockets, no processes, no tasks: every method belongs to the event loop's thread and returns at once.
+
+Blame. The jobs that ran when an engine died are remembered with the number of tokens they had. One that ran in two
+deaths without a token between them runs alone, nothing else in the engine, until it has its next token; if the engine
+dies again before that, the job ends with an error and the others go on. A token clears the blame: results are
+deterministic, so a job that brings engines down does it at the same token every time, and nothing else does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from array import array
+from collections.abc import Callable, Sequence
+
+from ..config import check_integer
+from ..ipc import Abort, Add, Refused, Step, ToEngine
+from ..tokenizer import Tokenizer
+from ..types import MAX_SEED, FinishReason, InvalidRequest, SamplingParams
+from .jobs import OpenJob
+
+# A job may be in an iteration before the API server hears so: what the engine said of it may be lost with the engine.
+# It cannot be any more when so many Steps have come since its Add and none has named it.
+_UNTOLD_STEPS = 3
+
+_SUSPECT = 2  # deaths at one token after which a job runs alone
+_GUILTY = 3
+
+
+class Ledger:
+    """`open_jobs` holds, by key, every job that has neither ended nor been closed."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self.open_jobs: dict[int, OpenJob] = {}
+        self._tokenizer = tokenizer
+        self._keys = itertools.count(1)
+        # The engine knows a job by a ticket. Each submission has its own, so that what was still said about an earlier
+        # one is not taken for news of the present one.
+        self._tickets = itertools.count(1)
+        self._submitted: dict[int, OpenJob] = {}
+        self._send: Callable[[ToEngine], None] | None = None  # None while there is no engine
+        self._running: list[int] = []  # tickets, as the engine last said
+        self._steps = 0
+        self._alone: OpenJob | None = None
+
+    # --- from the HTTP layer -----------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        priority: int,
+        user: str | None,
+        arrival: float | None,
+    ) -> OpenJob:
+        """Raises InvalidRequest for what can be told to no engine, and for stop strings without a tokenizer."""
+        if params.stop and self._tokenizer is None:
+            raise InvalidRequest("stop", "needs a tokenizer, and the model has none; use stop_token_ids")
+        tokens = _ids(prompt)
+        check_integer("seed", seed, 0, MAX_SEED)
+        check_integer("priority", priority, -(2**31), 2**31 - 1)
+        key = next(self._keys)
+        arrival = time.monotonic() if arrival is None else arrival
+        job = OpenJob(key, tokens, params, seed, priority, arrival, user, self._tokenizer)
+        self.open_jobs[key] = job
+        if self._alone is None:
+            self._submit(job)
+        return job
+
+    def close(self, job: OpenJob) -> None:
+        """Nobody wants the job any more. Nothing happens when it has ended."""
+        if job.finish_reason is None:
+            self._withdraw(job)
+            self._end(job, FinishReason.ABORT)
+
+    def end_all(self, reason: FinishReason, error: str) -> None:
+        self._alone = None  # nobody is dealt in any more
+        for job in list(self.open_jobs.values()):
+            self._withdraw(job)
+            self._end(job, reason, error)
+
+    def job_of(self, ticket: int) -> OpenJob | None:
+        """The job that the engine knows by a ticket; None when it is none of its business any more."""
+        return self._submitted.get(ticket)
+
+    # --- from the engine ---------------------------------------------------------------------------------------------
+
+    def up(self, send: Callable[[ToEngine], None]) -> None:
+        """A new engine: it gets what is open, in order of arrival."""
+        self._send = send
+        self._deal()
+
+    def down(self) -> None:
+        """The engine is gone. Ends the jobs that it died of."""
+        submitted = list(self._submitted.values())
+        named = [job for ticket in self._running if (job := self._submitted.get(ticket)) is not None]
+        maybe = [job for job in submitted if job.told_after > self._steps]
+        self._submitted.clear()
+        self._send, self._alone = None, None
+        self._running, self._steps = [], 0
+        for job in submitted:
+            job.ticket = None
+            if job.stopped:  # all of its output is here
+                self._end(job, FinishReason.STOP)
+        for job in dict.fromkeys([*named, *maybe]):
+            if job.finish_reason is None and _blame(job) >= _GUILTY:
+                self._end(
+                    job,
+                    FinishReason.ERROR,
+                    f"the engine died {_GUILTY} times in a row computing token {len(job.output) + 1} of this output, "
+                    "the last time with nothing else to do; other requests are not affected",
+                )
+
+    def step(self, step: Step) -> None:
+        self._steps += 1
+        if step.running is not None:
+            self._running = step.running
+        submitted = self._submitted
+        stopped: list[int] = []
+        for update in step.updates:
+            job = submitted.get(update.key)
+            if job is None:  # closed, which the engine did not know yet
+                continue
+            if job.take(update):
+                stopped.append(update.key)
+            elif job.finish_reason is not None:
+                self._forget(job)
+        if stopped and self._send is not None:
+            self._send(Abort(stopped, True))
+        if self._alone is not None and not _suspect(self._alone):
+            self._deal()
+
+    def refused(self, refused: Refused) -> None:
+        job = self._submitted.get(refused.key)
+        if job is not None:
+            job.refuse(InvalidRequest(refused.field, refused.message.removeprefix(f"{refused.field}: ")))
+            self._forget(job)
+            self._go_on(job)
+
+    # --- handing over ------------------------------------------------------------------------------------------------
+
+    def _deal(self) -> None:
+        """Give the engine all it may have: one suspect and nothing else, or everything."""
+        before, self._alone = self._alone, None
+        suspects = [job for job in self.open_jobs.values() if _suspect(job)]
+        if suspects:
+            if (
+                before is not None and before.key in self.open_jobs
+            ):  # it has its token, and the next is to be alone, too
+                self._withdraw(before)
+                if before.stopped:
+                    self._end(before, FinishReason.STOP)
+            self._alone = min(suspects, key=_order)
+            self._submit(self._alone)
+        else:
+            self._submit(*sorted((job for job in self.open_jobs.values() if job.ticket is None), key=_order))
+
+    def _submit(self, *jobs: OpenJob) -> None:
+        send = self._send
+        if send is None:
+            return
+        for job in jobs:
+            job.ticket = next(self._tickets)
+            job.submissions += 1
+            job.told_after = self._steps + _UNTOLD_STEPS
+            self._submitted[job.ticket] = job
+            send(Add(job.ticket, job.prompt, job.params, job.seed, job.priority, job.arrival, job.output))
+
+    def _withdraw(self, job: OpenJob) -> None:
+        """Take a job from the engine, whatever it is doing with it."""
+        if job.ticket is not None and self._send is not None:
+            self._send(Abort([job.ticket], False))
+            del self._submitted[job.ticket]
+            job.ticket = None
+
+    def _end(self, job: OpenJob, reason: FinishReason, error: str | None = None) -> None:
+        """End an open job that the engine does not have, or has no more."""
+        job.end(reason, error)
+        self._forget(job)
+        self._go_on(job)
+
+    def _forget(self, job: OpenJob) -> None:
+        """A job has ended."""
+        del self.open_jobs[job.key]
+        if job.ticket is not None:
+            del self._submitted[job.ticket]
+            job.ticket = None
+
+    def _go_on(self, job: OpenJob) -> None:
+        """If it was alone, it is somebody else's turn."""
+        if self._alone is job:
+            self._deal()
+
+
+def _ids(prompt: Sequence[int]) -> list[int]:
+    try:
+        return array("i", list(prompt)).tolist()
+    except (TypeError, OverflowError) as error:
+        raise InvalidRequest("prompt", f"must be a list of token ids: {error}") from None
+
+
+def _order(job: OpenJob) -> tuple[float, int]:
+    return job.arrival, job.key
+
+
+def _suspect(job: OpenJob) -> bool:
+    waits = job.finish_reason is None and not job.stopped
+    return waits and job.deaths >= _SUSPECT and job.deaths_at == len(job.output)
+
+
+def _blame(job: OpenJob) -> int:
+    """Note that an engine died with the job running; returns how many have at this token."""
+    if job.deaths_at != len(job.output):
+        job.deaths, job.deaths_at = 0, len(job.output)
+    job.deaths += 1
+    return job.deaths

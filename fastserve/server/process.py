@@ -1,0 +1,96 @@
+"""One engine process from its start to its end, and the link to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from ..ipc import SERVER_PID, Failed, FromEngine, Ready, Stop
+from .link import Link
+
+_SIGNALS = {each.value: each.name for each in signal.Signals}
+
+
+class EngineProcess:
+    """Messages but Ready and Failed go to `on_message`, once that is set."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        """Raises OSError and ZMQError where no socket can be made."""
+        loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[Ready] = loop.create_future()
+        self.exited: asyncio.Future[int] = loop.create_future()
+        self.failed: Failed | None = None
+        self.heard = False  # set by every message
+        self.on_message: Callable[[FromEngine], None] | None = None
+        self._garbage: str | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._waiting: asyncio.Task[None] | None = None
+        self._link = Link(context, self._take, self._take_garbage)
+        self.send = self._link.send
+        self.drain = self._link.drain
+
+    async def start(self, command: Sequence[str]) -> int:
+        """Run the command; returns the pid. Raises OSError."""
+        self._process = await asyncio.create_subprocess_exec(
+            *command,
+            "--address",
+            self._link.address,
+            stdin=subprocess.DEVNULL,
+            pass_fds=self._link.fds,
+            env={**os.environ, SERVER_PID: str(os.getpid())},
+        )
+        self._link.inherited()
+        self._waiting = asyncio.create_task(self._wait(self._process))
+        return self._process.pid
+
+    async def end(self, grace: float) -> None:
+        """Stop the process, by force after `grace` seconds, and wait for its end. Nothing is heard of it any more."""
+        try:
+            if self._process is None or self._waiting is None:
+                return
+            if grace > 0:
+                self.send(Stop())
+                await asyncio.wait({self.exited}, timeout=grace)
+            self._kill()
+            await self._waiting
+        finally:
+            self._link.close()
+
+    def last_words(self) -> str:
+        """Why the process has ended, in one line."""
+        if self._garbage is not None:
+            return f"the engine sent what is no message ({self._garbage}) and has been killed"
+        if self.failed is not None:
+            return self.failed.message
+        code = self.exited.result()
+        if code >= 0:
+            return f"the engine ended with exit code {code}"
+        return f"the engine was killed by {_SIGNALS.get(-code, f'signal {-code}')}"
+
+    async def _wait(self, process: asyncio.subprocess.Process) -> None:
+        self.exited.set_result(await process.wait())
+
+    def _kill(self) -> None:
+        if self._process is not None and not self.exited.done():
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                self._process.kill()
+
+    def _take(self, message: FromEngine) -> None:
+        self.heard = True
+        if isinstance(message, Failed):
+            self.failed = message
+        elif isinstance(message, Ready):
+            if not self.ready.done():
+                self.ready.set_result(message)
+        elif self.on_message is not None:
+            self.on_message(message)
+
+    def _take_garbage(self, error: str) -> None:
+        self._garbage = error
+        self._kill()

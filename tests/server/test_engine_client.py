@@ -1,0 +1,465 @@
+"""EngineClient against engines that are processes: killed, stopped, hung, failing to start. Nothing owed is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from letters import check_finished, check_growing, letters
+from stand_in import CONTEXT, VOCAB, Options
+
+from fastserve.server.client import EngineClient, worker_command
+from fastserve.server.jobs import EngineUnavailable, OpenJob
+from fastserve.server.supervisor import EngineStartError, Health
+from fastserve.types import InvalidRequest, SamplingParams
+
+QUICK = Health(backoff=0.001, heartbeat_timeout=20.0)
+LONG = SamplingParams(max_tokens=150, ignore_eos=True)
+SLOW = 0.002  # seconds an iteration takes, where something is to happen in the middle of it
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No file descriptor, no process, no folder."""
+    folder = tmp_path / "t"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    before = os.listdir("/proc/self/fd")
+    yield
+    assert psutil.Process().children() == []
+    assert list(folder.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+@asynccontextmanager
+async def serving(options: Options, health: Health = QUICK, **given: Any) -> Any:
+    client = EngineClient(options.command(), letters(), health=health, **given)
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.stop()
+        assert not client.open_jobs
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def follow(job: OpenJob, on_news: Callable[[OpenJob], None] = lambda _: None) -> OpenJob:
+    """Read a job to its end; nothing that was there may change."""
+    tokens, text = 0, ""
+    while job.finish_reason is None:
+        await job.news()
+        assert len(job.output) >= tokens and job.text.startswith(text)
+        tokens, text = len(job.output), job.text
+        on_news(job)
+    return job
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.002)
+
+
+def run(work: Awaitable[None]) -> None:
+    async def limited() -> None:
+        await asyncio.wait_for(work, 120)
+
+    asyncio.run(limited())
+
+
+def start_raises(options: Options, health: Health, match: str) -> EngineStartError:
+    async def work() -> None:
+        client = EngineClient(options.command(), letters(), health=health)
+        with pytest.raises(EngineStartError, match=match) as caught:
+            await client.start()
+        errors.append(caught.value)
+        assert not client.ready and client.pids == []
+        with pytest.raises(EngineUnavailable, match="not been started"):
+            client.open([7], LONG, seed=1)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    errors: list[EngineStartError] = []
+    run(work())
+    return errors[0]
+
+
+def test_jobs_to_their_end() -> None:
+    async def work() -> None:
+        async with serving(Options()) as client:
+            assert client.ready and client.healthy and client.restarts == 0
+            assert (client.max_model_len, client.vocab_size, client.info["model"]) == (CONTEXT, VOCAB, "stand-in")
+            assert client.pids == [process.pid for process in psutil.Process().children()]
+            params = SamplingParams(max_tokens=60, logprobs=1, stop=["ab", "é"], stop_token_ids=[9])
+            jobs = [client.open([7, seed], params, seed=seed, user="me") for seed in range(40)]
+            assert set(client.open_jobs.values()) == set(jobs)
+            await asyncio.gather(*map(follow, jobs))
+            for job in jobs:
+                check_finished(job)
+                assert job.metrics is not None and job.metrics.arrival == job.arrival
+            assert len({job.finish_reason for job in jobs}) == 2
+            await until(lambda: client.status is not None and client.status.live == 0)
+
+    run(work())
+
+
+def test_the_list_of_jobs() -> None:
+    async def work() -> None:
+        async with serving(Options(slots=1, pace=SLOW)) as client:
+            jobs = [client.open([7], LONG, seed=seed) for seed in (1, 2)]
+            client.close(client.open([7], LONG, seed=3))
+            await jobs[0].news()
+            (listed, again) = await asyncio.gather(client.list_jobs(), client.list_jobs())
+            assert [job for job, _ in listed] == jobs
+            assert [(status.key, status.running) for _, status in listed] == [(jobs[0].key, True), (jobs[1].key, False)]
+            assert again == listed
+            asking = asyncio.ensure_future(client.list_jobs())
+            await asyncio.sleep(0)
+            os.kill(client.pids[0], signal.SIGKILL)
+            assert len(await asking) in (0, 2)
+            await until(lambda: not client.ready)
+            assert await client.list_jobs() == []
+
+    run(work())
+
+
+def test_a_refused_job_raises_where_its_news_is_awaited() -> None:
+    async def work() -> None:
+        async with serving(Options()) as client:
+            job = client.open([VOCAB], LONG, seed=1)
+            with pytest.raises(InvalidRequest, match="prompt: holds the token id"):
+                await job.news()
+            assert not client.open_jobs
+
+    run(work())
+
+
+def test_news_wakes_once_and_has_one_waiter() -> None:
+    async def work() -> None:
+        async with serving(Options(pace=SLOW)) as client:
+            job = client.open([7], LONG, seed=1)
+            waiting = asyncio.ensure_future(job.news())
+            await asyncio.sleep(0)
+            with pytest.raises(RuntimeError, match="has a waiter"):
+                await job.news()
+            waiting.cancel()
+            await asyncio.wait({waiting})
+            await follow(job)  # who gave up waiting has taken nothing away
+            await job.news()
+            check_finished(job)
+
+    run(work())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kills_at_random_moments(seed: int) -> None:
+    """kill -9 under 32 streams: nobody notices."""
+
+    async def work() -> None:
+        rng = random.Random(seed)
+        async with serving(Options(slots=16, pace=SLOW)) as client:
+            params = SamplingParams(max_tokens=60, ignore_eos=True, logprobs=1)
+            jobs = [client.open([7, index], params, seed=index) for index in range(32)]
+            total, kills = sum(job.params.max_tokens for job in jobs), 5
+            moments = sorted(rng.sample(range(total), kills))
+
+            def on_news(_: OpenJob) -> None:
+                if moments and client.ready and sum(len(job.output) for job in jobs) >= moments[0]:
+                    moments.pop(0)
+                    os.kill(client.pids[0], signal.SIGKILL)
+
+            await asyncio.gather(*(follow(job, on_news) for job in jobs))
+            for job in jobs:
+                check_finished(job)
+            assert not moments and client.restarts >= 1
+
+    run(work())
+
+
+def test_a_stopped_engine_is_replaced() -> None:
+    async def work() -> None:
+        health = Health(backoff=0.001, heartbeat_timeout=0.5)
+        async with serving(Options(pace=SLOW), health) as client:
+            stopped: list[int] = []
+
+            def stop(job: OpenJob) -> None:
+                if len(job.output) >= 20 and not stopped:
+                    stopped.append(client.pids[0])
+                    os.kill(stopped[0], signal.SIGSTOP)
+
+            check_finished(await follow(client.open([7], LONG, seed=1), stop))
+            assert client.restarts == 1 and not psutil.pid_exists(stopped[0])
+
+    run(work())
+
+
+def test_an_engine_is_not_taken_for_dead_because_we_stood_still() -> None:
+    """The server's process was stopped for longer than the heartbeat's time."""
+
+    async def work() -> None:
+        health = Health(heartbeat_timeout=0.8)
+        async with serving(Options(pace=SLOW), health) as client:
+            job = client.open([7], LONG, seed=1)
+            await job.news()
+            threading_wait(1.5)
+            check_finished(await follow(job))
+            await until(lambda: client.status is not None)
+            assert client.restarts == 0
+
+    run(work())
+
+
+def threading_wait(seconds: float) -> None:
+    """Hold up the event loop, as a SIGSTOP would."""
+    signal.sigtimedwait([signal.SIGUSR2], seconds)
+
+
+def test_killed_while_loading(tmp_path: Path) -> None:
+    async def work() -> None:
+        options = Options(pace=SLOW, starts=str(tmp_path / "starts"), hanging=[1, 2])
+        async with serving(options) as client:
+            job = client.open([7], LONG, seed=1)
+            await job.news()
+            killed = client.pids
+            for _ in range(3):
+                os.kill(killed[-1], signal.SIGKILL)
+                await until(lambda: client.pids != [] and client.pids[0] not in killed)
+                killed += client.pids
+            late = client.open([8], LONG, seed=2)  # while there is no engine
+            for each in (job, late):
+                check_finished(await follow(each))
+            assert client.restarts == 3 and client.info["start"] == 3
+
+    run(work())
+
+
+def test_killed_while_jobs_are_resubmitted() -> None:
+    async def work() -> None:
+        async with serving(Options(pace=SLOW)) as client:
+            jobs = [client.open([7, index], LONG, seed=index) for index in range(20)]
+            await asyncio.gather(*(job.news() for job in jobs[:8]))
+            first = client.pids[0]
+            os.kill(first, signal.SIGKILL)
+            await until(lambda: client.ready and client.pids != [first])
+            os.kill(client.pids[0], signal.SIGKILL)  # it has heard of none, or of some
+            for job in await asyncio.gather(*map(follow, jobs)):
+                check_finished(job)
+            assert client.restarts == 2
+
+    run(work())
+
+
+def test_the_first_start_fails_with_one_line(tmp_path: Path) -> None:
+    options = Options(starts=str(tmp_path / "starts"), failing=[0], crashing=[1])
+    assert start_raises(options, QUICK, "^start 0 was told to fail$").field == "model"
+    assert start_raises(options, QUICK, "^the engine was killed by SIGABRT$").field is None
+
+
+def test_the_first_start_takes_too_long(tmp_path: Path) -> None:
+    options = Options(starts=str(tmp_path / "starts"), hanging=[0])
+    start_raises(options, Health(start_timeout=0.3), "^the engine was not ready after 0.3 s$")
+
+
+def test_the_engine_is_no_program() -> None:
+    async def work() -> None:
+        client = EngineClient(["/nowhere/engine"], None)
+        with pytest.raises(EngineStartError, match=r"^the engine cannot be started: /nowhere/engine: No such file"):
+            await client.start()
+
+    run(work())
+
+
+def test_after_too_many_failed_starts_there_is_a_failure_and_later_an_engine_again(tmp_path: Path) -> None:
+    async def work() -> None:
+        options = Options(pace=SLOW, starts=str(tmp_path / "starts"), failing=[1, 2, 3], crashing=[4, 5, 6, 7])
+        health = Health(backoff=0.001, max_backoff=0.05)
+        async with serving(options, health) as client:
+            job = client.open([7], LONG, seed=1)
+            await job.news()
+            os.kill(client.pids[0], signal.SIGKILL)
+            await follow(job)
+            assert job.finish_reason == "error" and job.error == client.failure
+            assert client.failure == (
+                "the engine does not start any more (5 times in a row): the engine was killed by SIGABRT"
+            )
+            assert not client.healthy and not client.open_jobs
+            with pytest.raises(EngineUnavailable, match="does not start any more"):
+                client.open([7], LONG, seed=1)
+            await until(lambda: client.ready)
+            assert client.healthy and client.failure is None and client.restarts == 8
+            check_finished(await follow(client.open([7], LONG, seed=1)))
+
+    run(work())
+
+
+def test_a_job_that_crashes_the_engine_fails_alone() -> None:
+    async def work() -> None:
+        async with serving(Options(pace=SLOW, poison={"5": 30})) as client:
+            jobs = [client.open([7], LONG, seed=seed) for seed in (1, 2, 5, 6)]
+            await asyncio.gather(*map(follow, jobs))
+            for job in jobs:
+                check_finished(job) if job.seed != 5 else check_growing(job)
+            assert jobs[2].finish_reason == "error" and len(jobs[2].output) == 30
+            assert client.restarts == 3 and client.healthy
+
+    run(work())
+
+
+def test_an_engine_that_sends_what_is_no_message_is_replaced() -> None:
+    async def work() -> None:
+        async with serving(Options(pace=SLOW, garbage_at=100)) as client:
+            check_finished(await follow(client.open([7], LONG, seed=1)))
+            assert client.restarts == 1
+
+    run(work())
+
+
+def test_stop_ends_open_jobs_and_refuses_new_ones() -> None:
+    async def work() -> None:
+        client = EngineClient(Options(pace=SLOW).command(), letters(), health=QUICK)
+        await client.start()
+        job = client.open([7], LONG, seed=1)
+        await job.news()
+        following = asyncio.ensure_future(follow(job))
+        pid = client.pids[0]
+        await client.stop()
+        assert (await following).finish_reason == "abort"
+        assert not psutil.pid_exists(pid) and client.pids == [] and not client.ready
+        with pytest.raises(EngineUnavailable, match="is stopping"):
+            client.open([7], LONG, seed=1)
+        await client.stop()
+
+    run(work())
+
+
+def test_stop_and_cancel_while_loading(tmp_path: Path) -> None:
+    async def work() -> None:
+        options = Options(pace=SLOW, starts=str(tmp_path / "starts"), hanging=[0, 2])
+        client = EngineClient(options.command(), letters(), health=QUICK)
+        starting = asyncio.ensure_future(client.start())
+        await until(lambda: client.pids != [])
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert psutil.Process().children() == []
+        client = EngineClient(options.command(), letters(), health=QUICK)
+        await client.start()
+        job, first = client.open([7], LONG, seed=1), client.pids
+        os.kill(first[0], signal.SIGKILL)
+        await until(lambda: client.pids not in ([], first))
+        await client.stop()
+        assert job.finish_reason == "abort"
+
+    run(work())
+
+
+def test_a_stopped_engine_does_not_hold_up_the_end() -> None:
+    async def work() -> None:
+        async with serving(Options(), Health(stop_timeout=0.2)) as client:
+            os.kill(client.pids[0], signal.SIGSTOP)
+
+    run(work())
+
+
+_SERVER = """
+import asyncio, sys
+from fastserve.server.client import EngineClient
+from stand_in import Options
+
+async def main():
+    client = EngineClient(Options(starts=sys.argv[1], hanging=[1]).command(), None)
+    print("starting", flush=True)
+    await client.start()
+    print(client.pids[0], flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("loading", [False, True])
+def test_nothing_is_left_when_the_server_is_killed(tmp_path: Path, loading: bool) -> None:
+    """The engine holds standard error open: it closes when both processes are gone."""
+    starts = tmp_path / "starts"
+    if loading:
+        starts.write_bytes(b".")
+    server = subprocess.Popen(
+        [sys.executable, "-c", _SERVER, str(starts)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": tempfile.gettempdir(), "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert server.stdout is not None and server.stderr is not None
+    assert server.stdout.readline() == b"starting\n"
+    if loading:
+        while starts.read_bytes() != b"..":
+            os.sched_yield()
+    else:
+        assert int(server.stdout.readline()) in {child.pid for child in psutil.Process(server.pid).children()}
+    server.kill()
+    assert server.stderr.read() == b""
+    server.stderr.close()
+    server.stdout.close()
+    assert server.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_schedule(seed: int) -> None:
+    """Opens, closes, kills and stalls in any order, at moments that are counted in tokens."""
+
+    async def work() -> None:
+        rng = random.Random(seed)
+        health = Health(backoff=0.001, heartbeat_timeout=0.6)
+        async with serving(Options(slots=rng.randint(1, 12), pace=SLOW), health) as client:
+            jobs: list[OpenJob] = []
+            closed: set[int] = set()
+            following: list[asyncio.Task[OpenJob]] = []
+            tokens = 0
+
+            def count(_: OpenJob) -> None:
+                nonlocal tokens
+                tokens += 1
+
+            for _ in range(40):
+                act = rng.choices(["open", "close", "kill", "stall"], [20, 6, 3, 1])[0]
+                if act == "open" or not jobs:
+                    params = SamplingParams(
+                        max_tokens=rng.randint(1, 80),
+                        ignore_eos=rng.random() < 0.5,
+                        logprobs=rng.choice([None, 1]),
+                        stop=rng.choice([(), "ab", ("c", "Q1")]),
+                    )
+                    jobs.append(client.open([7, rng.randrange(VOCAB)], params, seed=rng.getrandbits(64)))
+                    following.append(asyncio.ensure_future(follow(jobs[-1], count)))
+                elif act == "close":
+                    job = rng.choice(jobs)
+                    closed.update([] if job.finish_reason else [job.key])
+                    client.close(job)
+                elif client.ready:
+                    os.kill(client.pids[0], signal.SIGKILL if act == "kill" else signal.SIGSTOP)
+                goal = tokens + rng.randrange(30)
+                await until(lambda goal=goal: tokens >= goal or not client.open_jobs)  # type: ignore[misc]
+            await asyncio.gather(*following)
+            for job in jobs:
+                check_growing(job) if job.finish_reason == "abort" and job.key in closed else check_finished(job)
+
+    run(work())
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(InvalidRequest, match=r"^heartbeat_timeout: must be a number above 0, got 0"):
+        Health(heartbeat_timeout=0)
+
+
+def test_the_worker_is_told_its_options_as_json() -> None:
+    command = worker_command({"model": "smollm2", "threads": 2})
+    assert command[1:] == ["-m", "fastserve.worker", "--options", '{"model": "smollm2", "threads": 2}']
