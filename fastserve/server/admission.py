@@ -87,7 +87,7 @@ class Admission:
         queue = f" after {waits:.3g} s in the queue" if waits else ""
         raise ApiError(
             408,
-            f"timeout: {timeout:g} s are not enough: the job needs at least {needs:.3g} s{queue}",
+            f"timeout: {timeout:.3g} s are not enough: the job needs at least {needs:.3g} s{queue}",
             param="timeout",
             code="deadline_unreachable",
             headers={"x-should-retry": "false"},  # OpenAI's clients would try again at once
@@ -105,8 +105,8 @@ class Admission:
         return cost.prefill_seconds(0, len(prompt)) + max(0, tokens - 1) * cost.decode_seconds(len(prompt))
 
     def queue_seconds(self) -> float:
-        """Until a job that comes now has a place, where nobody overtakes."""
-        return self._seconds_for(self.open_jobs + 1 - int(self._engine.info.get("max_num_seqs", 1)))
+        """Until the last job to enter has a place, where nobody overtakes."""
+        return self._seconds_for(self.open_jobs - int(self._engine.info.get("max_num_seqs", 1)))
 
     def retry_after(self, places: int) -> int:
         """Whole seconds after which so many jobs will have ended."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 
 from .answers import Answer, Generation
 from .prompts import encode_chat
 from .protocol import ChatRequest
 from .requestlog import RequestLog
-from .requests import GENERATION_ERRORS, require_json, timeout_of, user_of
+from .requests import GENERATION, require_json, timeout_of, user_of
 from .service import Service
 from .shapes import ChatShape, Shape, Style
 
@@ -18,7 +18,7 @@ from .shapes import ChatShape, Shape, Style
 def router(service: Service) -> APIRouter:
     routes = APIRouter(dependencies=[Depends(require_json)])
 
-    @routes.post("/v1/chat/completions", response_class=Answer, responses=GENERATION_ERRORS)
+    @routes.post("/v1/chat/completions", response_class=Response, responses=GENERATION)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Answer:
         """Say the next message of a conversation."""
         log = RequestLog.of(request.scope)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 
 from .answers import Answer, Generation
 from .prompts import as_prompts, encode
 from .protocol import CompletionRequest
 from .requestlog import RequestLog
-from .requests import GENERATION_ERRORS, require_json, timeout_of, user_of
+from .requests import GENERATION, require_json, timeout_of, user_of
 from .service import Service
 from .shapes import CompletionShape, Shape, Style
 
@@ -20,7 +20,7 @@ _MAX_TOKENS = 16  # OpenAI's default
 def router(service: Service) -> APIRouter:
     routes = APIRouter(dependencies=[Depends(require_json)])
 
-    @routes.post("/v1/completions", response_class=Answer, responses=GENERATION_ERRORS)
+    @routes.post("/v1/completions", response_class=Response, responses=GENERATION)
     async def create_completion(body: CompletionRequest, request: Request) -> Answer:
         """Go on from a prompt, or from each of several."""
         log = RequestLog.of(request.scope)

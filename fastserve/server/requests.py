@@ -31,7 +31,11 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody} for status in statuses}
 
 
-GENERATION_ERRORS = errors(400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
+_SUCCESS = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}
+GENERATION: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer; with stream: true, as server-sent events while it grows.", "content": _SUCCESS},
+    **errors(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
+}
 
 
 async def require_json(request: Request) -> None:

@@ -109,7 +109,7 @@ class _Server(uvicorn.Server):
     """uvicorn closes its sockets at the first signal; ours goes on answering, with 503, until it is empty."""
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         yield
 
 

@@ -106,7 +106,7 @@ class ToyEngine:
     def status(self) -> Status | None:
         level = LevelStatus(None, 0, 0, 0.0)
         live = len(self.open_jobs)
-        return Status(0.0, live, 0, [level], self.backlog, *([0] * 10), *([0.0] * 3))
+        return Status(0.0, live, 0, [level], self.backlog, *([0] * 11), *([0.0] * 3))
 
     async def start(self) -> None: ...
 
