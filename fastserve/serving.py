@@ -27,6 +27,7 @@ from .config import check_integer
 from .cost import CostModel
 from .engine import Engine, IterationRecord
 from .outputs import Completion, LiveRequest, Request
+from .seeds import derived_seed
 from .tokenizer import Tokenizer
 from .types import MAX_SEED, FinishReason, InvalidRequest, SamplingParams
 
@@ -357,16 +358,6 @@ class ServingCore:
         if self.tokenizer is None:
             raise InvalidRequest(field, f"needs a tokenizer, and {self.model} was loaded without one; {instead}")
         return self.tokenizer
-
-
-def derived_seed(seed: int, index: int) -> int:
-    """The seed of answer `index`: the request's own for the first, well-mixed others (SplitMix64) after it."""
-    if index == 0:
-        return seed
-    mixed = (seed + index * 0x9E3779B97F4A7C15) & MAX_SEED
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & MAX_SEED
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MAX_SEED
-    return mixed ^ (mixed >> 31)
 
 
 def check_request_id(request_id: Any) -> None:

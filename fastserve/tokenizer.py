@@ -110,6 +110,19 @@ def _bytes_of(text: str) -> bytes:
     except KeyError:  # an added token: literal text, not spelled in the byte alphabet
         return text.encode()
 
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token stands for inside a text, whatever the tokenizer's kind; b"" for an id without one."""
+        if self.byte_level:
+            return self.token_bytes(token)
+        text = self._backend.id_to_token(token)
+        if text is None:
+            return b""
+        if token in self.byte_ids:
+            return bytes([int(text[3:5], 16)])
+        # Decoders change what is at the start of a text, such as its leading space: the second of two shows the token.
+        once, twice = (self.decode([token] * count, skip_special_tokens=False) for count in (1, 2))
+        return twice[len(once) :].encode()
+
 
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the others for characters from U+0100 on."""

@@ -192,6 +192,7 @@ class JobMetrics:
     prefill_seconds: float = 0.0  # in iterations that worked on its prompt
     decode_seconds: float = 0.0  # in iterations that worked on its output
     # queue time is what is left of the job's completion time
+    swap_seconds: float | None = None  # of that, with its KV on the way back; None: nobody measured it
 
     @property
     def jct(self) -> float | None:

@@ -10,7 +10,7 @@ import typer
 
 from ..types import InvalidRequest
 from ..version import __version__
-from . import bench, chat, generate, info, profile, simulate
+from . import bench, chat, generate, info, profile, serve, simulate
 from .options import OPTION_NAMES
 
 # The base of typer's own complaints about a command line (click's class, which newer typers bring along).
@@ -24,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
+app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("info")(info.info)
@@ -90,7 +91,7 @@ def _one_line(error: Exception) -> str:
         text = f"{message}. Try: {command} --help"
     elif isinstance(error, OSError):
         text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    elif _is_bad_input(error) or type(error).__name__ == "EngineError":
+    elif _is_bad_input(error) or type(error).__name__ in ("EngineError", "EngineStartError"):
         text = str(error)
     else:
         text = f"{type(error).__name__}: {error} (FASTSERVE_DEBUG=1 shows where)"

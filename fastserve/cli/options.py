@@ -33,12 +33,12 @@ ModelArgument = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
-def _option(panel: str, kind: Any, default: str | bool, help: str, *names: str, **more: Any) -> Any:
+def panel_option(panel: str, kind: Any, default: str | bool, help: str, *names: str, **more: Any) -> Any:
     return Annotated[kind, typer.Option(*names, help=help, show_default=default, rich_help_panel=panel, **more)]
 
 
-_engine = functools.partial(_option, "Engine")
-_sampling = functools.partial(_option, "Sampling")
+_engine = functools.partial(panel_option, "Engine")
+_sampling = functools.partial(panel_option, "Sampling")
 
 HARDWARE: dict[str, Any] = {
     "dtype": _engine(str | None, "bfloat16", "Type of computation: bfloat16 or float32."),
@@ -136,12 +136,16 @@ SIMULATION = (
     "pipeline_parallel_size", "kv_blocks", "swap_blocks", "swap_seconds", "repayment", "workers", "plot",
     "timeline",
 )  # fmt: skip
+SERVING = (
+    "host", "port", "served_model_name", "api_key", "cors_origin", "max_body_size", "max_queue", "shutdown_timeout",
+    "log_format",
+)  # fmt: skip
 # What an InvalidRequest calls a field, where that is the name of an option.
 OPTION_NAMES = {
     **{name: f"--{name.replace('_', '-')}" for name in (*ENGINE, *SEED, *SAMPLING, "n", "model", "chat", "prompt")},
     **{name: f"--{name.replace('_', '-')}" for name in ("prompts_file", "prompt_token_ids", "input_len", "output_len")},
     **{name: f"--{name.replace('_', '-')}" for name in ("num_prompts", "batch_size", "warmup", "iterations", "output")},
-    **{name: f"--{name.replace('_', '-')}" for name in SIMULATION},
+    **{name: f"--{name.replace('_', '-')}" for name in (*SIMULATION, *SERVING)},
     "stop_token_ids": "--stop-token-id",
     "num_blocks": "--kv-blocks",
     "num_host_blocks": "--swap-blocks",

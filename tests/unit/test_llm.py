@@ -12,7 +12,7 @@ from toy import EOS, expected_output
 from toy_llm import ALPHABET, CONTEXT, ToyWorld
 
 from fastserve import EngineError, InvalidRequest, RequestOutput, SamplingParams
-from fastserve.serving import derived_seed
+from fastserve.seeds import derived_seed
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, seed=5)
 

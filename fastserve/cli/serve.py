@@ -1,0 +1,131 @@
+"""`fastserve serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..types import InvalidRequest
+from .options import ENGINE, ModelOption, engine_options, panel_option, takes
+from .terminal import error_console
+
+if TYPE_CHECKING:
+    from ..server.settings import ServerSettings
+
+_KEYS = "FASTSERVE_API_KEY"
+
+_server = functools.partial(panel_option, "Server")
+SERVER: dict[str, Any] = {
+    "host": _server(str | None, "127.0.0.1", "Address to listen on; 0.0.0.0 is every one of this machine's."),
+    "port": _server(int | None, "8000", "Port; 0 takes any that is free, and tells which."),
+    "served_model_name": _server(
+        list[str] | None, "the model", "What clients call the model. Repeatable: the first is in answers."
+    ),
+    "api_key": _server(
+        list[str] | None,
+        "none",
+        f"Clients have to send this key. Repeatable. {_KEYS} in the environment holds them, too, separated by commas, "
+        "and is not seen in a list of processes.",
+    ),
+    "cors_origin": _server(
+        list[str] | None, "none", "Origin of web pages that may call, such as https://example.org; * is all."
+    ),
+    "max_body_size": _server(str | None, "4M", "Largest request, such as 512K or 4M."),
+    "max_queue": _server(
+        int | None,
+        "4096",
+        "Jobs that may wait beyond --max-num-seqs. Then requests get 429 with Retry-After; users with less than an "
+        "equal share may still enter.",
+    ),
+    "shutdown_timeout": _server(
+        float | None, "30", "Seconds that open requests get to finish after SIGTERM or Ctrl-C."
+    ),
+    "log_format": _server(str | None, "text", "A line a request: text or json."),
+    "seed": _server(int | None, "0", "Draws the seeds of requests that bring none."),
+}
+
+
+@takes(engine=ENGINE, server=SERVER)
+def serve(
+    *,
+    model: ModelOption = "smollm2",
+    engine: dict[str, Any],
+    server: dict[str, Any],
+) -> int:
+    """Serve a model to OpenAI clients, until SIGTERM or Ctrl-C.
+
+    fastserve serve --model smollm2
+
+    curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json"
+    -d '{"prompt": "Once upon a time", "max_tokens": 32}'
+
+    Open requests are finished first (--shutdown-timeout), a second Ctrl-C ends at once. The engine runs in a process of
+    its own; when it dies it is started again, and open requests go on where they were. Requests may bring, beside
+    OpenAI's fields, priority, user, timeout (or the header X-Request-Timeout), top_k, min_p, repetition_penalty,
+    min_tokens, ignore_eos and stop_token_ids. GET /health and /v1/fastserve/jobs tell how it is doing.
+    """
+    from ..server.run import bind
+    from ..server.settings import ServerSettings
+
+    server["api_key"] = [*server.get("api_key", []), *_keys_of_environment()]
+    settings = ServerSettings(model=model, **server)
+    options = {"model": model, **engine_options(engine)}
+    if isinstance(options.get("cost"), Path):
+        options["cost"] = str(options["cost"])
+    _set_up_logging()
+    with bind(settings) as bound:
+        return asyncio.run(_serve(settings, options, bound))
+
+
+async def _serve(settings: ServerSettings, options: dict[str, Any], bound: Any) -> int:
+    from ..loaders import open_model
+    from ..server.app import create_app
+    from ..server.run import serve
+    from ..server.service import Service
+    from ..tokenizer import Tokenizer
+
+    data = open_model(settings.model).tokenizer_data()  # a missing model is found before a process is started
+    tokenizer = None if data is None else Tokenizer.from_data(data)
+    service = Service(settings, _engine_client(options, tokenizer), tokenizer)
+    console = error_console()
+    if settings.host not in ("127.0.0.1", "localhost", "::1") and not settings.api_key:
+        console.print("anybody who reaches this address may use the model; --api-key asks for a key", soft_wrap=True)
+    console.print(f"loading {settings.model}", markup=False, soft_wrap=True)
+
+    def ready(url: str) -> None:
+        names = ", ".join(settings.names)
+        console.print(f"serving {names} at {url}/v1 · {url}/health · Ctrl-C ends", markup=False, soft_wrap=True)
+
+    return await serve(service, create_app(service), bound, on_ready=ready)
+
+
+def _engine_client(options: dict[str, Any], tokenizer: Any) -> Any:
+    """The client of an engine in a process of its own, started with LLM's options."""
+    from ..server import client  # type: ignore[attr-defined]
+
+    return client.EngineClient(client.worker_command(options), tokenizer)
+
+
+def _keys_of_environment() -> list[str]:
+    keys = [key.strip() for key in os.environ.get(_KEYS, "").split(",")]
+    if os.environ.get(_KEYS) is not None and not all(keys):
+        raise InvalidRequest("api_key", f"{_KEYS} is set, and holds a key that is empty")
+    return [key for key in keys if key]
+
+
+def _set_up_logging() -> None:
+    """Lines as they are for requests, with level and origin for all else; all to standard error."""
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    requests = logging.getLogger("fastserve.requests")
+    requests.setLevel(logging.INFO)
+    requests.propagate = False
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    requests.addHandler(handler)

@@ -1,0 +1,130 @@
+"""Whether a request is taken in: a bounded queue that users share fairly, and deadlines that can be met."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..cost import CostModel
+from ..types import SamplingParams
+from .engine_api import EngineClient
+from .errors import ApiError, refused
+
+_MAX_RETRY = 3600  # seconds
+
+
+class Admission:
+    """Counts open jobs by user. Jobs beyond the `max_num_seqs` of one iteration wait, and `max_queue` of them may.
+
+    When that is full, a user with less than an equal share of all places may still enter, until the queue is twice as
+    long as it may be; one with more is refused first.
+    """
+
+    def __init__(self, engine: EngineClient, max_queue: int) -> None:
+        self._engine = engine
+        self._max_queue = max_queue
+        self._open: Counter[str] = Counter()
+        self.open_jobs = 0
+        self._cost: CostModel | None = None
+        self.draining = False
+        self.refused = Counter[str]()  # by reason, for metrics
+
+    @property
+    def users(self) -> Mapping[str, int]:
+        """Open jobs by user."""
+        return self._open
+
+    @property
+    def capacity(self) -> int:
+        """Jobs that may be open when all are one user's."""
+        return int(self._engine.info.get("max_num_seqs", 1)) + self._max_queue
+
+    def enter(self, user: str, jobs: int) -> None:
+        """Take `jobs` places for a user, to be given back with `leave`. Raises ApiError: 400, 429 or 503."""
+        self.check_open()
+        capacity, count = self.capacity, self.open_jobs
+        if jobs > capacity:
+            self.refused["too_many"] += 1
+            raise refused(
+                "n", f"the request makes {jobs} jobs, and this server never has room for more than {capacity}"
+            )
+        if count + jobs > capacity and not self._may_exceed(user, jobs):
+            self.refused["queue_full"] += 1
+            raise ApiError(
+                429,
+                f"the queue is full: {count} jobs are open, of which {self._open[user]} yours; "
+                f"--max-queue allows {self._max_queue} to wait",
+                code="queue_full",
+                headers={"Retry-After": str(self.retry_after(count + jobs - capacity))},
+            )
+        self._open[user] += jobs
+        self.open_jobs += jobs
+
+    def leave(self, user: str, jobs: int) -> None:
+        self.open_jobs -= jobs
+        self._open[user] -= jobs
+        if self._open[user] <= 0:
+            del self._open[user]
+
+    def check_open(self) -> None:
+        """Raises ApiError, 503, while the server is shutting down."""
+        if self.draining:
+            self.refused["draining"] += 1
+            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+
+    def check_deadline(self, prompts: Sequence[Sequence[int]], params: SamplingParams, timeout: float) -> None:
+        """Raises ApiError, 408, for a `timeout` in seconds that the job would miss on an engine of its own.
+
+        Under fcfs, which lets nobody overtake, it would miss it with the wait for a place, too.
+        """
+        needs = max(self.solo_seconds(prompt, params) for prompt in prompts)
+        waits = self.queue_seconds() if self._engine.info.get("policy") == "fcfs" else 0.0
+        if needs + waits <= timeout:
+            return
+        self.refused["deadline"] += 1
+        queue = f" after {waits:.3g} s in the queue" if waits else ""
+        raise ApiError(
+            408,
+            f"timeout: {timeout:.3g} s are not enough: the job needs at least {needs:.3g} s{queue}",
+            param="timeout",
+            code="deadline_unreachable",
+            headers={"x-should-retry": "false"},  # OpenAI's clients would try again at once
+        )
+
+    def solo_seconds(self, prompt: Sequence[int], params: SamplingParams) -> float:
+        """The least a job takes, by the engine's cost model: its prefill, and those tokens it cannot do without."""
+        cost = self._cost_model()
+        if cost is None:
+            return 0.0
+        tokens = params.min_tokens
+        if params.ignore_eos and not params.stop and not params.stop_token_ids and params.max_tokens is not None:
+            tokens = params.max_tokens
+        tokens = min(tokens, self._engine.max_model_len - len(prompt))
+        return cost.prefill_seconds(0, len(prompt)) + max(0, tokens - 1) * cost.decode_seconds(len(prompt))
+
+    def queue_seconds(self) -> float:
+        """Until the last job to enter has a place, where nobody overtakes."""
+        return self._seconds_for(self.open_jobs - int(self._engine.info.get("max_num_seqs", 1)))
+
+    def retry_after(self, places: int) -> int:
+        """Whole seconds after which so many jobs will have ended."""
+        return min(_MAX_RETRY, max(1, math.ceil(self._seconds_for(places))))
+
+    def _seconds_for(self, jobs: int) -> float:
+        """Until so many jobs have ended: their share of the engine's own estimate for all that it has."""
+        status = self._engine.status
+        if status is None or jobs <= 0:
+            return 0.0
+        return status.backlog * min(1.0, jobs / max(1, status.live))
+
+    def _may_exceed(self, user: str, jobs: int) -> bool:
+        share = self.capacity / len(self._open.keys() | {user})
+        return self._open[user] + jobs <= share and self.open_jobs + jobs <= self.capacity + self._max_queue
+
+    def _cost_model(self) -> CostModel | None:
+        given: Any = self._engine.info.get("cost")
+        if self._cost is None and isinstance(given, Mapping):
+            self._cost = CostModel(**given)
+        return self._cost

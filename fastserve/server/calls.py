@@ -1,0 +1,154 @@
+"""One request while the engine works on it: its jobs, and all that can end it before they do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
+
+from starlette.types import Receive
+
+from ..seeds import derived_seed
+from ..types import InvalidRequest, SamplingParams
+from .engine_api import EngineUnavailable, OpenJob
+from .errors import ApiError
+
+if TYPE_CHECKING:
+    from .service import Service
+
+
+class Call:
+    """Opens jobs and closes them whatever happens: a client that goes away, a deadline, a shutdown, an error.
+
+    >>> with Call(service, "req-1", user="", jobs=2, arrival=now) as call:
+    ...     await call.run(receive, answer(call))
+    """
+
+    def __init__(
+        self, service: Service, request_id: str, *, user: str, jobs: int, arrival: float, timeout: float | None = None
+    ) -> None:
+        self.request_id = request_id
+        self.arrival = arrival
+        self.timeout = timeout
+        self.jobs: list[OpenJob] = []
+        self.disconnected = False
+        self.cause: ApiError | None = None  # of what ended it early
+        self._service = service
+        self._user = user
+        self._places = jobs
+        self._work: asyncio.Future[None] | None = None
+        self._helpers: list[asyncio.Future[None]] = []
+
+    def __enter__(self) -> Call:
+        """Raises ApiError where there is no room."""
+        self._service.admission.enter(self._user, self._places)
+        self._service.calls.add(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        service = self._service
+        for helper in self._helpers:
+            helper.cancel()
+        for job in self.jobs:
+            service.engine.close(job)
+            service.request_ids.pop(job.key, None)
+        service.calls.discard(self)
+        service.admission.leave(self._user, self._places)
+
+    def open(self, prompts: Sequence[list[int]], params: SamplingParams, priority: int) -> None:
+        """One job for each answer to each prompt. Raises ApiError, InvalidRequest and EngineUnavailable."""
+        service = self._service
+        for prompt in prompts:
+            service.limits.check("prompt", prompt)
+        if self.timeout is not None:
+            left = self.timeout - (time.monotonic() - self.arrival)
+            service.admission.check_deadline(prompts, params, left)
+        for prompt in prompts:
+            seed = service.draw_seed() if params.seed is None else params.seed
+            for index in range(params.n):
+                job = service.engine.open(
+                    prompt,
+                    params,
+                    seed=derived_seed(seed, index),
+                    priority=priority,
+                    user=self._user or None,
+                    arrival=self.arrival,
+                )
+                self.jobs.append(job)
+                service.request_ids[job.key] = self.request_id
+        if self.timeout is not None:
+            self._helpers.append(asyncio.ensure_future(self._keep_deadline(self.arrival + self.timeout)))
+
+    async def run(self, receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+        """Await `work`, unless something ends it before; then its cause is raised. For a client that went away: none.
+
+        Raises what `work` does.
+        """
+        self._work = asyncio.ensure_future(work)
+        self._helpers.append(asyncio.ensure_future(self._watch(receive)))
+        try:
+            await self._work
+        except asyncio.CancelledError:
+            if self.cause is not None:
+                raise self.cause from None
+            if not self.disconnected:
+                raise
+
+    def interrupt(self, cause: ApiError | None) -> None:
+        """End the call where it is; with no cause where nobody is there to be told."""
+        if self._work is None or self._work.done() or self.cause is not None or self.disconnected:
+            return
+        self.cause, self.disconnected = cause, cause is None
+        self._work.cancel()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.interrupt(None)
+
+    async def _keep_deadline(self, deadline: float) -> None:
+        """A job whose prefill alone would now be too late is dropped before it; any, when its time is over."""
+        latest = deadline - max(map(self._prefill_seconds, self.jobs), default=0.0)
+        if latest > time.monotonic():
+            await asyncio.sleep(latest - time.monotonic())
+            if not any(job.output for job in self.jobs) and not await self._has_started():
+                self.interrupt(self._too_late("had not started when it had to"))
+        await asyncio.sleep(deadline - time.monotonic())
+        tokens = sum(len(job.output) for job in self.jobs)
+        self.interrupt(self._too_late(f"had {tokens} tokens when its time was over"))
+
+    def _prefill_seconds(self, job: OpenJob) -> float:
+        return self._service.admission.solo_seconds(job.prompt, SamplingParams())
+
+    async def _has_started(self) -> bool:
+        """Whether the engine has computed anything of it; True where the engine cannot be asked now."""
+        try:
+            states = await self._service.job_states()
+        except EngineUnavailable:
+            return True
+        known = [states[job.key] for job in self.jobs if job.key in states]
+        return not known or any(state.running or state.computed_tokens for state in known)
+
+    def _too_late(self, what: str) -> ApiError:
+        return ApiError(
+            504,
+            f"timeout: to end within {self.timeout:g} s was asked for; the job {what}, and was dropped",
+            param="timeout",
+            code="deadline_exceeded",
+            headers={"x-should-retry": "false"},
+        )
+
+
+def failure(job: OpenJob, engine_failure: str | None) -> ApiError | None:
+    """Of a job that has ended without an answer."""
+    if job.finish_reason == "error":
+        if engine_failure is not None:
+            return ApiError(503, engine_failure, code="engine_unavailable", headers={"Retry-After": "5"})
+        return ApiError(500, job.error or "the job failed", code="job_failed")
+    if job.finish_reason == "abort":
+        return ApiError(503, job.error or "the job was aborted", code="aborted", headers={"Retry-After": "5"})
+    return None
+
+
+EXPECTED = (ApiError, InvalidRequest, EngineUnavailable)

@@ -1,0 +1,99 @@
+"""What the HTTP layer needs of the engine's client: one job a prompt and output, which grows until it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from ..ipc import JobStatus, Status
+from ..types import JobMetrics, SamplingParams, TokenLogprobs
+
+
+class EngineUnavailable(RuntimeError):
+    """There is no engine, and nobody knows when there will be. Why is the message."""
+
+
+class OpenJob(Protocol):
+    """One prompt on its way to one output. Everything here may have changed after `news`, and only then."""
+
+    @property
+    def key(self) -> int: ...
+    @property
+    def prompt(self) -> Sequence[int]: ...
+    @property
+    def user(self) -> str | None: ...
+    @property
+    def output(self) -> Sequence[int]:
+        """The tokens so far."""
+
+    @property
+    def logprobs(self) -> Sequence[TokenLogprobs]:
+        """One for each of them, where asked for."""
+
+    @property
+    def text(self) -> str:
+        """Safe to show: what may be the start of a stop string, or half a character, is held back."""
+
+    @property
+    def finish_reason(self) -> str | None: ...
+    @property
+    def stop_reason(self) -> str | int | None: ...
+    @property
+    def error(self) -> str | None:
+        """Why, where finish_reason is error."""
+
+    @property
+    def metrics(self) -> JobMetrics | None:
+        """Once it has ended."""
+
+    async def news(self) -> None:
+        """Returns when something was added, or it ended, since the last call. For one waiter.
+
+        Raises InvalidRequest where the engine does not take the job.
+        """
+
+
+class EngineClient(Protocol):
+    """The engine's process as the API server sees it."""
+
+    @property
+    def ready(self) -> bool: ...
+    @property
+    def info(self) -> Mapping[str, Any]: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def pids(self) -> Sequence[int]: ...
+    @property
+    def restarts(self) -> int: ...
+    @property
+    def status(self) -> Status | None: ...
+    @property
+    def failure(self) -> str | None:
+        """Why the engine does not start, after it has failed to several times."""
+
+    @property
+    def open_jobs(self) -> Mapping[int, Any]: ...
+
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+
+    def open(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        seed: int,
+        priority: int = 0,
+        user: str | None = None,
+        arrival: float | None = None,
+    ) -> OpenJob:
+        """Raises EngineUnavailable."""
+
+    def close(self, job: Any) -> None:
+        """Nobody wants this OpenJob any more. For one that has ended, nothing."""
+
+    async def list_jobs(self) -> Sequence[tuple[OpenJob, JobStatus]]:
+        """The next to run first. Raises EngineUnavailable."""

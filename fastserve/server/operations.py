@@ -1,0 +1,82 @@
+"""What operators and programs ask of the server itself: models, health, live jobs."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+
+from ..version import __version__
+from .engine_api import EngineUnavailable
+from .requests import errors
+from .service import Service
+
+_ENGINE_ANSWERS = 5.0  # seconds
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter()
+
+    def card(name: str) -> dict[str, Any]:
+        names = service.settings.names
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "fastserve",
+            "root": service.settings.model,
+            "parent": None if name == names[0] else names[0],
+            "max_model_len": service.engine.max_model_len,
+        }
+
+    @routes.get("/v1/models", responses=errors(401))
+    async def list_models() -> dict[str, Any]:
+        """The model, under each name that it is served by."""
+        return {"object": "list", "data": [card(name) for name in service.settings.names]}
+
+    @routes.get("/v1/models/{model:path}", responses=errors(401, 404))
+    async def retrieve_model(model: str) -> dict[str, Any]:
+        """The model, by one of its names."""
+        return card(service.check_model(model))
+
+    @routes.get("/health", responses={503: {"description": "Work is refused, and `status` says why."}})
+    async def health() -> JSONResponse:
+        """200 while work is taken in, even if the engine is being restarted: nothing is lost by that."""
+        engine = service.engine
+        status = "ok" if engine.ready else "restarting"
+        if engine.failure is not None:
+            status = "unhealthy"
+        elif service.admission.draining:
+            status = "draining"
+        body: dict[str, Any] = {
+            "status": status,
+            "version": __version__,
+            "engine": {"pids": list(engine.pids), "restarts": engine.restarts},
+            "open_jobs": service.admission.open_jobs,
+        }
+        if engine.failure is not None:
+            body["error"] = engine.failure
+        return JSONResponse(body, 200 if status in ("ok", "restarting") else 503)
+
+    @routes.get("/v1/fastserve/jobs", responses=errors(401, 503))
+    async def list_jobs() -> dict[str, Any]:
+        """The jobs that the engine has, the next to run first."""
+        try:
+            jobs = await asyncio.wait_for(service.engine.list_jobs(), _ENGINE_ANSWERS)
+        except asyncio.TimeoutError:
+            raise EngineUnavailable(f"the engine has not answered for {_ENGINE_ANSWERS:g} s") from None
+        data = [
+            {
+                **msgspec.structs.asdict(status),
+                "key": job.key,
+                "request_id": service.request_ids.get(job.key),
+                "user": job.user,
+            }
+            for job, status in jobs
+        ]
+        return {"object": "list", "data": data}
+
+    return routes

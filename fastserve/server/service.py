@@ -1,0 +1,77 @@
+"""What all requests share: the engine, the tokenizer, the way in, and the calls that are open."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+
+from ..ipc import JobStatus
+from ..tokenizer import Tokenizer
+from ..types import InvalidRequest
+from .admission import Admission
+from .calls import Call
+from .engine_api import EngineClient
+from .errors import ApiError
+from .prompts import PromptLimits
+from .settings import ServerSettings
+
+_LISTING_AGE = 0.25  # seconds that what the engine said of its jobs is good for
+
+
+class Service:
+    """One model, served. Belongs to one event loop."""
+
+    def __init__(self, settings: ServerSettings, engine: EngineClient, tokenizer: Tokenizer | None) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.admission = Admission(engine, settings.max_queue)
+        self.created = int(time.time())
+        self.calls: set[Call] = set()
+        self.request_ids: dict[int, str] = {}  # by the key of an open job
+        self._seeds = random.Random(settings.seed)
+        self._listing: tuple[float, Mapping[int, JobStatus]] = (float("-inf"), {})
+
+    @property
+    def limits(self) -> PromptLimits:
+        return PromptLimits(self.engine.max_model_len, self.engine.vocab_size)
+
+    def draw_seed(self) -> int:
+        return self._seeds.getrandbits(64)
+
+    def check_model(self, name: str | None) -> str:
+        """What the answer calls the model. Raises ApiError, 404."""
+        names = self.settings.names
+        if name is None:
+            return names[0]
+        if name not in names:
+            raise ApiError(
+                404,
+                f"model: {name!r} is not served here; there is {', '.join(map(repr, names))}",
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+    def need_tokenizer(self, field: str, instead: str) -> Tokenizer:
+        """Raises InvalidRequest where the model came without one."""
+        if self.tokenizer is None:
+            raise InvalidRequest(field, f"needs a tokenizer, and the model was loaded without one; {instead}")
+        return self.tokenizer
+
+    async def job_states(self) -> Mapping[int, JobStatus]:
+        """What the engine said of its jobs lately, by key. Raises EngineUnavailable."""
+        now = time.monotonic()
+        if now - self._listing[0] > _LISTING_AGE:
+            self._listing = (now, {job.key: status for job, status in await self.engine.list_jobs()})
+        return self._listing[1]
+
+    def drain(self) -> None:
+        """From here on new work is refused; what is open goes on."""
+        self.admission.draining = True
+
+    def end_all(self) -> None:
+        """End what is open, with an error for each."""
+        for call in list(self.calls):
+            call.interrupt(ApiError(503, "the server is shutting down", code="shutting_down"))

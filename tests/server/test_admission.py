@@ -1,0 +1,225 @@
+"""Who is taken in: the bounded queue, its fair share, deadlines, and a server that shuts down."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from http_world import World, run
+
+PATH = "/v1/completions"
+PLAIN: dict[str, Any] = {"prompt": "abc", "max_tokens": 4, "ignore_eos": True}
+
+
+async def send(world: World, count: int, **fields: Any) -> list[asyncio.Task[Any]]:
+    """So many requests at once, waited for until their jobs are open."""
+    before = len(world.engine.opened)
+    tasks = [asyncio.create_task(world.client.post(PATH, json={**PLAIN, **fields})) for _ in range(count)]
+    await world.engine.until(lambda engine: len(engine.opened) >= before + count)
+    return tasks
+
+
+async def statuses(tasks: list[asyncio.Task[Any]]) -> set[int]:
+    return {response.status_code for response in await asyncio.gather(*tasks)}
+
+
+def test_a_full_queue_says_when_to_come_again() -> None:
+    async def scenario(world: World) -> None:
+        world.engine.backlog = 50.0  # seconds for the five that will be open
+        tasks = await send(world, 5)
+        error = await world.refuse(PATH, {**PLAIN, "n": 2}, status=429)
+        assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+        assert world.headers["retry-after"] == "20"  # two of five have to end
+        world.engine.release()
+        assert await statuses(tasks) == {200}
+        await world.post(PATH, PLAIN)
+
+    run(scenario, held=True, max_num_seqs=2, max_queue=3)
+
+
+def test_a_request_that_never_has_room_is_refused() -> None:
+    async def scenario(world: World) -> None:
+        error = await world.refuse(PATH, {**PLAIN, "n": 6})
+        assert error["param"] == "n" and "more than 5" in error["message"]
+        error = await world.refuse(PATH, {**PLAIN, "prompt": ["a"] * 6})
+        assert error["param"] == "prompt" and "more than 5" in error["message"]
+
+    run(scenario, max_num_seqs=2, max_queue=3)
+
+
+def test_a_full_queue_is_shared_fairly() -> None:
+    async def scenario(world: World) -> None:
+        tasks = await send(world, 6, user="hog")
+        await world.refuse(PATH, {**PLAIN, "user": "hog"}, status=429)
+        tasks += await send(world, 3, user="ann")  # half of six places is hers
+        await world.refuse(PATH, {**PLAIN, "user": "ann"}, status=429)
+        tasks += await send(world, 1, user="bob")
+        await world.refuse(PATH, {**PLAIN, "user": "cem"}, status=429)  # ten is twice what may wait, and two run
+        world.engine.release()
+        assert await statuses(tasks) == {200}
+
+    run(scenario, held=True, max_num_seqs=2, max_queue=4)
+
+
+def test_users_of_another_key_are_others() -> None:
+    async def scenario(world: World) -> None:
+        for key in ("one", "two"):
+            await world.post(PATH, {**PLAIN, "user": "ann"}, headers={"Authorization": f"Bearer {key}"})
+        assert [job.user for job in world.engine.opened] == ["key 0/ann", "key 1/ann"]
+
+    run(scenario, api_key=("one", "two"))
+
+
+# --- deadlines -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["field", "header"])
+def test_a_deadline_that_the_job_alone_would_miss_is_refused(by: str) -> None:
+    """The toy takes 1.03 s for a prompt of three tokens, and as long for each token after the first."""
+
+    async def scenario(world: World) -> None:
+        async def ask(seconds: float, status: int) -> dict[str, Any]:
+            fields = {"timeout": seconds} if by == "field" else {}
+            headers = {"X-Request-Timeout": str(seconds)} if by == "header" else {}
+            return dict(await world.post(PATH, {**PLAIN, **fields}, status=status, headers=headers))
+
+        error = (await ask(1.0, 408))["error"]
+        assert (error["code"], error["param"]) == ("deadline_unreachable", "timeout")
+        assert world.headers["x-should-retry"] == "false" and not world.engine.opened
+        await ask(3.5, 408)  # with ignore_eos, all four tokens have to come
+        await ask(100.0, 200)
+        error = (await world.post(PATH, PLAIN, status=400, headers={"X-Request-Timeout": "soon"}))["error"]
+        assert "X-Request-Timeout" in error["message"]
+
+    run(scenario)
+
+
+def test_the_queue_counts_where_nobody_overtakes() -> None:
+    async def scenario(world: World) -> None:
+        world.engine.backlog = 40.0
+        tasks = await send(world, 4)
+        error = await world.refuse(PATH, {**PLAIN, "timeout": 20}, status=408)
+        assert "30 s in the queue" in error["message"]  # three of four have to end
+        world.engine.release()
+        assert await statuses(tasks) == {200}
+
+    run(scenario, held=True, max_num_seqs=2, policy="fcfs")
+
+
+class Clock:
+    """Replaces sleeps of deadlines: they end when told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from fastserve.server import calls
+
+        self.sleeps: asyncio.Queue[asyncio.Future[None]] = asyncio.Queue()
+
+        class Loop:
+            sleep = staticmethod(self._sleep)
+            ensure_future = staticmethod(asyncio.ensure_future)
+            CancelledError = asyncio.CancelledError
+
+        monkeypatch.setattr(calls, "asyncio", Loop)
+
+    async def _sleep(self, seconds: float) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self.sleeps.put_nowait(future)
+        await future
+
+    async def pass_one(self) -> None:
+        (await self.sleeps.get()).set_result(None)
+
+
+def test_a_job_that_was_not_begun_in_time_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(world: World) -> None:
+        clock = Clock(monkeypatch)
+        (task,) = await send(world, 1, timeout=100)
+        await clock.pass_one()  # until its prefill would be too late
+        response = await task
+        assert response.status_code == 504 and "had not started" in response.json()["error"]["message"]
+        assert world.engine.opened[-1].closed
+
+    run(scenario, held=True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_job_whose_time_is_over_is_ended(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    async def scenario(world: World) -> None:
+        clock = Clock(monkeypatch)
+        (task,) = await send(world, 1, timeout=100, stream=stream)
+        world.engine.step()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        await clock.pass_one()  # its prefill is over: nothing happens
+        await clock.pass_one()  # its deadline
+        response = await task
+        if stream:
+            assert response.status_code == 200 and "[DONE]" not in response.text
+            assert "deadline_exceeded" in response.text.split("\n\n")[-2]
+        else:
+            assert response.status_code == 504 and response.json()["error"]["code"] == "deadline_exceeded"
+        assert world.engine.opened[-1].closed
+
+    run(scenario, held=True)
+
+
+# --- shutting down, and engines that are gone ------------------------------------------------------------------------
+
+
+def test_draining_refuses_new_work_and_finishes_the_old() -> None:
+    async def scenario(world: World) -> None:
+        tasks = await send(world, 2)
+        world.service.drain()
+        error = await world.refuse(PATH, PLAIN, status=503)
+        assert error["code"] == "shutting_down" and world.headers["retry-after"] == "5"
+        assert (await world.get("/health", status=503))["status"] == "draining"
+        world.engine.release()
+        assert await statuses(tasks) == {200}
+
+    run(scenario, held=True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_left_at_the_end_is_told(stream: bool) -> None:
+    async def scenario(world: World) -> None:
+        tasks = await send(world, 2, stream=stream)
+        world.engine.step()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        world.service.end_all()
+        for response in await asyncio.gather(*tasks):
+            assert response.status_code == (200 if stream else 503) and "shutting_down" in response.text
+        assert all(job.closed for job in world.engine.opened)
+
+    run(scenario, held=True)
+
+
+def test_an_engine_that_is_gone() -> None:
+    async def scenario(world: World) -> None:
+        tasks = await send(world, 1)
+        streams = await send(world, 1, stream=True, n=2)
+        world.engine.step()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        world.engine.failure = "the engine failed to start 5 times: no memory"
+        for job in list(world.engine.open_jobs.values()):
+            job.end("error", world.engine.failure)
+        assert (await tasks[0]).status_code == 503 and "no memory" in (await tasks[0]).text
+        assert "no memory" in (await streams[0]).text.split("\n\n")[-2]
+        error = await world.refuse(PATH, PLAIN, status=503)
+        assert error["code"] == "engine_unavailable" and "retry-after" in world.headers
+        health = await world.get("/health", status=503)
+        assert (health["status"], health["error"]) == ("unhealthy", world.engine.failure)
+
+    run(scenario, held=True)
+
+
+def test_a_job_that_failed_is_a_500() -> None:
+    async def scenario(world: World) -> None:
+        (task,) = await send(world, 1)
+        world.engine.opened[-1].end("error", "every token is masked")
+        response = await task
+        assert response.status_code == 500 and "every token is masked" in response.json()["error"]["message"]
+
+    run(scenario, held=True)
