@@ -25,7 +25,9 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = data.special_tokens or {}
         self._template_text = data.chat_template
-        self._token_bytes: dict[int, bytes] = {}  # of tokens that were asked for: a server asks for each again and again
+        self._token_bytes: dict[
+            int, bytes
+        ] = {}  # of tokens asked for: servers ask again and again
 
     @classmethod
     def from_data(cls, data: TokenizerData) -> Tokenizer:
@@ -103,13 +105,6 @@ class Tokenizer:
             known = self._token_bytes[token] = _bytes_of(text)
         return known
 
-
-def _bytes_of(text: str) -> bytes:
-    try:
-        return bytes(_BYTE_OF[character] for character in text)
-    except KeyError:  # an added token: literal text, not spelled in the byte alphabet
-        return text.encode()
-
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for inside a text, whatever the tokenizer's kind; b"" for an id without one."""
         if self.byte_level:
@@ -122,6 +117,13 @@ def _bytes_of(text: str) -> bytes:
         # Decoders change what is at the start of a text, such as its leading space: the second of two shows the token.
         once, twice = (self.decode([token] * count, skip_special_tokens=False) for count in (1, 2))
         return twice[len(once) :].encode()
+
+
+def _bytes_of(text: str) -> bytes:
+    try:
+        return bytes(_BYTE_OF[character] for character in text)
+    except KeyError:  # an added token: literal text, not spelled in the byte alphabet
+        return text.encode()
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -106,7 +106,7 @@ async def _serve(settings: ServerSettings, options: dict[str, Any], bound: Any) 
 
 def _engine_client(options: dict[str, Any], tokenizer: Any) -> Any:
     """The client of an engine in a process of its own, started with LLM's options."""
-    from ..server import client  # type: ignore[attr-defined]
+    from ..server import client
 
     return client.EngineClient(client.worker_command(options), tokenizer)
 

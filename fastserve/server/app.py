@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from ..version import __version__
-from . import chat, completions, operations, tokens
+from . import board, chat, completions, operations, tokens
 from .errors import add_error_handlers
 from .gate import Gate
 from .service import Service
 
-RouterOf = Callable[[Service], APIRouter]
 
-
-def create_app(service: Service, more: Sequence[RouterOf] = ()) -> FastAPI:
-    """All endpoints over one service. `more` makes further routers, such as those of metrics and of a dashboard."""
+def create_app(service: Service) -> FastAPI:
+    """All endpoints over one service."""
     app = _App(title="FastServe", version=__version__, docs_url=None, redoc_url=None)
-    for make in (completions.router, chat.router, tokens.router, operations.router, *more):
+    for make in (completions.router, chat.router, tokens.router, operations.router, board.router):
         app.include_router(make(service))
     add_error_handlers(app)
     app.add_middleware(Gate, settings=service.settings)

@@ -52,6 +52,7 @@ class Call:
             helper.cancel()
         for job in self.jobs:
             service.engine.close(job)
+            service.ended(job)
             service.request_ids.pop(job.key, None)
         service.calls.discard(self)
         service.admission.leave(self._user, self._places)

@@ -71,12 +71,12 @@ class Link:
         with contextlib.suppress(zmq.Again):  # nobody at the other end
             self._socket.send(_encoder.encode(message), zmq.NOBLOCK)
         # A send may swallow the signal that something has come in.
-        if self._again is None and self._socket.EVENTS & zmq.POLLIN:
+        if self._again is None and int(self._socket.EVENTS) & zmq.POLLIN:
             self._again = self._loop.call_soon(self._read)
 
     def drain(self) -> None:
         """Handle everything that has come in."""
-        while not self._socket.closed and self._socket.EVENTS & zmq.POLLIN:
+        while not self._socket.closed and int(self._socket.EVENTS) & zmq.POLLIN:
             self._read()
 
     def inherited(self) -> None:

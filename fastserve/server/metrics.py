@@ -1,4 +1,4 @@
-"""What Prometheus scrapes: vLLM's names where it has them, so that its dashboards work, and `fastserve:` for the rest."""
+"""What Prometheus scrapes: vLLM's names where it has them, so that its dashboards work; `fastserve:` for the rest."""
 
 from __future__ import annotations
 
@@ -81,8 +81,9 @@ class Metrics:
             for key, name, text, buckets in _HISTOGRAMS
         }
         self._model = model_name
-        self._ended = Counter("vllm:request_success", "Jobs that ended.", (*labels, "finished_reason"), registry=self._registry)
-        self._answers = Counter("fastserve:http_responses", "Answers.", ("route", "status"), registry=self._registry)
+        self._ended = Counter(
+            "vllm:request_success", "Jobs that ended.", (*labels, "finished_reason"), registry=self._registry
+        )
         self._registry.register(_EngineCollector(engine, model_name))
 
     def ended(self, job: EndedJob) -> None:
@@ -92,10 +93,6 @@ class Metrics:
             return
         for key, value in _measured(job, job.metrics).items():
             self._histograms[key].observe(value)
-
-    def answered(self, route: str, status: int) -> None:
-        """A request has been answered; `route` is a path of the schema, never one that a client made up."""
-        self._answers.labels(route, str(status)).inc()
 
     def render(self) -> bytes:
         """In Prometheus' text format."""

@@ -1,20 +1,15 @@
-"""What operators and programs ask of the server itself: models, health, live jobs."""
+"""What operators and programs ask of the server itself: models, health."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from ..version import __version__
-from .engine_api import EngineUnavailable
 from .requests import errors
 from .service import Service
-
-_ENGINE_ANSWERS = 5.0  # seconds
 
 
 def router(service: Service) -> APIRouter:
@@ -46,11 +41,7 @@ def router(service: Service) -> APIRouter:
     async def health() -> JSONResponse:
         """200 while work is taken in, even if the engine is being restarted: nothing is lost by that."""
         engine = service.engine
-        status = "ok" if engine.ready else "restarting"
-        if engine.failure is not None:
-            status = "unhealthy"
-        elif service.admission.draining:
-            status = "draining"
+        status = service.state
         body: dict[str, Any] = {
             "status": status,
             "version": __version__,
@@ -60,23 +51,5 @@ def router(service: Service) -> APIRouter:
         if engine.failure is not None:
             body["error"] = engine.failure
         return JSONResponse(body, 200 if status in ("ok", "restarting") else 503)
-
-    @routes.get("/v1/fastserve/jobs", responses=errors(401, 503))
-    async def list_jobs() -> dict[str, Any]:
-        """The jobs that the engine has, the next to run first."""
-        try:
-            jobs = await asyncio.wait_for(service.engine.list_jobs(), _ENGINE_ANSWERS)
-        except asyncio.TimeoutError:
-            raise EngineUnavailable(f"the engine has not answered for {_ENGINE_ANSWERS:g} s") from None
-        data = [
-            {
-                **msgspec.structs.asdict(status),
-                "key": job.key,
-                "request_id": service.request_ids.get(job.key),
-                "user": job.user,
-            }
-            for job, status in jobs
-        ]
-        return {"object": "list", "data": data}
 
     return routes

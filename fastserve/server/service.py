@@ -11,9 +11,11 @@ from ..tokenizer import Tokenizer
 from ..types import InvalidRequest
 from .admission import Admission
 from .calls import Call
-from .engine_api import EngineClient
+from .engine_api import EngineClient, OpenJob
 from .errors import ApiError
+from .metrics import Metrics
 from .prompts import PromptLimits
+from .recent import Recent
 from .settings import ServerSettings
 
 _LISTING_AGE = 0.25  # seconds that what the engine said of its jobs is good for
@@ -30,12 +32,28 @@ class Service:
         self.created = int(time.time())
         self.calls: set[Call] = set()
         self.request_ids: dict[int, str] = {}  # by the key of an open job
+        self.metrics = Metrics(engine, settings.names[0])
+        self.recent = Recent()
         self._seeds = random.Random(settings.seed)
         self._listing: tuple[float, Mapping[int, JobStatus]] = (float("-inf"), {})
 
     @property
     def limits(self) -> PromptLimits:
         return PromptLimits(self.engine.max_model_len, self.engine.vocab_size)
+
+    @property
+    def state(self) -> str:
+        """In one word: ok, restarting, draining or unhealthy."""
+        if self.engine.failure is not None:
+            return "unhealthy"
+        if self.admission.draining:
+            return "draining"
+        return "ok" if self.engine.ready else "restarting"
+
+    def ended(self, job: OpenJob) -> None:
+        """Count a job that is over, in whatever way."""
+        self.metrics.ended(job)
+        self.recent.ended(job)
 
     def draw_seed(self) -> int:
         return self._seeds.getrandbits(64)

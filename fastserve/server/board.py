@@ -1,0 +1,83 @@
+"""What people and their tools look at: the live queue, Prometheus' page, and the dashboard."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.resources import files
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse, Response
+
+from .engine_api import EngineUnavailable
+from .requests import errors
+from .service import Service
+
+_ENGINE_ANSWERS = 5.0  # seconds
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter()
+    page = files(__package__).joinpath("dashboard", "index.html").read_text(encoding="utf-8")
+
+    @routes.get("/", include_in_schema=False)
+    async def dashboard() -> HTMLResponse:
+        return HTMLResponse(page)
+
+    @routes.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """For Prometheus: vLLM's names where it has them, `fastserve:` for the rest."""
+        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @routes.get("/v1/fastserve/jobs", responses=errors(401, 503))
+    async def list_jobs() -> dict[str, Any]:
+        """The jobs that the engine has, the next to run first; levels, memory and recent figures beside them.
+
+        Seconds; tokens a second in `throughput`; `finished` has percentiles of the last five minutes.
+        """
+        try:
+            jobs = await asyncio.wait_for(service.engine.list_jobs(), _ENGINE_ANSWERS)
+        except asyncio.TimeoutError:
+            raise EngineUnavailable(f"the engine has not answered for {_ENGINE_ANSWERS:g} s") from None
+        data = [
+            {
+                **msgspec.structs.asdict(status),
+                "key": job.key,
+                "request_id": service.request_ids.get(job.key),
+                "user": job.user,
+            }
+            for job, status in jobs
+        ]
+        return {"object": "list", "data": data, "server": _server(service)}
+
+    return routes
+
+
+def _server(service: Service) -> dict[str, Any]:
+    engine, status = service.engine, service.engine.status
+    info = engine.info
+    told: dict[str, Any] = {
+        "status": service.state,
+        "model": service.settings.names[0],
+        "policy": info.get("policy"),
+        "device": info.get("device"),
+        "max_num_seqs": info.get("max_num_seqs"),
+        "restarts": engine.restarts,
+        "open_jobs": service.admission.open_jobs,
+        "finished": service.recent.finished(),
+        "throughput": service.recent.throughput(status),
+    }
+    if status is not None:
+        told |= {
+            "levels": [msgspec.structs.asdict(level) for level in status.levels],
+            "running": status.running,
+            "backlog": status.backlog,
+            "kv": {
+                "device": {"blocks": status.device_blocks, "used": status.device_blocks_used},
+                "host": {"blocks": status.host_blocks, "used": status.host_blocks_used},
+            },
+            "preemptions": status.preemptions,
+            "swapped": {"out": status.offloaded_bytes, "in": status.uploaded_bytes},
+        }
+    return told
