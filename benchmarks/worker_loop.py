@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=120, help="tokens of each (default: 120)")
     parser.add_argument("--runs", type=int, default=5, help="(default: 5)")
     given = parser.parse_args()
-    options = EngineOptions(model=given.model, max_num_seqs=given.batch, kv_cache_memory="512M", swap_space=0)
+    options = EngineOptions(
+        model=given.model, max_num_seqs=given.batch, kv_cache_memory="512M", swap_space=0, stall_limit=None
+    )
     prompts = _prompts(given.batch)
     runs: list[Figures] = []
     for run in range(given.runs):

@@ -140,7 +140,7 @@ def test_one_line_where_it_cannot_start(server: Server, capfd: pytest.CaptureFix
 
 SERVER_DIES = """
 import os, subprocess, sys
-subprocess.Popen(sys.argv[1:], stdout=1)
+subprocess.Popen(sys.argv[1:], stdout=1, env={**os.environ, "FASTSERVE_SERVER_PID": str(os.getpid())})
 os.read(0, 1)
 os._exit(0)
 """
@@ -148,7 +148,7 @@ os._exit(0)
 
 @pytest.mark.parametrize("ready", [True, False])
 def test_it_ends_when_its_server_does(server: Server, tmp_path: Path, ready: bool) -> None:
-    """Its standard output closes when the last process that has it ends. `ready`: else the model is being loaded."""
+    """Its standard output closes when the last process that has it ends. `ready`: else it has just begun."""
     address = f"ipc://{tmp_path}/orphan"
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.bind(address)

@@ -334,7 +334,8 @@ def test_bad_options(text: str, message: str) -> None:
 class Recorder:
     """A socket that nobody is at the other end of."""
 
-    EVENTS = 0
+    def getsockopt(self, option: int) -> int:
+        return 0
 
     def __init__(self, clock: Clock) -> None:
         self.sent: list[FromEngine] = []
