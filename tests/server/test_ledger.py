@@ -209,7 +209,8 @@ def test_the_job_that_brings_engines_down_fails_and_spares_the_rest(position: in
     world.check()
     assert guilty.finish_reason == "error" and len(guilty.output) == position
     assert guilty.error is not None and f"token {position + 1}" in guilty.error
-    assert sum(world.deaths[guilty.key, position] for _ in "1") == 3
+    # Who never says who runs is believed for a while that nobody else did.
+    assert world.deaths[guilty.key, position] == 3 + (silent and position > 0)
     assert {job.finish_reason for job in others + later} == {"length"}
 
 
