@@ -92,16 +92,6 @@ class Tokenizer:
         found = [token for _, token in tokens if token is not None]
         return frozenset(found if len(found) == 256 else ())
 
-    def token_bytes(self, token: int) -> bytes:
-        """What a token of a byte-level vocabulary stands for; b"" for an id without a token."""
-        text = self._backend.id_to_token(token)
-        if text is None:
-            return b""
-        try:
-            return bytes(_BYTE_OF[character] for character in text)
-        except KeyError:  # an added token: literal text, not spelled in the byte alphabet
-            return text.encode()
-
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for inside a text, whatever the tokenizer's kind; b"" for an id without one."""
         if self.byte_level:
@@ -114,6 +104,16 @@ class Tokenizer:
         # Decoders change what is at the start of a text, such as its leading space: the second of two shows the token.
         once, twice = (self.decode([token] * count, skip_special_tokens=False) for count in (1, 2))
         return twice[len(once) :].encode()
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token of a byte-level vocabulary stands for; b"" for an id without a token."""
+        text = self._backend.id_to_token(token)
+        if text is None:
+            return b""
+        try:
+            return bytes(_BYTE_OF[character] for character in text)
+        except KeyError:  # an added token: literal text, not spelled in the byte alphabet
+            return text.encode()
 
 
 def _byte_alphabet() -> dict[str, int]:
