@@ -50,12 +50,12 @@ SERVER: dict[str, Any] = {
 }
 
 
-@takes(engine=ENGINE, server=SERVER)
+@takes(server=SERVER, engine=ENGINE)
 def serve(
     *,
     model: ModelOption = "smollm2",
-    engine: dict[str, Any],
     server: dict[str, Any],
+    engine: dict[str, Any],
 ) -> int:
     """Serve a model to OpenAI clients, until SIGTERM or Ctrl-C.
 
@@ -77,8 +77,8 @@ def serve(
     options = {"model": model, **engine_options(engine)}
     if isinstance(options.get("cost"), Path):
         options["cost"] = str(options["cost"])
-    _set_up_logging()
     with bind(settings) as bound:
+        _set_up_logging()
         return asyncio.run(_serve(settings, options, bound))
 
 

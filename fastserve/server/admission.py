@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..cost import CostModel
@@ -13,6 +14,7 @@ from .engine_api import EngineClient
 from .errors import ApiError, refused
 
 _MAX_RETRY = 3600  # seconds
+_RECLAIM_EVERY = 0.05  # seconds: a look at all jobs, while requests are being refused
 
 
 class Admission:
@@ -22,8 +24,11 @@ class Admission:
     long as it may be; one with more is refused first.
     """
 
-    def __init__(self, engine: EngineClient, max_queue: int) -> None:
+    def __init__(self, engine: EngineClient, max_queue: int, reclaim: Callable[[], None] = lambda: None) -> None:
+        """`reclaim` has the places of jobs that have ended given back, of those whose answers are still being read."""
         self._engine = engine
+        self._reclaim = reclaim
+        self._reclaimed = float("-inf")
         self._max_queue = max_queue
         self._open: Counter[str] = Counter()
         self.open_jobs = 0
@@ -44,12 +49,16 @@ class Admission:
     def enter(self, user: str, jobs: int) -> None:
         """Take `jobs` places for a user, to be given back with `leave`. Raises ApiError: 400, 429 or 503."""
         self.check_open()
-        capacity, count = self.capacity, self.open_jobs
+        capacity = self.capacity
         if jobs > capacity:
             self.refused["too_many"] += 1
             raise refused(
                 "n", f"the request makes {jobs} jobs, and this server never has room for more than {capacity}"
             )
+        if self.open_jobs + jobs > capacity and time.monotonic() - self._reclaimed > _RECLAIM_EVERY:
+            self._reclaimed = time.monotonic()
+            self._reclaim()
+        count = self.open_jobs
         if count + jobs > capacity and not self._may_exceed(user, jobs):
             self.refused["queue_full"] += 1
             raise ApiError(

@@ -57,6 +57,13 @@ class Call:
         service.calls.discard(self)
         service.admission.leave(self._user, self._places)
 
+    def reclaim(self) -> None:
+        """Give back the places of jobs that have ended: a client that reads slowly does not keep others out."""
+        live = sum(job.finish_reason is None for job in self.jobs)
+        if self.jobs and live < self._places:
+            self._service.admission.leave(self._user, self._places - live)
+            self._places = live
+
     def open(self, prompts: Sequence[list[int]], params: SamplingParams, priority: int) -> None:
         """One job for each answer to each prompt. Raises ApiError, InvalidRequest and EngineUnavailable."""
         service = self._service
@@ -101,6 +108,8 @@ class Call:
         if self._work is None or self._work.done() or self.cause is not None or self.disconnected:
             return
         self.cause, self.disconnected = cause, cause is None
+        for job in self.jobs:  # now, as what is being written may take its time
+            self._service.engine.close(job)
         self._work.cancel()
 
     async def _watch(self, receive: Receive) -> None:

@@ -86,7 +86,7 @@ async def serve(
         try:
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
-                return INTERRUPTED if life.interrupted else 0
+                return INTERRUPTED if life.interrupts else 0
             await starting
             if on_ready is not None:
                 on_ready(url_of(bound))
@@ -101,7 +101,8 @@ async def serve(
             starting.cancel()
             stopping.cancel()
             bound.close()
-            await service.engine.stop()
+            stopping_engine = service.engine.stop()  # which dies with this process, too
+            await asyncio.wait_for(stopping_engine, _LAST_WORDS if life.interrupted else None)
     return INTERRUPTED if life.interrupted else 0
 
 
@@ -117,7 +118,7 @@ class _Life:
     def __init__(self, service: Service, server: uvicorn.Server) -> None:
         self._service = service
         self._server = server
-        self._interrupts = 0
+        self.interrupts = 0
         self.stop = asyncio.Event()
         self.interrupted = False
 
@@ -143,8 +144,9 @@ class _Life:
         self._server.should_exit = True
 
     def _interrupt(self) -> None:
-        self._interrupts += 1
+        self.interrupts += 1
         self.stop.set()
-        if self._interrupts > 1:
+        if self.interrupts > 1:
             self.interrupted = True
+            self._server.config.timeout_graceful_shutdown = 0
             self._server.should_exit = self._server.force_exit = True

@@ -28,7 +28,7 @@ class Service:
         self.settings = settings
         self.engine = engine
         self.tokenizer = tokenizer
-        self.admission = Admission(engine, settings.max_queue)
+        self.admission = Admission(engine, settings.max_queue, self._reclaim)
         self.created = int(time.time())
         self.calls: set[Call] = set()
         self.request_ids: dict[int, str] = {}  # by the key of an open job
@@ -84,6 +84,10 @@ class Service:
         if now - self._listing[0] > _LISTING_AGE:
             self._listing = (now, {job.key: status for job, status in await self.engine.list_jobs()})
         return self._listing[1]
+
+    def _reclaim(self) -> None:
+        for call in self.calls:
+            call.reclaim()
 
     def drain(self) -> None:
         """From here on new work is refused; what is open goes on."""

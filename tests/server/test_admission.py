@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -60,6 +61,40 @@ def test_a_full_queue_is_shared_fairly() -> None:
         assert await statuses(tasks) == {200}
 
     run(scenario, held=True, max_num_seqs=2, max_queue=4)
+
+
+def test_an_answer_that_is_read_slowly_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its job has ended; only its client has not read that yet."""
+
+    async def scenario(world: World) -> None:
+        may_send = asyncio.Event()
+        sending = asyncio.Event()
+
+        async def slow(message: Any) -> None:
+            sending.set()
+            await may_send.wait()
+
+        async def stays() -> Any:
+            if not asked:
+                asked.append(True)
+                return {"type": "http.request", "body": json.dumps({**PLAIN, "stream": True}).encode()}
+            await asyncio.Event().wait()
+
+        asked: list[bool] = []
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": PATH, "headers": headers, "query_string": b""}
+        reading = asyncio.create_task(world.app(scope, stays, slow))
+        await world.engine.until(lambda engine: engine.open_jobs)
+        await world.refuse(PATH, PLAIN, status=429)
+        world.engine.release()
+        await sending.wait()
+        await world.engine.until(lambda engine: not engine.open_jobs)
+        monkeypatch.setattr("fastserve.server.admission._RECLAIM_EVERY", -1.0)
+        await world.post(PATH, PLAIN)
+        may_send.set()
+        await reading
+
+    run(scenario, held=True, max_num_seqs=1, max_queue=0)
 
 
 def test_users_of_another_key_are_others() -> None:

@@ -21,9 +21,22 @@ import fastserve.loaders
 from fastserve import LLM, SamplingParams
 from fastserve.cli import main
 from fastserve.cli.options import ENGINE, OPTION_NAMES, SAMPLING, SEED
+from fastserve.cli.serve import SERVER
 from fastserve.cost import CostModel
+from fastserve.server.settings import ServerSettings
 
-COMMANDS = ["generate", "chat", "info", "profile", "simulate", "version", "bench", "bench latency", "bench throughput"]
+COMMANDS = [
+    "serve",
+    "generate",
+    "chat",
+    "info",
+    "profile",
+    "simulate",
+    "version",
+    "bench",
+    "bench latency",
+    "bench throughput",
+]
 GREEDY = ["--temperature", "0", "--ignore-eos"]
 
 
@@ -92,10 +105,11 @@ def test_the_defaults_that_help_shows_are_the_apis() -> None:
     """Options are left out when not given, so what help says of them could be wrong."""
     engine = inspect.signature(LLM).parameters
     sampling = inspect.signature(SamplingParams).parameters
-    for options, parameters in (({**ENGINE, **SEED}, engine), (SAMPLING, sampling)):
+    server = inspect.signature(ServerSettings).parameters
+    for options, parameters in (({**ENGINE, **SEED}, engine), (SAMPLING, sampling), (SERVER, server)):
         for name, annotation in options.items():
             shown, default = annotation.__metadata__[0].show_default, parameters[name].default
-            if shown and default is not None:
+            if shown and default not in (None, ()):
                 assert type(default)(shown) == default, name
 
 

@@ -115,3 +115,13 @@ def test_a_possible_stop_string_is_held_back_and_released() -> None:
     stopped = IncrementalDetokenizer(tokenizer, ["END"], False, True)
     assert stopped.append(tokenizer.encode("xEND and more")) == "x" and stopped.matched_stop == "END"
     assert stopped.append(tokenizer.encode("more")) == stopped.flush() == "" and stopped.text == "x"
+
+
+@given(texts)
+def test_pieces_are_the_bytes_of_a_text(text: str) -> None:
+    """Those of a sentencepiece vocabulary show the space that is cut off at the start of a text."""
+    for tokenizer in (sentencepiece(), small_tokenizer()):
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        joined = b"".join(map(tokenizer.piece, tokens))
+        assert joined.decode() in (text, f" {text}")
+        assert tokenizer.piece(10**6) == b""

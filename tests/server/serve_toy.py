@@ -1,0 +1,47 @@
+"""A server in a process of its own, over a toy engine: `serve_toy.py SHUTDOWN_TIMEOUT`. Prints its URL.
+
+Every job gets one token when it is opened, and the rest after POST /release.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+from fastapi import APIRouter
+from toy_engine import ToyEngine, ToyJob
+
+from fastserve.server.app import create_app
+from fastserve.server.run import bind, serve
+from fastserve.server.service import Service
+from fastserve.server.settings import ServerSettings
+
+
+class Engine(ToyEngine):
+    def open(self, *arguments: Any, **options: Any) -> ToyJob:
+        job = super().open(*arguments, **options)
+        job.grow()
+        return job
+
+
+async def main() -> int:
+    engine = Engine(held=True)
+    settings = ServerSettings(model="toy", port=0, shutdown_timeout=float(sys.argv[1]))
+    service = Service(settings, engine, engine.tokenizer)
+
+    def release(service: Service) -> APIRouter:
+        router = APIRouter()
+
+        @router.post("/release")
+        async def release_jobs() -> None:
+            engine.release()
+
+        return router
+
+    app = create_app(service, [release])
+    return await serve(service, app, bind(settings), on_ready=lambda url: print(url, flush=True))
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))

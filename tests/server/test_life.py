@@ -1,0 +1,139 @@
+"""A server's life as others see it: signals, drains, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from fastserve.cli import main
+
+HERE = Path(__file__).parent
+PLAIN = {"prompt": "abc", "max_tokens": 6, "ignore_eos": True, "stream": True}
+
+
+class Process:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        self.process = process
+        self.url = process.stdout.readline().strip()
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self._until_it_listens()
+
+    def _until_it_listens(self) -> None:
+        while True:
+            with contextlib.suppress(httpx.ConnectError):
+                return self.client.get("/health").raise_for_status() and None
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def until_draining(self) -> None:
+        while self.client.get("/health").json()["status"] != "draining":
+            pass
+
+
+@contextlib.contextmanager
+def server(shutdown_timeout: float) -> Iterator[Process]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "unit"), *sys.path])}
+    command = [sys.executable, str(HERE / "serve_toy.py"), str(shutdown_timeout)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            yield Process(process)
+        finally:
+            process.kill()
+
+
+def test_sigterm_finishes_what_is_open_and_refuses_the_rest() -> None:
+    with server(60) as served:
+        with served.client.stream("POST", "/v1/completions", json=PLAIN) as stream:
+            lines = stream.iter_lines()
+            first = next(lines)
+            served.signal(signal.SIGTERM)
+            served.until_draining()
+            refused = served.client.post("/v1/completions", json=PLAIN)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+            assert refused.json()["error"]["code"] == "shutting_down"
+            served.client.post("/release")
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        said = [json.loads(line.removeprefix("data: ")) for line in (first, *rest[:-1])]
+        assert said[-1]["choices"][0]["finish_reason"] == "length"
+        assert served.process.wait(60) == 0
+
+
+def test_what_is_not_finished_in_time_is_told_so() -> None:
+    with server(0) as served:
+        with served.client.stream("POST", "/v1/completions", json=PLAIN) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            served.signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert served.process.wait(60) == 0
+
+
+def test_a_second_interrupt_ends_at_once() -> None:
+    with server(1000) as served, served.client.stream("POST", "/v1/completions", json=PLAIN) as stream:
+        next(stream.iter_lines())
+        served.signal(signal.SIGINT)
+        served.until_draining()
+        served.signal(signal.SIGINT)
+        assert served.process.wait(60) == 130
+
+
+def test_an_idle_server_ends_at_once() -> None:
+    with server(1000) as served:
+        served.signal(signal.SIGINT)
+        assert served.process.wait(60) == 0
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["serve", *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    return printed.err
+
+
+def test_what_cannot_be_served_is_said_in_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"--port: {port} of 127.0.0.1 is in use" in complaint(capsys, "--port", port)
+    missing = str(tmp_path / "missing.gguf")
+    assert "missing.gguf: no such file" in complaint(capsys, "--port", "0", "--model", missing)
+    assert "--max-body-size" in complaint(capsys, "--max-body-size", "4X")
+    assert "--shutdown-timeout" in complaint(capsys, "--shutdown-timeout", "-1")
+    assert "--starvation-limit" in complaint(capsys, "--starvation-limit", "soon")
+    assert "--log-format" in complaint(capsys, "--log-format", "xml")
+    monkeypatch.setenv("FASTSERVE_API_KEY", "one,,two")
+    assert "FASTSERVE_API_KEY" in complaint(capsys)
+
+
+def test_keys_come_from_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastserve.cli import serve as command
+
+    given: list[tuple[str, ...]] = []
+    monkeypatch.setenv("FASTSERVE_API_KEY", "one, two")
+    monkeypatch.setattr(command, "_set_up_logging", lambda: None)
+
+    async def serve(settings: object, options: object, bound: object) -> int:
+        given.append(settings.api_key)  # type: ignore[attr-defined]
+        return 0
+
+    monkeypatch.setattr(command, "_serve", serve)
+    assert main(["serve", "--port", "0", "--api-key", "three"]) == 0
+    assert given == [("three", "one", "two")]
