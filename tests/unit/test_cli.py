@@ -23,7 +23,10 @@ from fastserve.cli import main
 from fastserve.cli.options import ENGINE, OPTION_NAMES, SAMPLING, SEED
 from fastserve.cost import CostModel
 
-COMMANDS = ["generate", "chat", "info", "profile", "simulate", "version", "bench", "bench latency", "bench throughput"]
+COMMANDS = [
+    "generate", "chat", "info", "profile", "simulate", "version", "bench", "bench latency", "bench serve",
+    "bench throughput",
+]  # fmt: skip
 GREEDY = ["--temperature", "0", "--ignore-eos"]
 
 
@@ -80,7 +83,7 @@ def test_help_lists_every_command(shell: Shell) -> None:
     for words in ([], ["--help"], ["-h"]):
         text = shell(*words)
         assert all(command in text for command in COMMANDS if " " not in command)
-    assert all(each in shell("bench", "--help") for each in ("latency", "throughput"))
+    assert all(each in shell("bench", "--help") for each in ("latency", "serve", "throughput"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
