@@ -25,9 +25,7 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = data.special_tokens or {}
         self._template_text = data.chat_template
-        self._token_bytes: dict[
-            int, bytes
-        ] = {}  # of tokens asked for: servers ask again and again
+        self._token_bytes: dict[int, bytes] = {}  # of tokens asked for: servers ask again and again
 
     @classmethod
     def from_data(cls, data: TokenizerData) -> Tokenizer:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastserve.bench.simulation_tables import number
 from fastserve.bench.stats import estimate
+from fastserve.bench.tables import number
 
 from .cases import AZURE, Case, measured_capacity, simulate
 from .lab import Data, Lab, Task

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from fastserve.bench.plot_style import COLOURS
-from fastserve.bench.simulation_tables import number
 from fastserve.bench.stats import estimate
+from fastserve.bench.tables import number
 
 from . import figures
 from .cases import Case

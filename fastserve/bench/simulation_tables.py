@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from rich.text import Text
 
 from .simulation import RunSummary, TimelineJob
 from .stats import Estimate, estimate
-from .tables import new_table, ratio_text
+from .tables import new_table, number, ratio_text
 
 NO_STEADY_STATE = "finite trace: no steady state"
 
@@ -97,13 +96,6 @@ def estimate_text(value: Estimate) -> str:
     if value.half_width is None or value.mean == 0:
         return number(value.mean)
     return f"{number(value.mean)} ±{100 * value.half_width / value.mean:.0f}%"
-
-
-def number(value: float) -> str:
-    """With three digits that count, and never an exponent."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    return f"{value:.{min(9, max(0, 2 - math.floor(math.log10(abs(value)))))}f}"
 
 
 def print_runs(console: Console, runs: Sequence[RunSummary], notes: Sequence[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from rich import box
@@ -18,6 +19,13 @@ _NOTICEABLE = 1.05  # ratios nearer to one are left uncoloured
 def new_table() -> Table:
     """An empty table in the house style."""
     return Table(box=box.SIMPLE_HEAD, header_style="dim")
+
+
+def number(value: float) -> str:
+    """With three digits that count, and never an exponent."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:.{min(9, max(0, 2 - math.floor(math.log10(abs(value)))))}f}"
 
 
 def ratio_text(baseline: float, value: float) -> Text:

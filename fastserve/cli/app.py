@@ -91,7 +91,7 @@ def _one_line(error: Exception) -> str:
         text = f"{message}. Try: {command} --help"
     elif isinstance(error, OSError):
         text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    elif _is_bad_input(error) or type(error).__name__ in ("EngineError", "EngineStartError"):
+    elif _is_bad_input(error) or type(error).__name__ in ("EngineError", "EngineStartError", "ServerError"):
         text = str(error)
     else:
         text = f"{type(error).__name__}: {error} (FASTSERVE_DEBUG=1 shows where)"

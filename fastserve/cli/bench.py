@@ -1,4 +1,4 @@
-"""`fastserve bench`: how fast the engine is on this machine."""
+"""`fastserve bench`: how fast the engine is on this machine, and how any server bears a load."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .bench_serve import serve
 from .options import ENGINE, SEED, JsonOption, ModelOption, engine_options, takes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-app = typer.Typer(help="Measure how fast the engine is on this machine.", rich_markup_mode="markdown")
+app = typer.Typer(
+    help="Measure how fast the engine is on this machine, and how a server bears a load.", rich_markup_mode="markdown"
+)
 
 InputLength = Annotated[int, typer.Option(help="Prompt tokens a job.")]
 OutputLength = Annotated[int, typer.Option(help="Output tokens a job.")]
+
+app.command("serve")(serve)
 
 
 @app.command()

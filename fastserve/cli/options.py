@@ -140,12 +140,16 @@ SERVING = (
     "host", "port", "served_model_name", "api_key", "cors_origin", "max_body_size", "max_queue", "shutdown_timeout",
     "log_format",
 )  # fmt: skip
+LOAD = (
+    "base_url", "target", "endpoint", "api_key", "num_jobs", "arrival", "cv", "rounds", "concurrency_limit",
+    "extra_body", "timeout", "slo",
+)  # fmt: skip
 # What an InvalidRequest calls a field, where that is the name of an option.
 OPTION_NAMES = {
     **{name: f"--{name.replace('_', '-')}" for name in (*ENGINE, *SEED, *SAMPLING, "n", "model", "chat", "prompt")},
     **{name: f"--{name.replace('_', '-')}" for name in ("prompts_file", "prompt_token_ids", "input_len", "output_len")},
     **{name: f"--{name.replace('_', '-')}" for name in ("num_prompts", "batch_size", "warmup", "iterations", "output")},
-    **{name: f"--{name.replace('_', '-')}" for name in (*SIMULATION, *SERVING)},
+    **{name: f"--{name.replace('_', '-')}" for name in (*SIMULATION, *SERVING, *LOAD)},
     "stop_token_ids": "--stop-token-id",
     "num_blocks": "--kv-blocks",
     "num_host_blocks": "--swap-blocks",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,14 +11,13 @@ import typer
 
 from ..types import InvalidRequest
 from .options import JsonOption
-from .terminal import check_writable, error_console, is_terminal
+from .terminal import check_picture, error_console, is_terminal
 
 if TYPE_CHECKING:
     from ..bench.experiment import Experiment
     from ..bench.simulation import Setting
     from ..bench.sweep import SweepResult
 
-_PICTURES = (".png", ".svg", ".pdf")
 _TIMELINE_JOBS = 64
 _MAX_SEEDS = 1000
 
@@ -194,7 +192,7 @@ def simulate(
     from ..bench.experiment import Experiment, limit_from
 
     if plot is not None:
-        _check_picture(plot)
+        check_picture(plot)
     scheduler = {
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
@@ -296,12 +294,3 @@ def _seeds(given: list[int] | None, count: int | None) -> list[int]:
     if not 1 <= count <= _MAX_SEEDS:
         raise InvalidRequest("seeds", f"must be an integer between 1 and {_MAX_SEEDS}, got {count}")
     return list(range(count))
-
-
-def _check_picture(path: Path) -> None:
-    """Before time is spent on what could not be drawn."""
-    if path.suffix.lower() not in _PICTURES:
-        raise InvalidRequest("plot", f"must end in {', '.join(_PICTURES)}; got {path}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InvalidRequest("plot", "needs matplotlib: pip install 'fastserve[plots]'")
-    check_writable("plot", path)

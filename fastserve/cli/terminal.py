@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from ..llm import LLM
     from ..outputs import RequestOutput
     from ..serving import EngineError
+
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 def error_console() -> Console:
@@ -96,3 +99,12 @@ def speed(output: RequestOutput) -> str:
     if not metrics.jct or metrics.ttft is None:
         return f"{tokens} tokens"
     return f"{tokens} tokens · {tokens / metrics.jct:.1f} tokens/s · first after {metrics.ttft:.2f} s"
+
+
+def check_picture(path: Path) -> None:
+    """Before time is spent on what could not be drawn. Raises InvalidRequest, naming --plot."""
+    if path.suffix.lower() not in _PICTURES:
+        raise InvalidRequest("plot", f"must end in {', '.join(_PICTURES)}; got {path}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InvalidRequest("plot", "needs matplotlib: pip install 'fastserve[plots]'")
+    check_writable("plot", path)

@@ -15,7 +15,7 @@ from .checks import check_real
 from .job import SimJob
 from .lengths import Empirical
 from .synthetic import MAX_RATE, MIN_RATE
-from .traces import TraceShape, read_trace, shape_of
+from .traces import TraceShape, nominal_rate, read_trace, shape_of
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,15 @@ class Recorded:
     def jobs(self, seed: int, count: int, rate: float | None) -> Iterator[SimJob]:
         """The first `count` jobs, stretched in time so that all jobs of the trace come at `rate` a second.
 
-        None: at the trace's own rate. There is nothing random, so the seed changes nothing. Raises InvalidRequest for a
-        rate that is not above 0, or where all jobs arrive at once and there is nothing to stretch.
+        Where the trace says what rate its times stand for, that becomes `rate`. None: at the trace's own rate. There
+        is nothing random, so the seed changes nothing. Raises InvalidRequest for a rate that is not above 0, or where
+        all jobs arrive at once and there is nothing to stretch.
         """
         jobs = islice(read_trace(self.path), count if self.limit is None else min(count, self.limit))
         if rate is None:
             return jobs
         check_real("rate", "jobs a second", rate, MIN_RATE, MAX_RATE)
-        own = self.shape.rate
+        own = nominal_rate(self.path) or self.shape.rate
         if own is None:
             raise InvalidRequest(
                 "rate", f"{self.path} cannot be stretched to a rate or a load: all its jobs arrive at once"

@@ -1,4 +1,8 @@
-"""The lines of trace files: four formats, told apart by what the first line holds, never by the file's name."""
+"""The lines of trace files: formats told apart by what the first line holds, never by the file's name.
+
+One format is no lines but a document of JSON, {"requests": [{"t_unit": …, "prompt_len": …, "output_len": …}, …]}: its
+times are on the clock of one job a second, to be divided by the rate wanted.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ from typing import Any, NamedTuple
 
 FORMATS = (
     "Azure LLM CSV (TIMESTAMP,ContextTokens,GeneratedTokens), BurstGPT CSV (Timestamp,Model,Request tokens,Response "
-    "tokens,…), Mooncake JSONL (timestamp, input_length, output_length) and FastServe JSONL (arrival, prompt_tokens, "
-    "output_tokens)"
+    "tokens,…), Mooncake JSONL (timestamp, input_length, output_length), FastServe JSONL (arrival, prompt_tokens, "
+    "output_tokens) and a JSON document of requests (t_unit, prompt_len, output_len)"
 )
 
 
@@ -56,6 +60,23 @@ def parser_for(first: str) -> tuple[Parser | None, bool]:
     if {"arrival", "prompt_tokens", "output_tokens"} <= keys:
         return _own, False
     return None, False
+
+
+def unit_requests(text: str) -> list[Any] | None:
+    """The requests of a document, for `parse_unit`; None where the text is no such document."""
+    try:
+        requests = _object(text).get("requests")
+    except BadLine:
+        return None
+    return requests if isinstance(requests, list) else None
+
+
+def parse_unit(request: Any) -> Record:
+    """A request of a document. Raises BadLine."""
+    if not isinstance(request, dict):
+        raise BadLine(f"must be a JSON object, got {_SHORT.repr(request)}")
+    time = _seconds(_member(request, "t_unit"))
+    return Record(time, _whole(request, "prompt_len"), _whole(request, "output_len"), {})
 
 
 def _csv_parser(header: str) -> Parser | None:

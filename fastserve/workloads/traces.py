@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import chain
@@ -14,7 +14,9 @@ from typing import Any, TextIO
 from ..types import InvalidRequest
 from .checks import LARGEST_LIMIT, LAST_ARRIVAL, LONGEST_JOB
 from .job import SimJob
-from .trace_formats import FORMATS, BadLine, Record, parser_for
+from .trace_formats import FORMATS, BadLine, Record, parse_unit, parser_for, unit_requests
+
+_LONGEST_DOCUMENT = 2**26  # characters: unlike lines, a document is read as a whole
 
 
 def read_trace(path: str | os.PathLike[str]) -> Iterator[SimJob]:
@@ -30,6 +32,19 @@ def read_trace(path: str | os.PathLike[str]) -> Iterator[SimJob]:
             yield from _jobs(name, file)
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest("trace", f"cannot read {name}: {error}") from None
+
+
+def nominal_rate(path: str | os.PathLike[str]) -> float | None:
+    """Jobs a second that the times of a trace stand for: 1 in a document of requests, elsewhere None, as nothing says.
+
+    Raises InvalidRequest for a file that cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            first = next((line for line in file if line.strip()), "")
+            return 1.0 if parser_for(first)[0] is None and _document(first, file) is not None else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest("trace", f"cannot read {os.fspath(path)}: {error}") from None
 
 
 def write_trace(path: str | os.PathLike[str], jobs: Iterable[SimJob]) -> int:
@@ -81,20 +96,34 @@ def _jobs(name: str, file: TextIO) -> Iterator[SimJob]:
     first = next(filled, None)
     if first is None:
         raise InvalidRequest("trace", f"{name} is empty; readable are {FORMATS}")
+    place = "line"
+    parse: Callable[[Any], Record] | None
     parse, is_header = parser_for(first[1])
+    items: Iterator[tuple[int, Any]] = filled if is_header else chain([first], filled)
     if parse is None:
-        raise InvalidRequest("trace", f"{name}, line {first[0]}: a format unknown; readable are {FORMATS}")
+        requests = _document(first[1], file)
+        if requests is None:
+            raise InvalidRequest("trace", f"{name}, line {first[0]}: a format unknown; readable are {FORMATS}")
+        place, parse, items = "request", parse_unit, enumerate(requests)
     origin = last = None
-    for number, line in filled if is_header else chain([first], filled):
+    for number, item in items:
         try:
-            record = parse(line)
+            record = parse(item)
             _check(record, origin, last)
         except BadLine as error:
-            raise InvalidRequest("trace", f"{name}, line {number}: {error}") from None
+            raise InvalidRequest("trace", f"{name}, {place} {number}: {error}") from None
         last = record.time
         if record.output_tokens:
             origin = last if origin is None else origin
             yield SimJob(float(last - origin), record.prompt_tokens, record.output_tokens, **record.more)
+
+
+def _document(first: str, file: TextIO) -> list[Any] | None:
+    """The requests of a document that begins with this line and goes on in the file; None: it is none."""
+    if not first.lstrip().startswith("{"):
+        return None
+    rest = file.read(_LONGEST_DOCUMENT + 1)
+    return unit_requests(f"{first}\n{rest}") if len(rest) <= _LONGEST_DOCUMENT else None
 
 
 def _check(record: Record, origin: Decimal | None, last: Decimal | None) -> None:

@@ -16,8 +16,9 @@ from simulate_shell import Shell, policies, trace_of
 
 from fastserve.bench.experiment import DEFAULT_POLICIES
 from fastserve.bench.simulation import RunSummary, TimelineJob
-from fastserve.bench.simulation_tables import estimate_text, gantt, levels_of, number, print_runs
+from fastserve.bench.simulation_tables import estimate_text, gantt, levels_of, print_runs
 from fastserve.bench.stats import Estimate
+from fastserve.bench.tables import number
 from fastserve.cost import CostModel
 from fastserve.policies import POLICIES
 from fastserve.presets import DEVICES, MODELS

@@ -26,17 +26,9 @@ from fastserve.cost import CostModel
 from fastserve.server.settings import ServerSettings
 
 COMMANDS = [
-    "serve",
-    "generate",
-    "chat",
-    "info",
-    "profile",
-    "simulate",
-    "version",
-    "bench",
-    "bench latency",
+    "serve", "generate", "chat", "info", "profile", "simulate", "version", "bench", "bench latency", "bench serve",
     "bench throughput",
-]
+]  # fmt: skip
 GREEDY = ["--temperature", "0", "--ignore-eos"]
 
 
@@ -93,7 +85,7 @@ def test_help_lists_every_command(shell: Shell) -> None:
     for words in ([], ["--help"], ["-h"]):
         text = shell(*words)
         assert all(command in text for command in COMMANDS if " " not in command)
-    assert all(each in shell("bench", "--help") for each in ("latency", "throughput"))
+    assert all(each in shell("bench", "--help") for each in ("latency", "serve", "throughput"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

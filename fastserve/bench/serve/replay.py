@@ -1,0 +1,201 @@
+"""One run: every job is sent at its time, whether or not earlier ones have been answered."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from ...workloads import SimJob
+from .exchange import Exchange
+from .prompts import Asking
+from .record import UNFINISHED, JobRecord
+from .target import Target
+
+TELL_SECONDS: Final = 0.5  # between two tellings of progress
+_LEAD: Final = 0.05  # seconds from the start to the first arrival: time to get ready
+_SPARE_FILES: Final = 64
+
+
+@dataclass(slots=True)
+class Replayed:
+    """What a run left: its jobs in order of arrival, and what it cost this process."""
+
+    records: list[JobRecord]
+    seconds: float  # from the first arrival to the last end
+    cpu_seconds: float
+    pieces: int  # received, of all answers
+    peak_open: int  # most jobs at once
+    interrupted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a run is."""
+
+    total: int
+    ended: int
+    failed: int
+    open: int
+    waiting: int  # for the concurrency limit
+    seconds: float
+
+
+Tell = Callable[[Standing], None]
+
+
+@dataclass(slots=True)
+class Replay:
+    """One run against one server; `run` it once, in a running event loop. Jobs are in order of arrival.
+
+    `timeout`: seconds after its arrival at which a job is given up; None: never. `concurrency`: most jobs at once, the
+    others wait here; None: no limit, the loop is open. `salt` makes prompts that other runs do not have.
+    """
+
+    target: Target
+    jobs: Sequence[SimJob]
+    asking: Asking
+    salt: tuple[int, ...] = (0,)
+    timeout: float | None = None
+    concurrency: int | None = None
+    tell: Tell | None = None
+    _records: list[JobRecord] = field(default_factory=list)
+    _origin: float = 0.0
+    _open: dict[Exchange, asyncio.TimerHandle | None] = field(default_factory=dict)
+    _connected: set[Exchange] = field(default_factory=set)
+    _next: int = 0  # job to come
+    _timer: asyncio.TimerHandle | None = None
+    _waiting: deque[int] = field(default_factory=deque)
+    _left: int = 0
+    _failed: int = 0
+    _peak: int = 0
+    _interrupted: bool = False
+    _over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self) -> Replayed:
+        """Until the last job has ended, or `stop`."""
+        loop = asyncio.get_running_loop()
+        _allow_files(len(self.jobs) if self.concurrency is None else min(self.concurrency, len(self.jobs)))
+        self._records = [
+            JobRecord(i, job.arrival, job.prompt_tokens, job.output_tokens) for i, job in enumerate(self.jobs)
+        ]
+        self._left = len(self.jobs)
+        if not self.jobs:
+            self._over.set()
+        gc.collect()
+        gc.freeze()  # what is there stays: no pause of a run is for looking through it
+        cpu = time.process_time()
+        self._origin = loop.time() + _LEAD
+        self._dispatch()
+        ticking = loop.call_later(TELL_SECONDS, self._tick) if self.tell is not None else None
+        try:
+            await self._over.wait()
+        finally:
+            if ticking is not None:
+                ticking.cancel()
+            self.stop()
+            for exchange in list(self._connected):  # of servers that do not hang up
+                exchange.hang_up()
+            cpu = time.process_time() - cpu
+            gc.unfreeze()
+            self.tell = None
+        ends = [record.end for record in self._records if record.end is not None]
+        first = min((record.arrival for record in self._records), default=0.0)
+        return Replayed(
+            self._records,
+            max(ends, default=first) - first,
+            cpu,
+            sum(len(record.times) for record in self._records),
+            self._peak,
+            self._interrupted,
+        )
+
+    def stop(self) -> None:
+        """Send nothing more and hang up; jobs under way are unfinished. Does nothing after the end."""
+        if self._over.is_set():
+            return
+        self._interrupted = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._waiting.clear()
+        for exchange in list(self._open):
+            exchange.give_up(UNFINISHED)
+        for record in self._records:
+            if record.end is None:
+                record.error = UNFINISHED
+        self._over.set()
+
+    def _dispatch(self) -> None:
+        """Send what is due, in order: timers of the same time would be called in any."""
+        loop = asyncio.get_running_loop()
+        while self._next < len(self.jobs):
+            arrival = self._origin + self.jobs[self._next].arrival
+            if arrival > loop.time():
+                self._timer = loop.call_at(arrival, self._dispatch)
+                return
+            self._next += 1
+            self._due(self._next - 1)
+
+    def _due(self, index: int) -> None:
+        if self.concurrency is not None and len(self._open) >= self.concurrency:
+            self._waiting.append(index)
+            return
+        self._send(index, self.jobs[index].arrival)
+
+    def _send(self, index: int, due: float) -> None:
+        loop, job, record = asyncio.get_running_loop(), self.jobs[index], self._records[index]
+        record.due = due
+        body = self.asking.body(job, self.target.model, (*self.salt, index))
+        request = self.target.request(self.asking.endpoint, body)
+        exchange = Exchange(
+            record,
+            request,
+            origin=self._origin,
+            exact=self.asking.ignore_eos,
+            ended=self._ended,
+            connected=self._connected,
+        )
+        timer = None
+        if self.timeout is not None:
+            timer = loop.call_at(
+                self._origin + job.arrival + self.timeout,
+                exchange.give_up,
+                "timed out",
+                f"not answered within {self.timeout:g} s",
+            )
+        self._open[exchange] = timer
+        self._peak = max(self._peak, len(self._open))
+        exchange.start(self.target.address)
+
+    def _ended(self, exchange: Exchange) -> None:
+        timer = self._open.pop(exchange)
+        if timer is not None:
+            timer.cancel()
+        self._left -= 1
+        self._failed += exchange.record.error is not None
+        if self._waiting and not self._interrupted:
+            loop = asyncio.get_running_loop()
+            self._send(self._waiting.popleft(), loop.time() - self._origin)
+        if not self._left:
+            self._over.set()
+
+    def _tick(self) -> None:
+        if self.tell is None:
+            return
+        loop = asyncio.get_running_loop()
+        total, seconds = len(self.jobs), loop.time() - self._origin
+        self.tell(Standing(total, total - self._left, self._failed, len(self._open), len(self._waiting), seconds))
+        loop.call_later(TELL_SECONDS, self._tick)
+
+
+def _allow_files(jobs: int) -> None:
+    """Let this process have a connection for each job, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = jobs + _SPARE_FILES if hard == resource.RLIM_INFINITY else min(jobs + _SPARE_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
