@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +25,9 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = data.special_tokens or {}
         self._template_text = data.chat_template
-        self._token_bytes: dict[int, bytes] = {}  # of tokens asked for: servers ask again and again
+        # Of tokens that were asked for: a server asks for each again and again.
+        self._token_bytes: dict[int, bytes] = {}
+        self._token_text: dict[int, str | None] = {}
 
     @classmethod
     def from_data(cls, data: TokenizerData) -> Tokenizer:
@@ -115,6 +117,20 @@ class Tokenizer:
         # Decoders change what is at the start of a text, such as its leading space: the second of two shows the token.
         once, twice = (self.decode([token] * count, skip_special_tokens=False) for count in (1, 2))
         return twice[len(once) :].encode()
+
+    def token_text(self, token: int) -> str | None:
+        """What a token of a byte-level vocabulary stands for, where that is whole characters."""
+        try:
+            return self._token_text[token]
+        except KeyError:
+            known = self.token_bytes(token)
+            try:
+                text = known.decode()
+            except UnicodeDecodeError:
+                text = None
+            if known:  # there is such a token
+                self._token_text[token] = text
+            return text
 
 
 def _bytes_of(text: str) -> bytes:
@@ -261,66 +277,62 @@ class IncrementalDetokenizer:
     ) -> None:
         self._stream = (_ByteStream if tokenizer.byte_level else _WindowStream)(tokenizer, skip_special_tokens)
         self._stop = tuple(stop)
+        self._starts = frozenset(each[:length] for each in self._stop for length in range(1, len(each)))
+        self._longest_start = max(map(len, self._starts), default=0)
         self._include_stop = include_stop_str_in_output
         self._held = ""  # characters that can no longer change, held back as the possible start of a stop string
-        self._released: list[str] = []  # in pieces: adding to a text that grows would copy it at every token
+        self._text = ""
         self.matched_stop: str | None = None
 
     @property
     def text(self) -> str:
         """What has been returned so far."""
-        if len(self._released) > 1:
-            self._released = ["".join(self._released)]
-        return self._released[0] if self._released else ""
+        return self._text
 
-    def append(self, tokens: Sequence[int], *, match_stop: bool = True) -> str:
+    def append(self, tokens: Iterable[int], *, match_stop: bool = True) -> str:
         """The text that became certain with these tokens. After a stop string matched: always "".
 
         With match_stop=False no stop string may end in these tokens' text (an output shorter than min_tokens).
         """
-        released = [
-            self._extend(self._stream.append(token), match_stop) for token in tokens if self.matched_stop is None
-        ]
-        return "".join(released)
+        released = ""
+        for token in tokens:
+            if self.matched_stop is None and (new := self._stream.append(token)):
+                released += self._extend(new, match_stop)
+        return released
 
     def flush(self) -> str:
         """The text held back, as it is: there are no more tokens."""
         if self.matched_stop is not None:
             return ""
-        released = self._extend(self._stream.flush())
-        return released if self.matched_stop is not None else released + self._release(len(self._held))
+        released = self._extend(self._stream.flush(), match_stop=True)
+        return released if self.matched_stop is not None else released + self._release(self._held, "")
 
-    def _extend(self, new: str, match_stop: bool = True) -> str:
+    def _extend(self, new: str, match_stop: bool) -> str:
         """A match starts in what is held back or in `new`: what could be the start of one is never released."""
-        before = len(self._held)
-        self._held += new
         if not self._stop:
-            return self._release(len(self._held))
+            return self._release(new, "")
+        before, text = len(self._held), self._held + new
         matches = []
         for stop in self._stop if match_stop else ():
-            start = self._held.find(stop, max(0, before - len(stop) + 1))
+            start = text.find(stop, max(0, before - len(stop) + 1))
             if start >= 0:
                 matches.append((start + len(stop), start, stop))
         if matches:
             end, start, self.matched_stop = min(matches)
-            released = self._release(end if self._include_stop else start)
-            self._held = ""
-            return released
-        return self._release(len(self._held) - self._possible_stop())
+            return self._release(text[: end if self._include_stop else start], "")
+        certain = len(text) - self._possible_stop(text)
+        return self._release(text[:certain], text[certain:])
 
-    def _possible_stop(self) -> int:
+    def _possible_stop(self, text: str) -> int:
         """Length of the longest end of the text that a stop string begins with."""
-        longest = min(max(map(len, self._stop), default=1) - 1, len(self._held))
-        for length in range(longest, 0, -1):
-            ending = self._held[-length:]
-            if any(stop.startswith(ending) for stop in self._stop):
-                return length
-        return 0
+        first = max(0, len(text) - self._longest_start)
+        return next((len(text) - place for place in range(first, len(text)) if text[place:] in self._starts), 0)
 
-    def _release(self, end: int) -> str:
-        text, self._held = self._held[:end], self._held[end:]
-        if text:
-            self._released.append(text)
+    def _release(self, text: str, held: str) -> str:
+        whole = self._text
+        self._text = ""  # the local name is now the string's only owner, so that += extends it instead of copying it
+        whole += text
+        self._text, self._held = whole, held
         return text
 
 
@@ -331,9 +343,16 @@ class _ByteStream:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._between = True  # no character has begun and not ended
 
     def append(self, token: int) -> str:
-        return "" if token in self._skipped else self._decoder.decode(self._tokenizer.token_bytes(token))
+        if token in self._skipped:
+            return ""
+        if self._between and (text := self._tokenizer.token_text(token)) is not None:
+            return text
+        text = self._decoder.decode(self._tokenizer.token_bytes(token))
+        self._between = not self._decoder.getstate()[0]
+        return text
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)

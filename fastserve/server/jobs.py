@@ -51,7 +51,6 @@ class OpenJob:
         "stop_reason",
         "stopped",
         "submissions",
-        "text",
         "ticket",
         "told_after",
         "user",
@@ -77,7 +76,6 @@ class OpenJob:
         self.user = user
         self.output: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
-        self.text = ""
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None  # the stop string or the stop token id
         self.error: str | None = None
@@ -103,6 +101,10 @@ class OpenJob:
         self._changed = False
         self._refusal: InvalidRequest | None = None
         self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def text(self) -> str:
+        return self._detokenizer.text if self._detokenizer is not None else ""
 
     async def news(self) -> None:
         """Return when something was added or the job ended since the last call; at once when it has ended.
@@ -157,26 +159,19 @@ class OpenJob:
         """Turn a token into text."""
         if reason == FinishReason.STOP.value and not self.params.include_stop_str_in_output:
             return  # the stop token belongs to the output and not to the text
-        self._show(detokenizer.append((token,), match_stop=len(self.output) > self.params.min_tokens))
+        detokenizer.append((token,), match_stop=len(self.output) > self.params.min_tokens)
         if detokenizer.matched_stop is not None:
             self.stopped = True
 
     def _finish(self, reason: str, error: str | None) -> None:
         if self._detokenizer is not None:
-            self._show(self._detokenizer.flush())
+            self._detokenizer.flush()
             if self._detokenizer.matched_stop is not None:  # maybe in what was held back until now
                 self.stop_reason = self._detokenizer.matched_stop
                 reason, error = FinishReason.STOP.value, None
         self.finish_reason, self.error = reason, error
         self.finished = time.monotonic()
         self._wake()
-
-    def _show(self, new: str) -> None:
-        if new:
-            text = self.text
-            self.text = ""  # the local name is now the string's only owner, so += extends it instead of copying it
-            text += new
-            self.text = text
 
     def _whole(self, metrics: JobMetrics | None) -> JobMetrics | None:
         """What the last engine measured, with what it cannot know: that an earlier one had begun."""

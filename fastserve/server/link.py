@@ -46,6 +46,7 @@ class Link:
         self.fds: tuple[int, ...] = ()
         self._again: asyncio.Handle | None = None
         self._socket = context.socket(zmq.PAIR)
+        self._handle = int(self._socket.FD)
         try:
             # What is under way is bounded by the jobs admitted; a message that waits for room would block the loop.
             self._socket.setsockopt(zmq.SNDHWM, 0)
@@ -59,7 +60,7 @@ class Link:
                 self.fds = (handle,)
                 self.address = f"ipc:///proc/self/fd/{handle}"
                 self._remove_folder()
-            self._loop.add_reader(self._socket.FD, self._read)
+            self._loop.add_reader(self._handle, self._read)
         except BaseException:
             self.close()
             raise
@@ -88,7 +89,7 @@ class Link:
     def close(self) -> None:
         """Nothing is sent or heard any more. Idempotent."""
         if not self._socket.closed:
-            self._loop.remove_reader(self._socket.FD)
+            self._loop.remove_reader(self._handle)
             self._socket.close()
         if self._again is not None:
             self._again.cancel()
