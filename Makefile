@@ -16,7 +16,7 @@ CPP = $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.
 # A virtual environment of the caller, or packages of theirs, must not leak in.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
-.PHONY: help setup setup-dev build demo test test-all lint format build-bench bench bench-scheduler bench-peers clean
+.PHONY: help setup setup-dev build serve demo test test-all lint format build-bench bench bench-scheduler bench-peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -27,6 +27,9 @@ setup-dev: setup $(STAMPS)/dev  ## The same, with everything tests and linters n
 
 build: $(STAMPS)/install  ## Compile what changed in csrc/
 	@$(BIN)/python setup.py --quiet build_ext --inplace > $(STAMPS)/build.log 2>&1 || { cat $(STAMPS)/build.log; exit 1; }
+
+serve: setup  ## The demo model behind an OpenAI-compatible server on port 8000
+	@$(BIN)/fastserve serve
 
 demo: setup  ## A real model under FCFS and skip-join MLFQ, side by side
 	@$(BIN)/python -m fastserve.bench.demo
