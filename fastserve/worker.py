@@ -100,7 +100,7 @@ class Worker:
             wait = max(0.0, self._beat_due - self._clock())
             self._socket.poll(math.ceil(1000 * wait))
         for _ in range(_BURST):
-            if not int(self._socket.EVENTS) & zmq.POLLIN:
+            if not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 break
             message = self._decode(self._socket.recv())
             if isinstance(message, Add):

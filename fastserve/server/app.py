@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from ..version import __version__
@@ -14,10 +15,13 @@ from .gate import Gate
 from .service import Service
 
 
-def create_app(service: Service) -> FastAPI:
-    """All endpoints over one service."""
+RouterOf = Callable[[Service], APIRouter]
+
+
+def create_app(service: Service, more: Sequence[RouterOf] = ()) -> FastAPI:
+    """All endpoints over one service. `more` makes further routers, as tests have them."""
     app = _App(title="FastServe", version=__version__, docs_url=None, redoc_url=None)
-    for make in (completions.router, chat.router, tokens.router, operations.router, board.router):
+    for make in (completions.router, chat.router, tokens.router, operations.router, board.router, *more):
         app.include_router(make(service))
     add_error_handlers(app)
     app.add_middleware(Gate, settings=service.settings)
