@@ -14,7 +14,6 @@ from .errors import add_error_handlers
 from .gate import Gate
 from .service import Service
 
-
 RouterOf = Callable[[Service], APIRouter]
 
 
