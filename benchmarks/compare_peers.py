@@ -76,6 +76,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         given = getattr(options, name)
         if given is not None and shutil.which(given) is None:
             parser.error(f"--{name.replace('_', '-')}: there is no program '{given}'")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"--json: there is no folder '{options.json.parent}'")
+    if options.table is not None and not options.table.is_file():
+        parser.error(f"--table: there is no file '{options.table}'")
     return options
 
 

@@ -35,6 +35,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="(default: 5)")
     parser.add_argument("--json", type=Path, help="write every run's figures to this file")
     options = parser.parse_args()
+    if options.runs < 1:
+        parser.error("--runs takes numbers from 1 on")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.parent}")
     parts: list[Callable[[argparse.Namespace], Figures]] = [_start, _batch, _idle, _streams]
     runs: list[Figures] = []
     for run in range(options.runs):
@@ -126,7 +130,7 @@ async def _gaps(options: argparse.Namespace, prompt: int, limit: str | None) -> 
                 stamps[index].append(time.perf_counter())
 
         readers = [asyncio.create_task(read(i, p, STREAMED)) for i, p in enumerate(_prompts(STREAMS, 64))]
-        while len(stamps[0]) < 60:
+        while len(stamps[0]) < 60 and not readers[0].done():
             await asyncio.sleep(0.01)
         begin = time.perf_counter()
         (long,) = _prompts(1, prompt)

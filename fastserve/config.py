@@ -122,10 +122,12 @@ class SchedulerConfig:
             )
         if not _is_number(self.repayment) or not 0 <= self.repayment < math.inf:
             raise InvalidRequest("repayment", f"must be a number from 0 on, got {self.repayment!r}")
-        for option, unit in (("starvation_limit", " seconds"), ("slowdown_limit", ""), ("stall_limit", "")):
-            object.__setattr__(self, option, _checked_limit(option, getattr(self, option), unit))
-        if self.stall_limit is not None and self.stall_limit <= 1:
-            raise InvalidRequest("stall_limit", f"must be above 1, or none, got {self.stall_limit!r}")
+        for option, low, unit in (
+            ("starvation_limit", 0, " seconds"),
+            ("slowdown_limit", 0, ""),
+            ("stall_limit", 1, ""),
+        ):
+            object.__setattr__(self, option, _checked_limit(option, getattr(self, option), low, unit))
 
     @property
     def swaps(self) -> bool:
@@ -137,11 +139,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _checked_limit(option: str, value: Any, unit: str) -> float | None:
+def _checked_limit(option: str, value: Any, low: int, unit: str) -> float | None:
     if value is None:
         return None
-    if not (_is_number(value) and 0 < value < math.inf):
-        raise InvalidRequest(option, f"must be above 0{unit}, or none, got {value!r}")
+    if not (_is_number(value) and low < value < math.inf):
+        raise InvalidRequest(option, f"must be above {low}{unit}, or none, got {value!r}")
     return float(value)
 
 

@@ -188,8 +188,8 @@ def engine_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _limit(option: str, unit: str, text: str) -> float | str | None:
-    if option == "stall_limit" and text == "auto":
-        return text
+    if option == "stall_limit" and text.lower() == "auto":
+        return "auto"
     try:
         return None if text.lower() == "none" else float(text)
     except ValueError:

@@ -122,5 +122,5 @@ def test_readers_of_a_stream_are_not_held_up_unless_told(world: ToyWorld) -> Non
 
 @pytest.mark.parametrize("value", [1, 0.5, -1, float("nan"), "twice", True])
 def test_a_limit_that_is_none(value: object) -> None:
-    with pytest.raises(InvalidRequest, match="stall_limit: must be above"):
+    with pytest.raises(InvalidRequest, match="stall_limit: must be above 1, or none"):
         SchedulerConfig(stall_limit=value)  # type: ignore[arg-type]
