@@ -42,12 +42,13 @@ class Link:
         """`on_garbage` is told what is wrong with something that is no message; nothing is read after that."""
         self._on_message, self._on_garbage = on_message, on_garbage
         self._loop = asyncio.get_running_loop()
-        self._folder: str | None = tempfile.mkdtemp(prefix="fastserve-")
+        self._folder: str | None = None
         self.fds: tuple[int, ...] = ()
         self._again: asyncio.Handle | None = None
         self._socket = context.socket(zmq.PAIR)
-        self._handle = int(self._socket.FD)
+        self._handle: int = self._socket.FD
         try:
+            self._folder = tempfile.mkdtemp(prefix="fastserve-")
             # What is under way is bounded by the jobs admitted; a message that waits for room would block the loop.
             self._socket.setsockopt(zmq.SNDHWM, 0)
             self._socket.setsockopt(zmq.RCVHWM, 0)
@@ -72,12 +73,12 @@ class Link:
         with contextlib.suppress(zmq.Again):  # nobody at the other end
             self._socket.send(_encoder.encode(message), zmq.NOBLOCK)
         # A send may swallow the signal that something has come in.
-        if self._again is None and int(self._socket.EVENTS) & zmq.POLLIN:
+        if self._again is None and self._pending():
             self._again = self._loop.call_soon(self._read)
 
     def drain(self) -> None:
         """Handle everything that has come in."""
-        while not self._socket.closed and int(self._socket.EVENTS) & zmq.POLLIN:
+        while not self._socket.closed and self._pending():
             self._read()
 
     def inherited(self) -> None:
@@ -95,6 +96,10 @@ class Link:
             self._again.cancel()
         self.inherited()
         self._remove_folder()
+
+    def _pending(self) -> bool:
+        """Whether something has come in."""
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
     def _read(self) -> None:
         self._again = None
