@@ -74,8 +74,9 @@ class Engine:
     def begin(self, streams: int, tokens: int) -> None:
         self.streams, self.tokens = streams, tokens
         self.jobs: list[Job] = []
-        self.waiting = self.steps = 0
-        self.seconds = 0.0
+        self.waiting = self.closed = self.steps = 0
+        self.start = 0.0
+        self.seconds = -1.0  # until the last stream has ended
 
     def open(self, prompt: list[int], params: Any, *, user: str | None = None, **_: Any) -> Job:
         job = Job(len(self.jobs), prompt, params, user)
@@ -85,9 +86,9 @@ class Engine:
 
     def close(self, job: Job) -> None:
         """The last one to be closed ends the measurement."""
-        self.waiting += 1
-        if self.waiting == self.streams:
-            self.seconds = time.process_time() - self.seconds
+        self.closed += 1
+        if self.closed == self.streams:
+            self.seconds = time.process_time() - self.start
 
     def taken(self) -> None:
         self.waiting += 1
@@ -97,7 +98,7 @@ class Engine:
 
     def _step(self) -> None:
         if self.steps == 0:
-            self.seconds = time.process_time()
+            self.start = time.process_time()
         self.steps += 1
         for job in self.jobs:
             job.grow(self.steps == self.tokens)
@@ -212,7 +213,9 @@ async def tokens_of(port: int, kind: str, streams: int, tokens: int) -> float:
     answers = await asyncio.gather(*(exchange(port, "POST", path, body, b"data: [DONE]\n\n") for _ in range(streams)))
     # A chunked event ends with the length of the next, so every event is there however they were packed.
     assert all(answer.count(b"data: {") >= tokens for answer in answers), "a stream has lost events"
-    return await seconds_of(port) / (streams * tokens) * 1e6
+    while (seconds := await seconds_of(port)) < 0:
+        pass
+    return seconds / (streams * tokens) * 1e6
 
 
 async def seconds_of(port: int) -> float:
