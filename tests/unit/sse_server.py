@@ -35,8 +35,8 @@ class Request:
 class Wire:
     """What a script answers with."""
 
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
-        self._writer = writer
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
 
     async def raw(self, data: bytes) -> None:
         self._writer.write(data)
@@ -65,6 +65,11 @@ class Wire:
             await self.text(event({"choices": [], "usage": both}))
         await self.text("data: [DONE]\n\n")
         await self.raw(b"0\r\n\r\n")
+
+    async def gone(self) -> None:
+        """Until the client hangs up."""
+        while await self._reader.read(1024):
+            pass
 
     def reset(self) -> None:
         """Close with a TCP reset."""
@@ -149,7 +154,7 @@ class Server:
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             line, *lines = head.strip().split("\r\n")
             headers = {name.lower(): value.strip() for name, _, value in (each.partition(":") for each in lines)}
-            wire = Wire(writer)
+            wire = Wire(reader, writer)
             if line.startswith("GET"):
                 await wire.answer(self.models_status, json.dumps(self.models).encode())
                 return

@@ -191,12 +191,21 @@ def test_outputs_may_end_early_where_they_are_not_told_otherwise() -> None:
     assert one(script, asking=Asking(ignore_eos=False)).ok
 
 
-def test_a_server_that_never_hangs_up_does_not_hold_up_the_run() -> None:
+def test_a_server_that_does_not_hang_up_is_hung_up_on() -> None:
     async def script(request: Request, wire: Wire) -> None:
         await wire.begin()
         for number in range(request.tokens):
             await wire.token(request, number)
         await wire.text("data: [DONE]\n\n")
-        await asyncio.Event().wait()
+        await wire.gone()
 
-    assert one(script).ok
+    async def run() -> Replayed:
+        target = await connect("it", server.url, None, None)
+        done = await Replay(target, jobs_of(3), Asking()).run()
+        while server.open:
+            await asyncio.sleep(0.001)
+        return done
+
+    with serving(script) as server:
+        done = asyncio.run(asyncio.wait_for(run(), 60))
+    assert all(record.ok for record in done.records)

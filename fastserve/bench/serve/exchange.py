@@ -1,6 +1,13 @@
 """One job on the wire: a connection, a request, a streamed answer.
 
-An asyncio protocol rather than a library's client, since a load generator that is slow measures itself.
+An asyncio protocol rather than a library's client, since a load generator that is slow measures itself. CPU a
+token, with 2,000 concurrent streams of 30 tokens, on an EPYC at 2.6 GHz that others used, too:
+
+    a protocol that only counts packets         18 µs
+    this one, records, prompts and all          28 µs
+    asyncio's streams, without records          29 µs
+    h11 in a protocol, without records          33 µs
+    httpx's AsyncClient, without records       189 µs
 """
 
 from __future__ import annotations
