@@ -39,17 +39,27 @@ class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
         return msgspec.json.encode(self).decode()
 
     @classmethod
-    def from_json(cls, text: str) -> EngineOptions:
-        """Options left out have their defaults. Raises InvalidRequest for what is no object of options with a model."""
-        try:
-            given: Any = msgspec.json.decode(text)
-        except msgspec.MsgspecError as error:
-            raise InvalidRequest("options", f"must be a JSON object of LLM's options: {error}") from None
-        if not isinstance(given, dict):
-            raise InvalidRequest("options", f"must be a JSON object of LLM's options, got {text:.80}")
+    def from_json(cls, *texts: str) -> EngineOptions:
+        """Of several, the last that names an option holds; options left out have their defaults.
+
+        Raises InvalidRequest for what is no object of options with a model.
+        """
+        given: dict[str, Any] = {}
+        for text in texts:
+            given |= _object(text)
         if unknown := sorted(given.keys() - set(cls.__struct_fields__)):
             known = ", ".join(cls.__struct_fields__)
             raise InvalidRequest(unknown[0], f"is no option of the engine's process, which has {known}")
         if "model" not in given:
             raise InvalidRequest("model", "must be given")
         return cls(**given)
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        decoded = msgspec.json.decode(text)
+    except msgspec.MsgspecError as error:
+        raise InvalidRequest("options", f"must be a JSON object of LLM's options: {error}") from None
+    if not isinstance(decoded, dict):
+        raise InvalidRequest("options", f"must be a JSON object of LLM's options, got {text:.80}")
+    return decoded

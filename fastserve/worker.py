@@ -242,14 +242,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the engine's process; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m fastserve.worker", description="FastServe's engine process.")
     parser.add_argument("--address", required=True, help="where the API server's socket is: ipc://PATH")
-    parser.add_argument("--options", required=True, help="JSON object of LLM's options")
+    parser.add_argument(
+        "--options", required=True, action="append", help="JSON object of LLM's options; repeatable, and the last holds"
+    )
     given = parser.parse_args(arguments)
     # Ctrl-C reaches the whole process group, and what becomes of the jobs is the API server's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _terminate)
     end_with(int(os.environ.get(SERVER_PID, os.getppid())))
     with zmq.Context() as context, connect(context, given.address) as socket:
-        return run(socket, given.options)
+        return run(socket, *given.options)
 
 
 def connect(context: zmq.Context[Socket], address: str) -> Socket:
@@ -263,11 +265,11 @@ def connect(context: zmq.Context[Socket], address: str) -> Socket:
     return socket
 
 
-def run(socket: Socket, options: str) -> int:
+def run(socket: Socket, *options: str) -> int:
     """Load what the options say and serve it; what goes wrong is told over the socket. Returns the exit code."""
     code, worker = _CANNOT_START, None
     try:
-        worker = Worker(socket, load(EngineOptions.from_json(options)))
+        worker = Worker(socket, load(EngineOptions.from_json(*options)))
         code = _CANNOT_GO_ON
         worker.serve()
         return 0

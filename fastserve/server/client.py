@@ -17,7 +17,8 @@ from typing import Any
 from ..ipc import FromEngine, Jobs, JobStatus, ListJobs, Ready, Refused, Status, Step
 from ..tokenizer import Tokenizer
 from ..types import FinishReason, SamplingParams
-from .jobs import EngineUnavailable, OpenJob
+from .engine_api import EngineUnavailable
+from .jobs import OpenJob
 from .ledger import Ledger
 from .supervisor import Health, Send, Supervisor
 
@@ -125,6 +126,8 @@ class EngineClient:
     def engine_up(self, ready: Ready, send: Send) -> None:
         self.info, self.max_model_len, self.vocab_size = ready.info, ready.max_model_len, ready.vocab_size
         self._pids = ready.pids
+        if self._supervisor.restarts == 0:
+            self._supervisor.fixed_options = _fixed(ready.info)
         self._send, self.failure, self._closed = send, None, ""
         self._ledger.up(send)
 
@@ -164,3 +167,11 @@ class EngineClient:
         if self._listing is not None:
             self._listing.set_result(jobs)
             self._listing = None
+
+
+def _fixed(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that every later engine has from the first: how much KV fits decides where a job without max_tokens ends.
+
+    Left to itself, the pool's size follows the memory that is free at the moment.
+    """
+    return {"kv_cache_memory": info["kv_cache_bytes"]} if "kv_cache_bytes" in info else {}

@@ -10,7 +10,7 @@ from ..types import JobMetrics, SamplingParams, TokenLogprobs
 
 
 class EngineUnavailable(RuntimeError):
-    """There is no engine, and nobody knows when there will be. Why is the message."""
+    """There is no engine to serve a job, and nobody knows when there will be. The message is one line and says why."""
 
 
 class OpenJob(Protocol):

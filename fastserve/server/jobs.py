@@ -14,10 +14,6 @@ from ..tokenizer import IncrementalDetokenizer, Tokenizer
 from ..types import FinishReason, InvalidRequest, JobMetrics, SamplingParams, TokenLogprobs
 
 
-class EngineUnavailable(RuntimeError):
-    """There is no engine to serve a job, and nobody knows when there will be. The message is one line and says why."""
-
-
 class OpenJob:
     """The truth of one job. The ledger writes it, in the event loop; everyone else reads.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -18,7 +19,7 @@ import zmq
 
 from ..ipc import FromEngine, Ready, ToEngine
 from ..types import InvalidRequest
-from .jobs import EngineUnavailable
+from .engine_api import EngineUnavailable
 from .process import EngineProcess
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class Supervisor:
         self._task: asyncio.Task[None] | None = None
         self.pid: int | None = None  # of the process that runs, loading or up
         self.restarts = 0  # starts but the first
+        self.fixed_options: dict[str, Any] = {}  # that every later engine is started with
 
     async def start(self) -> None:
         """Return when the first engine is up. Raises EngineStartError when it does not come up."""
@@ -165,7 +167,7 @@ class Supervisor:
     async def _load(self, engine: EngineProcess) -> Ready:
         """Raises EngineStartError."""
         try:
-            self.pid = await engine.start(self._command)
+            self.pid = await engine.start(self._command_line())
         except OSError as error:
             raise EngineStartError(f"the engine cannot be started: {self._command[0]}: {error.strerror}") from error
         waited: set[asyncio.Future[Any]] = {engine.ready, engine.exited}
@@ -177,6 +179,9 @@ class Supervisor:
         if not engine.ready.done():
             raise EngineStartError(f"the engine was not ready after {self._health.start_timeout:g} s")
         return engine.ready.result()
+
+    def _command_line(self) -> list[str]:
+        return [*self._command, *(["--options", json.dumps(self.fixed_options)] if self.fixed_options else [])]
 
     async def _watch(self, engine: EngineProcess) -> str:
         """Return when the engine is dead or has to be, and why.

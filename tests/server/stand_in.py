@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -85,6 +86,7 @@ class Options:
     hanging: list[int] = field(default_factory=list)  # that never are ready
     poison: dict[str, int] = field(default_factory=dict)  # seed → output position at which the engine dies
     silent_death: bool = False  # it does not say first who is running
+    kv_cache_memory: int | None = None  # bytes of the pool it says it has
     garbage_at: int | None = None  # the iteration after which something is sent that is no message
 
     def command(self) -> list[str]:
@@ -176,8 +178,12 @@ def _metrics(add: Add) -> JobMetrics:
 def main(arguments: list[str]) -> int:
     import zmq
 
-    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    options = Options(**json.loads(given["--options"]))
+    given = list(zip(arguments[::2], arguments[1::2], strict=True))
+    address = dict(given)["--address"]
+    told: dict[str, Any] = {}
+    for name, value in given:
+        told |= json.loads(value) if name == "--options" else {}
+    options = Options(**told)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = int(os.environ[SERVER_PID])
     context = zmq.Context()
@@ -185,7 +191,7 @@ def main(arguments: list[str]) -> int:
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.LINGER, 200)
-    socket.connect(given["--address"])
+    socket.connect(address)
     encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(ToEngine)
 
     def send(*messages: FromEngine) -> None:
@@ -208,7 +214,9 @@ def main(arguments: list[str]) -> int:
         socket.poll(50)
 
     engine, next_status = StandIn(options), 0.0
-    send(Ready([os.getpid()], {"model": "stand-in", "start": start}, VOCAB, CONTEXT))
+    kv = options.kv_cache_memory or 4096 * (start + 1)  # as the memory that happens to be free
+    info = {"model": "stand-in", "start": start, "kv_cache_bytes": kv}
+    send(Ready([os.getpid()], info, VOCAB, CONTEXT))
     while not engine.stopping and os.getppid() == parent:
         if not engine.jobs:
             socket.poll(int(options.status_every * 1000))

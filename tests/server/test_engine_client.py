@@ -20,7 +20,8 @@ from letters import check_finished, check_growing, letters
 from stand_in import CONTEXT, VOCAB, Options
 
 from fastserve.server.client import EngineClient, worker_command
-from fastserve.server.jobs import EngineUnavailable, OpenJob
+from fastserve.server.engine_api import EngineUnavailable
+from fastserve.server.jobs import OpenJob
 from fastserve.server.supervisor import EngineStartError, Health
 from fastserve.types import InvalidRequest, SamplingParams
 
@@ -259,6 +260,18 @@ def test_killed_while_jobs_are_resubmitted(tmp_path: Path) -> None:
             for job in await asyncio.gather(*map(follow, jobs)):
                 check_finished(job)
             assert client.restarts == 2
+
+    run(work())
+
+
+def test_later_engines_have_the_first_ones_kv_cache(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with serving(Options(starts=str(tmp_path / "starts"))) as client:
+            assert client.info["kv_cache_bytes"] == 4096
+            for start in (1, 2):
+                await kill_and_wait_for_the_next(client, tmp_path / "starts")
+                await until(lambda: client.ready)
+                assert client.info["start"] == start and client.info["kv_cache_bytes"] == 4096
 
     run(work())
 
