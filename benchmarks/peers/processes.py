@@ -69,14 +69,17 @@ def start(candidate: Candidate, log: Path) -> Peer:
 class Group:
     """A process and all it starts, stopped and continued together. What it says goes to a file."""
 
-    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str], *, answers: bool = True
+    ) -> None:
+        """`answers`: its standard output is read by us; else it goes to the file, too."""
         self._log = log
         try:
             with log.open("wb") as said:
                 self.process = subprocess.Popen(
                     command,
                     stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
+                    stdout=subprocess.PIPE if answers else said,
                     stderr=said,
                     env={**os.environ, **environment},
                     start_new_session=True,
@@ -230,10 +233,14 @@ class LlamaBench:
         return done.stdout
 
 
-def _llama_server(candidate: Candidate, log: Path) -> tuple[str, Group]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def _llama_server(candidate: Candidate, log: Path) -> tuple[str, Group]:
+    port = free_port()
     slots, threads = candidate.settings["max_num_seqs"], str(candidate.settings["threads"])
     context = slots * candidate.settings["max_model_len"]
     command = [candidate.program, "-m", candidate.model, "--host", "127.0.0.1", "--port", str(port)]
