@@ -30,12 +30,11 @@ from typing import Any
 from peers.models import WEIGHTS, directory_of, gguf_of
 from peers.processes import PeerError
 from peers.servers import Running, Server
-from rich.console import Console
+from peers.serving_report import markdown
 
 from fastserve.bench.serve.experiment import Experiment, Watcher
 from fastserve.bench.serve.plan import Plan
 from fastserve.bench.serve.results import ServeRun
-from fastserve.bench.serve.tables import print_runs
 from fastserve.types import InvalidRequest
 
 # With --policies: a name, and the options of `fastserve serve`.
@@ -52,7 +51,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked; ends with status 2 and one line where they are not right."""
     parser = argparse.ArgumentParser(description="OpenAI-compatible servers under one load, in turn.")
     parser.add_argument("--model", default="smollm2", help="smollm2, or a Hugging Face directory")
-    parser.add_argument("--trace", type=Path, required=True, help="as `fastserve bench serve` reads them")
+    parser.add_argument("--trace", type=Path, help="as `fastserve bench serve` reads them")
     parser.add_argument("--num-jobs", type=int, help="(default: the whole trace)")
     parser.add_argument("--rates", type=_fractions, default=[0.5, 0.9, 1.5], help="of the capacity")
     parser.add_argument("--capacity", type=float, help="jobs a second, if it is known already")
@@ -68,11 +67,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--llama-server", metavar="PATH")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/fastserve/peers", help="models and logs")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--table", type=Path, help="print the tables of a file that --json wrote, and run nothing")
     options = parser.parse_args(arguments)
     for name in ("vllm_python", "llama_server"):
         given = getattr(options, name)
         if given is not None and shutil.which(given) is None:
             parser.error(f"--{name.replace('_', '-')}: there is no program '{given}'")
+    if options.table is not None and not options.table.is_file():
+        parser.error(f"--table: there is no file '{options.table}'")
+    if options.table is None and options.trace is None:
+        parser.error("--trace: name a trace")
     if options.json is not None and not options.json.parent.is_dir():
         parser.error(f"--json: there is no folder '{options.json.parent}'")
     return options
@@ -156,12 +160,14 @@ class Comparison:
 
     def _best(self) -> float:
         """Jobs a second that the best peer answers when all are sent at once."""
-        peers = [each.server.name for each in self.running if each.server.engine != "fastserve"]
-        names = peers or [self.running[0].server.name]
+        names = self._peers() or [self.running[0].server.name]
         return max(
             float(median(run.summary["achieved"]["jobs_per_second"] for _, run in self.runs if run.target.name == name))
             for name in names
         )
+
+    def _peers(self) -> list[str]:
+        return [each.server.name for each in self.running if each.server.engine != "fastserve"]
 
     def _takes_rates(self, server: Server) -> bool:
         if server.engine == "fastserve":
@@ -177,6 +183,7 @@ class Comparison:
             "threads": self.options.threads,
             "rounds": self.options.rounds,
             "capacity": self.capacity,
+            "peers": self._peers(),
             "servers": [
                 {"name": each.server.name, "start_seconds": each.start_seconds, "options": each.server.options}
                 for each in self.running
@@ -194,17 +201,13 @@ class Comparison:
             ],
         }
 
-    def print(self, console: Console) -> None:
-        for fraction in (None, *self.options.rates):
-            runs = [run for each, run in self.runs if each == fraction]
-            if runs:
-                load = "all at once" if fraction is None else f"{fraction:g} × capacity ({self.capacity:.3f} jobs/s)"
-                print_runs(console, load, runs)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; returns the exit code."""
     options = parse(arguments)
+    if options.table is not None:
+        print(markdown(json.loads(options.table.read_text(encoding="utf-8"))), end="")
+        return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are ended
     running: list[Running] = []
     try:
@@ -220,7 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             comparison.measure()
         finally:
-            comparison.print(Console(highlight=False, width=None if sys.stdout.isatty() else 140))
+            if comparison.runs:
+                print(markdown(comparison.as_dict()), end="")
     except (InvalidRequest, PeerError) as error:
         print(f"serve_peers: {error}", file=sys.stderr)
         return 1
