@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from typing import Final
 
 import numpy as np
 
 from .cost import Cost
 from .types import Int32Array
 
+# Beside few decodes a prompt may make an iteration this many times as long, as far as that is no longer than a full
+# batch of decodes: its first token is waited for, and a gap that everybody has once the batch is full disturbs nobody
+# before. Twice as long is what a reader notices, and the cost model is not that exact.
+SPARE_ROWS_LIMIT: Final = 1.9
+
 
 class Chunks:
     """Cuts the prefills of one iteration, `decodes` [count, 4] (slot, position, tokens, samples) being its other rows.
 
-    With everything cut so far it takes at most `limit` times what the decodes alone would take, by the cost model; but
-    the first prefill gets one token whatever that takes. Without decodes, or with a `limit` of None, nothing is cut.
+    With everything cut so far it takes, by the cost model, at most `limit` times what the decodes alone would take. In
+    a batch that is not full that may be SPARE_ROWS_LIMIT times, while a full batch of decodes would take longer still.
+    But the first prefill gets one token whatever that takes, and without decodes, or with a `limit` of None, nothing is
+    cut.
     """
 
-    def __init__(self, cost: Cost, limit: float | None, decodes: Int32Array) -> None:
+    def __init__(self, cost: Cost, limit: float | None, decodes: Int32Array, max_num_seqs: int) -> None:
         self._cost = cost
         self._starts = decodes[:, 1]
         self._tokens = decodes[:, 2]
         self._limit = limit if limit is not None and len(decodes) else math.inf
+        self._max_num_seqs = max_num_seqs
         self._seconds: float | None = None  # worked out where there is a prefill
 
     def cut(self, start: int, tokens: int) -> int:
@@ -31,7 +40,7 @@ class Chunks:
             return tokens
         first = self._seconds is None
         if self._seconds is None:
-            self._seconds = self._limit * self._cost.plan_seconds(self._starts, self._tokens)
+            self._seconds = self._allowed()
         starts, computed = np.append(self._starts, np.int32(start)), np.append(self._tokens, np.int32(0))
 
         def seconds(count: int) -> float:
@@ -44,3 +53,12 @@ class Chunks:
             computed[-1] = tokens
             self._starts, self._tokens = starts, computed
         return tokens
+
+    def _allowed(self) -> float:
+        """Seconds for the whole iteration."""
+        alone = self._cost.plan_seconds(self._starts, self._tokens)
+        if self._limit >= SPARE_ROWS_LIMIT:
+            return self._limit * alone
+        of_full = np.resize(self._starts, self._max_num_seqs)  # the same contexts, again and again
+        full = self._cost.plan_seconds(of_full, np.ones_like(of_full))
+        return max(self._limit * alone, min(SPARE_ROWS_LIMIT * alone, full))

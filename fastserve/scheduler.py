@@ -182,7 +182,7 @@ class Scheduler:
             for job in exhausted:
                 self._leave(job)
             budget = self.config.max_num_batched_tokens - len(decodes)
-            chunks = Chunks(self.cost, self.config.stall_limit, rows)
+            chunks = Chunks(self.cost, self.config.stall_limit, rows, self.config.max_num_seqs)
             for job in batch.prefills:
                 if (tokens := chunks.cut(job.computed, min(job.known - job.computed, budget))) == 0:
                     break
