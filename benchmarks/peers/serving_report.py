@@ -45,7 +45,7 @@ def _table(runs: list[dict[str, Any]], peers: list[str], base: str) -> list[str]
         server: [_median([run for run in runs if run["server"] == server], path) for path, _, _ in _COLUMNS]
         for server in servers
     }
-    rivals = [server for server in servers if server in peers] or [base]
+    rivals = [server for server in servers if server in peers or server == base]
     for server in servers:
         cells = []
         for place, (value, (_, label, scale)) in enumerate(zip(values[server], _COLUMNS, strict=True)):
