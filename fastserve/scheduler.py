@@ -214,7 +214,7 @@ class Scheduler:
             for job in self._barred:
                 job.mark = 0
                 self._leave(job, now)
-            if not residency.move(moves):
+            if not residency.move(moves, now):
                 break
             # Blocks became free at once: whom they were made free for may run.
         mark = self._mark
@@ -317,7 +317,7 @@ class Scheduler:
         if len(self.batches) > 1:
             self._version += 1  # its jobs may now join another batch
         for copy, taken in zip(result.copies.tolist(), result.copy_seconds.tolist(), strict=True):
-            self.residency.acknowledge(copy, taken)
+            self.residency.acknowledge(copy, taken, now)
             self._version += 1
         # Plans overlap when several are in flight; no second is counted twice.
         seconds = now - max(iteration.scheduled, self._last_completed)
@@ -332,7 +332,7 @@ class Scheduler:
             job.pending -= 1
             if job.finish_reason is not None:
                 if not job.in_flight:
-                    self._release(job)
+                    self._release(job, now)
             else:
                 job.metrics.decode_seconds += seconds
                 if plain and token not in stops:
@@ -350,7 +350,7 @@ class Scheduler:
             job.pending -= row.samples
             if job.finish_reason is not None:
                 if not job.in_flight:
-                    self._release(job)
+                    self._release(job, now)
             else:
                 if row.start < len(job.prompt):
                     job.metrics.prefill_seconds += seconds
@@ -391,10 +391,10 @@ class Scheduler:
         del self.jobs[job.job_id]
         self._version += 1
         if not job.in_flight:
-            self._release(job)
+            self._release(job, now)
 
-    def _release(self, job: Job) -> None:
-        self.residency.release(job)
+    def _release(self, job: Job, now: float) -> None:
+        self.residency.release(job, now)
         self._version += 1  # others may find room
 
 
