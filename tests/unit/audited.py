@@ -35,7 +35,7 @@ class Work:
 
     computed: int = 0  # positions that were computed at least once
     again: int = 0  # tokens computed that had been before
-    uploading: float = 0.0  # seconds in which copies brought KV back
+    uploads: list[float] = field(default_factory=list)  # seconds of each copy that brought KV back
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Auditor:
                 del self.copies[copy]
                 if copy in self._uploads:
                     work, since = self._uploads.pop(copy)
-                    work.uploading += self._clock.now - since
+                    work.uploads.append(self._clock.now - since)
         return result
 
     def _enter(self, slot: int, index: int, block: int) -> None:
@@ -168,7 +168,7 @@ class Audited:
         self.jobs.append(job)
         return job
 
-    def run(self, trace: list[Given], after_step: Callable[[], None] = lambda: None, steps: int = 1500) -> None:
+    def run(self, trace: list[Given], after_step: Callable[[], None] = lambda: None, steps: int = 4000) -> None:
         """Run the trace to its end; AssertionError if that is not reached. Integrity is checked after every step.
 
         Jobs arrive and are aborted in the middle of iterations, too.
