@@ -1,4 +1,4 @@
-"""What all engines of a server did, one after the other: a counter that falls would look like a server that restarted."""
+"""What all engines of a server did, one after the other: a counter that fell would look like a new server."""
 
 from __future__ import annotations
 

@@ -121,7 +121,9 @@ def _jobs(name: str, file: TextIO) -> Iterator[SimJob]:
             yield SimJob(float(last - origin), record.prompt_tokens, record.output_tokens, **record.more)
 
 
-def _parsed(place: str, items: Iterable[tuple[int, Any]], parse: Callable[[Any], Record]) -> Iterator[tuple[int, Record]]:
+def _parsed(
+    place: str, items: Iterable[tuple[int, Any]], parse: Callable[[Any], Record]
+) -> Iterator[tuple[int, Record]]:
     for number, item in items:
         try:
             yield number, parse(item)

@@ -49,7 +49,7 @@ def test_regret_of_what_has_ended() -> None:
         told = (await world.get(JOBS))["server"]
         assert told["regret"] == pytest.approx((2.0 + 3.0) / (1.0 + 2.0))
         assert told["finished"]["count"] == 2
-        assert f"fastserve:regret{{model_name=\"toy\"}} {told['regret']}" in (await world.client.get("/metrics")).text
+        assert f'fastserve:regret{{model_name="toy"}} {told["regret"]}' in (await world.client.get("/metrics")).text
 
     run(scenario, max_num_seqs=1)
 

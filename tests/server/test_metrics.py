@@ -213,7 +213,9 @@ def test_docs_and_code_agree() -> None:
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labels = {label for sample in family.samples for label in sample.labels} - {"model_name", "le"}
         found[name] = (family.type, ", ".join(sorted(labels)) or "–")
-    rows = re.findall(r"^\| `([a-z]+:\w+)` \| (\w+) \| ([^|]*) \| ([^|]+) \| ([^|]+) \|$", PAGE.read_text("utf-8"), re.M)
+    rows = re.findall(
+        r"^\| `([a-z]+:\w+)` \| (\w+) \| ([^|]*) \| ([^|]+) \| ([^|]+) \|$", PAGE.read_text("utf-8"), re.M
+    )
     assert {name: (kind, labels) for name, kind, _, labels, _ in rows} == found
     for name, _, unit, _, meaning in rows:
         assert meaning.strip() and ("_seconds" not in name or unit == "s") and ("_bytes" not in name or unit == "bytes")

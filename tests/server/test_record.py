@@ -176,7 +176,7 @@ def test_a_file_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path, k
         "pipe": tmp_path / "pipe",
         "no name": Path("a\0b"),
     }[kind]
-    with pytest.raises(InvalidRequest, match="^record: cannot write") as raised:
+    with pytest.raises(InvalidRequest, match=r"^record: cannot write") as raised:
         TraceRecord(path)
     assert raised.value.field == "record" and "\n" not in str(raised.value)
 
