@@ -78,7 +78,7 @@ class ToyJob:
         self._text.flush()
         self.finish_reason, self.error = reason, error
         if reason in ("stop", "length"):
-            self.metrics = JobMetrics(0.0, 1.0, 2.0, 10.0, 3, 0, 1.5, 6.0)
+            self.metrics = JobMetrics(0.0, 1.0, 2.0, 10.0, 3, 0, 1.5, 6.0, 0.75)
         self._changed.set()
 
     def refuse(self, refusal: InvalidRequest) -> None:
