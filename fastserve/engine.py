@@ -9,6 +9,7 @@ from operator import index
 
 from .config import SchedulerConfig
 from .cost import Cost, Link
+from .integrity import check_integrity
 from .planning import Iteration
 from .scheduler import Scheduler
 from .types import (
@@ -170,7 +171,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError when a block, a slot or a job is lost, doubled or leaked. For tests; O(everything)."""
-        self.scheduler.check_integrity()
+        check_integrity(self.scheduler)
 
     def _settle(self) -> None:
         """When the last job has left, have its slot closed, and wait for KV that is still moving."""

@@ -71,6 +71,7 @@ class Residency:
         self._gone: set[Job] = set()  # those of them without a block on the device
         self._fresh: set[Job] = set()  # brought back, and not run since
         self._moved: dict[int, Job] = {}  # whose blocks each copy under way moves
+        self._returning: dict[Job, float] = {}  # jobs that are being brought back, and since when
         self._under_way = [0, 0]  # blocks, by direction
         # What the next plan shall tell the runtime.
         self._copies: list[CopyRow] = []
@@ -160,7 +161,7 @@ class Residency:
             patience=_BACKLOG * self.iteration_seconds,
         )
 
-    def move(self, moves: Moves) -> bool:
+    def move(self, moves: Moves, now: float) -> bool:
         """Carry it out; whether blocks became free at once. None of the jobs that lose blocks is in a batch.
 
         A move that another has made impossible, by using the place of a host copy, waits for the next decision.
@@ -178,7 +179,7 @@ class Residency:
             if copies:
                 self._moved[copies[0][0]] = job
         for job in moves.drops:
-            self.release(job)
+            self.release(job, now)
         freed = self.blocks.free_blocks > free
         for job in moves.uploads:
             if not self.blocks.can_upload(job.index) or self._to_return(job) > self.blocks.free_blocks:
@@ -192,6 +193,7 @@ class Residency:
             self._under_way[UPLOAD] += len(copies)
             self._tables.setdefault(job.slot, []).extend(table)
             self._fresh.add(job)
+            self._returning[job] = now
             self.holders[job] = job.attained
             self._gone.discard(job)
             self._moved[copies[0][0]] = job
@@ -208,9 +210,9 @@ class Residency:
             if self.blocks.free_blocks >= needed:
                 break
             if job is not want.job and self.blocks.held(job.index) > self.blocks.missing(job.index):
-                self.release(job)
+                self.release(job, now)
         if want.upload:  # now, or those who gave their KV for it would start over in its room
-            self.move(Moves(uploads=[want.job]))
+            self.move(Moves(uploads=[want.job]), now)
 
     @property
     def waits(self) -> bool:
@@ -322,7 +324,7 @@ class Residency:
         self._fresh.discard(job)
         self.blocks.wrote(job.index, job.computed)
 
-    def release(self, job: Job) -> None:
+    def release(self, job: Job, now: float) -> None:
         """Give back the blocks and the slot of a job that no plan in flight works on; it starts over if it lives."""
         if job.slot is None:
             return
@@ -330,6 +332,7 @@ class Residency:
             self._promised -= self._to_start(job)
         self.blocks.release(job.index)
         self._settle(job, None)
+        self._returned(job, now)
         self._fresh.discard(job)
         self._gone.discard(job)
         self._tables.pop(job.slot, None)
@@ -340,7 +343,7 @@ class Residency:
         job.computed = 0
         job.primed = False
 
-    def acknowledge(self, copy: int, seconds: float) -> None:
+    def acknowledge(self, copy: int, seconds: float, now: float) -> None:
         """A copy is done. Raises ValueError for one that is not under way."""
         owner, direction, blocks = self.blocks.acknowledge(copy)
         self.link.observe(direction, blocks, seconds)
@@ -348,10 +351,15 @@ class Residency:
         self.copied[direction] += blocks
         self.copy_seconds += seconds
         job = self._moved.pop(copy)
+        self._returned(job, now)
         if job in self._absent and self.blocks.away(owner) == self.blocks.held(owner):
             self._gone.add(job)
         if job in self._absent and not self.blocks.missing(owner):
             self._settle(job, DEVICE)
+
+    def _returned(self, job: Job, now: float) -> None:
+        if (since := self._returning.pop(job, None)) is not None:
+            job.metrics.swap_seconds += now - since
 
     # --- for the next plan -------------------------------------------------------------------------------------------
 

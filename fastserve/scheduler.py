@@ -19,6 +19,7 @@ from typing import Final
 
 import numpy as np
 
+from .charges import Charges
 from .chunking import Chunks
 from .config import SchedulerConfig
 from .cost import Cost, Link
@@ -54,6 +55,7 @@ class Scheduler:
         self.policy = create_policy(config, cost)
         self.residency = Residency(config, self.policy, cost, link)
         self.blocks = self.residency.blocks
+        self._charges = Charges(self.policy, cost)
         self.jobs: dict[str, Job] = {}
         self.in_flight: deque[Iteration] = deque()
         self.record_levels = False  # whether iterations shall tell their jobs' levels
@@ -61,12 +63,11 @@ class Scheduler:
         self.recomputed_tokens = 0
         # One batch for each plan that may hold other jobs than the one before: with a pipeline, one a stage.
         stages = config.pipeline_parallel_size
-        self._batches = [DecodeRows(config.max_num_seqs, cost) for _ in range(stages)]
+        self.batches = [DecodeRows(config.max_num_seqs, cost) for _ in range(stages)]
         self._version = 0  # counts what may change a batch
         self._deadline: float | None = None  # when time alone may change one
         self._mark = 0  # of the decision being made: chosen jobs carry it
         self._barred: dict[Job, None] = {}  # jobs that must stay out of the batch being chosen
-        self._unreported: dict[Job, float] = {}  # service that the policy has not been told of
         self._last_completed = -math.inf
         self._next_plan = 1
 
@@ -85,27 +86,14 @@ class Scheduler:
                 "max_tokens or raise kv_cache_memory",
             )
         if job.output:
-            self._resume(job, now)
+            self._charges.resumed(job)
+            job.waiting_since = now  # nobody knows how long it had been waiting
         else:
-            self._estimate(job)
+            self._charges.arrived(job)
             job.waiting_since = job.arrival
         self.policy.add(job, now)
         self.jobs[job.job_id] = job
         self._version += 1
-
-    def _resume(self, job: Job, now: float) -> None:
-        """Take up a job where a lost engine left it.
-
-        What it had been served counts as served, so it is not charged for what is computed again, and a policy that
-        goes by service has it about where it was; but it joins by all that has to be computed. Nobody knows how long it
-        had been waiting.
-        """
-        prompt = len(job.prompt)
-        contexts = np.arange(prompt + 1, job.known, dtype=np.int32)  # of the tokens behind the first
-        job.attained = self.cost.prefill_charge(0, prompt) + float(self.cost.decode_each(contexts).sum())
-        job.served = job.known - 1
-        job.next_seconds = self.cost.prefill_charge(0, job.known)
-        job.waiting_since = now
 
     def abort(self, job_id: str, now: float, reason: FinishReason = FinishReason.ABORT) -> bool:
         """End a job at once; False when there is no such job. A plan in flight runs on and its result is dropped."""
@@ -117,9 +105,8 @@ class Scheduler:
 
     def progress(self, job: Job) -> tuple[int, float]:
         """Tokens of the job whose KV is computed or being computed, and the modelled seconds of its service so far."""
-        if isinstance(job.batch, DecodeRows):
-            return job.batch.position(job.row), job.attained + job.batch.unreported(job)
-        return job.computed, job.attained + self._unreported.get(job, 0.0)
+        computed = job.batch.position(job.row) if isinstance(job.batch, DecodeRows) else job.computed
+        return computed, self._charges.attained(job)
 
     # --- what to run -------------------------------------------------------------------------------------------------
 
@@ -129,9 +116,9 @@ class Scheduler:
         A plan without rows waits for KV that is moving; when the last job has left, one closes the slots that are still
         open, and the executor is as it was at the start.
         """
-        batch = self._batches[self._next_plan % len(self._batches)]
+        batch = self.batches[self._next_plan % len(self.batches)]
         residency = self.residency
-        self._report(batch, now)
+        self._version += self._charges.tell_all(now) + self._charges.tell_decodes(batch, now)
         growing = batch.growing()
         if (
             batch.version != self._version
@@ -155,7 +142,7 @@ class Scheduler:
         """
         growing = self._choose(batch, growing, now)
         if not (batch.jobs or batch.prefills or self.residency.moving):
-            for other in self._batches:
+            for other in self.batches:
                 for job in list(other.jobs):
                     self._leave(job, now)
             self.residency.force(now)
@@ -211,31 +198,6 @@ class Scheduler:
         self._next_plan += 1
         return plan.build(iteration.plan_id, rows, closed, copies)
 
-    def _report(self, batch: DecodeRows, now: float) -> None:
-        """Tell the policy of service that may change a job's place."""
-        self._flush(now)
-        for job in batch.expired():
-            batch.sync(job)
-            if (own := batch.take_service(job)) > 0.0:
-                job.attained += own
-                job.next_seconds = self.cost.decode_seconds(job.served + 1)
-                self.policy.on_service(job, own, now)
-                self._version += 1
-            batch.set_horizon(job, self.policy.horizon(job))
-
-    def _flush(self, now: float) -> None:
-        for job in list(self._unreported):
-            self._serve(job, 0.0, now)
-
-    def _serve(self, job: Job, seconds: float, now: float) -> None:
-        """Report service, and what has not been reported before."""
-        seconds += self._unreported.pop(job, 0.0)
-        if seconds > 0.0:
-            job.attained += seconds
-            self._estimate(job)
-            self.policy.on_service(job, seconds, now)
-            self._version += 1
-
     def _choose(self, batch: DecodeRows, growing: list[int], now: float) -> list[int]:
         """Fill the batch anew, and have KV moved for it; returns the places that need another block."""
         residency = self.residency
@@ -252,7 +214,7 @@ class Scheduler:
             for job in self._barred:
                 job.mark = 0
                 self._leave(job, now)
-            if not residency.move(moves):
+            if not residency.move(moves, now):
                 break
             # Blocks became free at once: whom they were made free for may run.
         mark = self._mark
@@ -261,7 +223,7 @@ class Scheduler:
         for job in batch.prefills:
             if job.mark != mark and job.batch is None and not job.finished and job.waiting_since is None:
                 self._pause(job, now)
-        self._flush(now)
+        self._version += self._charges.tell_all(now)
         batch.prefills = [job for job in chosen.prefills if job.mark == mark]
         for job in chosen.joins:
             if job.mark == mark:
@@ -285,7 +247,7 @@ class Scheduler:
 
     def _available(self, job: Job) -> bool:
         """Whether a job that is not in the batch could be: not with its last token being sampled, or in another."""
-        if job in self._barred or (job.in_flight and len(self._batches) > 1):
+        if job in self._barred or (job.in_flight and len(self.batches) > 1):
             return False
         if job.batch is not None:
             self._leave(job)
@@ -296,7 +258,7 @@ class Scheduler:
         if isinstance(job.batch, DecodeRows):
             seconds = job.batch.remove(job)
             if seconds > 0.0:
-                self._unreported[job] = seconds
+                self._charges.left(job, seconds)
                 self._version += 1
             if preempted is not None:
                 self._pause(job, preempted)
@@ -335,16 +297,9 @@ class Scheduler:
         job.pending += row.samples
         job.primed = row.samples
         job.in_flight += 1
-        # Charged is the modelled solo time of what is new; neighbours and recomputation are never charged.
-        new = end - max(row.start, job.served)
-        again = tokens - max(0, new)
+        again = self._charges.prefill(job, row.start, end)
         job.metrics.recomputed_tokens += again
         self.recomputed_tokens += again
-        if new > 0:
-            prompt = len(job.prompt)
-            own = self.cost.prefill_charge(job.served, end) if job.served < prompt else self.cost.decode_seconds(end)
-            self._unreported[job] = own
-            job.served = end
         return taken
 
     # --- what came of it ---------------------------------------------------------------------------------------------
@@ -359,10 +314,10 @@ class Scheduler:
         if iteration is None or result.plan_id != iteration.plan_id or len(result.tokens) != samples:
             raise RuntimeError(f"result of plan {result.plan_id} with {len(result.tokens)} tokens matches no plan")
         self.in_flight.popleft()
-        if len(self._batches) > 1:
+        if len(self.batches) > 1:
             self._version += 1  # its jobs may now join another batch
         for copy, taken in zip(result.copies.tolist(), result.copy_seconds.tolist(), strict=True):
-            self.residency.acknowledge(copy, taken)
+            self.residency.acknowledge(copy, taken, now)
             self._version += 1
         # Plans overlap when several are in flight; no second is counted twice.
         seconds = now - max(iteration.scheduled, self._last_completed)
@@ -377,7 +332,7 @@ class Scheduler:
             job.pending -= 1
             if job.finish_reason is not None:
                 if not job.in_flight:
-                    self._release(job)
+                    self._release(job, now)
             else:
                 job.metrics.decode_seconds += seconds
                 if plain and token not in stops:
@@ -395,7 +350,7 @@ class Scheduler:
             job.pending -= row.samples
             if job.finish_reason is not None:
                 if not job.in_flight:
-                    self._release(job)
+                    self._release(job, now)
             else:
                 if row.start < len(job.prompt):
                     job.metrics.prefill_seconds += seconds
@@ -405,12 +360,6 @@ class Scheduler:
                     updates.append((job, self._append(job, result, sample, now)))
             sample += row.samples
         return updates
-
-    def _estimate(self, job: Job) -> None:
-        if job.served < len(job.prompt):
-            job.next_seconds = self.cost.prefill_charge(job.served, len(job.prompt))
-        else:
-            job.next_seconds = self.cost.decode_seconds(job.served + 1)
 
     def _append(self, job: Job, result: StepResult, sample: int, now: float) -> int | None:
         """Add a sampled token to the job's output, and finish the job if it was the last; returns the token."""
@@ -433,7 +382,7 @@ class Scheduler:
     def _end(self, job: Job, reason: FinishReason, now: float) -> None:
         """Finish a live job; its blocks and slot go back when no plan in flight works on it."""
         self._leave(job)
-        self._serve(job, 0.0, now)
+        self._charges.tell(job, now)
         job.finish_reason = reason
         job.metrics.finish = now
         if reason not in (FinishReason.ABORT, FinishReason.ERROR):
@@ -442,43 +391,11 @@ class Scheduler:
         del self.jobs[job.job_id]
         self._version += 1
         if not job.in_flight:
-            self._release(job)
+            self._release(job, now)
 
-    def _release(self, job: Job) -> None:
-        self.residency.release(job)
+    def _release(self, job: Job, now: float) -> None:
+        self.residency.release(job, now)
         self._version += 1  # others may find room
-
-    def check_integrity(self) -> None:
-        """Raise RuntimeError when the books do not balance: a block, slot or job lost, doubled or leaked."""
-        self.residency.check_integrity()
-        holders = self.residency.holders
-        in_flight: dict[Job, list[bool]] = {}  # a job's rows: whether each samples
-        for iteration in self.in_flight:
-            for job in iteration.decodes:
-                in_flight.setdefault(job, []).append(True)
-            for row in iteration.prefills:
-                in_flight.setdefault(row.job, []).append(row.samples)
-        for what, fine in {
-            "the policy holds other jobs": len(self.policy) == len(self.jobs),
-            "a finished job is kept": all(not job.finished or job in in_flight for job in holders),
-            "a job in flight holds no slot": in_flight.keys() <= holders.keys(),
-        }.items():
-            if not fine:
-                raise RuntimeError(what)
-        for batch in self._batches:
-            for place, job in enumerate(batch.jobs):
-                if job.batch is not batch or job.row != place or job.finished:
-                    raise RuntimeError(f"job {job.job_id!r} is not where its batch has it")
-                batch.sync(job)
-        for job in {**holders, **dict.fromkeys(self.jobs.values())}:
-            samples = in_flight.get(job, [])
-            if (
-                (job.in_flight, job.pending) != (len(samples), sum(samples))
-                or not job.computed <= self.blocks.held(job.index) * self.blocks.block_size
-                or not 0 <= job.computed <= (math.inf if job.finished else job.known)  # dropped tokens are not known
-                or (job.slot is None) != (job not in holders)
-            ):
-                raise RuntimeError(f"job {job.job_id!r} is out of step with its blocks or plans: {job}")
 
 
 def _logprobs(result: StepResult, sample: int, alternatives: int) -> TokenLogprobs:

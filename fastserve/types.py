@@ -192,7 +192,7 @@ class JobMetrics:
     prefill_seconds: float = 0.0  # in iterations that worked on its prompt
     decode_seconds: float = 0.0  # in iterations that worked on its output
     # queue time is what is left of the job's completion time
-    swap_seconds: float | None = None  # of that, with its KV on the way back; None: nobody measured it
+    swap_seconds: float = 0.0  # of that, with its KV on the way back from the host
 
     @property
     def jct(self) -> float | None:
@@ -229,6 +229,7 @@ class JobMetrics:
             "queue_seconds": self.queue_seconds,
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,
+            "swap_seconds": self.swap_seconds,
         }
 
 

@@ -45,6 +45,12 @@ SERVER: dict[str, Any] = {
     "shutdown_timeout": _server(
         float | None, "30", "Seconds that open requests get to finish after SIGTERM or Ctrl-C."
     ),
+    "record": _server(
+        Path | None,
+        "none",
+        "Append a line a job to this file: when it came, its tokens, how it ended, and no text. fastserve simulate and "
+        "fastserve bench serve read it as --trace.",
+    ),
     "log_format": _server(str | None, "text", "A line a request: text or json."),
     "seed": _server(int | None, "0", "Draws the seeds of requests that bring none."),
 }

@@ -34,7 +34,8 @@ def router(service: Service) -> APIRouter:
     async def list_jobs() -> dict[str, Any]:
         """The jobs that the engine has, the next to run first; levels, memory and recent figures beside them.
 
-        Seconds; tokens a second in `throughput`; `finished` has percentiles of the last five minutes.
+        Seconds; tokens a second in `throughput`; `finished` has percentiles of the last five minutes, and `regret` the
+        mean completion time of those jobs over what preemptive SRPT would have made of them, null where none ended.
         """
         try:
             jobs = await asyncio.wait_for(service.engine.list_jobs(), _ENGINE_ANSWERS)
@@ -56,7 +57,7 @@ def router(service: Service) -> APIRouter:
 
 def _server(service: Service) -> dict[str, Any]:
     engine, status = service.engine, service.engine.status
-    info = engine.info
+    info, counters = engine.info, engine.counters
     told: dict[str, Any] = {
         "status": service.state,
         "model": service.settings.names[0],
@@ -67,6 +68,9 @@ def _server(service: Service) -> dict[str, Any]:
         "open_jobs": service.admission.open_jobs,
         "finished": service.recent.finished(),
         "throughput": service.recent.throughput(status),
+        "regret": service.regret(),
+        "preemptions": counters["preemptions"],
+        "swapped": {"out": counters["offloaded_bytes"], "in": counters["uploaded_bytes"]},
     }
     if status is not None:
         told |= {
@@ -77,7 +81,5 @@ def _server(service: Service) -> dict[str, Any]:
                 "device": {"blocks": status.device_blocks, "used": status.device_blocks_used},
                 "host": {"blocks": status.host_blocks, "used": status.host_blocks_used},
             },
-            "preemptions": status.preemptions,
-            "swapped": {"out": status.offloaded_bytes, "in": status.uploaded_bytes},
         }
     return told

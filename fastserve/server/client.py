@@ -21,6 +21,7 @@ from .engine_api import EngineUnavailable
 from .jobs import OpenJob
 from .ledger import Ledger
 from .supervisor import Health, Send, Supervisor
+from .totals import Totals
 
 
 def worker_command(options: Mapping[str, Any]) -> list[str]:
@@ -38,6 +39,7 @@ class EngineClient:
     def __init__(self, command: Sequence[str], tokenizer: Tokenizer | None, *, health: Health | None = None) -> None:
         self._ledger = Ledger(tokenizer)
         self._supervisor = Supervisor(command, health or Health(), self)
+        self._totals = Totals()
         self._send: Send | None = None
         self._closed = "the engine has not been started"  # why nothing can be opened; "" while it can
         self._pids: list[int] = []
@@ -75,6 +77,11 @@ class EngineClient:
     @property
     def restarts(self) -> int:
         return self._supervisor.restarts
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """What all engines did, by the names that Status has for it."""
+        return self._totals.values()
 
     async def start(self) -> None:
         """Return when the engine is up, which may take minutes. Raises EngineStartError, whose message is one line."""
@@ -136,6 +143,7 @@ class EngineClient:
             self._ledger.step(message)
         elif isinstance(message, Status):
             self.status = message
+            self._totals.said(message)
         elif isinstance(message, Refused):
             self._ledger.refused(message)
         elif isinstance(message, Jobs) and message.query == self._query:
@@ -151,6 +159,7 @@ class EngineClient:
 
     def _forget_engine(self) -> None:
         self._send, self.status, self._pids = None, None, []
+        self._totals.lost()
         self._answer([])
 
     def _named(self, statuses: Sequence[JobStatus]) -> list[tuple[OpenJob, JobStatus]]:

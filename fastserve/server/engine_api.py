@@ -21,6 +21,14 @@ class OpenJob(Protocol):
     @property
     def prompt(self) -> Sequence[int]: ...
     @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def arrival(self) -> float:
+        """On time.monotonic."""
+
+    @property
     def user(self) -> str | None: ...
     @property
     def output(self) -> Sequence[int]:
@@ -70,6 +78,10 @@ class EngineClient(Protocol):
     def restarts(self) -> int: ...
     @property
     def status(self) -> Status | None: ...
+    @property
+    def counters(self) -> Mapping[str, float]:
+        """Status's counters (totals.COUNTERS), of this engine and those before it: they never fall."""
+
     @property
     def failure(self) -> str | None:
         """Why the engine does not start, after it has failed to several times."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -25,6 +25,8 @@ _HISTOGRAMS: tuple[tuple[str, str, str, Sequence[float]], ...] = (
     ("queue", "vllm:request_queue_time_seconds", "Time in which no iteration worked on the job.", _SECONDS),
     ("prefill", "vllm:request_prefill_time_seconds", "Time in iterations that worked on the prompt.", _SECONDS),
     ("decode", "vllm:request_decode_time_seconds", "Time in iterations that worked on the output.", _SECONDS),
+    ("inference", "vllm:request_inference_time_seconds", "Both of these.", _SECONDS),
+    ("swap", "fastserve:request_swap_time_seconds", "Of the queue time, with the KV on its way back.", _SECONDS),
     ("prompt", "vllm:request_prompt_tokens", "Tokens of a prompt.", _TOKENS),
     ("output", "vllm:request_generation_tokens", "Tokens of an output.", _TOKENS),
     ("normalized", "fastserve:normalized_latency_seconds", "Job completion time over output tokens.", _TOKEN_SECONDS),
@@ -32,8 +34,7 @@ _HISTOGRAMS: tuple[tuple[str, str, str, Sequence[float]], ...] = (
     ("preempted", "fastserve:request_preemptions", "Preemptions of a job.", (0, 1, 2, 5, 10, 20, 50, 100)),
 )
 
-# Counters and gauges of the engine's latest Status: field, name, help. A restarted engine counts from 0 again, which
-# is what Prometheus' rate() expects of a process that restarts.
+# Counters of all engines there were: field of Status, name, help.
 _COUNTERS = (
     ("prefill_tokens", "vllm:prompt_tokens", "Prompt tokens computed, those computed again included."),
     ("decode_tokens", "vllm:generation_tokens", "Tokens put out."),
@@ -55,6 +56,10 @@ class EngineView(Protocol):
     def status(self) -> Status | None: ...
     @property
     def restarts(self) -> int: ...
+    @property
+    def counters(self) -> Mapping[str, float]: ...
+    @property
+    def open_jobs(self) -> Mapping[int, object]: ...
 
 
 class EndedJob(Protocol):
@@ -73,7 +78,7 @@ class EndedJob(Protocol):
 class Metrics:
     """All metrics of one server, labelled with the name of its model as vLLM does."""
 
-    def __init__(self, engine: EngineView, model_name: str) -> None:
+    def __init__(self, engine: EngineView, model_name: str, regret: Callable[[], float | None]) -> None:
         self._registry = CollectorRegistry()
         labels = ("model_name",)
         self._histograms = {
@@ -84,7 +89,7 @@ class Metrics:
         self._ended = Counter(
             "vllm:request_success", "Jobs that ended.", (*labels, "finished_reason"), registry=self._registry
         )
-        self._registry.register(_EngineCollector(engine, model_name))
+        self._registry.register(_EngineCollector(engine, model_name, regret))
 
     def ended(self, job: EndedJob) -> None:
         """A job has ended, in whatever way."""
@@ -114,6 +119,8 @@ def _measured(job: EndedJob, metrics: JobMetrics) -> Mapping[str, float]:
         "output": output,
         "normalized": figures["normalized_latency"],
         "slowdown": figures["jct"] / service if figures["jct"] is not None and service > 0.0 else None,
+        "inference": service,
+        "swap": metrics.swap_seconds,
         "preempted": metrics.preemptions,
     }
     return {key: value for key, value in values.items() if value is not None}
@@ -122,18 +129,25 @@ def _measured(job: EndedJob, metrics: JobMetrics) -> Mapping[str, float]:
 class _EngineCollector(Collector):
     """Reads the engine's latest Status when Prometheus asks."""
 
-    def __init__(self, engine: EngineView, model_name: str) -> None:
+    def __init__(self, engine: EngineView, model_name: str, regret: Callable[[], float | None]) -> None:
         self._engine = engine
         self._model = model_name
+        self._regret = regret
 
     def collect(self) -> Iterator[Metric]:
         yield self._counter("fastserve:engine_restarts", "Times the engine was started again.", self._engine.restarts)
-        if (status := self._engine.status) is None:
-            return
+        counters = self._engine.counters
         for key, name, text in _COUNTERS:
-            yield self._counter(name, text, getattr(status, key))
-        yield self._gauge("vllm:num_requests_running", "Jobs in the current iteration.", status.running)
-        yield self._gauge("vllm:num_requests_waiting", "Other live jobs.", status.live - status.running)
+            yield self._counter(name, text, counters[key])
+        if (regret := self._regret()) is not None:
+            yield self._gauge("fastserve:regret", "Mean JCT of late over that under SRPT in hindsight.", regret)
+        status = self._engine.status
+        running = status.running if status is not None else 0
+        live = status.live if status is not None else len(self._engine.open_jobs)
+        yield self._gauge("vllm:num_requests_running", "Jobs in the current iteration.", running)
+        yield self._gauge("vllm:num_requests_waiting", "Other live jobs.", live - running)
+        if status is None:  # the rest is known again when the next engine is up
+            return
         used = status.device_blocks_used / max(1, status.device_blocks)
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of the device's KV blocks in use, 1 is all.", used)
         yield self._gauge("fastserve:backlog_seconds", "Work left in all live jobs, by the cost model.", status.backlog)

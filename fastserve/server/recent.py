@@ -9,8 +9,8 @@ from typing import Any
 
 from ..ipc import Status
 from .engine_api import OpenJob
+from .regret import WINDOW
 
-_WINDOW = 300.0  # seconds in which an ended job counts
 _MOST = 20_000  # ended jobs remembered at most
 _RATE = 2.0  # seconds that a rate is taken over
 _FIGURES = ("jct", "ttft", "tpot")
@@ -32,10 +32,10 @@ class Recent:
 
     def finished(self) -> dict[str, Any]:
         """How many ended in the window, and P50, P95 and P99 of their seconds."""
-        horizon = self._clock() - _WINDOW
+        horizon = self._clock() - WINDOW
         while self._ended and self._ended[0][0] < horizon:
             self._ended.popleft()
-        found: dict[str, Any] = {"count": len(self._ended), "seconds": _WINDOW}
+        found: dict[str, Any] = {"count": len(self._ended), "seconds": WINDOW}
         for name in _FIGURES:
             values = sorted(value for _, figures in self._ended if (value := figures[name]) is not None)
             found[name] = {f"p{share}": _percentile(values, share / 100) for share in (50, 95, 99)}

@@ -103,6 +103,7 @@ async def serve(
             bound.close()
             stopping_engine = service.engine.stop()  # which dies with this process, too
             await asyncio.wait_for(stopping_engine, _LAST_WORDS if life.interrupted else None)
+            service.close()
     return INTERRUPTED if life.interrupted else 0
 
 

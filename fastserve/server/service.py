@@ -16,6 +16,8 @@ from .errors import ApiError
 from .metrics import Metrics
 from .prompts import PromptLimits
 from .recent import Recent
+from .record import TraceRecord
+from .regret import Regret
 from .settings import ServerSettings
 
 _LISTING_AGE = 0.25  # seconds that what the engine said of its jobs is good for
@@ -25,6 +27,7 @@ class Service:
     """One model, served. Belongs to one event loop."""
 
     def __init__(self, settings: ServerSettings, engine: EngineClient, tokenizer: Tokenizer | None) -> None:
+        """Raises InvalidRequest where there is a record to be written, and it cannot be."""
         self.settings = settings
         self.engine = engine
         self.tokenizer = tokenizer
@@ -32,8 +35,10 @@ class Service:
         self.created = int(time.time())
         self.calls: set[Call] = set()
         self.request_ids: dict[int, str] = {}  # by the key of an open job
-        self.metrics = Metrics(engine, settings.names[0])
+        self.metrics = Metrics(engine, settings.names[0], self.regret)
         self.recent = Recent()
+        self._regret = Regret()
+        self._record = None if settings.record is None else TraceRecord(settings.record)
         self._seeds = random.Random(settings.seed)
         self._listing: tuple[float, Mapping[int, JobStatus]] = (float("-inf"), {})
 
@@ -54,6 +59,15 @@ class Service:
         """Count a job that is over, in whatever way."""
         self.metrics.ended(job)
         self.recent.ended(job)
+        if job.metrics is not None and job.finish_reason in ("stop", "length"):
+            self._regret.ended(job.metrics)
+        if self._record is not None:
+            self._record.ended(job)
+
+    def regret(self) -> float | None:
+        """Mean completion time lately over what it could have been in hindsight; None where nothing has ended."""
+        slots = self.engine.info.get("max_num_seqs")
+        return self._regret.value(slots) if slots else None
 
     def draw_seed(self) -> int:
         return self._seeds.getrandbits(64)
@@ -92,6 +106,11 @@ class Service:
     def drain(self) -> None:
         """From here on new work is refused; what is open goes on."""
         self.admission.draining = True
+
+    def close(self) -> None:
+        """Nothing is open any more."""
+        if self._record is not None:
+            self._record.close()
 
     def end_all(self) -> None:
         """End what is open, with an error for each."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..config import check_integer, parse_size
@@ -27,6 +29,7 @@ class ServerSettings:
     max_queue: int = 4096  # jobs beyond what one iteration takes
     shutdown_timeout: float = 30.0  # seconds that open requests get to finish
     log_format: LogFormat = "text"
+    record: Path | None = None  # the trace file that jobs are appended to
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -37,6 +40,8 @@ class ServerSettings:
             object.__setattr__(self, option, texts)
         if not all(key.isascii() and key.isprintable() and " " not in key for key in self.api_key):
             raise InvalidRequest("api_key", "must be printable ASCII without spaces, as it travels in a header")
+        if self.record is not None:
+            object.__setattr__(self, "record", Path(os.fspath(self.record)))
         check_integer("port", self.port, 0, 65535)
         check_integer("max_queue", self.max_queue, 0, MAX_JOBS)
         check_integer("seed", self.seed, 0, MAX_SEED)

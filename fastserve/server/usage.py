@@ -31,6 +31,6 @@ def accounting(jobs: Sequence[OpenJob]) -> dict[str, Any]:
         "queue": round(last.queue_seconds or 0.0, 6),
         "prefill": round(last.prefill_seconds, 6),
         "decode": round(last.decode_seconds, 6),
-        "swap": None if last.swap_seconds is None else round(last.swap_seconds, 6),
+        "swap": round(last.swap_seconds, 6),
         "preemptions": sum(metrics.preemptions for metrics in ended),
     }

@@ -62,6 +62,14 @@ def parser_for(first: str) -> tuple[Parser | None, bool]:
     return None, False
 
 
+def in_order_of_end(first: str) -> bool:
+    """Whether a file that begins with this line is what a server has recorded, a line when a job had ended."""
+    try:
+        return parser_for(first)[0] is _own and "ended" in _object(first)
+    except BadLine:
+        return False
+
+
 def unit_requests(text: str) -> list[Any] | None:
     """The requests of a document, for `parse_unit`; None where the text is no such document."""
     try:

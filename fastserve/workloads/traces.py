@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from ..types import InvalidRequest
 from .checks import LARGEST_LIMIT, LAST_ARRIVAL, LONGEST_JOB
 from .job import SimJob
-from .trace_formats import FORMATS, BadLine, Record, parse_unit, parser_for, unit_requests
+from .trace_formats import FORMATS, BadLine, Record, in_order_of_end, parse_unit, parser_for, unit_requests
 
 _LONGEST_DOCUMENT = 2**26  # characters: unlike lines, a document is read as a whole
 
@@ -24,7 +24,8 @@ def read_trace(path: str | os.PathLike[str]) -> Iterator[SimJob]:
 
     Jobs without output produced nothing (BurstGPT: they failed) and are left out. Raises InvalidRequest, naming file
     and line, for a file that cannot be read, a format unknown, a line that is malformed or has a number that no engine
-    takes, and a job that arrives before the one above it.
+    takes, and a job that arrives before the one above it. What a server has recorded has the order in which jobs ended:
+    it is read as a whole, and sorted.
     """
     name = os.fspath(path)
     try:
@@ -105,10 +106,12 @@ def _jobs(name: str, file: TextIO) -> Iterator[SimJob]:
         if requests is None:
             raise InvalidRequest("trace", f"{name}, line {first[0]}: a format unknown; readable are {FORMATS}")
         place, parse, items = "request", parse_unit, enumerate(requests)
+    parsed: Iterable[tuple[int, Record]] = _parsed(f"{name}, {place}", items, parse)
+    if in_order_of_end(first[1]):
+        parsed = sorted(parsed, key=lambda numbered: numbered[1].time)
     origin = last = None
-    for number, item in items:
+    for number, record in parsed:
         try:
-            record = parse(item)
             _check(record, origin, last)
         except BadLine as error:
             raise InvalidRequest("trace", f"{name}, {place} {number}: {error}") from None
@@ -116,6 +119,16 @@ def _jobs(name: str, file: TextIO) -> Iterator[SimJob]:
         if record.output_tokens:
             origin = last if origin is None else origin
             yield SimJob(float(last - origin), record.prompt_tokens, record.output_tokens, **record.more)
+
+
+def _parsed(
+    place: str, items: Iterable[tuple[int, Any]], parse: Callable[[Any], Record]
+) -> Iterator[tuple[int, Record]]:
+    for number, item in items:
+        try:
+            yield number, parse(item)
+        except BadLine as error:
+            raise InvalidRequest("trace", f"{place} {number}: {error}") from None
 
 
 def _document(first: str, file: TextIO) -> list[Any] | None:

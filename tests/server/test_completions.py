@@ -25,7 +25,7 @@ def test_an_answer_in_one_piece() -> None:
             "prompt_tokens": 3,
             "completion_tokens": 12,
             "total_tokens": 15,
-            "fastserve": {"queue": 2.5, "prefill": 1.5, "decode": 6.0, "swap": None, "preemptions": 3},
+            "fastserve": {"queue": 2.5, "prefill": 1.5, "decode": 6.0, "swap": 0.75, "preemptions": 3},
         }
 
     run(scenario)

@@ -14,6 +14,7 @@ from toy_llm import CONTEXT, COST
 
 from fastserve.ipc import JobStatus, LevelStatus, Status
 from fastserve.server.engine_api import EngineUnavailable
+from fastserve.server.totals import COUNTERS
 from fastserve.tokenizer import IncrementalDetokenizer, Tokenizer
 from fastserve.types import InvalidRequest, JobMetrics, SamplingParams, TokenLogprobs
 
@@ -77,7 +78,7 @@ class ToyJob:
         self._text.flush()
         self.finish_reason, self.error = reason, error
         if reason in ("stop", "length"):
-            self.metrics = JobMetrics(0.0, 1.0, 2.0, 10.0, 3, 0, 1.5, 6.0)
+            self.metrics = JobMetrics(0.0, 1.0, 2.0, 10.0, 3, 0, 1.5, 6.0, 0.75)
         self._changed.set()
 
     def refuse(self, refusal: InvalidRequest) -> None:
@@ -94,6 +95,8 @@ class ToyEngine:
         self.max_model_len, self.vocab_size = CONTEXT, VOCAB
         self.pids, self.restarts = [4711], 0
         self.failure: str | None = None
+        self.told: Status | None = None  # what is said instead of nothing in particular
+        self.counted: dict[str, float] = {}  # counters that are not 0
         self.backlog = 0.0
         self.open_jobs: dict[int, ToyJob] = {}
         self.opened: list[ToyJob] = []
@@ -104,9 +107,15 @@ class ToyEngine:
 
     @property
     def status(self) -> Status | None:
+        if self.told is not None:
+            return self.told
         level = LevelStatus(None, 0, 0, 0.0)
         live = len(self.open_jobs)
         return Status(0.0, live, 0, [level], self.backlog, *([0] * 11), *([0.0] * 3))
+
+    @property
+    def counters(self) -> dict[str, float]:
+        return {**dict.fromkeys(COUNTERS, 0), **self.counted}
 
     async def start(self) -> None: ...
 

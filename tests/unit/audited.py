@@ -15,7 +15,7 @@ from fastserve.cost import CostModel, Link
 from fastserve.engine import Engine, IterationRecord
 from fastserve.simulator import SimExecutor, VirtualClock
 from fastserve.simulator.replay import plan_digest
-from fastserve.types import OFFLOAD, BatchPlan, Job, SamplingParams, StepResult
+from fastserve.types import OFFLOAD, UPLOAD, BatchPlan, Job, SamplingParams, StepResult
 
 
 class Given(NamedTuple):
@@ -35,6 +35,7 @@ class Work:
 
     computed: int = 0  # positions that were computed at least once
     again: int = 0  # tokens computed that had been before
+    uploads: list[float] = field(default_factory=list)  # seconds of each copy that brought KV back
 
 
 @dataclass
@@ -47,15 +48,17 @@ class _Slot:
 class Auditor:
     """An Executor around another: asserts what a runtime may rely on, and counts work by the seeds of jobs."""
 
-    def __init__(self, config: SchedulerConfig, inner: SimExecutor) -> None:
+    def __init__(self, config: SchedulerConfig, inner: SimExecutor, clock: VirtualClock) -> None:
         self.work: dict[int, Work] = {}
         self.digests: list[str] = []
         self.on_row: Callable[[int], None] = lambda seed: None  # called with the seed of each row
         self.copied = [0, 0]  # blocks, by direction
         self.slots: dict[int, _Slot] = {}
         self.copies: dict[int, list[tuple[int, int, int]]] = {}  # not acknowledged: (direction, device, host)
+        self._uploads: dict[int, tuple[Work, float]] = {}  # whose each of them is, and since when
         self._config = config
         self._inner = inner
+        self._clock = clock
         self._in_flight: deque[set[int]] = deque()  # blocks of the jobs of each plan
         self._rows: deque[set[int]] = deque()  # slots of each plan
 
@@ -90,6 +93,9 @@ class Auditor:
             self._rows.popleft()
             for copy in result.copies.tolist():
                 del self.copies[copy]
+                if copy in self._uploads:
+                    work, since = self._uploads.pop(copy)
+                    work.uploads.append(self._clock.now - since)
         return result
 
     def _enter(self, slot: int, index: int, block: int) -> None:
@@ -123,6 +129,9 @@ class Auditor:
             assert 0 <= host < self._config.num_host_blocks
             self.copies.setdefault(copy, []).append((direction, device, host))
             self.copied[direction] += 1
+            if direction == UPLOAD:
+                (seed,) = {slot.seed for slot in self.slots.values() if device in slot.table}
+                self._uploads[copy] = self.work[seed], self._clock.now
         order = [copy for copy, *_ in rows]
         assert order == sorted(order), "rows of one copy are adjacent"
 
@@ -139,7 +148,7 @@ class Audited:
         self.records: list[IterationRecord] = []
         self.jobs: list[Job] = []
         self._inner = SimExecutor(cost, self.clock, link=link, stages=config.pipeline_parallel_size)
-        self.auditor = Auditor(config, self._inner)
+        self.auditor = Auditor(config, self._inner, self.clock)
         self.engine = Engine(config, self.auditor, cost, link=link, clock=self.clock, on_iteration=self.records.append)
 
     def add(self, given: Given) -> Job:
@@ -159,7 +168,7 @@ class Audited:
         self.jobs.append(job)
         return job
 
-    def run(self, trace: list[Given], after_step: Callable[[], None] = lambda: None, steps: int = 1500) -> None:
+    def run(self, trace: list[Given], after_step: Callable[[], None] = lambda: None, steps: int = 4000) -> None:
         """Run the trace to its end; AssertionError if that is not reached. Integrity is checked after every step.
 
         Jobs arrive and are aborted in the middle of iterations, too.

@@ -56,7 +56,7 @@ def test_kv_that_is_lost_is_computed_again() -> None:
     job = toy.add("a", 8, 500)
     while len(job.output) < 12:
         toy.engine.step()
-    toy.engine.scheduler.residency.release(job)
+    toy.engine.scheduler.residency.release(job, toy.clock.now)
     assert backlog(toy, 10, 30).seconds([job]) == pytest.approx(1 + 20 * 0.25 + 18 * 1.25)
 
 

@@ -133,6 +133,7 @@ def every_trace(setup: Setup) -> None:
     for job in run.jobs:
         everybody_gets_what_was_asked(run, job)
         work_is_conserved(run, job)
+        swapping_is_waiting(run, job)
     again = setup.start()
     elsewhere_in_memory()
     again.run(setup.trace)
@@ -205,6 +206,20 @@ def work_is_conserved(run: Audited, job: Job) -> None:
         decodes = range(len(job.prompt) + 1, needed + 1)
         alone = run.cost.prefill_seconds(0, len(job.prompt)) + sum(map(run.cost.decode_seconds, decodes))
         assert job.attained == pytest.approx(alone, rel=1e-9)
+
+
+def swapping_is_waiting(run: Audited, job: Job) -> None:
+    """A job waits for its KV as long as copies bring it back, and for nothing else; no iteration works on it then."""
+    metrics, work = job.metrics, run.auditor.work.get(job.seed)
+    uploads = work.uploads if work else []
+    assert metrics.queue_seconds is not None and 0.0 <= metrics.swap_seconds <= metrics.queue_seconds + 1e-9
+    if job.finish_reason is FinishReason.ABORT:  # who waited to the end has not waited to the end of the copy
+        return
+    if run.config.max_in_flight == 1:
+        assert metrics.swap_seconds == pytest.approx(sum(uploads))
+    else:  # a copy may have to wait for the plan that takes it along
+        assert metrics.swap_seconds >= sum(uploads) - 1e-9
+        assert uploads or metrics.swap_seconds == 0.0
 
 
 def watch_movements(run: Audited) -> None:

@@ -1,0 +1,91 @@
+"""What jobs are charged for the service they get, and when the policy hears of it.
+
+Charged is the modelled solo time of what is new: neighbours, waiting, swapping and recomputation never are. The policy
+hears of it in lumps, when it can change a job's place, so methods return how often they told it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .cost import Cost
+from .decode_rows import DecodeRows
+from .policies import Policy
+from .types import Job
+
+
+class Charges:
+    """Keeps Job.attained, Job.served and Job.next_seconds."""
+
+    def __init__(self, policy: Policy, cost: Cost) -> None:
+        self._policy = policy
+        self._cost = cost
+        self._untold: dict[Job, float] = {}  # service that the policy has not been told of
+
+    def arrived(self, job: Job) -> None:
+        """A job without output."""
+        self._estimate(job)
+
+    def resumed(self, job: Job) -> None:
+        """A job that a lost engine left with some output.
+
+        What it had been served counts as served, so it is not charged for what is computed again, and a policy that
+        goes by service has it about where it was; but it joins by all that has to be computed.
+        """
+        prompt = len(job.prompt)
+        contexts = np.arange(prompt + 1, job.known, dtype=np.int32)  # of the tokens behind the first
+        job.attained = self._cost.prefill_charge(0, prompt) + float(self._cost.decode_each(contexts).sum())
+        job.served = job.known - 1
+        job.next_seconds = self._cost.prefill_charge(0, job.known)
+
+    def attained(self, job: Job) -> float:
+        """Modelled seconds of its service so far, told or not."""
+        rows = job.batch
+        return job.attained + (rows.unreported(job) if isinstance(rows, DecodeRows) else self._untold.get(job, 0.0))
+
+    def prefill(self, job: Job, start: int, end: int) -> int:
+        """Charge a job for its tokens start … end - 1; returns how many had been computed before."""
+        new = end - max(start, job.served)
+        if new <= 0:
+            return end - start
+        cost, prompt = self._cost, len(job.prompt)
+        self._untold[job] = cost.prefill_charge(job.served, end) if job.served < prompt else cost.decode_seconds(end)
+        job.served = end
+        return end - start - new
+
+    def left(self, job: Job, seconds: float) -> None:
+        """A job is not among the decodes any more, and the policy has not heard of so much of what it got there."""
+        self._untold[job] = seconds
+
+    def tell(self, job: Job, now: float) -> int:
+        """Tell the policy of one job."""
+        seconds = self._untold.pop(job, 0.0)
+        if seconds <= 0.0:
+            return 0
+        job.attained += seconds
+        self._estimate(job)
+        self._policy.on_service(job, seconds, now)
+        return 1
+
+    def tell_all(self, now: float) -> int:
+        """Of all that are not decoding."""
+        return sum([self.tell(job, now) for job in list(self._untold)])
+
+    def tell_decodes(self, batch: DecodeRows, now: float) -> int:
+        """Of decodes whose service may change their places."""
+        told = 0
+        for job in batch.expired():
+            batch.sync(job)
+            if (own := batch.take_service(job)) > 0.0:
+                job.attained += own
+                job.next_seconds = self._cost.decode_seconds(job.served + 1)
+                self._policy.on_service(job, own, now)
+                told += 1
+            batch.set_horizon(job, self._policy.horizon(job))
+        return told
+
+    def _estimate(self, job: Job) -> None:
+        if job.served < len(job.prompt):
+            job.next_seconds = self._cost.prefill_charge(job.served, len(job.prompt))
+        else:
+            job.next_seconds = self._cost.decode_seconds(job.served + 1)
