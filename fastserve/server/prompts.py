@@ -78,8 +78,9 @@ async def encode_chat(
 ) -> list[int]:
     """The conversation as the model's template writes it. Raises ApiError and InvalidRequest (`messages`)."""
     plain = [_plain(index, message) for index, message in enumerate(messages)]
-    text = tokenizer.apply_chat_template(plain, add_generation_prompt)
-    return await encode(tokenizer, text, add_special_tokens)
+    if sum(len(message["content"]) for message in plain) <= _SHORT:
+        return tokenizer.encode_chat(plain, add_generation_prompt, add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode_chat, plain, add_generation_prompt, add_special_tokens)
 
 
 def _plain(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
