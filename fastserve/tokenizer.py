@@ -72,7 +72,7 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, add_special_tokens: bool = False
     ) -> list[int]:
-        """The conversation as the template writes it. Control tokens are its alone; their words in a message are text."""
+        """The conversation as the template writes it. Control tokens are its alone; in messages they are text."""
         text = self.apply_chat_template(self._literals.hide(list(messages)), add_generation_prompt)
         return self._literals.encode(text, add_special_tokens)
 
