@@ -67,7 +67,8 @@ def serve(
     Open requests are finished first (--shutdown-timeout), a second Ctrl-C ends at once. The engine runs in a process of
     its own; when it dies it is started again, and open requests go on where they were. Requests may bring, beside
     OpenAI's fields, priority, user, timeout (or the header X-Request-Timeout), top_k, min_p, repetition_penalty,
-    min_tokens, ignore_eos and stop_token_ids. GET /health and /v1/fastserve/jobs tell how it is doing.
+    min_tokens, ignore_eos and stop_token_ids. The dashboard is at /; GET /health, /metrics and /v1/fastserve/jobs tell
+    how it is doing, and /openapi.json what there is.
     """
     from ..server.run import bind
     from ..server.settings import ServerSettings
