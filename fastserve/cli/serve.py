@@ -100,7 +100,7 @@ async def _serve(settings: ServerSettings, options: dict[str, Any], bound: Any) 
 
     def ready(url: str) -> None:
         names = ", ".join(settings.names)
-        console.print(f"serving {names} at {url}/v1 · {url}/health · Ctrl-C ends", markup=False, soft_wrap=True)
+        console.print(f"serving {names} at {url}/v1 · dashboard {url}/ · Ctrl-C ends", markup=False, soft_wrap=True)
 
     return await serve(service, create_app(service), bound, on_ready=ready)
 

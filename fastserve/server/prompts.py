@@ -98,8 +98,11 @@ def _plain(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
         "role": "system" if role == "developer" else role,  # what OpenAI calls the former one
         "content": _text(f"{place}.content", message.get("content"), required=role != "assistant"),
     }
-    if isinstance(message.get("name"), str):
-        plain["name"] = message["name"]
+    name = message.get("name")
+    if name is not None:
+        if not isinstance(name, str):
+            raise _refused(f"{place}.name", "must be text")
+        plain["name"] = name
     return plain
 
 

@@ -15,7 +15,7 @@ MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_INT = 2**31 - 1  # the runtime's integers
 
-_ID = {"type": "integer", "minimum": 0}
+_ID: dict[str, Any] = {"type": "integer", "minimum": 0}
 _PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
@@ -29,17 +29,32 @@ _PART_SCHEMA = {
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
 }
-_MESSAGES_SCHEMA = {
+_TEXT_SCHEMA = [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA}]
+_NAME_SCHEMA = {"type": ["string", "null"]}
+_MESSAGES_SCHEMA: dict[str, Any] = {
     "type": "array",
     "minItems": 1,
     "items": {
-        "type": "object",
-        "properties": {
-            "role": {"enum": ["system", "developer", "user", "assistant"]},
-            "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA}]},
-            "name": {"type": "string"},
-        },
-        "required": ["role", "content"],
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {
+                    "role": {"enum": ["system", "developer", "user"]},
+                    "content": {"anyOf": _TEXT_SCHEMA},
+                    "name": _NAME_SCHEMA,
+                },
+                "required": ["role", "content"],
+            },
+            {
+                "type": "object",
+                "properties": {
+                    "role": {"const": "assistant"},
+                    "content": {"anyOf": [*_TEXT_SCHEMA, {"type": "null"}]},
+                    "name": _NAME_SCHEMA,
+                },
+                "required": ["role"],
+            },
+        ]
     },
 }
 
