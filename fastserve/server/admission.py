@@ -86,7 +86,7 @@ class Admission:
     def check_deadline(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, timeout: float, spent: float
     ) -> None:
-        """Raises ApiError, 408, for a `timeout` that the job would miss on an engine of its own; `spent` is over. Seconds.
+        """Raises ApiError, 408, for a `timeout` that the job would miss on an engine of its own; `spent` is over.
 
         Under fcfs, which lets nobody overtake, it would miss it with the wait for a place, too.
         """

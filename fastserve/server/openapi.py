@@ -97,9 +97,14 @@ _ERRORS = {
 
 def generation(whole: type[BaseModel], chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """Responses of an endpoint that generates: in one piece, or as events."""
-    stream = {
-        "schema": {"type": "string"},
-        "x-event-schema": {"$ref": _REF.format(model=chunk.__name__)},
+    events = [_REF.format(model=model.__name__) for model in (chunk, ErrorBody)]
+    said = {"contentMediaType": "application/json", "contentSchema": {"anyOf": [{"$ref": ref} for ref in events]}}
+    stream = {  # one event, as OpenAPI 3.2 has it, and FastAPI too
+        "itemSchema": {
+            "type": "object",
+            "properties": {"data": {"type": "string", "anyOf": [said, {"const": "[DONE]"}]}},
+            "required": ["data"],
+        }
     }
     told = (
         f"The answer. With `stream: true` events: a {chunk.__name__} each time it has grown, then `[DONE]`; "

@@ -80,8 +80,9 @@ def check_answer(document: Any, path: str, method: str, status: int, kind: str, 
     content = document["paths"][path][method]["responses"][str(status)]["content"]
     kind = kind.partition(";")[0]
     if kind == "text/event-stream":
+        said = content[kind]["itemSchema"]["properties"]["data"]["anyOf"][0]["contentSchema"]
         for event in parse(text):
-            conforms(document, content[kind]["x-event-schema"], event)
+            conforms(document, said, event)
     elif kind == "application/json":
         conforms(document, content[kind]["schema"], json.loads(text))
 
