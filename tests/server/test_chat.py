@@ -121,6 +121,7 @@ def test_conversations_that_are_refused() -> None:
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content[0].type"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0]"),
         ([{"role": "user", "content": 4}], "messages[0].content"),
+        ([{"role": "user", "content": "x", "name": {}}], "messages[0].name"),
         ("hi", "messages"),
         ([4], "messages"),
     ]

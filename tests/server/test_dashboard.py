@@ -16,6 +16,7 @@ from http_world import World, run
 from toy_engine import ToyEngine, ToyJob
 
 from fastserve.ipc import JobStatus, LevelStatus, Status
+from fastserve.server import board
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
@@ -152,6 +153,18 @@ def test_no_jobs_and_two_hundred(tmp_path: Path) -> None:
 
     show(0, sink, none)
     show(200, lambda looks, job: None, many)
+
+
+def test_regret_where_the_server_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = board._server
+
+    async def check(world: World, url: str) -> None:
+        for told, shown in ((1.234, "1.23 ×"), (None, "–")):
+            monkeypatch.setattr(board, "_server", lambda service, told=told: plain(service) | {"regret": told})
+            page = await look(url, tmp_path)
+            assert page.texts["regret"] == shown and not page.errors
+
+    show(0, sink, check)
 
 
 def test_trouble_is_told(tmp_path: Path) -> None:
