@@ -72,6 +72,7 @@ def serve(
     """
     from ..server.run import bind
     from ..server.settings import ServerSettings
+    from ..server.supervisor import EngineStartError
 
     server["api_key"] = [*server.get("api_key", []), *_keys_of_environment()]
     settings = ServerSettings(model=model, **server)
@@ -80,7 +81,12 @@ def serve(
         options["cost"] = str(options["cost"])
     with bind(settings) as bound:
         _set_up_logging()
-        return asyncio.run(_serve(settings, options, bound))
+        try:
+            return asyncio.run(_serve(settings, options, bound))
+        except EngineStartError as error:
+            if error.field is None:
+                raise
+            raise InvalidRequest(error.field, str(error)) from error  # an option at fault, which the CLI names
 
 
 async def _serve(settings: ServerSettings, options: dict[str, Any], bound: Any) -> int:

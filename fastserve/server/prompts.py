@@ -86,9 +86,9 @@ async def encode_chat(
 def _plain(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as templates know it: a role and a text."""
     place = f"messages[{index}]"
-    for name in _NO_TOOLS:
-        if message.get(name):
-            raise _unsupported(f"{place}.{name}")
+    for field in _NO_TOOLS:
+        if message.get(field):
+            raise _unsupported(f"{place}.{field}")
     role = message.get("role")
     if role in ("tool", "function"):
         raise _unsupported(f"{place}.role", f"{role!r} is not supported, as tools are not")
