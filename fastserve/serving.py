@@ -231,7 +231,7 @@ class ServingCore:
             raise InvalidRequest("messages", f"must be a list of dicts with role and content, got {given!r:.80}")
         tokenizer = self._need_tokenizer("messages", "use generate with token ids")
         text = tokenizer.apply_chat_template(messages)
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        token_ids = tokenizer.encode_chat(messages)
         return self._request(token_ids, params, request_id=request_id, text=text, priority=priority)
 
     def _add(

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from .chat_template import ChatTemplate
+from .literals import Literals
 from .loaders.spec import ModelError, TokenizerData
 from .types import InvalidRequest
 
@@ -25,6 +26,7 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = data.special_tokens or {}
         self._template_text = data.chat_template
+        self._literals = Literals(backend)
         # Of tokens that were asked for: a server asks for each again and again.
         self._token_bytes: dict[int, bytes] = {}
         self._token_text: dict[int, str | None] = {}
@@ -67,9 +69,12 @@ class Tokenizer:
         """The conversation as the text the model was trained on. Raises InvalidRequest (`messages`)."""
         return self._template.render(messages, add_generation_prompt, self._special_tokens)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt that asks for the next assistant message. The template writes the special tokens itself."""
-        return self.encode(self.apply_chat_template(messages), add_special_tokens=False)
+    def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, add_special_tokens: bool = False
+    ) -> list[int]:
+        """The conversation as the template writes it. Control tokens are its alone; in messages they are text."""
+        text = self.apply_chat_template(self._literals.hide(list(messages)), add_generation_prompt)
+        return self._literals.encode(text, add_special_tokens)
 
     @cached_property
     def _template(self) -> ChatTemplate:

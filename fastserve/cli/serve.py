@@ -73,10 +73,12 @@ def serve(
     Open requests are finished first (--shutdown-timeout), a second Ctrl-C ends at once. The engine runs in a process of
     its own; when it dies it is started again, and open requests go on where they were. Requests may bring, beside
     OpenAI's fields, priority, user, timeout (or the header X-Request-Timeout), top_k, min_p, repetition_penalty,
-    min_tokens, ignore_eos and stop_token_ids. GET /health and /v1/fastserve/jobs tell how it is doing.
+    min_tokens, ignore_eos and stop_token_ids. The dashboard is at /; GET /health, /metrics and /v1/fastserve/jobs tell
+    how it is doing, and /openapi.json what there is.
     """
     from ..server.run import bind
     from ..server.settings import ServerSettings
+    from ..server.supervisor import EngineStartError
 
     server["api_key"] = [*server.get("api_key", []), *_keys_of_environment()]
     settings = ServerSettings(model=model, **server)
@@ -85,7 +87,12 @@ def serve(
         options["cost"] = str(options["cost"])
     with bind(settings) as bound:
         _set_up_logging()
-        return asyncio.run(_serve(settings, options, bound))
+        try:
+            return asyncio.run(_serve(settings, options, bound))
+        except EngineStartError as error:
+            if error.field is None:
+                raise
+            raise InvalidRequest(error.field, str(error)) from error  # an option at fault, which the CLI names
 
 
 async def _serve(settings: ServerSettings, options: dict[str, Any], bound: Any) -> int:
@@ -105,7 +112,7 @@ async def _serve(settings: ServerSettings, options: dict[str, Any], bound: Any) 
 
     def ready(url: str) -> None:
         names = ", ".join(settings.names)
-        console.print(f"serving {names} at {url}/v1 · {url}/health · Ctrl-C ends", markup=False, soft_wrap=True)
+        console.print(f"serving {names} at {url}/v1 · dashboard {url}/ · Ctrl-C ends", markup=False, soft_wrap=True)
 
     return await serve(service, create_app(service), bound, on_ready=ready)
 

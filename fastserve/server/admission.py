@@ -83,12 +83,14 @@ class Admission:
             self.refused["draining"] += 1
             raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
 
-    def check_deadline(self, prompts: Sequence[Sequence[int]], params: SamplingParams, timeout: float) -> None:
-        """Raises ApiError, 408, for a `timeout` in seconds that the job would miss on an engine of its own.
+    def check_deadline(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, timeout: float, spent: float
+    ) -> None:
+        """Raises ApiError, 408, for a `timeout` that the job would miss on an engine of its own; `spent` is over.
 
         Under fcfs, which lets nobody overtake, it would miss it with the wait for a place, too.
         """
-        needs = max(self.solo_seconds(prompt, params) for prompt in prompts)
+        needs = spent + max(self.solo_seconds(prompt, params) for prompt in prompts)
         waits = self.queue_seconds() if self._engine.info.get("policy") == "fcfs" else 0.0
         if needs + waits <= timeout:
             return

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from .errors import ApiError
 
-# What monitors read, and what a browser asks before it may send a key.
-OPEN_PATHS = frozenset({"/health", "/metrics"})
+# What monitors read, and the dashboard, which is an empty page until it is told a key.
+OPEN_PATHS = frozenset({"/", "/health", "/metrics"})
 
 
 class ApiKeys:

@@ -11,10 +11,12 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, Response
 
 from .engine_api import EngineUnavailable
-from .requests import errors
+from .openapi import errors
+from .schemas import LiveJobs
 from .service import Service
 
 _ENGINE_ANSWERS = 5.0  # seconds
+_TEXT = {"schema": {"type": "string"}}
 
 
 def router(service: Service) -> APIRouter:
@@ -25,12 +27,12 @@ def router(service: Service) -> APIRouter:
     async def dashboard() -> HTMLResponse:
         return HTMLResponse(page)
 
-    @routes.get("/metrics", response_class=Response)
+    @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": _TEXT}}})
     async def metrics() -> Response:
         """For Prometheus: vLLM's names where it has them, `fastserve:` for the rest."""
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @routes.get("/v1/fastserve/jobs", responses=errors(401, 503))
+    @routes.get("/v1/fastserve/jobs", responses={200: {"model": LiveJobs}, **errors(401, 503)})
     async def list_jobs() -> dict[str, Any]:
         """The jobs that the engine has, the next to run first; levels, memory and recent figures beside them.
 
@@ -72,6 +74,8 @@ def _server(service: Service) -> dict[str, Any]:
         "preemptions": counters["preemptions"],
         "swapped": {"out": counters["offloaded_bytes"], "in": counters["uploaded_bytes"]},
     }
+    if engine.failure is not None:
+        told["error"] = engine.failure
     if status is not None:
         told |= {
             "levels": [msgspec.structs.asdict(level) for level in status.levels],

@@ -70,8 +70,7 @@ class Call:
         for prompt in prompts:
             service.limits.check("prompt", prompt)
         if self.timeout is not None:
-            left = self.timeout - (time.monotonic() - self.arrival)
-            service.admission.check_deadline(prompts, params, left)
+            service.admission.check_deadline(prompts, params, self.timeout, time.monotonic() - self.arrival)
         for prompt in prompts:
             seed = service.draw_seed() if params.seed is None else params.seed
             for index in range(params.n):

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Depends, Request, Response
 
 from .answers import Answer, Generation
+from .openapi import REQUEST_ID, TIMEOUT, generation
 from .prompts import encode_chat
 from .protocol import ChatRequest
 from .requestlog import RequestLog
-from .requests import GENERATION, require_json, timeout_of, user_of
+from .requests import require_json, timeout_of, user_of
+from .schemas import ChatCompletion, ChatCompletionChunk
 from .service import Service
 from .shapes import ChatShape, Shape, Style
 
@@ -18,7 +20,12 @@ from .shapes import ChatShape, Shape, Style
 def router(service: Service) -> APIRouter:
     routes = APIRouter(dependencies=[Depends(require_json)])
 
-    @routes.post("/v1/chat/completions", response_class=Response, responses=GENERATION)
+    @routes.post(
+        "/v1/chat/completions",
+        response_class=Response,
+        responses=generation(ChatCompletion, ChatCompletionChunk),
+        openapi_extra={"parameters": [REQUEST_ID, TIMEOUT]},
+    )
     async def create_chat_completion(body: ChatRequest, request: Request) -> Answer:
         """Say the next message of a conversation."""
         log = RequestLog.of(request.scope)

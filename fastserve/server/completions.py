@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Depends, Request, Response
 
 from .answers import Answer, Generation
+from .openapi import REQUEST_ID, TIMEOUT, generation
 from .prompts import as_prompts, encode
 from .protocol import CompletionRequest
 from .requestlog import RequestLog
-from .requests import GENERATION, require_json, timeout_of, user_of
+from .requests import require_json, timeout_of, user_of
+from .schemas import Completion, CompletionChunk
 from .service import Service
 from .shapes import CompletionShape, Shape, Style
 
@@ -20,7 +22,12 @@ _MAX_TOKENS = 16  # OpenAI's default
 def router(service: Service) -> APIRouter:
     routes = APIRouter(dependencies=[Depends(require_json)])
 
-    @routes.post("/v1/completions", response_class=Response, responses=GENERATION)
+    @routes.post(
+        "/v1/completions",
+        response_class=Response,
+        responses=generation(Completion, CompletionChunk),
+        openapi_extra={"parameters": [REQUEST_ID, TIMEOUT]},
+    )
     async def create_completion(body: CompletionRequest, request: Request) -> Answer:
         """Go on from a prompt, or from each of several."""
         log = RequestLog.of(request.scope)

@@ -8,8 +8,11 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from ..version import __version__
-from .requests import errors
+from .openapi import errors
+from .schemas import Health, ModelCard, ModelList
 from .service import Service
+
+_UNHEALTHY: dict[str, Any] = {"model": Health, "description": "Work is refused, and `status` says why."}
 
 
 def router(service: Service) -> APIRouter:
@@ -27,17 +30,17 @@ def router(service: Service) -> APIRouter:
             "max_model_len": service.engine.max_model_len,
         }
 
-    @routes.get("/v1/models", responses=errors(401))
+    @routes.get("/v1/models", responses={200: {"model": ModelList}, **errors(401)})
     async def list_models() -> dict[str, Any]:
         """The model, under each name that it is served by."""
         return {"object": "list", "data": [card(name) for name in service.settings.names]}
 
-    @routes.get("/v1/models/{model:path}", responses=errors(401, 404))
+    @routes.get("/v1/models/{model:path}", responses={200: {"model": ModelCard}, **errors(401, 404)})
     async def retrieve_model(model: str) -> dict[str, Any]:
         """The model, by one of its names."""
         return card(service.check_model(model))
 
-    @routes.get("/health", responses={503: {"description": "Work is refused, and `status` says why."}})
+    @routes.get("/health", responses={200: {"model": Health}, 503: _UNHEALTHY})
     async def health() -> JSONResponse:
         """200 while work is taken in, even if the engine is being restarted: nothing is lost by that."""
         engine = service.engine

@@ -78,16 +78,17 @@ async def encode_chat(
 ) -> list[int]:
     """The conversation as the model's template writes it. Raises ApiError and InvalidRequest (`messages`)."""
     plain = [_plain(index, message) for index, message in enumerate(messages)]
-    text = tokenizer.apply_chat_template(plain, add_generation_prompt)
-    return await encode(tokenizer, text, add_special_tokens)
+    if sum(len(message["content"]) for message in plain) <= _SHORT:
+        return tokenizer.encode_chat(plain, add_generation_prompt, add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode_chat, plain, add_generation_prompt, add_special_tokens)
 
 
 def _plain(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as templates know it: a role and a text."""
     place = f"messages[{index}]"
-    for name in _NO_TOOLS:
-        if message.get(name):
-            raise _unsupported(f"{place}.{name}")
+    for field in _NO_TOOLS:
+        if message.get(field):
+            raise _unsupported(f"{place}.{field}")
     role = message.get("role")
     if role in ("tool", "function"):
         raise _unsupported(f"{place}.role", f"{role!r} is not supported, as tools are not")
@@ -97,8 +98,11 @@ def _plain(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
         "role": "system" if role == "developer" else role,  # what OpenAI calls the former one
         "content": _text(f"{place}.content", message.get("content"), required=role != "assistant"),
     }
-    if isinstance(message.get("name"), str):
-        plain["name"] = message["name"]
+    name = message.get("name")
+    if name is not None:
+        if not isinstance(name, str):
+            raise _refused(f"{place}.name", "must be text")
+        plain["name"] = name
     return plain
 
 

@@ -6,22 +6,62 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
-from ..types import MAX_SEED, SamplingParams
+from ..types import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from .errors import ApiError, refused
 from .fields import check_extra
 
 MAX_STOPS = 16
 MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
+MAX_INT = 2**31 - 1  # the runtime's integers
 
+_ID: dict[str, Any] = {"type": "integer", "minimum": 0}
 _PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
-        {"type": "array", "items": {"type": "string"}},
-        {"type": "array", "items": {"type": "integer"}},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        {"type": "array", "items": _ID, "minItems": 1},
+        {"type": "array", "items": {"type": "array", "items": _ID, "minItems": 1}, "minItems": 1},
     ]
 }
+_PART_SCHEMA = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_TEXT_SCHEMA = [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA}]
+_NAME_SCHEMA = {"type": ["string", "null"]}
+_MESSAGES_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {
+                    "role": {"enum": ["system", "developer", "user"]},
+                    "content": {"anyOf": _TEXT_SCHEMA},
+                    "name": _NAME_SCHEMA,
+                },
+                "required": ["role", "content"],
+            },
+            {
+                "type": "object",
+                "properties": {
+                    "role": {"const": "assistant"},
+                    "content": {"anyOf": [*_TEXT_SCHEMA, {"type": "null"}]},
+                    "name": _NAME_SCHEMA,
+                },
+                "required": ["role"],
+            },
+        ]
+    },
+}
+
+
+def _given(description: str, **schema: Any) -> Any:
+    """A field that may be left out. `schema` tells of its range, which SamplingParams or `check` holds it to."""
+    return Field(None, description=description, json_schema_extra=schema)
 
 
 class _Body(BaseModel):
@@ -37,35 +77,44 @@ class _Body(BaseModel):
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = Field(None, description="vLLM's: usage in every chunk.")
+    include_usage: bool | None = _given("A last event without choices says what the request took.")
+    continuous_usage_stats: bool | None = _given("vLLM's: usage in every event, too.")
 
 
 class GenerationRequest(_Body):
     """What completions and chats have in common."""
 
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    temperature: float | None = Field(None, description="0 takes the most likely token.")
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(None, description=f"At most {MAX_BIASES} token ids.")
-    n: int | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = Field(None, description=f"At most {MAX_STOPS} texts.")
-    stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
-    ignore_eos: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Whom the job is for: a full queue is shared fairly among users.")
-    priority: int | None = Field(None, description="Lower goes first, whatever the policy says.")
-    timeout: float | None = Field(None, description="Seconds until nobody wants the answer any more.")
+    max_tokens: int | None = _given("Tokens of output, at most.", minimum=1, maximum=MAX_INT)
+    min_tokens: int | None = _given("No end of any kind before so many tokens; 0.", minimum=0, maximum=MAX_INT)
+    temperature: float | None = _given("0 takes the most likely token; 1.", minimum=0, maximum=100)
+    top_p: float | None = _given("The likeliest tokens that add up to this probability; 1.", minimum=1e-9, maximum=1)
+    top_k: int | None = _given("So many of the likeliest tokens; 0 and -1 are all.", minimum=-1, maximum=MAX_INT)
+    min_p: float | None = _given("Tokens with this share of the likeliest one's probability; 0.", minimum=0, maximum=1)
+    repetition_penalty: float | None = _given("On tokens of prompt and output; 1 is none.", minimum=1e-6, maximum=100)
+    presence_penalty: float | None = _given("On tokens of the output; 0.", minimum=-2, maximum=2)
+    frequency_penalty: float | None = _given("On tokens of the output, each time; 0.", minimum=-2, maximum=2)
+    logit_bias: dict[str, float] | None = _given(
+        "Added to the logits of these token ids.",
+        maxProperties=MAX_BIASES,
+        propertyNames={"pattern": "^[0-9]+$"},
+        additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
+    )
+    n: int | None = _given("Answers to each prompt; 1.", minimum=1, maximum=128)
+    seed: int | None = _given("The same request with the same seed has one answer.", minimum=-(2**63), maximum=MAX_SEED)
+    stop: str | list[str] | None = _given(
+        "Texts that end the answer, which comes without them.", maxItems=MAX_STOPS, items={"minLength": 1}
+    )
+    stop_token_ids: list[int] | None = _given("Tokens that do.", items=_ID)
+    include_stop_str_in_output: bool | None = _given("Keeps the stop text; false.")
+    skip_special_tokens: bool | None = _given("Leaves control tokens out of the text; true.")
+    ignore_eos: bool | None = _given("Goes on after the model's end-of-sequence token; false.")
+    stream: bool | None = _given("Server-sent events while the answer grows; false.")
+    stream_options: StreamOptions | None = _given("Only with stream: true.")
+    user: str | None = _given("Whom the job is for: a full queue is shared fairly among users.")
+    priority: int | None = _given("Lower goes first, whatever the policy says; 0.", minimum=-(2**31), maximum=2**31 - 1)
+    timeout: float | None = _given(
+        "Seconds until nobody wants the answer any more.", exclusiveMinimum=0, exclusiveMaximum=1e9
+    )
 
     def params(self, vocab_size: int, *, logprobs: int | None, **given: Any) -> SamplingParams:
         """Raises ApiError and InvalidRequest, naming the field. `given` goes before the body's fields."""
@@ -94,10 +143,9 @@ class GenerationRequest(_Body):
             return None
         if len(self.logit_bias) > MAX_BIASES:
             raise refused("logit_bias", f"must hold at most {MAX_BIASES} tokens, got {len(self.logit_bias)}")
-        try:
-            biases = {int(token): bias for token, bias in self.logit_bias.items()}
-        except ValueError:
-            raise refused("logit_bias", 'must have token ids as keys, such as {"50256": -100}') from None
+        if not all(token.isascii() and token.isdigit() and len(token) <= 20 for token in self.logit_bias):
+            raise refused("logit_bias", 'must have token ids as keys, such as {"50256": -100}')
+        biases = {int(token): bias for token, bias in self.logit_bias.items()}
         self._check_ids("logit_bias", list(biases), vocab_size)
         return biases
 
@@ -128,11 +176,11 @@ class GenerationRequest(_Body):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: Annotated[Any, Field(json_schema_extra=_PROMPT_SCHEMA)]
-    echo: bool | None = None
-    logprobs: int | None = Field(None, description="This many alternatives of every token.")
-    best_of: int | None = Field(None, description="Only as many as n.")
-    add_special_tokens: bool | None = Field(None, description="Such as a beginning-of-sequence token; true.")
+    prompt: Annotated[Any, Field(description="Text, token ids, or a list of either.", json_schema_extra=_PROMPT_SCHEMA)]
+    echo: bool | None = _given("The text begins with the prompt; false.")
+    logprobs: int | None = _given("This many alternatives of every token.", minimum=0, maximum=MAX_LOGPROBS)
+    best_of: int | None = _given("Only as many as n.", minimum=1)
+    add_special_tokens: bool | None = _given("Such as a beginning-of-sequence token; true.")
 
     def check(self) -> list[str]:
         if self.best_of is not None and self.best_of != (self.n or 1):
@@ -155,12 +203,16 @@ class CompletionRequest(GenerationRequest):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
-    max_completion_tokens: int | None = None
-    logprobs: StrictBool | None = None
-    top_logprobs: int | None = None
-    add_generation_prompt: bool | None = None
-    add_special_tokens: bool | None = Field(None, description="The template writes its own; false.")
+    messages: list[dict[str, Any]] = Field(description="The conversation so far.", json_schema_extra=_MESSAGES_SCHEMA)
+    max_completion_tokens: int | None = _given(
+        "Tokens of output, at most; until the context is full.", minimum=1, maximum=MAX_INT
+    )
+    logprobs: StrictBool | None = _given("Log probabilities of the answer's tokens; false.")
+    top_logprobs: int | None = _given(
+        "And of so many alternatives; needs logprobs.", minimum=0, maximum=MAX_TOP_LOGPROBS
+    )
+    add_generation_prompt: bool | None = _given("Ends the prompt with the beginning of an assistant's message; true.")
+    add_special_tokens: bool | None = _given("The template writes its own; false.")
 
     def check(self) -> list[str]:
         both = self.max_tokens is not None and self.max_completion_tokens is not None
@@ -177,14 +229,14 @@ class ChatRequest(GenerationRequest):
 class TokenizeRequest(_Body):
     """POST /tokenize: a prompt or a conversation."""
 
-    prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    return_token_strs: bool | None = None
+    prompt: str | None = _given("Either this")
+    messages: list[dict[str, Any]] | None = _given("or this.", anyOf=[_MESSAGES_SCHEMA, {"type": "null"}])
+    add_special_tokens: bool | None = _given("true for a prompt, false for messages, whose template writes its own.")
+    add_generation_prompt: bool | None = _given("Ends messages with the beginning of an assistant's; true.")
+    return_token_strs: bool | None = _given("The texts of the tokens, too; false.")
 
 
 class DetokenizeRequest(_Body):
     """POST /detokenize."""
 
-    tokens: list[int]
+    tokens: list[int] = Field(json_schema_extra={"items": _ID})

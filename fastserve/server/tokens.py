@@ -8,9 +8,11 @@ from fastapi import APIRouter, Depends
 
 from .errors import refused
 from .logprobs import token_name
+from .openapi import errors
 from .prompts import encode, encode_chat
 from .protocol import DetokenizeRequest, TokenizeRequest
-from .requests import errors, require_json
+from .requests import require_json
+from .schemas import Detokenized, Tokenized
 from .service import Service
 
 
@@ -18,7 +20,7 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(dependencies=[Depends(require_json)])
     statuses = errors(400, 401, 404, 413, 415)
 
-    @routes.post("/tokenize", responses=statuses)
+    @routes.post("/tokenize", responses={200: {"model": Tokenized}, **statuses})
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """The token ids of a prompt, or of a conversation as the model's template writes it."""
         body.check()
@@ -44,7 +46,7 @@ def router(service: Service) -> APIRouter:
             "token_strs": names,
         }
 
-    @routes.post("/detokenize", responses=statuses)
+    @routes.post("/detokenize", responses={200: {"model": Detokenized}, **statuses})
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         """The text of token ids, special ones included."""
         body.check()

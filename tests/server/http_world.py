@@ -80,12 +80,14 @@ def parse(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def run(scenario: Callable[[World], Coroutine[Any, Any, None]], **options: Any) -> None:
+def run(
+    scenario: Callable[[World], Coroutine[Any, Any, None]], make: Callable[..., ToyEngine] = ToyEngine, **options: Any
+) -> None:
     """Run a scenario, and see that it leaves no job, no place and no task behind."""
     engine_options = {name: options.pop(name) for name in ("max_num_seqs", "held", "policy") if name in options}
 
     async def main() -> None:
-        world = World(ToyEngine(**engine_options), **options)
+        world = World(make(**engine_options), **options)
         before = asyncio.all_tasks()
         async with world.client:
             await asyncio.wait_for(scenario(world), 60)

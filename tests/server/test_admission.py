@@ -121,6 +121,7 @@ def test_a_deadline_that_the_job_alone_would_miss_is_refused(by: str) -> None:
 
         error = (await ask(1.0, 408))["error"]
         assert (error["code"], error["param"]) == ("deadline_unreachable", "timeout")
+        assert error["message"].startswith("timeout: 1 s are not enough")  # what was asked for, not what is left of it
         assert world.headers["x-should-retry"] == "false" and not world.engine.opened
         await ask(3.5, 408)  # with ignore_eos, all four tokens have to come
         await ask(100.0, 200)

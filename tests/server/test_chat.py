@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from http_world import World, answer, ids, run, text_of
+from toy import EOS
 
 from fastserve.seeds import derived_seed
 
@@ -89,6 +91,26 @@ def test_contents_of_every_kind() -> None:
     run(scenario)
 
 
+def test_control_tokens_in_messages_are_text() -> None:
+    said = "a</s>b"  # the toy has no tokens for < / and >
+
+    async def scenario(world: World) -> None:
+        for content in (said, [{"type": "text", "text": said}], said + "x" * 5000):
+            messages = [{"role": "user", "content": content}]
+            assert EOS not in (await world.post("/tokenize", {"messages": messages}))["tokens"]
+        await world.post(PATH, {"messages": [{"role": "user", "content": said}], "max_tokens": 1})
+        assert world.engine.opened[-1].prompt == ids("uasbZa")
+        await world.post("/v1/completions", {"prompt": said, "max_tokens": 1})  # here they are the caller's own
+        assert world.engine.opened[-1].prompt == [*ids("a"), EOS, *ids("b")]
+        broken = [{"role": "user", "content": "\ud800"}]
+        response = await world.client.post(
+            PATH, content=json.dumps({"messages": broken}), headers={"Content-Type": "application/json"}
+        )
+        assert response.status_code == 400 and response.json()["error"]["param"] == "messages"
+
+    run(scenario)
+
+
 def test_conversations_that_are_refused() -> None:
     refused: list[tuple[Any, str]] = [
         ([], "messages: must hold at least one message"),
@@ -99,6 +121,7 @@ def test_conversations_that_are_refused() -> None:
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content[0].type"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0]"),
         ([{"role": "user", "content": 4}], "messages[0].content"),
+        ([{"role": "user", "content": "x", "name": {}}], "messages[0].name"),
         ("hi", "messages"),
         ([4], "messages"),
     ]

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from fastserve.cli import main
+from fastserve.server.supervisor import EngineStartError
 
 HERE = Path(__file__).parent
 PLAIN = {"prompt": "abc", "max_tokens": 6, "ignore_eos": True, "stream": True}
@@ -121,6 +122,16 @@ def test_what_cannot_be_served_is_said_in_a_line(
     assert "--log-format" in complaint(capsys, "--log-format", "xml")
     monkeypatch.setenv("FASTSERVE_API_KEY", "one,,two")
     assert "FASTSERVE_API_KEY" in complaint(capsys)
+
+
+def test_an_option_that_the_engine_refuses_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> int:
+        raise EngineStartError("must be at least 1, got 0", "max_num_seqs")
+
+    monkeypatch.setattr("fastserve.cli.serve._serve", refuse)
+    assert "--max-num-seqs: must be at least 1, got 0" in complaint(capsys, "--port", "0", "--max-num-seqs", "0")
 
 
 def test_keys_come_from_both(monkeypatch: pytest.MonkeyPatch) -> None:

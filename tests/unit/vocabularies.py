@@ -85,6 +85,10 @@ WORDS = ["▁the", "▁a", "▁cat", "▁sat", "▁", "t", "h", "e", "c", "a", "
 
 @cache
 def sentencepiece() -> Tokenizer:
+    return Tokenizer.from_data(sentencepiece_data())
+
+
+def sentencepiece_data() -> TokenizerData:
     """A SentencePiece vocabulary as GGUF stores it: scores, byte tokens, `▁` for a space."""
     words = WORDS
     tokens = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], *words]
@@ -97,4 +101,4 @@ def sentencepiece() -> Tokenizer:
         "tokenizer.ggml.scores": scores,
         "tokenizer.ggml.bos_token_id": 1,
     }
-    return Tokenizer.from_data(TokenizerData(gguf=keys, add_bos_token=True))
+    return TokenizerData(gguf=keys, add_bos_token=True)

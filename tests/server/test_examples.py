@@ -1,0 +1,44 @@
+"""The scripts in examples/ do what they say, against a server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from http_world import World, run
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+async def printed(world: World, *command: str) -> str:
+    async with world.served() as url:
+        process = await asyncio.create_subprocess_exec(
+            *command, url, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        )
+        out = (await process.communicate())[0].decode()
+    assert process.returncode == 0, out
+    return out
+
+
+def test_openais_client() -> None:
+    async def scenario(world: World) -> None:
+        out = await printed(world, sys.executable, str(EXAMPLES / "openai_client.py"))
+        assert [line.split(":")[0] for line in out.splitlines() if line.startswith("---")] == [
+            "--- in the background", "--- as usual", "--- urgently"
+        ]  # fmt: skip
+        assert out.count("'queue': ") == out.count("'preemptions': ") == 3
+        assert sorted(job.priority for job in world.engine.opened) == [-10, 0, 10]
+
+    run(scenario)
+
+
+def test_curl() -> None:
+    async def scenario(world: World) -> None:
+        out = await printed(world, "bash", str(EXAMPLES / "curl.sh"))
+        answers = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        assert answers[0]["status"] == "ok" and answers[1]["usage"]["fastserve"]["queue"] is not None
+        assert "data: [DONE]" in out and answers[-1]["object"] == "list"
+
+    run(scenario)
