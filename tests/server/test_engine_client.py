@@ -22,7 +22,7 @@ from stand_in import CONTEXT, VOCAB, Options
 from fastserve.server.client import EngineClient, worker_command
 from fastserve.server.engine_api import EngineUnavailable
 from fastserve.server.jobs import OpenJob
-from fastserve.server.supervisor import EngineStartError, Health
+from fastserve.server.supervisor import BackOff, EngineStartError, Health
 from fastserve.types import InvalidRequest, SamplingParams
 
 QUICK = Health(backoff=0.001, heartbeat_timeout=20.0)
@@ -472,6 +472,15 @@ def test_any_schedule(seed: int) -> None:
                 check_growing(job) if job.finish_reason == "abort" and job.key in closed else check_finished(job)
 
     run(work())
+
+
+def test_engines_that_die_at_once_are_waited_for_longer_and_longer() -> None:
+    backoff = BackOff(Health(backoff=0.1, max_backoff=30.0, healthy_after=60.0))
+    waits = [backoff.after(0.0) for _ in range(11)]
+    assert waits == [0.1 * 2**count for count in range(9)] + [30.0, 30.0]
+    assert backoff.after(59.0) == 30.0 and backoff.after(60.0) == 0.1  # it was healthy
+    assert backoff.after(0.0) == 0.2
+    assert [backoff.after(5.0) for _ in range(20)] == [0.1, *[0.1] * 19]  # killed at random moments: no penalty
 
 
 def test_options_are_checked() -> None:
