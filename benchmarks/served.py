@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import re
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -146,8 +148,10 @@ class Answer:
                 yield event
 
     def hang_up(self, *, reset: bool = False) -> None:
-        """Close the connection; with `reset`, as a machine that is gone: whatever it sends is refused."""
+        """Close the connection; with `reset`, at once and as if the line had broken."""
         if reset:
+            linger = struct.pack("ii", 1, 0)
+            self._writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self._writer.transport.abort()
         else:
             self._writer.close()
@@ -160,17 +164,21 @@ async def exchange(
     path: str,
     body: Mapping[str, Any] | None = None,
     *,
-    sock: Any = None,
+    sock: socket.socket | None = None,
     limit: int = 2**16,
+    cut: bool = False,
 ) -> AsyncIterator[Answer]:
-    """A request that has been sent. `sock` is connected already; `limit` bounds what is read ahead, in bytes."""
+    """A request that has been sent; with `cut`, half of its body.
+
+    `sock` is connected already; `limit` bounds what is read ahead, in bytes.
+    """
     where: dict[str, Any] = {"sock": sock} if sock is not None else {"host": server.host, "port": server.port}
     reader, writer = await asyncio.open_connection(**where, limit=limit)
     data = b"" if body is None else json.dumps(body).encode()
     head = f"{method} {path} HTTP/1.1\r\nHost: {server.host}\r\nConnection: close\r\n"
     if body is not None:
         head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n"
-    writer.write(head.encode() + b"\r\n" + data)
+    writer.write(head.encode() + b"\r\n" + (data[: len(data) // 2] if cut else data))
     try:
         yield Answer(reader, writer)
     finally:

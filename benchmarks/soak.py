@@ -1,0 +1,326 @@
+"""Thousands of clients that leave, read slowly or behave, for minutes; then nothing may be left of them in the server.
+
+    python benchmarks/soak.py --clients 2000 --minutes 10
+
+Every client asks again and again, over a connection of its own each time. A third hang up at random moments: with half
+of the request sent, before the answer, in the midst of it; properly or as if the line had broken. Half read slowly,
+through a small receive buffer. Answers that are read to their end have to be the same each time. Afterwards jobs, KV
+blocks, tasks, file descriptors and threads of the server have to be what they were, and its memory must not have grown.
+The exit code is 1 otherwise. The server starts with a soft limit of 1,024 open files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import resource
+import socket
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import tiny_model
+from served import Answer, Server, exchange, until
+
+from fastserve.server.descriptors import raise_limit
+
+_LOGIN_LIMIT = 1024  # open files that a shell usually allows
+_WARM_CLIENTS = 200  # that have been served before anything is counted
+_WARM_SHARE = 0.3  # of the time, in which memory may still grow
+_LOOKS = 5  # before the start, of which the least counts: a connection may be on its way out
+_POOL = 32  # threads that asyncio starts at most, and keeps
+_PATIENCE = 60.0  # seconds for everything to be as before
+_BODIES = 48
+_SMALL_BUFFER = 2048  # bytes
+_PIECE = 4096  # bytes that a slow client reads at a time
+_PAUSE = (0.2, 2.0)  # seconds between its reads
+_LEAVES_AFTER = (0.003, 30.0)  # seconds, spread evenly over the orders of magnitude between
+_MB = 2**20
+
+
+@dataclass(frozen=True)
+class Census:
+    """What is there when nobody is being served."""
+
+    jobs: float
+    blocks: float  # of KV, on both tiers
+    tasks: float
+    server_descriptors: float
+    engine_descriptors: float
+    server_threads: float
+    engine_threads: float
+
+    def leaks(self, before: Census) -> list[str]:
+        """What has become more."""
+        then, now = asdict(before), asdict(self)
+        allowed = {name: _POOL if name == "server_threads" else 0 for name in now}
+        return [f"{name}: {then[name]:g} → {now[name]:g}" for name in now if now[name] > then[name] + allowed[name]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Resident memory at a moment, in seconds and bytes."""
+
+    at: float
+    server: int
+    engine: int
+
+
+# --- clients ----------------------------------------------------------------------------------------------------------
+
+
+def make_bodies(seed: int) -> list[dict[str, Any]]:
+    """Of all sizes; some with so much in every event that a slow reader holds up the server's writing."""
+    rng = random.Random(seed)
+    bodies: list[dict[str, Any]] = []
+    for number in range(_BODIES):
+        words = "".join(rng.choice("abcdefgh ") for _ in range(rng.choice((3, 40, 400, 1200))))
+        body = {"prompt": words, "seed": number, "temperature": 1.0, "max_tokens": rng.choice((1, 10, 40, 100, 250))}
+        body |= {"ignore_eos": rng.random() < 0.8, "stream": number % 6 != 5}
+        if number % 8 == 3:
+            body["logprobs"] = 20
+        if number % 8 == 5:
+            body["n"] = 2
+        if number % 8 == 6:
+            body["stop"] = ["ab", "x"]
+        bodies.append(body)
+    return bodies
+
+
+class Clients:
+    """All clients of one server, and what became of their requests."""
+
+    def __init__(self, server: Server, seed: int) -> None:
+        self._server = server
+        self._seed = seed
+        self._bodies = make_bodies(seed)
+        self._answers: dict[int, int] = {}  # body → checksum of its answer
+        self.over = asyncio.Event()
+        self.counts: Counter[str] = Counter()
+        self.wrong: Counter[str] = Counter()
+
+    async def run(self, clients: int, *, once: bool = False) -> None:
+        """Until `over` is set and everybody has had his last answer; or one request each."""
+        await asyncio.gather(*(self._live(number, once) for number in range(clients)))
+
+    async def _live(self, number: int, once: bool) -> None:
+        rng = random.Random(f"{self._seed}/{number}")
+        while not self.over.is_set():
+            index = rng.randrange(_BODIES)
+            shortest, longest = _LEAVES_AFTER
+            patience = shortest * (longest / shortest) ** rng.random() if number % 3 == 0 else None
+            try:
+                await self._ask(rng, index, slow=number % 2 == 0, patience=patience)
+            except (OSError, ValueError) as error:
+                self.wrong[f"{type(error).__name__}: {error}"] += 1
+                await asyncio.sleep(1.0)  # a server that is gone is not asked a thousand times a second
+            if once:
+                return
+
+    async def _ask(self, rng: random.Random, index: int, *, slow: bool, patience: float | None) -> None:
+        """Raises OSError and ValueError for an answer that is not what it has to be."""
+        cut = patience is not None and rng.random() < 0.1
+        sock = await self._connect(_SMALL_BUFFER if slow else None)
+        options: dict[str, Any] = {"sock": sock, "limit": _PIECE // 2 if slow else 2**16, "cut": cut}
+        async with exchange(self._server, "POST", "/v1/completions", self._bodies[index], **options) as answer:
+            reading = asyncio.ensure_future(self._read(answer, rng, slow))
+            try:
+                await asyncio.wait({reading}, timeout=patience)
+                if reading.done():
+                    self._check(index, answer, reading.result())
+                else:
+                    self.counts["left"] += 1
+                    answer.hang_up(reset=rng.random() < 0.5)
+            finally:
+                reading.cancel()
+
+    async def _connect(self, buffer: int | None) -> socket.socket:
+        sock = socket.socket()
+        try:
+            if buffer is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+            sock.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(sock, (self._server.host, self._server.port))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    async def _read(self, answer: Answer, rng: random.Random, slow: bool) -> bytes:
+        pieces = []
+        async for piece in answer.pieces(_PIECE if slow else 2**16):
+            pieces.append(piece)
+            if slow and not self.over.is_set():
+                await asyncio.sleep(rng.uniform(*_PAUSE))
+        return b"".join(pieces)
+
+    def _check(self, index: int, answer: Answer, body: bytes) -> None:
+        if answer.response.status != 200 or not answer.response.complete:
+            raise ValueError(f"status {answer.response.status}: {body[-200:]!r}")
+        if self._bodies[index]["stream"]:
+            *events, done = [part.removeprefix(b"data: ") for part in body.split(b"\n\n") if part]
+            if done != b"[DONE]":
+                raise ValueError(f"a stream ends with {done[-200:]!r}")
+            answers = [json.loads(event) for event in events]
+        else:
+            answers = [json.loads(body)]
+        texts: dict[int, str] = {}
+        for choice in (choice for each in answers for choice in each["choices"]):
+            texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"] + (choice["finish_reason"] or "")
+        checksum = zlib.crc32(repr(sorted(texts.items())).encode())
+        if self._answers.setdefault(index, checksum) != checksum:
+            raise ValueError(f"body {index} was answered differently before")
+        self.counts["answered"] += 1
+
+
+# --- what the server holds --------------------------------------------------------------------------------------------
+
+
+async def census(server: Server, engine: int) -> Census:
+    told = await server.jobs()
+    tasks = await server.metric("fastserve:asyncio_tasks")
+    processes = psutil.Process(server.pid), psutil.Process(engine)
+    return Census(
+        told["open_jobs"],
+        sum(tier["used"] for tier in told["kv"].values()),
+        tasks,
+        *(process.num_fds() for process in processes),
+        *(process.num_threads() for process in processes),
+    )
+
+
+async def at_rest(server: Server, engine: int) -> Census:
+    """Once nobody is served any more."""
+
+    async def empty() -> bool:
+        now = await census(server, engine)
+        return not now.jobs and not now.blocks
+
+    await until(empty, _PATIENCE)
+    looks = [await census(server, engine) for _ in range(_LOOKS)]
+    return Census(*(min(getattr(look, field.name) for look in looks) for field in fields(Census)))
+
+
+async def as_before(server: Server, engine: int, before: Census) -> Census:
+    """Once everything is as before; if that does not come to be, as it is."""
+
+    async def same() -> bool:
+        return not (await census(server, engine)).leaks(before)
+
+    try:
+        await until(same, _PATIENCE)
+    except asyncio.TimeoutError:
+        pass  # what is left is told
+    return await census(server, engine)
+
+
+async def watch(server: Server, engine: int, every: float, samples: list[Sample]) -> None:
+    """Until it is cancelled."""
+    processes = psutil.Process(server.pid), psutil.Process(engine)
+    while True:
+        samples.append(Sample(time.monotonic(), *(process.memory_info().rss for process in processes)))
+        await asyncio.sleep(every)
+
+
+def growth(samples: Sequence[Sample], which: str) -> float:
+    """Bytes a second, by least squares."""
+    values = [getattr(each, which) for each in samples]
+    return float(np.polyfit([each.at for each in samples], values, 1)[0]) if len(samples) > 1 else 0.0
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+async def soak(given: argparse.Namespace, model: str) -> int:
+    """The exit code."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(_LOGIN_LIMIT, most), most))
+    async with Server(["--model", model, "--max-num-seqs", str(given.max_num_seqs), *given.options]) as server:
+        raise_limit()
+        engine = await server.engine()
+        await Clients(server, given.seed + 1).run(min(_WARM_CLIENTS, given.clients), once=True)
+        before = await at_rest(server, engine)
+        clients = Clients(server, given.seed)
+        samples: list[Sample] = []
+        watching = asyncio.create_task(watch(server, engine, given.every, samples))
+        running = asyncio.create_task(clients.run(given.clients))
+        began = time.monotonic()
+        await asyncio.wait({running}, timeout=60 * given.minutes)
+        seconds = time.monotonic() - began
+        watching.cancel()
+        clients.over.set()
+        await running
+        after = await as_before(server, engine, before)
+        problems = [f"leaked {leak}" for leak in after.leaks(before)]
+        if await server.engine() != engine:
+            problems.append("the engine was restarted")
+    print(f"{given.clients} clients, {seconds:.0f} s: {_told(clients)}")
+    _print_census(before, after)
+    problems += [f"{count} times {what}" for what, count in clients.wrong.most_common(5)]
+    problems += [] if clients.counts["answered"] and clients.counts["left"] else ["nobody was served, or nobody left"]
+    problems += _memory(samples, given.tolerance)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _told(clients: Clients) -> str:
+    return f"{clients.counts['answered']} answers read to their end, {clients.counts['left']} clients left early"
+
+
+def _print_census(before: Census, after: Census) -> None:
+    then, now = asdict(before), asdict(after)
+    print(f"{'':20} {'before':>8} {'after':>8}")
+    for name in now:
+        print(f"{name.replace('_', ' '):20} {then[name]:8g} {now[name]:8g}")
+
+
+def _memory(samples: Sequence[Sample], tolerance: float) -> list[str]:
+    """Print how memory went after the warm-up; returns what grew by more than `tolerance` MB."""
+    kept = samples[int(len(samples) * _WARM_SHARE) :]
+    problems = []
+    for which in ("server", "engine"):
+        values = [getattr(each, which) / _MB for each in kept]
+        slope = growth(kept, which) / _MB
+        grown = slope * (kept[-1].at - kept[0].at)
+        began, ended = (kept[place].at - samples[0].at for place in (0, -1))
+        print(
+            f"{which} memory from {began:.0f} s to {ended:.0f} s: {values[0]:.1f} → {values[-1]:.1f} MB "
+            f"(least {min(values):.1f}, most {max(values):.1f}), {60 * slope:+.2f} MB a minute"
+        )
+        if grown > tolerance:
+            problems.append(f"the {which}'s memory grew by {grown:.1f} MB, more than {tolerance:g}")
+    return problems
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="what thousands of clients leave behind in a server")
+    parser.add_argument("--clients", type=int, default=2000, help="at once (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="(default: %(default)s)")
+    parser.add_argument("--model", help="as for fastserve serve (default: a tiny random one, made on the spot)")
+    parser.add_argument("--max-num-seqs", type=int, default=256, help="jobs of an iteration (default: %(default)s)")
+    parser.add_argument(
+        "--every", type=float, default=2.0, help="seconds between looks at memory (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=16.0, help="MB that memory may grow after warm-up (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of requests and clients (default: %(default)s)")
+    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="the last: more for fastserve serve")
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="fastserve-soak-") as folder:
+        return asyncio.run(soak(given, given.model or str(tiny_model.write(Path(folder)))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
