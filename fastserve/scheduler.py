@@ -88,7 +88,8 @@ class Scheduler:
             self._resume(job, now)
         else:
             self._estimate(job)
-            job.waiting_since = job.arrival
+        if job.waiting_since is None:
+            job.waiting_since = now if job.output else job.arrival
         self.policy.add(job, now)
         self.jobs[job.job_id] = job
         self._version += 1
@@ -97,15 +98,14 @@ class Scheduler:
         """Take up a job where a lost engine left it.
 
         What it had been served counts as served, so it is not charged for what is computed again, and a policy that
-        goes by service has it about where it was; but it joins by all that has to be computed. Nobody knows how long it
-        had been waiting.
+        goes by service has it about where it was; but it joins by all that has to be computed. Of its waits no more is
+        known than the last, where `waiting_since` was given.
         """
         prompt = len(job.prompt)
         contexts = np.arange(prompt + 1, job.known, dtype=np.int32)  # of the tokens behind the first
         job.attained = self.cost.prefill_charge(0, prompt) + float(self.cost.decode_each(contexts).sum())
         job.served = job.known - 1
         job.next_seconds = self.cost.prefill_charge(0, job.known)
-        job.waiting_since = now
 
     def abort(self, job_id: str, now: float, reason: FinishReason = FinishReason.ABORT) -> bool:
         """End a job at once; False when there is no such job. A plan in flight runs on and its result is dropped."""

@@ -85,8 +85,11 @@ class Listener(Protocol):
     def engine_said(self, message: FromEngine) -> None:
         """Any message but Ready and Failed, of the engine that is up."""
 
-    def engine_down(self) -> None:
-        """The engine that was up is gone, and nothing it said is on its way any more."""
+    def engine_down(self, crashed: bool) -> None:
+        """The engine that was up is gone, and nothing it said is on its way any more.
+
+        `crashed`: of itself, as far as can be told; else somebody outside may have ended it.
+        """
 
     def engine_fails(self, reason: str) -> None:
         """Another start has failed, after too many in a row."""
@@ -178,7 +181,7 @@ class Supervisor:
             self.pid = None
         lived = time.monotonic() - up_since
         log.error("%s; it was up for %.1f s and is started again", reason, lived)
-        self._listener.engine_down()
+        self._listener.engine_down(engine.crashed)
         return lived
 
     async def _load(self, engine: EngineProcess) -> Ready:
