@@ -20,7 +20,8 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from served import Server, ServerFailed, exchange, until
@@ -277,9 +278,14 @@ async def run(given: argparse.Namespace) -> int:
             left = False
         except (asyncio.TimeoutError, TimeoutError):
             left = True
-        print(_table(phases))
-        print(f"afterwards: {json.dumps(_left(await server.jobs()))}")
-    return 1 if left or not all(phase.passed for phase in phases) else 0
+        remains = _left(await server.jobs())
+    passed = not left and all(phase.passed for phase in phases)
+    print(_table(phases))
+    print(f"afterwards: {json.dumps(remains)}")
+    if given.json is not None:
+        found = {"model": given.model, "phases": [asdict(phase) for phase in phases], "left": remains, "passed": passed}
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0 if passed else 1
 
 
 def _left(told: dict[str, Any]) -> dict[str, int]:
@@ -323,6 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--heartbeat-timeout", type=float, default=4.0, help="seconds (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of requests and moments (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="a file for all figures")
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="the last: more for fastserve serve")
     return asyncio.run(run(parser.parse_args(arguments)))
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import math
 import random
 import resource
 import socket
@@ -37,13 +39,14 @@ from fastserve.server.descriptors import raise_limit
 _LOGIN_LIMIT = 1024  # open files that a shell usually allows
 _WARM_CLIENTS = 200  # that have been served before anything is counted
 _WARM_SHARE = 0.3  # of the time, in which memory may still grow
-_LOOKS = 5  # before the start, of which the least counts: a connection may be on its way out
+_LOOKS = 5  # of which the least counts: the connection of the one before may be on its way out
 _POOL = 32  # threads that asyncio starts at most, and keeps
 _PATIENCE = 60.0  # seconds for everything to be as before
 _BODIES = 48
 _SMALL_BUFFER = 2048  # bytes
 _PIECE = 4096  # bytes that a slow client reads at a time
 _PAUSE = (0.2, 2.0)  # seconds between its reads
+_DAWDLES = 20.0  # seconds, from the first byte on; without an end the load would grow for minutes, and memory with it
 _LEAVES_AFTER = (0.003, 30.0)  # seconds, spread evenly over the orders of magnitude between
 _MB = 2**20
 
@@ -74,6 +77,25 @@ class Sample:
     at: float
     server: int
     engine: int
+
+
+@dataclass(frozen=True)
+class Trend:
+    """How the resident memory of a process went, in MB, from `began` to `ended`, in seconds from the first sample."""
+
+    process: str
+    began: float
+    ended: float
+    first: float
+    last: float
+    least: float
+    most: float
+    slope: float  # a second
+
+    @property
+    def grown(self) -> float:
+        """By the slope: moments of much work are no growth."""
+        return self.slope * (self.ended - self.began)
 
 
 # --- clients ----------------------------------------------------------------------------------------------------------
@@ -157,10 +179,12 @@ class Clients:
         return sock
 
     async def _read(self, answer: Answer, rng: random.Random, slow: bool) -> bytes:
-        pieces = []
+        pieces: list[bytes] = []
+        end = math.inf
         async for piece in answer.pieces(_PIECE if slow else 2**16):
+            end = end if pieces else time.monotonic() + _DAWDLES
             pieces.append(piece)
-            if slow and not self.over.is_set():
+            if slow and time.monotonic() < end and not self.over.is_set():
                 await asyncio.sleep(rng.uniform(*_PAUSE))
         return b"".join(pieces)
 
@@ -207,6 +231,11 @@ async def at_rest(server: Server, engine: int) -> Census:
         return not now.jobs and not now.blocks
 
     await until(empty, _PATIENCE)
+    return await least(server, engine)
+
+
+async def least(server: Server, engine: int) -> Census:
+    """What is there in every look."""
     looks = [await census(server, engine) for _ in range(_LOOKS)]
     return Census(*(min(getattr(look, field.name) for look in looks) for field in fields(Census)))
 
@@ -215,13 +244,11 @@ async def as_before(server: Server, engine: int, before: Census) -> Census:
     """Once everything is as before; if that does not come to be, as it is."""
 
     async def same() -> bool:
-        return not (await census(server, engine)).leaks(before)
+        return not (await least(server, engine)).leaks(before)
 
-    try:
+    with contextlib.suppress(asyncio.TimeoutError):  # what is left is told
         await until(same, _PATIENCE)
-    except asyncio.TimeoutError:
-        pass  # what is left is told
-    return await census(server, engine)
+    return await least(server, engine)
 
 
 async def watch(server: Server, engine: int, every: float, samples: list[Sample]) -> None:
@@ -236,6 +263,15 @@ def growth(samples: Sequence[Sample], which: str) -> float:
     """Bytes a second, by least squares."""
     values = [getattr(each, which) for each in samples]
     return float(np.polyfit([each.at for each in samples], values, 1)[0]) if len(samples) > 1 else 0.0
+
+
+def trend(samples: Sequence[Sample], process: str) -> Trend:
+    """After the warm-up. There must be a sample at least."""
+    kept = samples[int(len(samples) * _WARM_SHARE) :]
+    values = [getattr(each, process) / _MB for each in kept]
+    began, ended = (kept[place].at - samples[0].at for place in (0, -1))
+    slope = growth(kept, process) / _MB
+    return Trend(process, began, ended, values[0], values[-1], min(values), max(values), slope)
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -264,18 +300,27 @@ async def soak(given: argparse.Namespace, model: str) -> int:
         problems = [f"leaked {leak}" for leak in after.leaks(before)]
         if await server.engine() != engine:
             problems.append("the engine was restarted")
-    print(f"{given.clients} clients, {seconds:.0f} s: {_told(clients)}")
+    counts = clients.counts
+    print(f"{given.clients} clients, {seconds:.0f} s: {counts['answered']} answers read to their end, ", end="")
+    print(f"{counts['left']} clients left early")
     _print_census(before, after)
+    trends = [trend(samples, which) for which in ("server", "engine")]
+    _print_memory(trends)
     problems += [f"{count} times {what}" for what, count in clients.wrong.most_common(5)]
-    problems += [] if clients.counts["answered"] and clients.counts["left"] else ["nobody was served, or nobody left"]
-    problems += _memory(samples, given.tolerance)
+    problems += [] if counts["answered"] and counts["left"] else ["nobody was served, or nobody left"]
+    problems += [
+        f"the {each.process}'s memory grew by {each.grown:.1f} MB, more than {given.tolerance:g}"
+        for each in trends
+        if each.grown > given.tolerance
+    ]
+    if given.json is not None:
+        found = {"clients": given.clients, "seconds": seconds, **counts, "before": asdict(before)}
+        found |= {"after": asdict(after), "memory": [asdict(each) for each in trends], "problems": problems}
+        found["samples"] = [asdict(each) for each in samples]
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0
-
-
-def _told(clients: Clients) -> str:
-    return f"{clients.counts['answered']} answers read to their end, {clients.counts['left']} clients left early"
 
 
 def _print_census(before: Census, after: Census) -> None:
@@ -285,22 +330,11 @@ def _print_census(before: Census, after: Census) -> None:
         print(f"{name.replace('_', ' '):20} {then[name]:8g} {now[name]:8g}")
 
 
-def _memory(samples: Sequence[Sample], tolerance: float) -> list[str]:
-    """Print how memory went after the warm-up; returns what grew by more than `tolerance` MB."""
-    kept = samples[int(len(samples) * _WARM_SHARE) :]
-    problems = []
-    for which in ("server", "engine"):
-        values = [getattr(each, which) / _MB for each in kept]
-        slope = growth(kept, which) / _MB
-        grown = slope * (kept[-1].at - kept[0].at)
-        began, ended = (kept[place].at - samples[0].at for place in (0, -1))
-        print(
-            f"{which} memory from {began:.0f} s to {ended:.0f} s: {values[0]:.1f} → {values[-1]:.1f} MB "
-            f"(least {min(values):.1f}, most {max(values):.1f}), {60 * slope:+.2f} MB a minute"
-        )
-        if grown > tolerance:
-            problems.append(f"the {which}'s memory grew by {grown:.1f} MB, more than {tolerance:g}")
-    return problems
+def _print_memory(trends: Sequence[Trend]) -> None:
+    print(f"{'memory, MB':20} {'first':>8} {'last':>8} {'least':>8} {'most':>8} {'a minute':>9}")
+    for each in trends:
+        figures = " ".join(f"{value:8.1f}" for value in (each.first, each.last, each.least, each.most))
+        print(f"{each.process:20} {figures} {60 * each.slope:+9.2f}   from {each.began:.0f} s to {each.ended:.0f} s")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -316,6 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tolerance", type=float, default=16.0, help="MB that memory may grow after warm-up (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of requests and clients (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="a file for all figures")
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="the last: more for fastserve serve")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="fastserve-soak-") as folder:
