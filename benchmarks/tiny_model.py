@@ -72,7 +72,7 @@ def _weights(vocab_size: int, seed: int) -> dict[str, np.ndarray[Any, np.dtype[n
     rng = np.random.default_rng(seed)
 
     def matrix(rows: int, columns: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        return (rng.standard_normal((rows, columns)) * 1.5 / np.sqrt(columns)).astype(np.float32)
+        return np.asarray(rng.standard_normal((rows, columns)) * 1.5 / np.sqrt(columns), np.float32)
 
     kv = _HIDDEN // _HEADS * _KV_HEADS
     weights = {

@@ -216,7 +216,7 @@ def test_it_has_not_been_starving() -> None:
 
 
 def test_waits_outlast_engines() -> None:
-    """One that had no token for longer than the limit is overdue the moment it is back: each restart would starve it."""
+    """One without a token for longer than the limit is overdue the moment it is back: restarts would starve it."""
     toy = Toy(COST, max_num_seqs=1, starvation_limit=50.0)
     lost = Toy(COST)
     old = lost.add("old", 4, 100)
