@@ -83,12 +83,14 @@ class Engine:
         arrival: float | None = None,
         known_output: int | None = None,
         output: Sequence[int] = (),
+        waiting_since: float | None = None,
     ) -> Job:
         """Queue one prompt for one output (`params.n` is the caller's business). `arrival` is on the engine's clock.
 
         `known_output`, how many tokens it will put out unless a limit ends it before, is for policies that are oracles.
         `output` is what an engine that is lost had put out already: the job goes on behind it, with the tokens that
         the other engine would have sampled next. Updates, logprobs and metrics are of what comes from here on.
+        `waiting_since`: when that engine had put out the last of it (None: now), for policies that let nobody starve.
 
         Raises InvalidRequest, before anything changes, for an empty prompt or one that fills the context, a token id
         outside the vocabulary, an id in use, min_tokens where every token is a stop token, an output that is complete,
@@ -128,6 +130,7 @@ class Engine:
             priority=priority,
             known_output=None if known_output is None else min(known_output, max_output),
             output=so_far,
+            waiting_since=waiting_since,
         )
         job.metrics = JobMetrics(job.arrival)
         self.scheduler.add(job, now)

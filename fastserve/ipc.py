@@ -29,7 +29,10 @@ class Message(msgspec.Struct, array_like=True, tag=True, gc=False):
 
 
 class Add(Message):
-    """One prompt for one output. `output`: tokens that a lost engine had put out; they count as put out."""
+    """One prompt for one output. `output`: tokens that a lost engine had put out; they count as put out.
+
+    `waiting_since`: when the last of those came, so that a restart makes no wait shorter; None: it waits from now.
+    """
 
     key: int
     prompt: list[int]
@@ -38,6 +41,7 @@ class Add(Message):
     priority: int
     arrival: float
     output: list[int]
+    waiting_since: float | None = None  # without output it waits since `arrival`
 
 
 class Abort(Message):

@@ -87,10 +87,10 @@ class Scheduler:
             )
         if job.output:
             self._charges.resumed(job)
-            job.waiting_since = now  # nobody knows how long it had been waiting
         else:
             self._charges.arrived(job)
-            job.waiting_since = job.arrival
+        if job.waiting_since is None:
+            job.waiting_since = now if job.output else job.arrival
         self.policy.add(job, now)
         self.jobs[job.job_id] = job
         self._version += 1

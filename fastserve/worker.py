@@ -125,6 +125,7 @@ class Worker:
                 priority=add.priority,
                 arrival=add.arrival,
                 output=add.output,
+                waiting_since=add.waiting_since,
             )
         except InvalidRequest as error:
             self._tell(Refused(add.key, error.field, _message(error)))

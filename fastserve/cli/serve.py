@@ -51,6 +51,12 @@ SERVER: dict[str, Any] = {
         "Append a line a job to this file: when it came, its tokens, how it ended, and no text. fastserve simulate and "
         "fastserve bench serve read it as --trace.",
     ),
+    "heartbeat_timeout": _server(
+        float | None,
+        "30",
+        "Seconds of silence after which the engine is taken to hang, killed and started again. More than its longest "
+        "iteration takes, as it is not heard during one.",
+    ),
     "log_format": _server(str | None, "text", "A line a request: text or json."),
     "seed": _server(int | None, "0", "Draws the seeds of requests that bring none."),
 }
@@ -98,16 +104,25 @@ def serve(
 async def _serve(settings: ServerSettings, options: dict[str, Any], bound: Any) -> int:
     from ..loaders import open_model
     from ..server.app import create_app
+    from ..server.descriptors import raise_limit
     from ..server.run import serve
     from ..server.service import Service
     from ..tokenizer import Tokenizer
 
     data = open_model(settings.model).tokenizer_data()  # a missing model is found before a process is started
     tokenizer = None if data is None else Tokenizer.from_data(data)
-    service = Service(settings, _engine_client(options, tokenizer), tokenizer)
+    service = Service(settings, _engine_client(settings, options, tokenizer), tokenizer)
     console = error_console()
     if settings.host not in ("127.0.0.1", "localhost", "::1") and not settings.api_key:
         console.print("anybody who reaches this address may use the model; --api-key asks for a key", soft_wrap=True)
+    connections = raise_limit()
+    if connections < settings.max_queue:
+        console.print(
+            f"{connections} connections are the most that `ulimit -Hn` allows here, fewer than --max-queue; more have "
+            "to wait until others end",
+            markup=False,
+            soft_wrap=True,
+        )
     console.print(f"loading {settings.model}", markup=False, soft_wrap=True)
 
     def ready(url: str) -> None:
@@ -117,11 +132,13 @@ async def _serve(settings: ServerSettings, options: dict[str, Any], bound: Any) 
     return await serve(service, create_app(service), bound, on_ready=ready)
 
 
-def _engine_client(options: dict[str, Any], tokenizer: Any) -> Any:
+def _engine_client(settings: ServerSettings, options: dict[str, Any], tokenizer: Any) -> Any:
     """The client of an engine in a process of its own, started with LLM's options."""
     from ..server import client
+    from ..server.supervisor import Health
 
-    return client.EngineClient(client.worker_command(options), tokenizer)
+    health = Health(heartbeat_timeout=settings.heartbeat_timeout)
+    return client.EngineClient(client.worker_command(options), tokenizer, health=health)
 
 
 def _keys_of_environment() -> list[str]:

@@ -149,9 +149,9 @@ class EngineClient:
         elif isinstance(message, Jobs) and message.query == self._query:
             self._answer(self._named(message.jobs))
 
-    def engine_down(self) -> None:
+    def engine_down(self, crashed: bool) -> None:
         self._forget_engine()
-        self._ledger.down()
+        self._ledger.down(crashed=crashed)
 
     def engine_fails(self, reason: str) -> None:
         self.failure = reason

@@ -20,8 +20,8 @@ class OpenJob:
     `output` and `logprobs` grow; `text` holds what is safe to show, so it may lag behind while half a character or what
     may become a stop string is held back. `finish_reason` is as in CompletionOutput; with "error" comes `error`.
     `metrics` comes at the end from the engine, on time.monotonic; it is None where the engine did not have the last
-    word: for a job that was closed, or ended because the engine was lost. `first_token` and `finished` are this
-    process's own times.
+    word: for a job that was closed, or ended because the engine was lost. `first_token`, `last_token` and `finished`
+    are this process's own times.
     """
 
     __slots__ = (
@@ -30,6 +30,7 @@ class OpenJob:
         "_refusal",
         "_waiter",
         "arrival",
+        "blame",
         "deaths",
         "deaths_at",
         "error",
@@ -37,6 +38,7 @@ class OpenJob:
         "finished",
         "first_token",
         "key",
+        "last_token",
         "logprobs",
         "metrics",
         "output",
@@ -77,6 +79,7 @@ class OpenJob:
         self.error: str | None = None
         self.metrics: JobMetrics | None = None
         self.first_token: float | None = None
+        self.last_token: float | None = None
         self.finished: float | None = None
 
         # The ledger's own: under which key the engine has it, None while it has not, and how engines died with it.
@@ -86,6 +89,7 @@ class OpenJob:
         self.told_after = 0  # the Step from which on the engine's list of running jobs can be taken to know of it
         self.deaths = 0  # engines that died while it ran, without a token between
         self.deaths_at = -1  # tokens it had then
+        self.blame = 0  # what those deaths say against it
 
         self._detokenizer = (
             IncrementalDetokenizer(
@@ -125,8 +129,9 @@ class OpenJob:
         """What one iteration did. True when the engine has to be told that a stop string has ended the job."""
         reason, stopped_before = update.finish_reason, self.stopped
         if update.token is not None and not stopped_before:
+            self.last_token = time.monotonic()
             if self.first_token is None:
-                self.first_token = time.monotonic()
+                self.first_token = self.last_token
             self.output.append(update.token)
             if update.logprobs is not None:
                 self.logprobs.append(update.logprobs)

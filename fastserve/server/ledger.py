@@ -7,9 +7,13 @@
 No sockets, no processes, no tasks: every method belongs to the event loop's thread and returns at once.
 
 Blame. The jobs that ran when an engine died are remembered with the number of tokens they had. One that ran in two
-deaths without a token between them runs alone, nothing else in the engine, until it has its next token; if the engine
-dies again before that, the job ends with an error and the others go on. A token clears the blame: results are
+crashes without a token between them runs alone, nothing else in the engine, until it has its next token; if the engine
+crashes again before that, the job ends with an error and the others go on. A token clears the blame: results are
 deterministic, so a job that brings engines down does it at the same token every time, and nothing else does.
+
+A death that somebody outside may have brought about, as by SIGKILL, says less: a job may have taken all memory, or an
+operator was busy. Four of those at one token have a job run alone, and it takes three more with nothing else in the
+engine to end it; suspects take turns, so that chance does not meet the same one again and again.
 """
 
 from __future__ import annotations
@@ -29,8 +33,11 @@ from .jobs import OpenJob
 # It cannot be any more when so many Steps have come since its Add and none has named it.
 _UNTOLD_STEPS = 3
 
-_SUSPECT = 2  # deaths at one token after which a job runs alone
-_GUILTY = 3
+# What a death says against those who ran, and how much of that, at one token, is enough to run alone, and to end.
+# Nobody is guilty without a death alone.
+_CRASH, _KILLED = 3, 1
+_SUSPECT = 4
+_GUILTY = 7
 
 
 class Ledger:
@@ -97,8 +104,8 @@ class Ledger:
         self._send = send
         self._deal()
 
-    def down(self) -> None:
-        """The engine is gone. Ends the jobs that it died of."""
+    def down(self, *, crashed: bool = True) -> None:
+        """The engine is gone: it has `crashed`, or somebody outside may have ended it. Ends the job that it died of."""
         submitted = list(self._submitted.values())
         named = [job for ticket in self._running if (job := self._submitted.get(ticket)) is not None]
         maybe = [job for job in submitted if job.told_after > self._steps]
@@ -110,12 +117,12 @@ class Ledger:
             if job.stopped:  # all of its output is here
                 self._end(job, FinishReason.STOP)
         for job in dict.fromkeys([*named, *maybe]):
-            if job.finish_reason is None and _blame(job) >= _GUILTY:
+            if job.finish_reason is None and _blame(job, _CRASH if crashed else _KILLED) >= _GUILTY:
                 self._end(
                     job,
                     FinishReason.ERROR,
-                    f"the engine died {_GUILTY} times in a row computing token {len(job.output) + 1} of this output, "
-                    "the last time with nothing else to do; other requests are not affected",
+                    f"the engine died {job.deaths} times in a row computing token {len(job.output) + 1} of this "
+                    "output, the last time with nothing else to do; other requests are not affected",
                 )
 
     def step(self, step: Step) -> None:
@@ -157,7 +164,7 @@ class Ledger:
                 self._withdraw(before)
                 if before.stopped:
                     self._end(before, FinishReason.STOP)
-            self._alone = min(suspects, key=_order)
+            self._alone = min(suspects, key=lambda job: (job.blame, *_order(job)))
             self._submit(self._alone)
         else:
             self._submit(*sorted((job for job in self.open_jobs.values() if job.ticket is None), key=_order))
@@ -171,7 +178,7 @@ class Ledger:
             job.submissions += 1
             job.told_after = self._steps + _UNTOLD_STEPS
             self._submitted[job.ticket] = job
-            send(Add(job.ticket, job.prompt, job.params, job.seed, job.priority, job.arrival, job.output))
+            send(_add(job, job.ticket))
 
     def _withdraw(self, job: OpenJob) -> None:
         """Take a job from the engine, whatever it is doing with it."""
@@ -212,12 +219,19 @@ def _order(job: OpenJob) -> tuple[float, int]:
 
 def _suspect(job: OpenJob) -> bool:
     waits = job.finish_reason is None and not job.stopped
-    return waits and job.deaths >= _SUSPECT and job.deaths_at == len(job.output)
+    return waits and job.blame >= _SUSPECT and job.deaths_at == len(job.output)
 
 
-def _blame(job: OpenJob) -> int:
-    """Note that an engine died with the job running; returns how many have at this token."""
+def _blame(job: OpenJob, evidence: int) -> int:
+    """Note that an engine died with the job running; returns what all that did at this token say against it."""
     if job.deaths_at != len(job.output):
-        job.deaths, job.deaths_at = 0, len(job.output)
+        job.deaths, job.blame, job.deaths_at = 0, 0, len(job.output)
     job.deaths += 1
-    return job.deaths
+    job.blame += evidence
+    return job.blame
+
+
+def _add(job: OpenJob, ticket: int) -> Add:
+    """The job as the engine is told of it, with all that has come of it so far."""
+    output, waiting_since = job.output, job.last_token
+    return Add(ticket, job.prompt, job.params, job.seed, job.priority, job.arrival, output, waiting_since)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -136,6 +137,8 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield self._counter("fastserve:engine_restarts", "Times the engine was started again.", self._engine.restarts)
+        tasks = len(asyncio.all_tasks())
+        yield self._gauge("fastserve:asyncio_tasks", "Tasks of the API server's event loop, this request's too.", tasks)
         counters = self._engine.counters
         for key, name, text in _COUNTERS:
             yield self._counter(name, text, counters[key])

@@ -15,6 +15,16 @@ from ..ipc import SERVER_PID, Failed, FromEngine, Ready, Stop
 from .link import Link
 
 _SIGNALS = {each.value: each.name for each in signal.Signals}
+# By which a program ends of itself. SIGKILL may be the system's answer to a lack of memory, or an operator's.
+_OWN_SIGNALS = {
+    signal.SIGABRT,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGSEGV,
+    signal.SIGSYS,
+    signal.SIGTRAP,
+}
 
 
 class EngineProcess:
@@ -29,6 +39,7 @@ class EngineProcess:
         self.heard = False  # set by every message
         self.on_message: Callable[[FromEngine], None] | None = None
         self._garbage: str | None = None
+        self._killed = False  # by us
         self._process: asyncio.subprocess.Process | None = None
         self._waiting: asyncio.Task[None] | None = None
         self._link = Link(context, self._take, self._take_garbage)
@@ -73,6 +84,12 @@ class EngineProcess:
             return f"the engine ended with exit code {code}"
         return f"the engine was killed by {_SIGNALS.get(-code, f'signal {-code}')}"
 
+    @property
+    def crashed(self) -> bool:
+        """It has ended of itself, or had to be killed for what it did; else somebody outside may have ended it."""
+        code = self.exited.result()
+        return self._killed or self.failed is not None or code > 0 or -code in _OWN_SIGNALS
+
     async def _wait(self, process: asyncio.subprocess.Process) -> None:
         self.exited.set_result(await process.wait())
 
@@ -80,6 +97,7 @@ class EngineProcess:
         if self._process is not None and not self.exited.done():
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 self._process.kill()
+                self._killed = True
 
     def _take(self, message: FromEngine) -> None:
         self.heard = True

@@ -13,6 +13,7 @@ from ..types import MAX_SEED, InvalidRequest
 
 LogFormat = Literal["text", "json"]
 MAX_JOBS = 2**20
+MIN_HEARTBEAT_TIMEOUT = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class ServerSettings:
     max_body_size: str | int = "4M"  # bytes, or text
     max_queue: int = 4096  # jobs beyond what one iteration takes
     shutdown_timeout: float = 30.0  # seconds that open requests get to finish
+    heartbeat_timeout: float = 30.0  # seconds of silence after which the engine is killed, and started again
     log_format: LogFormat = "text"
     record: Path | None = None  # the trace file that jobs are appended to
     seed: int = 0
@@ -49,6 +51,13 @@ class ServerSettings:
         timeout: Any = self.shutdown_timeout
         if not isinstance(timeout, (int, float)) or not 0 <= timeout < math.inf:
             raise InvalidRequest("shutdown_timeout", f"must be seconds, 0 or more, got {timeout!r}")
+        silence: Any = self.heartbeat_timeout
+        if not isinstance(silence, (int, float)) or not MIN_HEARTBEAT_TIMEOUT <= silence < 1e9:
+            raise InvalidRequest(
+                "heartbeat_timeout",
+                f"must be seconds, {MIN_HEARTBEAT_TIMEOUT:g} or more as an idle engine speaks once a second, "
+                f"got {silence!r}",
+            )
         if self.log_format not in get_args(LogFormat):
             raise InvalidRequest(
                 "log_format", f"must be one of {', '.join(get_args(LogFormat))}, got {self.log_format!r}"

@@ -25,6 +25,7 @@ from .process import EngineProcess
 log = logging.getLogger(__name__)
 
 _LOOKS = 8  # at the engine, in one heartbeat_timeout
+_WORTH = 10  # back-offs that an engine has to be up for to start them over
 
 Send = Callable[[ToEngine], None]
 
@@ -46,7 +47,7 @@ class Health:
     stop_timeout: float = 5.0  # from Stop to the end of the process
     backoff: float = 0.1  # before a restart; doubles from one to the next
     max_backoff: float = 30.0
-    healthy_after: float = 60.0  # an engine that was up for so long starts the back-off over
+    healthy_after: float = 60.0  # an engine that was up for so long, or ten back-offs, starts the back-off over
     max_failed_starts: int = 5  # in a row, after which there is a failure to tell of
 
     def __post_init__(self) -> None:
@@ -54,6 +55,25 @@ class Health:
             value: Any = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
                 raise InvalidRequest(field.name, f"must be a number above 0, got {value!r}")
+
+
+class BackOff:
+    """How long to wait before a restart. Doubles from one to the next, but not after an engine that was worth it.
+
+    So waiting takes a tenth of the time at most where engines die now and then, and one that dies at once is hardly
+    ever started.
+    """
+
+    def __init__(self, health: Health) -> None:
+        self._health = health
+        self._next = health.backoff
+
+    def after(self, lived: float) -> float:
+        """Seconds to wait, after an engine that was up for so many."""
+        if lived >= min(self._health.healthy_after, _WORTH * self._next):
+            self._next = self._health.backoff
+        wait, self._next = self._next, min(2 * self._next, self._health.max_backoff)
+        return wait
 
 
 class Listener(Protocol):
@@ -65,8 +85,11 @@ class Listener(Protocol):
     def engine_said(self, message: FromEngine) -> None:
         """Any message but Ready and Failed, of the engine that is up."""
 
-    def engine_down(self) -> None:
-        """The engine that was up is gone, and nothing it said is on its way any more."""
+    def engine_down(self, crashed: bool) -> None:
+        """The engine that was up is gone, and nothing it said is on its way any more.
+
+        `crashed`: of itself, as far as can be told; else somebody outside may have ended it.
+        """
 
     def engine_fails(self, reason: str) -> None:
         """Another start has failed, after too many in a row."""
@@ -119,7 +142,7 @@ class Supervisor:
 
     async def _keep_running(self, context: zmq.Context[zmq.Socket[bytes]], first: asyncio.Future[None]) -> None:
         """Returns never. Raises EngineStartError when the first start fails."""
-        failed, backoff = 0, self._health.backoff
+        failed, backoff = 0, BackOff(self._health)
         while True:
             lived = 0.0
             try:
@@ -134,10 +157,7 @@ class Supervisor:
                     self._listener.engine_fails(
                         f"the engine does not start any more ({failed} times in a row): {error}"
                     )
-            if lived >= self._health.healthy_after:
-                backoff = self._health.backoff
-            await asyncio.sleep(backoff)
-            backoff = min(2 * backoff, self._health.max_backoff)
+            await asyncio.sleep(backoff.after(lived))
             self.restarts += 1
 
     async def _one_life(self, context: zmq.Context[zmq.Socket[bytes]], first: asyncio.Future[None]) -> float:
@@ -161,7 +181,7 @@ class Supervisor:
             self.pid = None
         lived = time.monotonic() - up_since
         log.error("%s; it was up for %.1f s and is started again", reason, lived)
-        self._listener.engine_down()
+        self._listener.engine_down(engine.crashed)
         return lived
 
     async def _load(self, engine: EngineProcess) -> Ready:

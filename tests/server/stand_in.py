@@ -85,6 +85,7 @@ class Options:
     crashing: list[int] = field(default_factory=list)  # that end without a word
     hanging: list[int] = field(default_factory=list)  # that never are ready
     poison: dict[str, int] = field(default_factory=dict)  # seed → output position at which the engine dies
+    killed_by_poison: bool = False  # as by a system that is out of memory; else it crashes
     silent_death: bool = False  # it does not say first who is running
     kv_cache_memory: int | None = None  # bytes of the pool it says it has
     garbage_at: int | None = None  # the iteration after which something is sent that is no message
@@ -231,7 +232,7 @@ def main(arguments: list[str]) -> int:
             except Poisoned:
                 socket.close()  # what it said is heard
                 context.term()
-                os.kill(os.getpid(), signal.SIGSEGV)
+                os.kill(os.getpid(), signal.SIGKILL if options.killed_by_poison else signal.SIGSEGV)
             if engine.iterations == options.garbage_at:
                 socket.send(b"\xc1")
             time.sleep(options.pace)

@@ -30,6 +30,7 @@ class BoardEngine(ToyEngine):
         super().__init__(held=True, max_num_seqs=4)
         self.looks = 0
         self._picture = picture
+        self.counted = {"preemptions": 1234}
 
     @property
     def status(self) -> Status | None:
@@ -37,7 +38,7 @@ class BoardEngine(ToyEngine):
             return None
         levels = [LevelStatus(quantum, 0, 0, 0.0) for quantum in (0.1, 0.2, 0.4, 0.8, 1.6)]
         blocks = {"device_blocks": 100, "device_blocks_used": 40, "host_blocks": 50, "host_blocks_used": 10}
-        return msgspec.structs.replace(super().status or pytest.fail(), levels=levels, preemptions=1234, **blocks)
+        return msgspec.structs.replace(super().status or pytest.fail(), levels=levels, **blocks)
 
     async def list_jobs(self) -> Sequence[tuple[ToyJob, JobStatus]]:
         if not self.ready:

@@ -16,13 +16,15 @@ from typing import Any
 
 import psutil
 import pytest
+import zmq
 from letters import check_finished, check_growing, letters
 from stand_in import CONTEXT, VOCAB, Options
 
 from fastserve.server.client import EngineClient, worker_command
 from fastserve.server.engine_api import EngineUnavailable
 from fastserve.server.jobs import OpenJob
-from fastserve.server.supervisor import EngineStartError, Health
+from fastserve.server.process import EngineProcess
+from fastserve.server.supervisor import BackOff, EngineStartError, Health
 from fastserve.types import InvalidRequest, SamplingParams
 
 QUICK = Health(backoff=0.001, heartbeat_timeout=20.0)
@@ -332,6 +334,44 @@ def test_a_job_that_crashes_the_engine_fails_alone() -> None:
     run(work())
 
 
+def test_a_job_that_has_the_engine_killed_fails_alone() -> None:
+    """Nobody can tell it from kill -9 until it has happened often enough with nothing else to do."""
+
+    async def work() -> None:
+        async with serving(Options(pace=SLOW, poison={"5": 30}, killed_by_poison=True)) as client:
+            jobs = [client.open([7], LONG, seed=seed) for seed in (1, 2, 5, 6)]
+            await asyncio.gather(*map(follow, jobs))
+            for job in jobs:
+                check_finished(job) if job.seed != 5 else check_growing(job)
+            assert jobs[2].finish_reason == "error" and len(jobs[2].output) == 30
+            assert client.restarts == 7 and client.healthy
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("end", "crashed"),
+    [
+        ("pass", False),  # as after a SIGTERM
+        ("sys.exit(1)", True),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", True),
+        ("os.kill(os.getpid(), signal.SIGKILL)", False),
+        ("signal.pause()", True),  # we kill it, because it hangs
+    ],
+)
+def test_what_ended_an_engine(end: str, crashed: bool) -> None:
+    async def work() -> None:
+        with zmq.Context() as context:
+            engine = EngineProcess(context)
+            await engine.start([sys.executable, "-c", f"import os, signal, sys; {end}"])
+            if "pause" not in end:
+                await engine.exited
+            await engine.end(0.0)
+            assert engine.crashed is crashed
+
+    run(work())
+
+
 def test_an_engine_that_sends_what_is_no_message_is_replaced() -> None:
     async def work() -> None:
         async with serving(Options(pace=SLOW, garbage_at=100)) as client:
@@ -472,6 +512,15 @@ def test_any_schedule(seed: int) -> None:
                 check_growing(job) if job.finish_reason == "abort" and job.key in closed else check_finished(job)
 
     run(work())
+
+
+def test_engines_that_die_at_once_are_waited_for_longer_and_longer() -> None:
+    backoff = BackOff(Health(backoff=0.1, max_backoff=30.0, healthy_after=60.0))
+    waits = [backoff.after(0.0) for _ in range(11)]
+    assert waits == [0.1 * 2**count for count in range(9)] + [30.0, 30.0]
+    assert backoff.after(59.0) == 30.0 and backoff.after(60.0) == 0.1  # it was healthy
+    assert backoff.after(0.0) == 0.2
+    assert [backoff.after(5.0) for _ in range(20)] == [0.1, *[0.1] * 19]  # killed at random moments: no penalty
 
 
 def test_options_are_checked() -> None:

@@ -34,6 +34,7 @@ class World:
         self.jobs: list[OpenJob] = []
         self.closed: set[int] = set()
         self.deaths: Counter[tuple[int, int]] = Counter()  # of engines that had the job at so many tokens
+        self.crashes: Counter[tuple[int, int]] = Counter()  # of those, the ones that nobody outside brought about
 
     def open(self, seed: int, params: SamplingParams, prompt: tuple[int, ...] = (7, 8)) -> OpenJob:
         job = self.ledger.open(prompt, params, seed, 0, None, None)
@@ -66,7 +67,7 @@ class World:
             if self.engine.running:
                 self.outbox.append(_encoder.encode(self.engine.iterate()))
         except Poisoned:
-            self.die(heard=len(self.outbox))
+            self.die(heard=len(self.outbox), crashed=not self.options.killed_by_poison)
 
     def deliver(self, messages: int) -> None:
         """The ledger takes in some of what the engine said."""
@@ -77,13 +78,14 @@ class World:
             elif isinstance(message, Refused):
                 self.ledger.refused(message)
 
-    def die(self, heard: int) -> None:
+    def die(self, heard: int, *, crashed: bool = True) -> None:
         """Of its last words, the first `heard` arrive."""
         self.deliver(heard)
         for job in self.jobs:
             if job.ticket is not None:
                 self.deaths[job.key, len(job.output)] += 1
-        self.ledger.down()
+                self.crashes[job.key, len(job.output)] += crashed
+        self.ledger.down(crashed=crashed)
         self.engine = None
 
     def run(self) -> None:
@@ -106,7 +108,8 @@ class World:
             elif job.finish_reason == "error":
                 position = len(job.output)
                 check_growing(job)
-                assert self.deaths[job.key, position] >= 3 or job.prompt[0] >= VOCAB  # refused
+                deaths, crashes = self.deaths[job.key, position], self.crashes[job.key, position]
+                assert deaths + 2 * crashes >= 7 or job.prompt[0] >= VOCAB  # refused
             else:
                 check_finished(job)
         assert not self.ledger.open_jobs
@@ -167,9 +170,9 @@ class AnyOrder(RuleBasedStateMachine):
             self.world.deliver(messages)
 
     @precondition(lambda self: self.world.engine is not None)
-    @rule(heard=st.integers(0, 9))
-    def die(self, heard: int) -> None:
-        self.world.die(heard)
+    @rule(heard=st.integers(0, 9), crashed=st.booleans())
+    def die(self, heard: int, crashed: bool) -> None:
+        self.world.die(heard, crashed=crashed)
 
     @invariant()
     def nothing_is_repeated_or_left_out(self) -> None:
@@ -239,6 +242,59 @@ def test_a_job_present_in_two_deaths_runs_alone() -> None:
     assert {job.finish_reason for job in (first, second, third)} == {"length"}
 
 
+def _killed(world: World, times: int) -> None:
+    """Each time when it has said who runs and put nothing out."""
+    for _ in range(times):
+        world.start()
+        world.hear(9)
+        world.iterate()
+        world.die(heard=1, crashed=False)
+
+
+def _in_engine(world: World) -> list[int]:
+    """The seeds of the jobs that a new engine has."""
+    world.start()
+    world.hear(9)
+    assert world.engine is not None
+    return sorted(add.seed for add in world.engine.jobs.values())
+
+
+def test_three_kills_before_a_token_say_nothing_against_a_job() -> None:
+    world = World(Options())
+    jobs = [world.open(seed, PLAIN) for seed in (1, 2, 3)]
+    _killed(world, 3)
+    assert _in_engine(world) == [1, 2, 3]
+    world.run()
+    world.check()
+    assert {job.finish_reason for job in jobs} == {"length"}
+
+
+def test_suspects_of_kills_take_turns() -> None:
+    """Whoever was alone at a kill comes after those who were not: chance would have to meet each three times."""
+    world = World(Options())
+    jobs = [world.open(seed, PLAIN) for seed in (1, 2, 3)]
+    _killed(world, 4)
+    for turn in (1, 2, 3, 1, 2, 3):
+        assert _in_engine(world) == [turn]
+        world.iterate()
+        world.die(heard=1, crashed=False)
+    world.run()
+    world.check()
+    assert {job.finish_reason for job in jobs} == {"length"}
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_the_job_for_which_the_system_kills_engines_is_found(silent: bool) -> None:
+    """It takes all memory, say."""
+    world = World(Options(poison={"1": 5}, killed_by_poison=True, silent_death=silent))
+    others = [world.open(seed, PLAIN) for seed in (2, 3, 4)]
+    guilty = world.open(1, PLAIN)
+    world.run()
+    world.check()
+    assert guilty.finish_reason == "error" and guilty.error is not None and "died 7 times in a row" in guilty.error
+    assert {job.finish_reason for job in others} == {"length"}
+
+
 def test_who_is_alone_may_be_closed() -> None:
     world = World(Options())
     first, second = world.open(1, PLAIN), world.open(2, PLAIN)
@@ -286,10 +342,11 @@ def test_resubmission_is_in_order_of_arrival_and_brings_the_output() -> None:
     world.die(heard=9)
     world.start()
     adds = [_to_engine.decode(message) for message in world.inbox]
-    assert [(add.seed, add.arrival, add.output) for add in adds] == [
-        (2, 10.0, early.output),
-        (1, 20.0, late.output),
+    assert [(add.seed, add.arrival, add.output, add.waiting_since) for add in adds] == [
+        (2, 10.0, early.output, early.last_token),
+        (1, 20.0, late.output, late.last_token),
     ]
+    assert early.last_token is not None and early.last_token == early.first_token
     assert len(early.output) == len(late.output) == 1
 
 

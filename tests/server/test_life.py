@@ -16,7 +16,8 @@ import httpx
 import pytest
 
 from fastserve.cli import main
-from fastserve.server.supervisor import EngineStartError
+from fastserve.server.settings import ServerSettings
+from fastserve.server.supervisor import EngineStartError, Health
 
 HERE = Path(__file__).parent
 PLAIN = {"prompt": "abc", "max_tokens": 6, "ignore_eos": True, "stream": True}
@@ -120,6 +121,7 @@ def test_what_cannot_be_served_is_said_in_a_line(
     assert "--shutdown-timeout" in complaint(capsys, "--shutdown-timeout", "-1")
     assert "--starvation-limit" in complaint(capsys, "--starvation-limit", "soon")
     assert "--log-format" in complaint(capsys, "--log-format", "xml")
+    assert "--heartbeat-timeout" in complaint(capsys, "--heartbeat-timeout", "0.5")
     monkeypatch.setenv("FASTSERVE_API_KEY", "one,,two")
     assert "FASTSERVE_API_KEY" in complaint(capsys)
 
@@ -132,6 +134,14 @@ def test_an_option_that_the_engine_refuses_is_named(
 
     monkeypatch.setattr("fastserve.cli.serve._serve", refuse)
     assert "--max-num-seqs: must be at least 1, got 0" in complaint(capsys, "--port", "0", "--max-num-seqs", "0")
+
+
+def test_the_heartbeat_is_the_supervisors() -> None:
+    from fastserve.cli.serve import _engine_client
+
+    assert ServerSettings(model="toy").heartbeat_timeout == Health().heartbeat_timeout
+    client = _engine_client(ServerSettings(model="toy", heartbeat_timeout=7.5), {"model": "toy"}, None)
+    assert client._supervisor._health.heartbeat_timeout == 7.5
 
 
 def test_keys_come_from_both(monkeypatch: pytest.MonkeyPatch) -> None:

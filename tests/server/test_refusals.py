@@ -174,7 +174,7 @@ def test_a_job_that_the_engine_refuses() -> None:
     [
         ("port", -1), ("port", 65536), ("max_queue", -1), ("shutdown_timeout", -1), ("shutdown_timeout", float("nan")),
         ("api_key", ("",)), ("api_key", ("a b",)), ("max_body_size", "4X"), ("max_body_size", 0), ("log_format", "xml"),
-        ("served_model_name", ("",)), ("seed", -1),
+        ("served_model_name", ("",)), ("seed", -1), ("heartbeat_timeout", 1.9), ("heartbeat_timeout", float("inf")),
     ],
 )  # fmt: skip
 def test_bad_options_are_named(option: str, value: Any) -> None:

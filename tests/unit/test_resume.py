@@ -16,7 +16,13 @@ from fastserve.types import OFFLOAD, FinishReason, InvalidRequest, Job, Sampling
 COST = CostModel(per_iteration=1.0, per_token=0.05)
 
 
-def resume(toy: Toy, job: Job, output: list[int] | None = None, arrival: float | None = None) -> Job:
+def resume(
+    toy: Toy,
+    job: Job,
+    output: list[int] | None = None,
+    arrival: float | None = None,
+    waiting_since: float | None = None,
+) -> Job:
     """The same job, with what it had put out, in another engine."""
     return toy.engine.add_job(
         job.job_id,
@@ -28,6 +34,7 @@ def resume(toy: Toy, job: Job, output: list[int] | None = None, arrival: float |
         priority=job.priority,
         arrival=arrival,
         output=job.output if output is None else output,
+        waiting_since=waiting_since,
     )
 
 
@@ -206,3 +213,18 @@ def test_it_has_not_been_starving() -> None:
     assert toy.records[-1].job_ids == ("new",)
     toy.run()
     assert again.metrics.arrival == 0.0 and new.finished and again.output == toy.expected(again)
+
+
+def test_waits_outlast_engines() -> None:
+    """One without a token for longer than the limit is overdue the moment it is back: restarts would starve it."""
+    toy = Toy(COST, max_num_seqs=1, starvation_limit=50.0)
+    lost = Toy(COST)
+    old = lost.add("old", 4, 100)
+    for _ in range(40):
+        lost.engine.step()
+    toy.clock.now = 1000.0
+    resume(toy, old, arrival=0.0, waiting_since=940.0)
+    toy.add("new", 2, 2)
+    toy.engine.step()
+    assert toy.records[-1].job_ids == ("old",)
+    toy.run()

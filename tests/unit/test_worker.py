@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -225,6 +226,16 @@ def test_an_aborted_job_is_gone_and_nobody_else(start: Any) -> None:
     assert server.hear(Jobs) == Jobs(6, [])
     status = server.hear(Status)
     assert (status.live, status.device_blocks_used) == (0, 0)
+
+
+def test_a_job_of_a_lost_engine_has_waited_since_its_last_token(start: Any) -> None:
+    server = start(policy="fcfs", max_num_seqs=1)
+    late = add(2, [2], [3], max_tokens=200)
+    late.waiting_since = time.monotonic() - 50.0
+    for message in (add(1, [1], max_tokens=200), late, ListJobs(1)):
+        server.tell(message)
+    status = next(job for job in server.hear(Jobs).jobs if job.key == 2)
+    assert not status.running and 50.0 <= status.waiting < 50.0 + PATIENCE / 1000
 
 
 def test_a_stopped_job_counts_as_complete(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
