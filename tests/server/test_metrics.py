@@ -68,7 +68,14 @@ def page_of(engine: Any, *ended: Ended, regret: float | None = 1.5) -> Page:
     metrics = Metrics(engine, "toy", lambda: regret)
     for job in ended:
         metrics.ended(job)
-    return Page(metrics.render())
+    return rendered(metrics)
+
+
+def rendered(metrics: Metrics) -> Page:
+    async def in_a_loop() -> bytes:  # whose tasks are counted
+        return metrics.render()
+
+    return Page(asyncio.run(in_a_loop()))
 
 
 def told_engine(told: Status) -> ToyEngine:
@@ -162,7 +169,7 @@ def test_counters_do_not_fall_when_the_engine_is_started_again() -> None:
                 pages.append(Page(metrics.render()))
             for _ in range(3):
                 client.engine_said(Step([], []))  # nobody was running: this death is nobody's fault
-            client.engine_down()
+            client.engine_down(crashed=True)
             client.open([1], SamplingParams(), seed=0)
             pages.append(Page(metrics.render()))
             # Nothing runs, and nothing is lost.
