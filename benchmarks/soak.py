@@ -45,6 +45,7 @@ _LOOKS = 5  # of which the least counts: the connection of the one before may be
 _POOL = 32  # threads that asyncio starts at most, and keeps
 _PATIENCE = 60.0  # seconds for everything to be as before
 _BODIES = 48
+_JOBS = 8  # places a client: those of clients that have just left are still taken
 _SMALL_BUFFER = 2048  # bytes
 _PIECE = 4096  # bytes that a slow client reads at a time
 _PAUSE = (0.2, 2.0)  # seconds between its reads
@@ -303,7 +304,8 @@ async def soak(given: argparse.Namespace, model: str) -> int:
     """The exit code."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(_LOGIN_LIMIT, most), most))
-    async with Server(["--model", model, "--max-num-seqs", str(given.max_num_seqs), *given.options]) as server:
+    sizes = ["--max-num-seqs", str(given.max_num_seqs), "--max-queue", str(_JOBS * given.clients)]
+    async with Server(["--model", model, *sizes, *given.options]) as server:
         raise_limit()
         engine = await server.engine()
         await Clients(server, given.seed + 1).run(min(_WARM_CLIENTS, given.clients), once=True)

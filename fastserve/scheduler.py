@@ -221,7 +221,8 @@ class Scheduler:
         for job in [job for job in batch.jobs if job.mark != mark]:
             self._leave(job, now)
         for job in batch.prefills:
-            if job.mark != mark and job.batch is None and not job.finished and job.waiting_since is None:
+            left_out = job.mark != mark and job.batch is None and job.waiting_since is None
+            if left_out and not job.finished and self._wants(job):
                 self._pause(job, now)
         self._version += self._charges.tell_all(now)
         batch.prefills = [job for job in chosen.prefills if job.mark == mark]
@@ -251,6 +252,10 @@ class Scheduler:
             return False
         if job.batch is not None:
             self._leave(job)
+        return self._wants(job)
+
+    def _wants(self, job: Job) -> bool:
+        """Whether there is a token that it has neither got nor is getting."""
         return len(job.output) + job.pending < job.max_output
 
     def _leave(self, job: Job, preempted: float | None = None) -> None:

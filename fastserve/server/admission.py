@@ -17,11 +17,23 @@ _MAX_RETRY = 3600  # seconds
 _RECLAIM_EVERY = 0.05  # seconds: a look at all jobs, while requests are being refused
 
 
+def named(key: int | None, name: str) -> str:
+    """A user: what the holder of an API key, counted from 0, calls somebody; None where there are no keys."""
+    return name if key is None else f"key {key}/{name}"
+
+
+def key_of(user: str) -> str:
+    """The same for all users of a key. Where there are no keys, anybody may take any name."""
+    key, slash, _ = user.partition("/")
+    return key if slash and key.startswith("key ") else ""
+
+
 class Admission:
     """Counts open jobs by user. Jobs beyond the `max_num_seqs` of one iteration wait, and `max_queue` of them may.
 
     When that is full, a user with less than an equal share of all places may still enter, until the queue is twice as
-    long as it may be; one with more is refused first.
+    long as it may be; one with more is refused first. API keys share first, then the users that a key names, so a key
+    gets no more by naming many.
     """
 
     def __init__(self, engine: EngineClient, max_queue: int, reclaim: Callable[[], None] = lambda: None) -> None:
@@ -131,8 +143,15 @@ class Admission:
         return status.backlog * min(1.0, jobs / max(1, status.live))
 
     def _may_exceed(self, user: str, jobs: int) -> bool:
-        share = self.capacity / len(self._open.keys() | {user})
-        return self._open[user] + jobs <= share and self.open_jobs + jobs <= self.capacity + self._max_queue
+        key, capacity = key_of(user), self.capacity
+        users = self._open.keys() | {user}
+        keys = len({key_of(each) for each in users})
+        of_key = [each for each in users if key_of(each) == key]
+        return (
+            self._open[user] + jobs <= capacity / keys / len(of_key)
+            and sum(self._open[each] for each in of_key) + jobs <= capacity + self._max_queue / keys
+            and self.open_jobs + jobs <= capacity + self._max_queue
+        )
 
     def _cost_model(self) -> CostModel | None:
         given: Any = self._engine.info.get("cost")

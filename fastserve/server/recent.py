@@ -21,14 +21,14 @@ class Recent:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._ended: deque[tuple[float, dict[str, float | None]]] = deque(maxlen=_MOST)
+        self._ended: deque[tuple[float, tuple[float | None, ...]]] = deque(maxlen=_MOST)  # when, and its _FIGURES
         self._counts: deque[tuple[float, int, int]] = deque()  # when, and prompt and output tokens by then
 
     def ended(self, job: OpenJob) -> None:
         """One that stopped by itself; others say nothing about how fast jobs are."""
         if job.metrics is not None and job.finish_reason in ("stop", "length"):
             figures = job.metrics.as_dict(len(job.output))
-            self._ended.append((self._clock(), {name: figures[name] for name in _FIGURES}))
+            self._ended.append((self._clock(), tuple(figures[name] for name in _FIGURES)))
 
     def finished(self) -> dict[str, Any]:
         """How many ended in the window, and P50, P95 and P99 of their seconds."""
@@ -36,8 +36,8 @@ class Recent:
         while self._ended and self._ended[0][0] < horizon:
             self._ended.popleft()
         found: dict[str, Any] = {"count": len(self._ended), "seconds": WINDOW}
-        for name in _FIGURES:
-            values = sorted(value for _, figures in self._ended if (value := figures[name]) is not None)
+        for place, name in enumerate(_FIGURES):
+            values = sorted(value for _, figures in self._ended if (value := figures[place]) is not None)
             found[name] = {f"p{share}": _percentile(values, share / 100) for share in (50, 95, 99)}
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import Request
 
+from .admission import named
 from .answers import generation_timeout
 from .errors import ApiError
 from .protocol import GenerationRequest
@@ -18,9 +19,8 @@ async def require_json(request: Request) -> None:
 
 
 def user_of(log: RequestLog, body: GenerationRequest) -> str:
-    """Who shares the queue: the key's `user`, so that nobody has more than one share by the names it gives itself."""
-    user = body.user or ""
-    return user if log.key is None else f"key {log.key}/{user}"
+    """Who shares the queue."""
+    return named(log.key, body.user or "")
 
 
 def timeout_of(request: Request, body: GenerationRequest) -> float | None:

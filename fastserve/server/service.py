@@ -13,6 +13,7 @@ from .admission import Admission
 from .calls import Call
 from .engine_api import EngineClient, OpenJob
 from .errors import ApiError
+from .memory import Memory
 from .metrics import Metrics
 from .prompts import PromptLimits
 from .recent import Recent
@@ -38,6 +39,7 @@ class Service:
         self.metrics = Metrics(engine, settings.names[0], self.regret)
         self.recent = Recent()
         self._regret = Regret()
+        self._memory = Memory(lambda: not self.calls)
         self._record = None if settings.record is None else TraceRecord(settings.record)
         self._seeds = random.Random(settings.seed)
         self._listing: tuple[float, Mapping[int, JobStatus]] = (float("-inf"), {})
@@ -59,6 +61,7 @@ class Service:
         """Count a job that is over, in whatever way."""
         self.metrics.ended(job)
         self.recent.ended(job)
+        self._memory.ended()
         if job.metrics is not None and job.finish_reason in ("stop", "length"):
             self._regret.ended(job.metrics)
         if self._record is not None:

@@ -13,10 +13,13 @@ PATH = "/v1/completions"
 PLAIN: dict[str, Any] = {"prompt": "abc", "max_tokens": 4, "ignore_eos": True}
 
 
-async def send(world: World, count: int, **fields: Any) -> list[asyncio.Task[Any]]:
+async def send(
+    world: World, count: int, headers: dict[str, str] | None = None, **fields: Any
+) -> list[asyncio.Task[Any]]:
     """So many requests at once, waited for until their jobs are open."""
     before = len(world.engine.opened)
-    tasks = [asyncio.create_task(world.client.post(PATH, json={**PLAIN, **fields})) for _ in range(count)]
+    body = {**PLAIN, **fields}
+    tasks = [asyncio.create_task(world.client.post(PATH, json=body, headers=headers)) for _ in range(count)]
     await world.engine.until(lambda engine: len(engine.opened) >= before + count)
     return tasks
 
@@ -104,6 +107,20 @@ def test_users_of_another_key_are_others() -> None:
         assert [job.user for job in world.engine.opened] == ["key 0/ann", "key 1/ann"]
 
     run(scenario, api_key=("one", "two"))
+
+
+def test_a_key_gets_no_more_by_naming_many_users() -> None:
+    async def scenario(world: World) -> None:
+        one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
+        tasks = [task for number in range(6) for task in await send(world, 1, headers=one, user=f"u{number}")]
+        await world.refuse(PATH, {**PLAIN, "user": "u6"}, headers=one, status=429)  # a seventh of six is no place
+        for user in ("ann", "bob"):  # half of six is enough for two
+            tasks += await send(world, 1, headers=two, user=user)
+        await world.refuse(PATH, {**PLAIN, "user": "u6"}, headers=one, status=429)
+        world.engine.release()
+        assert await statuses(tasks) == {200}
+
+    run(scenario, held=True, max_num_seqs=2, max_queue=4, api_key=("one", "two"))
 
 
 # --- deadlines -------------------------------------------------------------------------------------------------------

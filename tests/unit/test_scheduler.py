@@ -229,6 +229,15 @@ def test_a_preempted_job_keeps_its_blocks_while_nobody_needs_them() -> None:
     assert (long.metrics.preemptions, long.metrics.recomputed_tokens) == (1, 0)
 
 
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_a_job_that_has_all_its_tokens_under_way_is_not_preempted(max_in_flight: int) -> None:
+    toy = Toy(policy="fcfs", max_num_seqs=2, max_in_flight=max_in_flight)
+    jobs = [toy.add("neighbour", 3, 6), toy.add("one", 3, 1), toy.add("two", 3, 2)]
+    toy.run()
+    assert [job.metrics.preemptions for job in jobs] == [0, 0, 0]
+    assert all(len(job.output) == job.max_output for job in jobs)
+
+
 def test_a_job_that_can_never_fit_is_refused() -> None:
     toy = Toy(block_size=4, num_blocks=5, max_model_len=100)
     fits = toy.add("fits", 15, 6)  # the last token's KV is never held
