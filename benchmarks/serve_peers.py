@@ -3,8 +3,8 @@
     python benchmarks/serve_peers.py --trace sharegpt-like-300.json [--vllm-python PATH] [--llama-server PATH]
     python benchmarks/serve_peers.py --trace sharegpt-like-300.json --policies --slots 8
 
-First every job is sent at once, to each server in turn: what the best peer then answers a second (with --policies, what
-FastServe does under fcfs) is the capacity that --rates are fractions of. Then every server gets the trace at each of
+First every job is sent at once, to each server in turn (with --policies, only under fcfs): what the best peer then answers
+a second, or fcfs, is the capacity that --rates are fractions of. Then every server gets the trace at each of
 them. Servers start before that, as their users start them, and all but the one that is measured are stopped (SIGSTOP).
 Rounds repeat it all; medians are told, and of ratios the median over rounds. What was measured is written after every
 run (--json), so that an end before the end loses nothing.
@@ -122,7 +122,7 @@ class Comparison:
         """Everything there is to measure, in turn."""
         self.capacity = self.options.capacity
         for number in range(self.options.rounds):
-            for each in self.running:
+            for each in self.running[: 1 if self.options.policies else None]:  # the capacity is fcfs's
                 self._run(each, number, None)
             if self.capacity is None:
                 self.capacity = self._best()
