@@ -3,9 +3,9 @@
     python benchmarks/serve_peers.py --trace sharegpt-like-300.json [--vllm-python PATH] [--llama-server PATH]
     python benchmarks/serve_peers.py --trace sharegpt-like-300.json --policies --slots 8
 
-First every job is sent at once, to each server in turn (with --policies, only under fcfs): what the best peer then answers
-a second, or fcfs, is the capacity that --rates are fractions of. Then every server gets the trace at each of
-them. Servers start before that, as their users start them, and all but the one that is measured are stopped (SIGSTOP).
+First every job is sent at once, to each server in turn (with --policies, under fcfs alone): what the best peer or fcfs
+then answers a second is the capacity that --rates are fractions of. Then every server gets the trace at each of them.
+Servers start before that, as their users start them, and all but the one that is measured are stopped (SIGSTOP).
 Rounds repeat it all; medians are told, and of ratios the median over rounds. What was measured is written after every
 run (--json), so that an end before the end loses nothing.
 
