@@ -24,7 +24,9 @@ BAD_FIELDS: list[tuple[str, Any]] = [
     ("temperature", -1), ("temperature", "hot"), ("temperature", 1e9), ("temperature", float("nan")),
     ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 2), ("presence_penalty", 3), ("frequency_penalty", -3),
     ("repetition_penalty", 0), ("n", 0), ("n", 129), ("n", 10**30), ("best_of", 2), ("seed", 2**64), ("seed", "x"),
-    ("stop", [""]), ("stop", ["a"] * 17), ("stop", [4]), ("stop_token_ids", [61]), ("stop_token_ids", ["a"]),
+    ("stop", "\ud800"), ("stop", ["a", "b\udfff"]), ("stop", "ab" * 513), ("stop", ["a", "b" * 1025]),
+    ("user", "\ud800"), ("user", "a" * 257), ("stop", [""]), ("stop", ["a"] * 17), ("stop", [4]),
+    ("stop_token_ids", [61]), ("stop_token_ids", ["a"]),
     ("logit_bias", {"61": 1}), ("logit_bias", {"x": 1}), ("logit_bias", {"4": 101}), ("logit_bias", [4]),
     ("logit_bias", {str(token): 1 for token in range(1025)}), ("logit_bias", {"4": float("inf")}),
     ("logprobs", 21), ("logprobs", -1), ("logprobs", True), ("min_tokens", 3), ("min_tokens", -1),
@@ -40,6 +42,7 @@ NO_EFFECT: list[tuple[str, Any]] = [
     ("logit_bias", None), ("logit_bias", {}), ("best_of", 1), ("best_of", None), ("suffix", None), ("suffix", ""),
     ("tools", []), ("tool_choice", "none"), ("response_format", {"type": "text"}), ("metadata", {"a": "b"}),
     ("store", True), ("service_tier", "auto"), ("use_beam_search", False), ("length_penalty", 1.0),
+    ("stop", ["QQ" * 512] * 16), ("stop_token_ids", [5] * 2000), ("user", "é" * 256), ("user", "\U0001f600"),
     ("functions", None), ("stream", False), ("stream_options", None), ("logprobs", None), ("echo", False),
     ("parallel_tool_calls", True), ("made_up", 5), ("user", ""), ("seed", -(2**63)), ("presence_penalty", 0),
 ]  # fmt: skip
@@ -78,6 +81,14 @@ def test_false_is_no_number() -> None:
     """Python would say that False == 0 and True == 1."""
     with pytest.raises(ApiError, match="length_penalty"):
         CompletionRequest(prompt="a", length_penalty=True).check()  # type: ignore[call-arg]
+
+
+def test_stop_tokens_are_few_and_different() -> None:
+    body = CompletionRequest(prompt="a", stop_token_ids=[5, 7, 5] * 1000)
+    assert body.params(61, logprobs=None).stop_token_ids == (5, 7)
+    CompletionRequest(prompt="a", stop_token_ids=list(range(1024))).params(2000, logprobs=None)
+    with pytest.raises(ApiError, match=r"^stop_token_ids: must hold at most 1024 tokens, got 1025"):
+        CompletionRequest(prompt="a", stop_token_ids=list(range(1025))).params(2000, logprobs=None)
 
 
 def test_combinations_that_are_refused() -> None:
