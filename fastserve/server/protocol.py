@@ -223,10 +223,16 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: Annotated[Any, Field(description="Text, token ids, or a list of either.", json_schema_extra=_PROMPT_SCHEMA)]
+    max_tokens: _Int | None = _given("Tokens of output, at most; 0 only with echo; 16.", minimum=0, maximum=MAX_INT)
     echo: bool | None = _given("The text begins with the prompt; false.")
     logprobs: _Int | None = _given("This many alternatives of every token.", minimum=0, maximum=MAX_LOGPROBS)
     best_of: _Int | None = _given("Only as many as n.", minimum=1)
     add_special_tokens: bool | None = _given("Such as a beginning-of-sequence token; true.")
+
+    @property
+    def only_echo(self) -> bool:
+        """Whether nothing is to be generated."""
+        return bool(self.echo) and self.max_tokens == 0
 
     def check(self) -> list[str]:
         if self.best_of is not None and self.best_of != (self.n or 1):
