@@ -282,10 +282,9 @@ class IncrementalDetokenizer:
     ) -> None:
         self._stream = (_ByteStream if tokenizer.byte_level else _WindowStream)(tokenizer, skip_special_tokens)
         self._stop = tuple(stop)
-        self._starts = frozenset(each[:length] for each in self._stop for length in range(1, len(each)))
-        self._longest_start = max(map(len, self._starts), default=0)
         self._include_stop = include_stop_str_in_output
         self._held = ""  # characters that can no longer change, held back as the possible start of a stop string
+        self._begun = [0] * len(self._stop)  # how many characters at the end of those each stop string begins with
         self._text = ""
         self.matched_stop: str | None = None
 
@@ -317,21 +316,16 @@ class IncrementalDetokenizer:
         if not self._stop:
             return self._release(new, "")
         before, text = len(self._held), self._held + new
-        matches = []
-        for stop in self._stop if match_stop else ():
-            start = text.find(stop, max(0, before - len(stop) + 1))
-            if start >= 0:
-                matches.append((start + len(stop), start, stop))
-        if matches:
-            end, start, self.matched_stop = min(matches)
-            return self._release(text[: end if self._include_stop else start], "")
-        certain = len(text) - self._possible_stop(text)
+        # A place before a stop string's own start has been ruled out for good: none is looked at twice.
+        stops = [(stop, before - begun) for stop, begun in zip(self._stop, self._begun, strict=True)]
+        if match_stop:
+            matches = [(at + len(stop), at, stop) for stop, start in stops if (at := text.find(stop, start)) >= 0]
+            if matches:
+                end, start, self.matched_stop = min(matches)
+                return self._release(text[: end if self._include_stop else start], "")
+        self._begun = [_begun(stop, text, start) for stop, start in stops]
+        certain = len(text) - max(self._begun)
         return self._release(text[:certain], text[certain:])
-
-    def _possible_stop(self, text: str) -> int:
-        """Length of the longest end of the text that a stop string begins with."""
-        first = max(0, len(text) - self._longest_start)
-        return next((len(text) - place for place in range(first, len(text)) if text[place:] in self._starts), 0)
 
     def _release(self, text: str, held: str) -> str:
         whole = self._text
@@ -339,6 +333,14 @@ class IncrementalDetokenizer:
         whole += text
         self._text, self._held = whole, held
         return text
+
+
+def _begun(stop: str, text: str, start: int) -> int:
+    """Length of the longest end of the text, from `start` on, that is a beginning of the stop string and not all."""
+    place = text.find(stop[0], max(start, len(text) - len(stop) + 1))
+    while place >= 0 and not stop.startswith(text[place:]):
+        place = text.find(stop[0], place + 1)
+    return len(text) - place if place >= 0 else 0
 
 
 class _ByteStream:

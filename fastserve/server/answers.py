@@ -144,7 +144,7 @@ class Answer(Response):
             data = shape.chunk(index, job, new, tokens, spent) if rich else shape.grown(index, new, spent)
             if not opened:
                 opened = True
-                data = shape.opening(index) + data
+                data = shape.opening(index, spent) + data
             await events.write(data)
             if ended:
                 return

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from ..types import FinishReason
 from .answers import Answer, Generation
+from .jobs import OpenJob
 from .openapi import REQUEST_ID, TIMEOUT, generation
 from .prompts import as_prompts, encode
 from .protocol import CompletionRequest
@@ -14,7 +16,9 @@ from .requestlog import RequestLog
 from .requests import require_json, timeout_of, user_of
 from .schemas import Completion, CompletionChunk
 from .service import Service
-from .shapes import CompletionShape, Shape, Style
+from .shapes import DONE, CompletionShape, Shape, Style
+from .shapes import encode as as_json
+from .usage import accounting, usage
 
 _MAX_TOKENS = 16  # OpenAI's default
 
@@ -28,7 +32,7 @@ def router(service: Service) -> APIRouter:
         responses=generation(Completion, CompletionChunk),
         openapi_extra={"parameters": [REQUEST_ID, TIMEOUT]},
     )
-    async def create_completion(body: CompletionRequest, request: Request) -> Answer:
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Go on from a prompt, or from each of several."""
         log = RequestLog.of(request.scope)
         log.ignored = body.check()
@@ -37,7 +41,7 @@ def router(service: Service) -> APIRouter:
         params = body.params(
             limits.vocab_size,
             logprobs=body.logprobs,
-            max_tokens=_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+            max_tokens=_MAX_TOKENS if body.max_tokens is None else body.max_tokens + body.only_echo,
         )
         given = as_prompts(body.prompt, service.admission.capacity)
         if params.stop:
@@ -82,6 +86,31 @@ def router(service: Service) -> APIRouter:
             usage=body.wants_usage,
             usage_always=body.wants_usage_always,
         )
-        return Answer(service, asked, log)
+        return await _echo(service, asked, log) if body.only_echo else Answer(service, asked, log)
 
     return routes
+
+
+async def _echo(service: Service, asked: Generation, log: RequestLog) -> Response:
+    """The prompts as they are, with nothing after them: the engine has no part in it."""
+    places = asked.count * asked.params.n
+    service.admission.enter(asked.user, places)
+    try:
+        prompts = await asked.prompts()
+    finally:
+        service.admission.leave(asked.user, places)
+    for prompt in prompts:
+        service.limits.check("prompt", prompt)
+    job = OpenJob(0, [], asked.params, 0, 0, 0.0, None, None)
+    job.end(FinishReason.LENGTH)
+    jobs, shape = [job] * places, asked.shape(prompts)
+    log.prompt_tokens = sum(map(len, prompts))
+    log.tell(jobs)
+    took = usage(log.prompt_tokens, jobs)
+    whole = {**took, "fastserve": accounting(jobs)}
+    if not asked.stream:
+        return Response(as_json(shape.whole(jobs, whole)), media_type="application/json")
+    told = took if asked.usage_always else None
+    events = [shape.opening(index, told) + shape.chunk(index, job, "", 0, told) for index in range(places)]
+    last = shape.closing(whole) if asked.usage else b""
+    return Response(b"".join([*events, last, DONE]), media_type="text/event-stream")

@@ -14,6 +14,9 @@ from starlette.exceptions import HTTPException
 from ..types import InvalidRequest
 from .engine_api import EngineUnavailable
 
+_MAX_MESSAGE = 500  # characters; what a client sent may be in it, however long that was
+_UNREADABLE = "There was an error parsing the body"  # FastAPI's, for what is not even wrong JSON
+
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -29,7 +32,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(_shortened(message))
         self.status = status
         self.param = param
         self.code = code
@@ -41,6 +44,11 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         return Response(json.dumps(self.as_dict()), self.status, headers=self.headers, media_type="application/json")
+
+
+def _shortened(message: str) -> str:
+    half = _MAX_MESSAGE // 2
+    return message if len(message) <= _MAX_MESSAGE else f"{message[:half]} … {message[-half:]}"
 
 
 def refused(field: str, message: str) -> ApiError:
@@ -88,9 +96,20 @@ def _http_error(error: HTTPException) -> ApiError:
         message, code = "there is nothing at this path; /openapi.json lists what there is", "not_found"
     elif error.status_code == 405:
         message, code = "this path does not take this method", "method_not_allowed"
+    elif error.status_code == 400 and message == _UNREADABLE:
+        message, code = f"the body is not valid JSON: {_why(error.__cause__)}", "invalid_json"
     elif message == HTTPStatus(error.status_code).phrase:
         message = message.lower()
     return ApiError(error.status_code, message, code=code, headers=error.headers)
+
+
+def _why(cause: BaseException | None) -> str:
+    """In a client's words: what Python's parser raises beside JSONDecodeError."""
+    if isinstance(cause, UnicodeDecodeError):
+        return f"it is not {cause.encoding.upper()} at byte {cause.start}"
+    if isinstance(cause, RecursionError):
+        return "it is nested too deeply"
+    return "it holds a number of too many digits" if isinstance(cause, ValueError) else "it cannot be read"
 
 
 async def _answer(request: Request, error: Exception) -> Response:

@@ -69,7 +69,8 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "xtc_probability": (0, 0.0),
 }
 _warned: set[str] = set()
-_MAX_WARNED = 100  # names; a client may make them up
+# A client may make names up: so many are warned of, and so many of a request are told, shortened to so many characters.
+_MAX_WARNED, _MAX_TOLD, _MAX_NAME = 100, 32, 64
 
 
 def check_extra(extra: Mapping[str, Any] | None) -> list[str]:
@@ -80,7 +81,8 @@ def check_extra(extra: Mapping[str, Any] | None) -> list[str]:
             if value is not None and not any(_same(value, plain) for plain in _REFUSED[name]):
                 raise unsupported(name)
         elif name not in _NO_EFFECT:
-            ignored.append(name)
+            ignored.append(name[:_MAX_NAME])
+    del ignored[_MAX_TOLD:]
     for name in ignored:
         if name not in _warned and len(_warned) < _MAX_WARNED:
             _warned.add(name)

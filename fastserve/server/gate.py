@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import secrets
+from collections.abc import AsyncIterator, Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -14,6 +17,12 @@ from .settings import ServerSettings
 
 _logger = logging.getLogger("fastserve.server")
 _MAX_ID = 128
+_CLOSE = {"Connection": "close"}
+_PATIENCE = 30.0  # seconds that any body may take to come, and
+_PACE = 64 * 1024  # bytes that come in another second at least
+# Of a body that is too large. Its client may read no answer before it has sent all.
+_DRAIN_BYTES = 64 * 2**20
+_DRAIN_SECONDS = 5.0
 
 
 class Gate:
@@ -41,7 +50,7 @@ class Gate:
 
         try:
             log.key = self._keys.check(scope["path"], headers.get(b"authorization"))
-            body = await _read_body(headers.get(b"content-length"), receive, self._body_limit)
+            body = await self._read(headers, receive)
             await self._app(scope, _replayed(body, receive), named)
         except _Gone:
             log.disconnected = True
@@ -57,6 +66,29 @@ class Gate:
         finally:
             log.write(self._log_format)
 
+    async def _read(self, headers: Mapping[bytes, str], receive: Receive) -> bytes:
+        """The body. Raises ApiError, 408 and 413, whatever the client said of the length, and _Gone."""
+        limit = self._body_limit
+        patience = _PATIENCE + limit / _PACE
+        sends = headers.get(b"expect", "").lower() != "100-continue"  # before it is told to, which `receive` does
+        if _announced(headers) <= limit:
+            try:
+                body = await asyncio.wait_for(_read_body(receive, limit), patience)
+            except asyncio.TimeoutError:
+                message = f"the body did not come within {patience:.0f} s"
+                raise ApiError(408, message, code="body_timeout", headers=_CLOSE) from None
+            if body is not None:
+                return body
+            sends = True
+        if sends:
+            await _drain(receive)
+        raise ApiError(
+            413,
+            f"the body is larger than the {limit} bytes of --max-body-size",
+            code="body_too_large",
+            headers=_CLOSE,
+        )
+
 
 class _Gone(Exception):
     """The client went away before its request was complete."""
@@ -69,32 +101,46 @@ def _request_id(given: str | None) -> str:
     return f"req-{secrets.token_hex(12)}"
 
 
-async def _read_body(length: str | None, receive: Receive, limit: int) -> bytes:
-    """Raises ApiError, 413, as soon as it is clear, whatever the client said of the length."""
-    if length is not None and length.isdecimal() and int(length[:20]) > limit:
-        raise _too_large(limit)
+def _announced(headers: Mapping[bytes, str]) -> int:
+    length = headers.get(b"content-length", "")
+    return int(length[:20]) if length.isascii() and length.isdecimal() else 0
+
+
+async def _read_body(receive: Receive, limit: int) -> bytes | None:
+    """None as soon as it has more bytes than it may. Raises _Gone."""
     chunks: list[bytes] = []
     size = 0
-    while True:
+    async for chunk in _chunks(receive):
+        size += len(chunk)
+        if size > limit:
+            return None
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
+    """What is left of a body. Raises _Gone."""
+    more = True
+    while more:
         message = await receive()
         if message["type"] != "http.request":
             raise _Gone
-        chunk: bytes = message.get("body", b"")
-        size += len(chunk)
-        if size > limit:
-            raise _too_large(limit)
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return b"".join(chunks)
+        yield message.get("body", b"")
+        more = message.get("more_body", False)
 
 
-def _too_large(limit: int) -> ApiError:
-    return ApiError(
-        413,
-        f"the body is larger than the {limit} bytes of --max-body-size",
-        code="body_too_large",
-        headers={"Connection": "close"},  # the rest of it is not worth reading
-    )
+async def _drain(receive: Receive) -> None:
+    """Drop what is left of a body, unless that is too much: who closes on unread bytes takes its own answer back."""
+
+    async def drop() -> None:
+        size = 0
+        async for chunk in _chunks(receive):
+            size += len(chunk)
+            if size > _DRAIN_BYTES:
+                return
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(drop(), _DRAIN_SECONDS)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -19,6 +19,7 @@ engine to end it; suspects take turns, so that chance does not meet the same one
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -28,6 +29,11 @@ from ..ipc import Abort, Add, Refused, Step, ToEngine
 from ..tokenizer import Tokenizer
 from ..types import MAX_SEED, FinishReason, InvalidRequest, SamplingParams
 from .jobs import OpenJob
+
+log = logging.getLogger(__name__)
+
+# What encoding a message raises for a value that it cannot hold. What a socket raises is neither.
+_UNTELLABLE = (TypeError, ValueError, OverflowError)
 
 # A job may be in an iteration before the API server hears so: what the engine said of it may be lost with the engine.
 # It cannot be any more when so many Steps have come since its Add and none has named it.
@@ -78,7 +84,11 @@ class Ledger:
         job = OpenJob(key, tokens, params, seed, priority, arrival, user, self._tokenizer)
         self.open_jobs[key] = job
         if self._alone is None:
-            self._submit(job)
+            try:
+                self._submit(job)
+            except BaseException:  # nobody will have the job, to close it
+                self._forget(job)
+                raise
         return job
 
     def close(self, job: OpenJob) -> None:
@@ -178,7 +188,11 @@ class Ledger:
             job.submissions += 1
             job.told_after = self._steps + _UNTOLD_STEPS
             self._submitted[job.ticket] = job
-            send(_add(job, job.ticket))
+            try:
+                send(_add(job, job.ticket))
+            except _UNTELLABLE as error:  # a mistake of ours: the others are to have their engine all the same
+                log.exception("job %d cannot be told to the engine", job.key)
+                self._end(job, FinishReason.ERROR, f"the job cannot be told to the engine: {type(error).__name__}")
 
     def _withdraw(self, job: OpenJob) -> None:
         """Take a job from the engine, whatever it is doing with it."""

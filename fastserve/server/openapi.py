@@ -85,7 +85,7 @@ _ERRORS = {
     400: "A field is wrong, or not supported.",
     401: "The API key is missing or wrong.",
     404: "There is no such model here.",
-    408: "The job would miss its `timeout` even alone.",
+    408: "The job would miss its `timeout` even alone, or the body did not come in time.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     429: "The queue is full.",

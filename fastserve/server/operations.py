@@ -40,6 +40,7 @@ def router(service: Service) -> APIRouter:
         """The model, by one of its names."""
         return card(service.check_model(model))
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health", responses={200: {"model": Health}, 503: _UNHEALTHY})
     async def health() -> JSONResponse:
         """200 while work is taken in, even if the engine is being restarted: nothing is lost by that."""

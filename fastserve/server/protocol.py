@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 
 from ..types import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from .errors import ApiError, refused
 from .fields import check_extra
 
 MAX_STOPS = 16
+MAX_STOP_LENGTH = 1024  # characters; an answer's end is compared with each
+MAX_STOP_TOKENS = 1024  # different ones; each is in every message that hands a job to the engine
+MAX_USER_LENGTH = 256  # characters
 MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_INT = 2**31 - 1  # the runtime's integers
@@ -59,9 +62,27 @@ _MESSAGES_SCHEMA: dict[str, Any] = {
 }
 
 
+def _whole(value: Any) -> Any:
+    """JSON does not tell 5.0 from 5."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+_Int = Annotated[int, BeforeValidator(_whole)]
+
+
 def _given(description: str, **schema: Any) -> Any:
     """A field that may be left out. `schema` tells of its range, which SamplingParams or `check` holds it to."""
     return Field(None, description=description, json_schema_extra=schema)
+
+
+def _check_text(field: str, text: str, longest: int) -> None:
+    """Raises ApiError for what is too long, and for half of a surrogate pair, which no other process can be told."""
+    if len(text) > longest:
+        raise refused(field, f"must have at most {longest} characters, got {len(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise refused(field, f"must be valid Unicode, and has a lone surrogate at character {error.start}") from None
 
 
 class _Body(BaseModel):
@@ -84,11 +105,11 @@ class StreamOptions(BaseModel):
 class GenerationRequest(_Body):
     """What completions and chats have in common."""
 
-    max_tokens: int | None = _given("Tokens of output, at most.", minimum=1, maximum=MAX_INT)
-    min_tokens: int | None = _given("No end of any kind before so many tokens; 0.", minimum=0, maximum=MAX_INT)
+    max_tokens: _Int | None = _given("Tokens of output, at most.", minimum=1, maximum=MAX_INT)
+    min_tokens: _Int | None = _given("No end of any kind before so many tokens; 0.", minimum=0, maximum=MAX_INT)
     temperature: float | None = _given("0 takes the most likely token; 1.", minimum=0, maximum=100)
     top_p: float | None = _given("The likeliest tokens that add up to this probability; 1.", minimum=1e-9, maximum=1)
-    top_k: int | None = _given("So many of the likeliest tokens; 0 and -1 are all.", minimum=-1, maximum=MAX_INT)
+    top_k: _Int | None = _given("So many of the likeliest tokens; 0 and -1 are all.", minimum=-1, maximum=MAX_INT)
     min_p: float | None = _given("Tokens with this share of the likeliest one's probability; 0.", minimum=0, maximum=1)
     repetition_penalty: float | None = _given("On tokens of prompt and output; 1 is none.", minimum=1e-6, maximum=100)
     presence_penalty: float | None = _given("On tokens of the output; 0.", minimum=-2, maximum=2)
@@ -99,19 +120,28 @@ class GenerationRequest(_Body):
         propertyNames={"pattern": "^[0-9]+$"},
         additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
     )
-    n: int | None = _given("Answers to each prompt; 1.", minimum=1, maximum=128)
-    seed: int | None = _given("The same request with the same seed has one answer.", minimum=-(2**63), maximum=MAX_SEED)
-    stop: str | list[str] | None = _given(
-        "Texts that end the answer, which comes without them.", maxItems=MAX_STOPS, items={"minLength": 1}
+    n: _Int | None = _given("Answers to each prompt; 1.", minimum=1, maximum=128)
+    seed: _Int | None = _given(
+        "The same request with the same seed has one answer.", minimum=-(2**63), maximum=MAX_SEED
     )
-    stop_token_ids: list[int] | None = _given("Tokens that do.", items=_ID)
+    stop: str | list[str] | None = _given(
+        "Texts that end the answer, which comes without them.",
+        maxItems=MAX_STOPS,
+        maxLength=MAX_STOP_LENGTH,
+        items={"minLength": 1, "maxLength": MAX_STOP_LENGTH},
+    )
+    stop_token_ids: list[int] | None = _given(f"Tokens that do; {MAX_STOP_TOKENS} different ones.", items=_ID)
     include_stop_str_in_output: bool | None = _given("Keeps the stop text; false.")
     skip_special_tokens: bool | None = _given("Leaves control tokens out of the text; true.")
     ignore_eos: bool | None = _given("Goes on after the model's end-of-sequence token; false.")
     stream: bool | None = _given("Server-sent events while the answer grows; false.")
     stream_options: StreamOptions | None = _given("Only with stream: true.")
-    user: str | None = _given("Whom the job is for: a full queue is shared fairly among users.")
-    priority: int | None = _given("Lower goes first, whatever the policy says; 0.", minimum=-(2**31), maximum=2**31 - 1)
+    user: str | None = _given(
+        "Whom the job is for: a full queue is shared fairly among users.", maxLength=MAX_USER_LENGTH
+    )
+    priority: _Int | None = _given(
+        "Lower goes first, whatever the policy says; 0.", minimum=-(2**31), maximum=2**31 - 1
+    )
     timeout: float | None = _given(
         "Seconds until nobody wants the answer any more.", exclusiveMinimum=0, exclusiveMaximum=1e9
     )
@@ -122,21 +152,30 @@ class GenerationRequest(_Body):
             name: getattr(self, name)
             for name in (
                 "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-                "frequency_penalty", "n", "stop", "stop_token_ids", "include_stop_str_in_output",
-                "skip_special_tokens", "ignore_eos",
+                "frequency_penalty", "n", "stop", "include_stop_str_in_output", "skip_special_tokens", "ignore_eos",
             )
         }  # fmt: skip
-        fields |= {"logit_bias": self._biases(vocab_size), "logprobs": logprobs, **given}
-        if isinstance(self.stop, list) and len(self.stop) > MAX_STOPS:
-            raise refused("stop", f"must hold at most {MAX_STOPS} texts, got {len(self.stop)}")
-        if self.stop_token_ids is not None:
-            self._check_ids("stop_token_ids", self.stop_token_ids, vocab_size)
+        fields |= {
+            "stop_token_ids": self._stop_tokens(vocab_size),
+            "logit_bias": self._biases(vocab_size),
+            "logprobs": logprobs,
+            **given,
+        }
         if self.seed is not None:
             if not -(2**63) <= self.seed <= MAX_SEED:
                 raise refused("seed", f"must be between -2^63 and 2^64 - 1, got {self.seed}")
             fields["seed"] = self.seed & MAX_SEED
         absent = {name for name, value in fields.items() if value is None and name != "max_tokens"}
         return SamplingParams(**{name: value for name, value in fields.items() if name not in absent})
+
+    def _stop_tokens(self, vocab_size: int) -> list[int] | None:
+        if self.stop_token_ids is None:
+            return None
+        different = list(dict.fromkeys(self.stop_token_ids))
+        self._check_ids("stop_token_ids", different, vocab_size)
+        if len(different) > MAX_STOP_TOKENS:
+            raise refused("stop_token_ids", f"must hold at most {MAX_STOP_TOKENS} tokens, got {len(different)}")
+        return different
 
     def _biases(self, vocab_size: int) -> dict[int, float] | None:
         if self.logit_bias is None:
@@ -170,6 +209,13 @@ class GenerationRequest(_Body):
             raise refused("timeout", f"must be seconds above 0, got {self.timeout}")
         if self.priority is not None and not -(2**31) <= self.priority < 2**31:
             raise refused("priority", f"must be an integer of 32 bits, got {self.priority}")
+        if self.user is not None:
+            _check_text("user", self.user, MAX_USER_LENGTH)
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stops) > MAX_STOPS:
+            raise refused("stop", f"must hold at most {MAX_STOPS} texts, got {len(stops)}")
+        for text in stops:
+            _check_text("stop", text, MAX_STOP_LENGTH)
         return super().check()
 
 
@@ -177,10 +223,16 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: Annotated[Any, Field(description="Text, token ids, or a list of either.", json_schema_extra=_PROMPT_SCHEMA)]
+    max_tokens: _Int | None = _given("Tokens of output, at most; 0 only with echo; 16.", minimum=0, maximum=MAX_INT)
     echo: bool | None = _given("The text begins with the prompt; false.")
-    logprobs: int | None = _given("This many alternatives of every token.", minimum=0, maximum=MAX_LOGPROBS)
-    best_of: int | None = _given("Only as many as n.", minimum=1)
+    logprobs: _Int | None = _given("This many alternatives of every token.", minimum=0, maximum=MAX_LOGPROBS)
+    best_of: _Int | None = _given("Only as many as n.", minimum=1)
     add_special_tokens: bool | None = _given("Such as a beginning-of-sequence token; true.")
+
+    @property
+    def only_echo(self) -> bool:
+        """Whether nothing is to be generated."""
+        return bool(self.echo) and self.max_tokens == 0
 
     def check(self) -> list[str]:
         if self.best_of is not None and self.best_of != (self.n or 1):
@@ -204,11 +256,11 @@ class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(description="The conversation so far.", json_schema_extra=_MESSAGES_SCHEMA)
-    max_completion_tokens: int | None = _given(
+    max_completion_tokens: _Int | None = _given(
         "Tokens of output, at most; until the context is full.", minimum=1, maximum=MAX_INT
     )
     logprobs: StrictBool | None = _given("Log probabilities of the answer's tokens; false.")
-    top_logprobs: int | None = _given(
+    top_logprobs: _Int | None = _given(
         "And of so many alternatives; needs logprobs.", minimum=0, maximum=MAX_TOP_LOGPROBS
     )
     add_generation_prompt: bool | None = _given("Ends the prompt with the beginning of an assistant's message; true.")

@@ -24,7 +24,7 @@ def event(payload: Mapping[str, Any]) -> bytes:
 class Shape(Protocol):
     """What one endpoint's answers look like. `index` counts answers, over all prompts of the request."""
 
-    def opening(self, index: int) -> bytes:
+    def opening(self, index: int, usage: Mapping[str, Any] | None) -> bytes:
         """Events before anything of an answer; maybe none."""
 
     def grown(self, index: int, text: str, usage: Mapping[str, Any] | None) -> bytes:
@@ -91,9 +91,9 @@ class CompletionShape(_Events):
         self._n = n
         self._logprobs: dict[int, CompletionLogprobs] = {}
 
-    def opening(self, index: int) -> bytes:
+    def opening(self, index: int, usage: Mapping[str, Any] | None) -> bytes:
         echoed = self._echoed(index)
-        return self.grown(index, echoed, None) if echoed else b""
+        return self.grown(index, echoed, usage) if echoed else b""
 
     def grown(self, index: int, text: str, usage: Mapping[str, Any] | None) -> bytes:
         if usage is not None:
@@ -150,8 +150,8 @@ class ChatShape(_Events):
         super().__init__(style, "chat.completion.chunk")
         self._logprobs = ChatLogprobs(style.tokenizer)
 
-    def opening(self, index: int) -> bytes:
-        return self._event([self._choice(index, {"role": "assistant", "content": ""})], None)
+    def opening(self, index: int, usage: Mapping[str, Any] | None) -> bytes:
+        return self._event([self._choice(index, {"role": "assistant", "content": ""})], usage)
 
     def grown(self, index: int, text: str, usage: Mapping[str, Any] | None) -> bytes:
         if usage is not None:

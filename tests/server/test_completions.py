@@ -52,6 +52,13 @@ def test_a_stream_without_usage_does_not_mention_it() -> None:
         events = await world.events(PATH, counted)
         counts = [event["usage"]["completion_tokens"] for event in events]
         assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == 12
+        events = await world.events(PATH, {**counted, "echo": True})  # an event of its own
+        assert events[0]["choices"][0]["text"] == "abc"
+        assert all(event["usage"]["prompt_tokens"] == 3 for event in events)
+        chat = {**counted, "messages": [{"role": "user", "content": "a"}]}
+        events = await world.events("/v1/chat/completions", {name: chat[name] for name in chat if name != "prompt"})
+        assert events[0]["choices"][0]["delta"]["role"] == "assistant"
+        assert all(event["usage"]["prompt_tokens"] > 0 for event in events)
 
     run(scenario)
 
@@ -90,6 +97,31 @@ def test_echo() -> None:
         events = await world.events(PATH, {**PLAIN, "echo": True, "prompt": ids("abc")})
         assert events[0]["choices"][0]["text"] == "abc"
         assert "".join(event["choices"][0]["text"] for event in events) == "abc" + text_of(TOKENS)
+
+    run(scenario)
+
+
+def test_nothing_but_echo() -> None:
+    async def scenario(world: World) -> None:
+        asked = {**PLAIN, "echo": True, "max_tokens": 0, "prompt": ["abc", "de"], "n": 2}
+        body = await world.post(PATH, asked)
+        wanted = ["abc", "abc", "de", "de"]
+        assert body["choices"] == [
+            {"index": index, "text": text, "logprobs": None, "finish_reason": "length", "stop_reason": None}
+            for index, text in enumerate(wanted)
+        ]
+        assert [body["usage"][name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")] == [5, 0, 5]
+        *events, last = await world.events(PATH, {**asked, "stream_options": {"include_usage": True}})
+        texts, reasons = [""] * 4, [None] * 4
+        for event in events:
+            choice = event["choices"][0]
+            texts[choice["index"]] += choice["text"]
+            reasons[choice["index"]] = choice["finish_reason"]
+        assert (texts, reasons) == (wanted, ["length"] * 4) and last["usage"]["total_tokens"] == 5
+        assert not world.engine.opened
+        assert (await world.refuse(PATH, {**asked, "echo": False}))["param"] == "max_tokens"
+        assert (await world.refuse(PATH, {**asked, "prompt": "a" * 256}))["code"] == "context_length_exceeded"
+        assert (await world.refuse(PATH, {**asked, "prompt": "a" * 256, "n": 129}))["param"] == "n"
 
     run(scenario)
 

@@ -420,6 +420,31 @@ def test_what_cannot_be_told_to_an_engine_is_refused_at_once(field: str, given: 
     assert not ledger.open_jobs
 
 
+def test_a_job_that_cannot_be_encoded_ends_alone() -> None:
+    """Whatever else is checked before: the ledger does not stumble over it, neither at once nor at the next engine."""
+    world = World(Options())
+    broken = SamplingParams(max_tokens=30, stop="\ud800")
+    before = [world.open(1, PLAIN), world.open(2, broken), world.open(3, PLAIN)]
+    world.start()
+    late = world.open(4, broken)
+    world.run()
+    assert [job.finish_reason for job in before] == ["length", "error", "length"]
+    for job in (before[1], late):
+        assert job.error == "the job cannot be told to the engine: UnicodeEncodeError"
+    assert not world.ledger.open_jobs and not world.ledger._submitted
+
+
+def test_a_job_that_could_not_be_sent_is_not_kept() -> None:
+    def fails(_: ToEngine) -> None:
+        raise RuntimeError("no socket")
+
+    ledger = Ledger(letters())
+    ledger.up(fails)
+    with pytest.raises(RuntimeError, match="no socket"):
+        ledger.open([1], PLAIN, 0, 0, None, None)
+    assert not ledger.open_jobs and not ledger._submitted
+
+
 def test_stop_strings_need_a_tokenizer() -> None:
     with pytest.raises(InvalidRequest, match=r"^stop: .*stop_token_ids"):
         Ledger(None).open([1], SamplingParams(stop="a"), 0, 0, None, None)

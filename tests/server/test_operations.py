@@ -31,6 +31,7 @@ def test_models() -> None:
 def test_health() -> None:
     async def scenario(world: World) -> None:
         health = await world.get("/health")
+        assert (await world.client.head("/health")).status_code == 200
         assert health["status"] == "ok" and health["engine"] == {"pids": [4711], "restarts": 0}
         world.engine.ready = False  # being restarted: requests wait, and nothing is lost
         assert (await world.get("/health"))["status"] == "restarting"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 from typing import Any
 
@@ -125,3 +126,45 @@ def test_pieces_are_the_bytes_of_a_text(text: str) -> None:
         joined = b"".join(map(tokenizer.piece, tokens))
         assert joined.decode() in (text, f" {text}")
         assert tokenizer.piece(10**6) == b""
+
+
+def test_long_stop_strings_take_no_more_memory_than_they_have_characters() -> None:
+    tokenizer = small_tokenizer()
+    stop = "ab" * 4000
+    tokens = tokenizer.encode(stop[2:] + "x" + stop)
+    tracemalloc.start()
+    detokenizer = IncrementalDetokenizer(tokenizer, (stop, stop + "c"))
+    for token in tokens:
+        detokenizer.append((token,))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert detokenizer.matched_stop == stop and detokenizer.text == stop[2:] + "x"
+    assert peak < 2**20
+
+
+@quick
+@given(
+    text=st.text("ab", max_size=30),
+    stop=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3),
+    allowed=st.integers(0, 30),
+)
+def test_stop_strings_that_overlap_themselves(text: str, stop: list[str], allowed: int) -> None:
+    """Held back is exactly what may become a stop string, and the first that ends late enough is found."""
+    tokenizer = small_tokenizer()
+    detokenizer = IncrementalDetokenizer(tokenizer, stop)
+    ends = [end for end in range(allowed + 1, len(text) + 1) if any(text[:end].endswith(each) for each in stop)]
+    for place, character in enumerate(text[: ends[0] if ends else None]):
+        detokenizer.append(tokenizer.encode(character), match_stop=place >= allowed)
+        seen = text[: place + 1]
+        if detokenizer.matched_stop is None:
+            begun = (len(seen) - at for at in range(len(seen)) if _begins_one(seen[at:], stop))
+            assert detokenizer.text == seen[: len(seen) - max(begun, default=0)]
+    if ends:
+        matched = max((each for each in stop if text[: ends[0]].endswith(each)), key=len)
+        assert detokenizer.matched_stop == matched and detokenizer.text == text[: ends[0] - len(matched)]
+    else:
+        assert detokenizer.matched_stop is None
+
+
+def _begins_one(text: str, stop: list[str]) -> bool:
+    return any(len(text) < len(each) and each.startswith(text) for each in stop)
