@@ -149,7 +149,7 @@ class Call:
         return self._service.admission.solo_seconds(job.prompt, SamplingParams())
 
     async def _has_started(self) -> bool:
-        """Whether the engine has computed anything of it; True where nobody can tell, False where there is no engine."""
+        """Whether the engine has computed anything of it; True where nobody can tell."""
         try:
             states = await self._service.job_states()
         except EngineUnavailable:
