@@ -46,7 +46,7 @@ class Literals:
         Raises InvalidRequest (`messages`) for text that is not valid Unicode.
         """
         try:
-            found = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            found = encoding(self._backend, text, add_special_tokens)
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequest("messages", "must be valid Unicode text") from error
         if self._mark not in text:
@@ -65,7 +65,7 @@ class Literals:
     def _spelled(self, text: str, tokens: list[int]) -> list[int]:
         """Of a text without control tokens: `tokens`, unless there are marks in it."""
         words = self._marked.sub(lambda mark: self._words[int(mark[1])], text)
-        return tokens if words == text else self._plain.encode(words, add_special_tokens=False).ids
+        return tokens if words == text else encoding(self._plain, words, False).ids
 
     @cached_property
     def _plain(self) -> Backend:
@@ -73,6 +73,11 @@ class Literals:
         plain = Backend.from_str(self._backend.to_str())
         plain.encode_special_tokens = True
         return plain
+
+
+def encoding(backend: Backend, text: str, add_special_tokens: bool) -> Encoding:
+    """As `Backend.encode`, which would stop all other threads of this process meanwhile."""
+    return backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
 
 def _without_added(found: Encoding) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from .chat_template import ChatTemplate
-from .literals import Literals
+from .literals import Literals, encoding
 from .loaders.spec import ModelError, TokenizerData
 from .types import InvalidRequest
 
@@ -58,7 +58,7 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Raises InvalidRequest (`prompt`) for text that is not valid Unicode."""
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return encoding(self._backend, text, add_special_tokens).ids
         except (TypeError, UnicodeEncodeError) as error:  # not a string, or one with lone surrogates
             raise InvalidRequest("prompt", "must be valid Unicode text") from error
 

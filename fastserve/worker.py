@@ -1,8 +1,9 @@
 """The engine's process: `python -m fastserve.worker --address ipc://… --options '{"model": "smollm2"}'`.
 
 The API server starts it, binds the socket that it connects to, and keeps the truth of every job, so that this process
-may end at any time, in any way (ipc.py has the messages). Exit codes: 0 when told to stop, by SIGTERM, or when the API
-server is gone; 2 when the engine cannot start, and 1 when it cannot go on, both after a Failed.
+may end at any time, in any way (ipc.py has the messages). Exit codes: 0 when told to stop, when the API server is gone,
+or by SIGTERM where no API server started it; 2 when the engine cannot start, and 1 when it cannot go on, both after a
+Failed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Final
@@ -46,8 +48,10 @@ _STATUS_SHARE: Final = 0.02
 # Seconds for which the loop waits for an iteration at most, so that messages and signals are heard during a long one.
 _PATIENCE: Final = 0.25
 
-# Messages taken in between two iterations: what a burst takes, those who stream would have to wait for.
+# Messages read between two iterations, and seconds for doing what they say: what a burst takes, those who stream would
+# have to wait for, and the heartbeat.
 _BURST: Final = 128
+_TURN: Final = 0.05
 
 _LINGER: Final = 1000  # milliseconds for the last message to get out
 
@@ -64,6 +68,7 @@ class Worker:
         self._clock = clock
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode: Callable[[bytes], ToEngine] = msgspec.msgpack.Decoder(ToEngine).decode
+        self._inbox: deque[ToEngine] = deque()  # messages read and not done yet
         self._running: dict[Job, None] = {}  # those in plans under way, as told
         self._last_beat = -math.inf
         self._beat_seconds = 0.0  # that the last one took
@@ -96,15 +101,20 @@ class Worker:
 
     def _receive(self) -> bool:
         """Do what has been asked for; False: stop. Without work, wait for it until the next heartbeat is due."""
-        if not self._engine.has_work:
+        if not self._engine.has_work and not self._inbox:
             wait = max(0.0, self._beat_due - self._clock())
             self._socket.poll(math.ceil(1000 * wait))
-        for _ in range(_BURST):
-            if not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                break
-            message = self._decode(self._socket.recv())
+        while len(self._inbox) < _BURST and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._inbox.append(self._decode(self._socket.recv()))
+        # Nobody wants to hear of what is withdrawn already: it is not even added.
+        aborts = (message for message in self._inbox if isinstance(message, Abort) and not message.stopped)
+        withdrawn = {key for abort in aborts for key in abort.keys}
+        end = self._clock() + _TURN
+        while self._inbox and self._clock() < end:
+            message = self._inbox.popleft()
             if isinstance(message, Add):
-                self._add(message)
+                if message.key not in withdrawn:
+                    self._add(message)
             elif isinstance(message, Abort):
                 self._abort(message)
             elif isinstance(message, ListJobs):
@@ -247,9 +257,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--options", required=True, action="append", help="JSON object of LLM's options; repeatable, and the last holds"
     )
     given = parser.parse_args(arguments)
-    # Ctrl-C reaches the whole process group, and what becomes of the jobs is the API server's decision.
+    # Ctrl-C reaches the whole process group, systemd's SIGTERM too, and what becomes of the jobs is the API server's
+    # decision: it has Stop and SIGKILL, and this process ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if SERVER_PID in os.environ else _terminate)
     end_with(int(os.environ.get(SERVER_PID, os.getppid())))
     with zmq.Context() as context, connect(context, given.address) as socket:
         return run(socket, *given.options)

@@ -77,7 +77,7 @@ class Answer(Response):
         prompts = await self._asked.prompts()
         self._log.prompt_tokens = self._prompt_tokens = sum(map(len, prompts))
         shape = self._asked.shape(prompts)
-        call.open(prompts, self._asked.params, self._asked.priority)
+        await call.open(prompts, self._asked.params, self._asked.priority)
         await (self._stream(shape, send) if self._asked.stream else self._whole(shape, send))
 
     # --- in one piece ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from .errors import ApiError
 
 if TYPE_CHECKING:
     from .service import Service
+
+_BURST = 16384  # prompt tokens handed over in a row before others have the event loop
 
 
 class Call:
@@ -37,6 +40,7 @@ class Call:
         self._service = service
         self._user = user
         self._places = jobs
+        self._all_open = False
         self._work: asyncio.Future[None] | None = None
         self._helpers: list[asyncio.Future[None]] = []
 
@@ -50,27 +54,31 @@ class Call:
         service = self._service
         for helper in self._helpers:
             helper.cancel()
-        for job in self.jobs:
-            service.engine.close(job)
-            service.ended(job)
-            service.request_ids.pop(job.key, None)
-        service.calls.discard(self)
-        service.admission.leave(self._user, self._places)
+        with contextlib.ExitStack() as last:  # from its end, and all of it whatever raises
+            last.callback(service.admission.leave, self._user, self._places)
+            last.callback(service.calls.discard, self)
+            for job in reversed(self.jobs):
+                last.callback(service.ended, job)
+                last.callback(service.request_ids.pop, job.key, None)
+                last.callback(service.engine.close, job)
 
     def reclaim(self) -> None:
         """Give back the places of jobs that have ended: a client that reads slowly does not keep others out."""
+        if not self._all_open:
+            return
         live = sum(job.finish_reason is None for job in self.jobs)
-        if self.jobs and live < self._places:
+        if live < self._places:
             self._service.admission.leave(self._user, self._places - live)
             self._places = live
 
-    def open(self, prompts: Sequence[list[int]], params: SamplingParams, priority: int) -> None:
+    async def open(self, prompts: Sequence[list[int]], params: SamplingParams, priority: int) -> None:
         """One job for each answer to each prompt. Raises ApiError, InvalidRequest and EngineUnavailable."""
         service = self._service
         for prompt in prompts:
             service.limits.check("prompt", prompt)
         if self.timeout is not None:
             service.admission.check_deadline(prompts, params, self.timeout, time.monotonic() - self.arrival)
+        burst = 0
         for prompt in prompts:
             seed = service.draw_seed() if params.seed is None else params.seed
             for index in range(params.n):
@@ -84,8 +92,13 @@ class Call:
                 )
                 self.jobs.append(job)
                 service.request_ids[job.key] = self.request_id
+                burst += len(prompt)
+                if burst > _BURST:
+                    burst = 0
+                    await asyncio.sleep(0)
+        self._all_open = True
         if self.timeout is not None:
-            self._helpers.append(asyncio.ensure_future(self._keep_deadline(self.arrival + self.timeout)))
+            self._helpers.append(asyncio.ensure_future(self._keep_start(self.arrival + self.timeout)))
 
     async def run(self, receive: Receive, work: Coroutine[Any, Any, None]) -> None:
         """Await `work`, unless something ends it before; then its cause is raised. For a client that went away: none.
@@ -94,6 +107,8 @@ class Call:
         """
         self._work = asyncio.ensure_future(work)
         self._helpers.append(asyncio.ensure_future(self._watch(receive)))
+        if self.timeout is not None:
+            self._helpers.append(asyncio.ensure_future(self._keep_deadline(self.arrival + self.timeout)))
         try:
             await self._work
         except asyncio.CancelledError:
@@ -116,13 +131,16 @@ class Call:
             pass
         self.interrupt(None)
 
-    async def _keep_deadline(self, deadline: float) -> None:
-        """A job whose prefill alone would now be too late is dropped before it; any, when its time is over."""
+    async def _keep_start(self, deadline: float) -> None:
+        """A job whose prefill alone would now be too late is dropped before it."""
         latest = deadline - max(map(self._prefill_seconds, self.jobs), default=0.0)
         if latest > time.monotonic():
             await asyncio.sleep(latest - time.monotonic())
             if not any(job.output for job in self.jobs) and not await self._has_started():
                 self.interrupt(self._too_late("had not started when it had to"))
+
+    async def _keep_deadline(self, deadline: float) -> None:
+        """Any job is, when its time is over; nobody is asked for that, as an engine may be slow to answer."""
         await asyncio.sleep(deadline - time.monotonic())
         tokens = sum(len(job.output) for job in self.jobs)
         self.interrupt(self._too_late(f"had {tokens} tokens when its time was over"))
@@ -131,11 +149,13 @@ class Call:
         return self._service.admission.solo_seconds(job.prompt, SamplingParams())
 
     async def _has_started(self) -> bool:
-        """Whether the engine has computed anything of it; True where the engine cannot be asked now."""
+        """Whether the engine has computed anything of it; True where nobody can tell."""
         try:
             states = await self._service.job_states()
         except EngineUnavailable:
             return True
+        if not self._service.engine.ready:  # it is being restarted, and a prefill under way is lost
+            return False
         known = [states[job.key] for job in self.jobs if job.key in states]
         return not known or any(state.running or state.computed_tokens for state in known)
 

@@ -45,6 +45,7 @@ def router(service: Service) -> APIRouter:
                 body.messages,
                 add_generation_prompt=body.add_generation_prompt is not False,
                 add_special_tokens=bool(body.add_special_tokens),
+                limits=service.limits,
             )
             return [tokens]
 

@@ -95,6 +95,10 @@ class EngineClient:
         self._ledger.down()
         self._forget_engine()
 
+    def hasten(self) -> None:
+        """Let `stop`, under way or to come, give the engine no time to end by itself."""
+        self._supervisor.hasten()
+
     def open(
         self,
         prompt: Sequence[int],

@@ -49,12 +49,10 @@ def router(service: Service) -> APIRouter:
         special = body.add_special_tokens is not False
 
         async def prompts() -> list[list[int]]:
-            return [
-                await encode(service.need_tokenizer("prompt", "send token ids"), each, special)
-                if isinstance(each, str)
-                else each
-                for each in given
-            ]
+            texts = [each for each in given if isinstance(each, str)]
+            if not texts:
+                return [each for each in given if not isinstance(each, str)]
+            return await encode(service.need_tokenizer("prompt", "send token ids"), texts, special, limits)
 
         def shape(tokens: Sequence[list[int]]) -> Shape:
             style = Style(

@@ -92,6 +92,9 @@ class EngineClient(Protocol):
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
 
+    def hasten(self) -> None:
+        """Let `stop`, under way or to come, take no time."""
+
     def open(
         self,
         prompt: list[int],

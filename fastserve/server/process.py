@@ -68,7 +68,7 @@ class EngineProcess:
             if grace > 0:
                 self.send(Stop())
                 await asyncio.wait({self.exited}, timeout=grace)
-            self._kill()
+            self.kill()
             await self._waiting
         finally:
             self._link.close()
@@ -93,7 +93,8 @@ class EngineProcess:
     async def _wait(self, process: asyncio.subprocess.Process) -> None:
         self.exited.set_result(await process.wait())
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """By force; `exited` tells when it is over."""
         if self._process is not None and not self.exited.done():
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 self._process.kill()
@@ -111,4 +112,4 @@ class EngineProcess:
 
     def _take_garbage(self, error: str) -> None:
         self._garbage = error
-        self._kill()
+        self.kill()

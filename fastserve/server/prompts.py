@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,11 @@ from .errors import ApiError, refused, unsupported
 _KINDS = "must be text, a list of texts, a list of token ids, or a list of lists of token ids"
 # Characters that are tokenized between two tokens of other streams, in about a millisecond; more are in a thread.
 _SHORT = 4096
+_EACH = 64  # of them that a text or a message is worth beside its own
+# Of several texts, what the thread takes at a time: for a request that has ended, it does no more.
+_BATCH = 65536
+# Of a text, what is tokenized first to see whether it can be short enough at all.
+_BEGINNING = 65536
 _ROLES = ("system", "developer", "user", "assistant")
 _NO_TOOLS = ("tool_calls", "function_call", "tool_call_id", "audio")
 
@@ -29,16 +34,19 @@ class PromptLimits:
         if not tokens:
             raise refused(field, "must hold at least one token")
         if len(tokens) >= self.max_model_len:
-            raise ApiError(
-                400,
-                f"{field}: has {len(tokens)} tokens; with room for one of output, the context of "
-                f"{self.max_model_len} tokens allows {self.max_model_len - 1}",
-                param=field,
-                code="context_length_exceeded",
-            )
+            raise self.too_long(field, str(len(tokens)))
         if min(tokens) < 0 or max(tokens) >= self.vocab_size:
             wrong = next(token for token in tokens if not 0 <= token < self.vocab_size)
             raise refused(field, f"token ids are 0 to {self.vocab_size - 1} for this model, got {wrong}")
+
+    def too_long(self, field: str, count: str) -> ApiError:
+        return ApiError(
+            400,
+            f"{field}: has {count} tokens; with room for one of output, the context of "
+            f"{self.max_model_len} tokens allows {self.max_model_len - 1}",
+            param=field,
+            code="context_length_exceeded",
+        )
 
 
 def as_prompts(prompt: Any, limit: int) -> list[str | list[int]]:
@@ -62,11 +70,53 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(token) is int for token in value)  # bool is an int to isinstance
 
 
-async def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    """Raises InvalidRequest (`prompt`) for text that is not valid Unicode."""
-    if len(text) <= _SHORT:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+async def encode(
+    tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool, limits: PromptLimits | None = None
+) -> list[list[int]]:
+    """The tokens of each text. With `limits`, one that is far too long is refused without being read to its end.
+
+    Raises InvalidRequest (`prompt`) for text that is not valid Unicode, and ApiError.
+    """
+
+    def tokens(batch: Sequence[str]) -> list[list[int]]:
+        return [_encode(tokenizer, text, add_special_tokens, limits) for text in batch]
+
+    if sum(len(text) + _EACH for text in texts) <= _SHORT + _EACH:
+        return tokens(texts)
+    encoded: list[list[int]] = []
+    for batch in _batches(texts):
+        encoded += await asyncio.to_thread(tokens, batch)
+    return encoded
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    batch, length = list[str](), 0
+    for text in texts:
+        if batch and length + len(text) > _BATCH:
+            yield batch
+            batch, length = [], 0
+        batch.append(text)
+        length += len(text) + _EACH
+    yield batch
+
+
+def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool, limits: PromptLimits | None) -> list[int]:
+    if limits is not None:
+        _refuse_far_too_long(tokenizer, text, limits)
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def _refuse_far_too_long(tokenizer: Tokenizer, text: str, limits: PromptLimits) -> None:
+    """Raises ApiError for a text whose beginning has twice the tokens that the whole of it may have.
+
+    Twice, as words that are cut may have more tokens, and what merges over the cut is no more than a word.
+    """
+    length = max(_BEGINNING, limits.max_model_len)
+    while length < len(text):
+        count = len(tokenizer.encode(text[:length], add_special_tokens=False))
+        if count >= 2 * limits.max_model_len:
+            raise limits.too_long("prompt", f"more than {count // 2}")
+        length *= 4
 
 
 async def encode_chat(
@@ -75,12 +125,19 @@ async def encode_chat(
     *,
     add_generation_prompt: bool = True,
     add_special_tokens: bool = False,
+    limits: PromptLimits | None = None,
 ) -> list[int]:
     """The conversation as the model's template writes it. Raises ApiError and InvalidRequest (`messages`)."""
     plain = [_plain(index, message) for index, message in enumerate(messages)]
-    if sum(len(message["content"]) for message in plain) <= _SHORT:
+
+    length = sum(len(message["content"]) + _EACH for message in plain)
+
+    def tokens() -> list[int]:
+        if limits is not None and length > _BEGINNING:
+            _refuse_far_too_long(tokenizer, tokenizer.apply_chat_template(plain, add_generation_prompt), limits)
         return tokenizer.encode_chat(plain, add_generation_prompt, add_special_tokens)
-    return await asyncio.to_thread(tokenizer.encode_chat, plain, add_generation_prompt, add_special_tokens)
+
+    return tokens() if length <= _SHORT + _EACH else await asyncio.to_thread(tokens)
 
 
 def _plain(index: int, message: Mapping[str, Any]) -> dict[str, Any]:

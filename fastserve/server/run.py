@@ -101,8 +101,7 @@ async def serve(
             starting.cancel()
             stopping.cancel()
             bound.close()
-            stopping_engine = service.engine.stop()  # which dies with this process, too
-            await asyncio.wait_for(stopping_engine, _LAST_WORDS if life.interrupted else None)
+            await service.engine.stop()
             service.close()
     return INTERRUPTED if life.interrupted else 0
 
@@ -151,3 +150,4 @@ class _Life:
             self.interrupted = True
             self._server.config.timeout_graceful_shutdown = 0
             self._server.should_exit = self._server.force_exit = True
+            self._service.engine.hasten()

@@ -103,6 +103,8 @@ class Supervisor:
         self._health = health
         self._listener = listener
         self._task: asyncio.Task[None] | None = None
+        self._stopping: EngineProcess | None = None  # that has been told to, and has its grace
+        self._grace = health.stop_timeout
         self.pid: int | None = None  # of the process that runs, loading or up
         self.restarts = 0  # starts but the first
         self.fixed_options: dict[str, Any] = {}  # that every later engine is started with
@@ -126,6 +128,12 @@ class Supervisor:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+    def hasten(self) -> None:
+        """No grace for an engine that is being stopped, or will be."""
+        self._grace = 0.0
+        if self._stopping is not None:
+            self._stopping.kill()
 
     async def _supervise(self, first: asyncio.Future[None]) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -177,7 +185,9 @@ class Supervisor:
             reason = await self._watch(engine)
         finally:
             stopping = self._task is None and up_since is not None
-            await _undisturbed(engine.end(self._health.stop_timeout if stopping else 0.0))
+            self._stopping = engine
+            await _undisturbed(engine.end(self._grace if stopping else 0.0))
+            self._stopping = None
             self.pid = None
         lived = time.monotonic() - up_since
         log.error("%s; it was up for %.1f s and is started again", reason, lived)

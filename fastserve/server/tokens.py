@@ -37,7 +37,7 @@ def router(service: Service) -> APIRouter:
             )
         else:
             assert body.prompt is not None  # one of the two is there
-            tokens = await encode(tokenizer, body.prompt, body.add_special_tokens is not False)
+            (tokens,) = await encode(tokenizer, [body.prompt], body.add_special_tokens is not False)
         names = [token_name(tokenizer, token)[0] for token in tokens] if body.return_token_strs else None
         return {
             "count": len(tokens),

@@ -130,6 +130,17 @@ def test_signals(server: Server) -> None:
     assert engine.wait(PATIENCE) == 0
 
 
+def test_a_signal_to_the_whole_group_is_the_servers(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SERVER_PID, str(os.getpid()))
+    engine = server.start()
+    server.tell(add([]))
+    server.follow(1)
+    engine.send_signal(signal.SIGTERM)
+    assert server.follow(1000)[-1].finish_reason is not None
+    server.tell(Stop())
+    assert engine.wait(PATIENCE) == 0
+
+
 def test_one_line_where_it_cannot_start(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
     engine = server.start(ready=False, model="/nowhere/model.gguf")
     failed = server.hear(Failed)

@@ -1,6 +1,7 @@
-"""A server in a process of its own, over a toy engine: `serve_toy.py SHUTDOWN_TIMEOUT`. Prints its URL.
+"""A server in a process of its own, over a toy engine: `serve_toy.py SHUTDOWN_TIMEOUT [hung]`. Prints its URL.
 
-Every job gets one token when it is opened, and the rest after POST /release.
+A hung engine does not stop unless it is hastened. Every job gets one token when it is opened, and the rest after
+POST /release.
 """
 
 from __future__ import annotations
@@ -19,6 +20,18 @@ from fastserve.server.settings import ServerSettings
 
 
 class Engine(ToyEngine):
+    hung: asyncio.Event | None = None
+
+    async def stop(self) -> None:
+        if self.hung is not None:
+            print("stopping", flush=True)
+            await self.hung.wait()
+        await super().stop()
+
+    def hasten(self) -> None:
+        if self.hung is not None:
+            self.hung.set()
+
     def open(self, *arguments: Any, **options: Any) -> ToyJob:
         job = super().open(*arguments, **options)
         job.grow()
@@ -27,6 +40,8 @@ class Engine(ToyEngine):
 
 async def main() -> int:
     engine = Engine(held=True)
+    if sys.argv[2:] == ["hung"]:
+        engine.hung = asyncio.Event()
     settings = ServerSettings(model="toy", port=0, shutdown_timeout=float(sys.argv[1]))
     service = Service(settings, engine, engine.tokenizer)
 

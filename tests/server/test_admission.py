@@ -161,12 +161,12 @@ def test_the_queue_counts_where_nobody_overtakes() -> None:
 
 
 class Clock:
-    """Replaces sleeps of deadlines: they end when told."""
+    """Replaces sleeps of deadlines: they end when told, the shortest first."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from fastserve.server import calls
 
-        self.sleeps: asyncio.Queue[asyncio.Future[None]] = asyncio.Queue()
+        self.sleeps: list[tuple[float, asyncio.Future[None]]] = []
 
         class Loop:
             sleep = staticmethod(self._sleep)
@@ -177,11 +177,15 @@ class Clock:
 
     async def _sleep(self, seconds: float) -> None:
         future = asyncio.get_running_loop().create_future()
-        self.sleeps.put_nowait(future)
+        self.sleeps.append((seconds, future))
         await future
 
     async def pass_one(self) -> None:
-        (await self.sleeps.get()).set_result(None)
+        for _ in range(20):  # of the loop, for whoever is to sleep
+            await asyncio.sleep(0)
+        shortest = min(self.sleeps, key=lambda sleep: sleep[0])
+        self.sleeps.remove(shortest)
+        shortest[1].set_result(None)
 
 
 def test_a_job_that_was_not_begun_in_time_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +196,37 @@ def test_a_job_that_was_not_begun_in_time_is_dropped(monkeypatch: pytest.MonkeyP
         response = await task
         assert response.status_code == 504 and "had not started" in response.json()["error"]["message"]
         assert world.engine.opened[-1].closed
+
+    run(scenario, held=True)
+
+
+def test_a_job_that_no_engine_has_was_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the engine is being restarted, nothing is listed."""
+
+    async def scenario(world: World) -> None:
+        async def nothing() -> list[Any]:
+            return []
+
+        clock = Clock(monkeypatch)
+        (task,) = await send(world, 1, timeout=100)
+        monkeypatch.setattr(world.engine, "ready", False)
+        monkeypatch.setattr(world.engine, "list_jobs", nothing)
+        await clock.pass_one()
+        response = await task
+        assert response.status_code == 504 and "had not started" in response.json()["error"]["message"]
+
+    run(scenario, held=True)
+
+
+def test_a_deadline_holds_while_the_engine_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(world: World) -> None:
+        clock = Clock(monkeypatch)
+        monkeypatch.setattr(world.engine, "list_jobs", asyncio.Event().wait)
+        (task,) = await send(world, 1, timeout=100)
+        await clock.pass_one()  # its prefill would be too late, but nobody says whether it has begun
+        await clock.pass_one()  # its deadline
+        response = await task
+        assert response.status_code == 504 and "had 0 tokens" in response.json()["error"]["message"]
 
     run(scenario, held=True)
 
@@ -276,3 +311,42 @@ def test_a_job_that_failed_is_a_500() -> None:
         assert response.status_code == 500 and "every token is masked" in response.json()["error"]["message"]
 
     run(scenario, held=True)
+
+
+def test_places_are_given_back_whatever_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run` sees that nothing is left open."""
+
+    async def scenario(world: World) -> None:
+        counted: list[Any] = []
+
+        def breaks(job: Any) -> None:
+            counted.append(job)
+            raise RuntimeError("the disk is gone")
+
+        monkeypatch.setattr(world.service, "ended", breaks)
+        await world.client.post(PATH, json={**PLAIN, "n": 3})
+        assert counted == world.engine.opened  # each of them, and in order
+
+    run(scenario)
+
+
+def test_opening_many_jobs_lets_others_have_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gives back none of their places meanwhile: who reclaims sees jobs that are not open yet."""
+    monkeypatch.setattr("fastserve.server.calls._BURST", 10)
+
+    async def scenario(world: World) -> None:
+        seen: list[int] = []
+
+        async def other() -> None:
+            while len(world.engine.opened) < 12:
+                world.service._reclaim()
+                seen.append(len(world.engine.opened))
+                assert not world.engine.opened or world.service.admission.open_jobs == 12
+                await asyncio.sleep(0)
+
+        looking = asyncio.create_task(other())
+        await world.post(PATH, {**PLAIN, "n": 12})
+        await looking
+        assert {4, 8} <= set(seen)  # of three tokens each
+
+    run(scenario, max_num_seqs=12)

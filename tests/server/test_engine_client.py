@@ -429,6 +429,22 @@ def test_a_stopped_engine_does_not_hold_up_the_end() -> None:
     run(work())
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_stopped_engine_has_no_time_where_there_is_none(late: bool) -> None:
+    async def work() -> None:
+        async with serving(Options(), Health(stop_timeout=1e6)) as client:
+            os.kill(client.pids[0], signal.SIGSTOP)
+            if not late:
+                client.hasten()
+            stopping = asyncio.ensure_future(client.stop())
+            if late:
+                await until(lambda: client._supervisor._stopping is not None)
+                client.hasten()
+            await stopping
+
+    run(work())
+
+
 _SERVER = """
 import asyncio, sys
 from fastserve.server.client import EngineClient

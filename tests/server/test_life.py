@@ -45,9 +45,9 @@ class Process:
 
 
 @contextlib.contextmanager
-def server(shutdown_timeout: float) -> Iterator[Process]:
+def server(shutdown_timeout: float, *more: str) -> Iterator[Process]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "unit"), *sys.path])}
-    command = [sys.executable, str(HERE / "serve_toy.py"), str(shutdown_timeout)]
+    command = [sys.executable, str(HERE / "serve_toy.py"), str(shutdown_timeout), *more]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             yield Process(process)
@@ -89,6 +89,22 @@ def test_a_second_interrupt_ends_at_once() -> None:
         next(stream.iter_lines())
         served.signal(signal.SIGINT)
         served.until_draining()
+        served.signal(signal.SIGINT)
+        assert served.process.wait(60) == 130
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_second_interrupt_waits_for_no_engine(late: bool) -> None:
+    """Whether the engine is being stopped by then, or there is still something open."""
+    with server(1000, "hung") as served, contextlib.ExitStack() as open_streams:
+        if not late:
+            stream = open_streams.enter_context(served.client.stream("POST", "/v1/completions", json=PLAIN))
+            next(stream.iter_lines())
+        served.signal(signal.SIGINT)
+        if late:
+            assert served.process.stdout is not None and served.process.stdout.readline() == "stopping\n"
+        else:
+            served.until_draining()
         served.signal(signal.SIGINT)
         assert served.process.wait(60) == 130
 

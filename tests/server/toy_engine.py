@@ -152,6 +152,8 @@ class ToyEngine:
             job.closed = True
             asyncio.get_running_loop().create_task(self._tell())
 
+    def hasten(self) -> None: ...
+
     async def list_jobs(self) -> Sequence[tuple[ToyJob, JobStatus]]:
         return [
             (job, JobStatus(job.key, 0, False, "none", len(job.prompt), 0, len(job.output), 9, 0.0, 0.0, 0))
