@@ -221,8 +221,10 @@ class Ledger:
 
 
 def _ids(prompt: Sequence[int]) -> list[int]:
+    """A list of ints is kept as it is: the jobs of an `n` share it."""
     try:
-        return array("i", list(prompt)).tolist()
+        checked = array("i", prompt if isinstance(prompt, list) else list(prompt))
+        return prompt if type(prompt) is list and set(map(type, prompt)) <= {int} else checked.tolist()
     except (TypeError, OverflowError) as error:
         raise InvalidRequest("prompt", f"must be a list of token ids: {error}") from None
 

@@ -462,3 +462,12 @@ def test_all_can_be_ended_while_one_is_alone() -> None:
     assert not world.ledger.open_jobs
     world.hear(9)
     assert world.engine is not None and not world.engine.jobs
+
+
+def test_the_answers_of_an_n_share_their_prompt() -> None:
+    """A long one, a hundred times over, is not a hundred copies."""
+    ledger = Ledger(letters())
+    prompt = [7, 8, 9]
+    jobs = [ledger.open(prompt, PLAIN, seed, 0, None, None) for seed in range(3)]
+    assert all(job.prompt is prompt for job in jobs)
+    assert ledger.open((7, 8), PLAIN, 3, 0, None, None).prompt == [7, 8]
