@@ -98,6 +98,31 @@ class Server:
         self._context.term()
 
 
+def stand_still(monkeypatch: pytest.MonkeyPatch, messages: int) -> None:
+    """Have the worker stop after three iterations until so many messages have come, however slow their sender is."""
+    begin, step, steps, come = worker.Worker.__init__, worker.Worker._step, [0], [0]
+
+    def counting(self: worker.Worker, *given: Any) -> None:
+        begin(self, *given)
+        decode = self._decode
+
+        def count(message: bytes) -> ToEngine:
+            come[0] += 1
+            return decode(message)
+
+        self._decode = count
+
+    def slow(self: worker.Worker) -> None:
+        if steps[0] >= 3 and come[0] < messages:
+            self._socket.poll(PATIENCE)
+        else:
+            steps[0] += 1
+            step(self)
+
+    monkeypatch.setattr(worker.Worker, "__init__", counting)
+    monkeypatch.setattr(worker.Worker, "_step", slow)
+
+
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> ToyWorld:
     return toy_llm.enter(monkeypatch)
@@ -209,7 +234,8 @@ def test_an_error_of_one_job_is_told(start: Any, world: ToyWorld) -> None:
 # --- aborts -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_aborted_job_is_gone_and_nobody_else(start: Any) -> None:
+def test_an_aborted_job_is_gone_and_nobody_else(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_still(monkeypatch, messages=4)
     server = start()
     for key in (1, 2):
         server.tell(add(key, [key], max_tokens=200))
@@ -241,6 +267,7 @@ def test_a_job_of_a_lost_engine_has_waited_since_its_last_token(start: Any) -> N
 def test_a_stopped_job_counts_as_complete(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
     monkeypatch.setattr(worker.Monitor, "ended", lambda self, job: lengths.append(len(job.output)))
+    stand_still(monkeypatch, messages=2)
     server = start()
     server.tell(add(1, [1], max_tokens=200))
     server.hear(Step)
