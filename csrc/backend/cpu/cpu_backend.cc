@@ -121,7 +121,9 @@ class CpuBackend final : public Backend {
     const auto& matrix = static_cast<const PackedMatrix&>(*args.weight);
     const PanelLayout& layout = matrix.layout;
     const OperandLayout& form = layout.dtype == DType::kFloat32 ? kernels_.operand_f32 : kernels_.operand_bf16;
-    const int64_t row_bytes = layout.k_padded * form.element_bytes, group_rows = std::min(form.rows, args.m);
+    const int64_t row_bytes = layout.k_padded * form.element_bytes;
+    // Few rows leave too few chains of multiply-adds to hide their latency: 8 as 4 and 4, not as 6 and 2.
+    const int64_t group_rows = form.level ? ceil_div(args.m, ceil_div(args.m, form.rows)) : std::min(form.rows, args.m);
     char* operand = reserve(operand_, round_up(args.m, group_rows) * row_bytes);
     split_rows(ceil_div(args.m, group_rows), layout.k * group_rows, [&](int64_t group) {
       const int64_t row = group * group_rows;

@@ -17,17 +17,22 @@ constexpr int kMaxRows = 6;  // of 16 registers
 constexpr int kMaxRows = 4;
 #endif
 
-// A weight format: Operand is the type of the other factor, kStep the number of inputs one step consumes, and
-// step(acc, a row's inputs of the step, weights of one step of one panel) advances one row.
+// A weight format: Operand is the type of the other factor and kStep the number of inputs one step consumes, in kParts
+// parts. load_weights<part>(weights of one step of one vector of a panel) and step<part>(acc, a row's inputs of the
+// step, those weights) advance one row by a part. Parts are loaded one after the other, as registers are few.
 struct Float32Format {
   using Weight = float;
   using Operand = float;
-  static constexpr int kStep = 1;
-  struct Loaded {
-    F32 w;
-  };
-  static Loaded load_weights(const float* p) { return {load(p)}; }
-  static F32 step(F32 acc, const float* a, const Loaded& w) { return fma(set1(a[0]), w.w, acc); }
+  static constexpr int kStep = 1, kParts = 1;
+  using Loaded = F32;
+  template <int>
+  static Loaded load_weights(const float* p) {
+    return load(p);
+  }
+  template <int>
+  static F32 step(F32 acc, const float* a, Loaded w) {
+    return fma(set1(a[0]), w, acc);
+  }
 };
 
 #if defined(__AVX512BF16__)
@@ -35,11 +40,15 @@ struct Float32Format {
 struct BFloat16Format {
   using Weight = Bf16;
   using Operand = Bf16;
-  static constexpr int kStep = 2;
+  static constexpr int kStep = 2, kParts = 1;
   struct Loaded {
     __m512bh w;
   };
-  static Loaded load_weights(const Bf16* p) { return {reinterpret_cast<__m512bh>(_mm512_loadu_si512(p))}; }
+  template <int>
+  static Loaded load_weights(const Bf16* p) {
+    return {reinterpret_cast<__m512bh>(_mm512_loadu_si512(p))};
+  }
+  template <int>
   static F32 step(F32 acc, const Bf16* a, const Loaded& w) {
     int pair;
     __builtin_memcpy(&pair, a, sizeof pair);
@@ -51,17 +60,15 @@ struct BFloat16Format {
 struct BFloat16Format {
   using Weight = Bf16;
   using Operand = float;
-  static constexpr int kStep = 2;
-  struct Loaded {
-    F32 even, odd;
-  };
+  static constexpr int kStep = 2, kParts = 2;
+  using Loaded = F32;
+  template <int Part>
   static Loaded load_weights(const Bf16* p) {
-    Loaded w;
-    load_pairs(p, w.even, w.odd);
-    return w;
+    return Part == 0 ? load_even(p) : load_odd(p);
   }
-  static F32 step(F32 acc, const float* a, const Loaded& w) {
-    return fma(set1(a[1]), w.odd, fma(set1(a[0]), w.even, acc));
+  template <int Part>
+  static F32 step(F32 acc, const float* a, Loaded w) {
+    return fma(set1(a[Part]), w, acc);
   }
 };
 #endif
@@ -78,11 +85,36 @@ struct Prefetch {
   }
 };
 
+// Keeps the compiler from reading ahead of here what lies at p, which would take registers that it does not have.
+template <class T>
+[[gnu::always_inline]] inline void read_from_here(const T*& p) {
+  asm volatile("" : "+r"(p));
+}
+
+// One step of a tile, from `Part` on: all its rows meet the weights of a part before the next is loaded.
+template <class Format, int Rows, int Vectors, int Part>
+[[gnu::always_inline]] inline void tile_step(F32 (&acc)[Rows][Vectors], const typename Format::Weight* weight,
+                                             int64_t panel_elements, const typename Format::Operand* operand) {
+  if constexpr (Part < Format::kParts) {
+    if constexpr (Part > 0) read_from_here(weight);
+    typename Format::Loaded w[Vectors];
+    for (int v = 0; v < Vectors; ++v) {
+      const int64_t in_panel = (v % kVectorsPerPanel) * kWidth * Format::kStep;
+      w[v] = Format::template load_weights<Part>(weight + (v / kVectorsPerPanel) * panel_elements + in_panel);
+    }
+    for (int r = 0; r < Rows; ++r) {
+      for (int v = 0; v < Vectors; ++v) {
+        acc[r][v] = Format::template step<Part>(acc[r][v], operand + r * Format::kStep, w[v]);
+      }
+    }
+    tile_step<Format, Rows, Vectors, Part + 1>(acc, weight, panel_elements, operand);
+  }
+}
+
 // Rows × Panels tiles of the output, all accumulators in registers.
 template <class Format, int Rows, int Panels>
 inline void gemm_tile(const PanelGemm& g, int64_t row, int64_t panel, Prefetch ahead) {
   constexpr int kVectors = Panels * kVectorsPerPanel;
-  constexpr int kElements = kWidth * Format::kStep;  // of one vector of weights
   const int64_t panel_elements = g.layout->panel_elements(), group_step = g.group_rows * Format::kStep;
   const auto* weight = static_cast<const typename Format::Weight*>(g.weight) + panel * panel_elements;
   const auto* operand = static_cast<const typename Format::Operand*>(g.operand) + row * g.layout->k_padded;
@@ -92,15 +124,8 @@ inline void gemm_tile(const PanelGemm& g, int64_t row, int64_t panel, Prefetch a
   }
   for (int64_t k = 0; k < g.layout->k_padded; k += Format::kStep) {
     ahead.step();
-    typename Format::Loaded w[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      w[v] =
-          Format::load_weights(weight + (v / kVectorsPerPanel) * panel_elements + (v % kVectorsPerPanel) * kElements);
-    }
-    for (int r = 0; r < Rows; ++r) {
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = Format::step(acc[r][v], operand + r * Format::kStep, w[v]);
-    }
-    weight += kVectorsPerPanel * kElements;
+    tile_step<Format, Rows, kVectors, 0>(acc, weight, panel_elements, operand);
+    weight += kVectorsPerPanel * kWidth * Format::kStep;
     operand += group_step;
   }
   for (int r = 0; r < Rows; ++r) {
@@ -142,7 +167,7 @@ inline void gemm_panels(const PanelGemm& g) {
     // Of several tiles only the first waits for memory; the last ones fetch the next panel.
     const int64_t next = panel + 1 < g.last_panel ? panel + 1 : g.next_panel;
     const int64_t bytes = g.layout->panel_elements() * static_cast<int64_t>(sizeof(typename Format::Weight));
-    const int64_t tiles = (g.m + kMaxRows - 1) / kMaxRows;
+    const int64_t tiles = (g.m + g.group_rows - 1) / g.group_rows;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       Prefetch ahead;
       const int64_t fetcher = tile - (tiles - kFetchers);
@@ -151,8 +176,8 @@ inline void gemm_panels(const PanelGemm& g) {
       } else if (fetcher >= 0 && next < g.layout->panels()) {
         ahead = {static_cast<const char*>(g.weight) + next * bytes + fetcher * bytes / kFetchers, 64};
       }
-      const int64_t row = tile * kMaxRows;
-      gemm_rows<Format, 1, kMaxRows>(g, row, g.m - row < kMaxRows ? g.m - row : kMaxRows, panel, ahead);
+      const int64_t row = tile * g.group_rows, left = g.m - row;
+      gemm_rows<Format, 1, kMaxRows>(g, row, left < g.group_rows ? left : g.group_rows, panel, ahead);
     }
     ++panel;
   }

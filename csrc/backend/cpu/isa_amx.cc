@@ -17,6 +17,7 @@ namespace FS_ISA {
 constexpr KernelTable make_amx_table(const char* name) {
   KernelTable table = make_table(name);
   table.operand_bf16.rows = kAmxRows;
+  table.operand_bf16.level = false;  // a tile takes as long for one row as for all
   table.input_step = kAmxInputs;
   table.paired_rows = kAmxRows;
   table.cached_bytes = 1024 * 1024;

@@ -15,8 +15,8 @@ constexpr KernelTable make_table(const char* name) {
   return {
       .name = name,
       .panel = kPanel,
-      .operand_f32 = {sizeof(Float32Format::Operand), kMaxRows},
-      .operand_bf16 = {sizeof(BFloat16Format::Operand), kMaxRows},
+      .operand_f32 = {sizeof(Float32Format::Operand), kMaxRows, true},
+      .operand_bf16 = {sizeof(BFloat16Format::Operand), kMaxRows, true},
       .input_step = 2,
       .paired_rows = kMaxRows / 2,
       .cached_bytes = 0,

@@ -27,6 +27,7 @@ struct PanelLayout {
 struct OperandLayout {
   int64_t element_bytes;
   int64_t rows;  // of a group
+  bool level;    // whether a group may have fewer, so that all have about as many; else only the last one has
 };
 
 // Columns [first_panel, last_panel) of output = operand · weightᵀ (+ bias) (+ output), or part of the sums.

@@ -84,11 +84,7 @@ struct BFloat16Kv {
   };
   static Sum start(const Rounded&) { return set1(0.0f); }
   static F32 finish(Sum sum, const Rounded&) { return sum; }
-  static Loaded load_rows(const Bf16* p) {
-    Loaded rows;
-    load_pairs(p, rows.even, rows.odd);
-    return rows;
-  }
+  static Loaded load_rows(const Bf16* p) { return {load_even(p), load_odd(p)}; }
   static Loaded load_first_row(const Bf16* p) {
     Loaded rows = load_rows(p);
     rows.odd = set1(0.0f);

@@ -53,11 +53,11 @@ inline F32 pinned(F32 x) {
   asm("" : "+v"(x.v));
   return x;
 }
-// Splits 2 · kWidth bfloat16 values into those at even and at odd places.
-inline void load_pairs(const Bf16* p, F32& even, F32& odd) {
-  const __m512i both = _mm512_loadu_si512(p);
-  even.v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-  odd.v = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+// Of 2 · kWidth bfloat16 values those at even and those at odd places.
+inline F32 load_even(const Bf16* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
+inline F32 load_odd(const Bf16* p) {
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), high))};
 }
 
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -90,10 +90,10 @@ inline uint32_t at_least(F32 a, F32 b) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)));
 }
 inline F32 where_at_least(F32 a, F32 b, F32 x) { return {_mm256_and_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ), x.v)}; }
-inline void load_pairs(const Bf16* p, F32& even, F32& odd) {
-  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  even.v = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-  odd.v = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+inline __m256i load_words(const Bf16* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline F32 load_even(const Bf16* p) { return {_mm256_castsi256_ps(_mm256_slli_epi32(load_words(p), 16))}; }
+inline F32 load_odd(const Bf16* p) {  // two shifts: a mask would take one of few registers
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(load_words(p), 16), 16))};
 }
 
 #else  // GCC and Clang vectors: SSE2, NEON or plain scalar code, without fused multiply-add
@@ -140,12 +140,13 @@ inline uint32_t at_least(F32 a, F32 b) {
 inline F32 where_at_least(F32 a, F32 b, F32 x) {
   return {reinterpret_cast<Floats>(reinterpret_cast<Words>(a.v >= b.v) & reinterpret_cast<Words>(x.v))};
 }
-inline void load_pairs(const Bf16* p, F32& even, F32& odd) {
+inline Words load_words(const Bf16* p) {
   Words both;
   __builtin_memcpy(&both, p, sizeof both);
-  even.v = reinterpret_cast<Floats>(both << 16);
-  odd.v = reinterpret_cast<Floats>(both & 0xffff0000u);
+  return both;
 }
+inline F32 load_even(const Bf16* p) { return {reinterpret_cast<Floats>(load_words(p) << 16)}; }
+inline F32 load_odd(const Bf16* p) { return {reinterpret_cast<Floats>(load_words(p) & 0xffff0000u)}; }
 
 #endif
 
