@@ -53,6 +53,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="smollm2, or a Hugging Face directory")
     parser.add_argument("--trace", type=Path, help="as `fastserve bench serve` reads them")
     parser.add_argument("--num-jobs", type=int, help="(default: the whole trace)")
+    parser.add_argument(
+        "--rated-jobs", type=int, help="of the trace's first jobs, at the rates (default: as all at once)"
+    )
     parser.add_argument("--rates", type=_fractions, default=[0.5, 0.9, 1.5], help="of the capacity")
     parser.add_argument("--capacity", type=float, help="jobs a second, if it is known already")
     parser.add_argument("--rounds", type=int, default=1)
@@ -140,7 +143,8 @@ class Comparison:
         arrival = "all-at-once" if rate is None else None
         level = 0 if fraction is None else 1 + options.rates.index(fraction)
         seed = number * (1 + len(options.rates)) + level  # no prompt comes twice: prefix caches help nobody
-        plan = Plan(options.trace, None, options.num_jobs, arrival, None, seed)
+        num_jobs = options.num_jobs if rate is None else options.rated_jobs or options.num_jobs
+        plan = Plan(options.trace, None, num_jobs, arrival, None, seed)
         experiment = Experiment([(running.server.name, running.url)], plan, rates=() if rate is None else (rate,))
         with running.awake():
             (run,) = asyncio.run(experiment.run(Watcher()))
