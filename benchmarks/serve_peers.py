@@ -1,7 +1,7 @@
 """FastServe's server beside vLLM's and llama.cpp's under one load, or its own policies beside each other.
 
     python benchmarks/serve_peers.py --trace sharegpt-like-300.json [--vllm-python PATH] [--llama-server PATH]
-    python benchmarks/serve_peers.py --trace sharegpt-like-300.json --policies --slots 8
+    python benchmarks/serve_peers.py --trace sharegpt-like-300.json --policies [fcfs skip-join-mlfq …] --slots 8
 
 First every job is sent at once, to each server in turn (with --policies, under fcfs alone): what the best peer or fcfs
 then answers a second is the capacity that --rates are fractions of. Then every server gets the trace at each of them.
@@ -37,7 +37,7 @@ from fastserve.bench.serve.plan import Plan
 from fastserve.bench.serve.results import ServeRun
 from fastserve.types import InvalidRequest
 
-# With --policies: a name, and the options of `fastserve serve`.
+# With --policies: names, and the options of `fastserve serve`.
 POLICIES = {
     "fcfs": ("--policy", "fcfs"),
     "skip-join-mlfq": ("--policy", "skip-join-mlfq"),
@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--rated-jobs", type=int, help="of the trace's first jobs, at the rates (default: as all at once)"
     )
     parser.add_argument("--rates", type=_fractions, default=[0.5, 0.9, 1.5], help="of the capacity")
-    parser.add_argument("--capacity", type=float, help="jobs a second, if it is known already")
+    parser.add_argument("--capacity", type=float, help="jobs a second, known already: none is sent at once")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--slots", type=int, default=32, help="jobs in a batch")
     parser.add_argument("--context", type=int, default=1088, help="tokens of the longest job")
@@ -65,7 +65,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", type=_weights, default=["bfloat16", "q8_0", "q4_0"], help="sent all at once")
     parser.add_argument("--rated", type=_weights, default=["bfloat16"], help="FastServe's at the rates")
     parser.add_argument("--rated-llama", type=_weights, default=["q8_0"], help="llama.cpp's at the rates")
-    parser.add_argument("--policies", action="store_true", help="FastServe's policies beside each other, no peers")
+    parser.add_argument(
+        "--policies",
+        nargs="*",
+        choices=POLICIES,
+        metavar="NAME",
+        help="FastServe's policies beside each other, no peers; the first tells the capacity (default: all)",
+    )
     parser.add_argument("--vllm-python", metavar="PATH", help="a Python that has vLLM")
     parser.add_argument("--llama-server", metavar="PATH")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/fastserve/peers", help="models and logs")
@@ -96,8 +102,9 @@ def contestants(options: argparse.Namespace) -> list[Server]:
         model = directory if as_directory else gguf_of(directory, weights, options.work)
         return Server(name, engine, weights, program, str(model), *sizes, more)
 
-    if options.policies:
-        return [server(name, "fastserve", "bfloat16", sys.executable, *more) for name, more in POLICIES.items()]
+    if options.policies is not None:
+        names = options.policies or POLICIES
+        return [server(name, "fastserve", "bfloat16", sys.executable, *POLICIES[name]) for name in names]
     servers = [server(f"FastServe {weights}", "fastserve", weights, sys.executable) for weights in options.weights]
     if options.vllm_python is not None:
         servers.append(server("vLLM bfloat16", "vllm", "bfloat16", options.vllm_python))
@@ -125,8 +132,9 @@ class Comparison:
         """Everything there is to measure, in turn."""
         self.capacity = self.options.capacity
         for number in range(self.options.rounds):
-            for each in self.running[: 1 if self.options.policies else None]:  # the capacity is fcfs's
-                self._run(each, number, None)
+            if self.options.capacity is None:
+                for each in self.running[: None if self.options.policies is None else 1]:  # the capacity is fcfs's
+                    self._run(each, number, None)
             if self.capacity is None:
                 self.capacity = self._best()
                 _tell(f"capacity: {self.capacity:.3f} jobs a second")
@@ -175,7 +183,7 @@ class Comparison:
 
     def _takes_rates(self, server: Server) -> bool:
         if server.engine == "fastserve":
-            return self.options.policies or server.weights in self.options.rated
+            return self.options.policies is not None or server.weights in self.options.rated
         return server.engine == "vllm" or server.weights in self.options.rated_llama
 
     def as_dict(self) -> dict[str, Any]:
