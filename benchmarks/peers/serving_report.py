@@ -50,7 +50,7 @@ def _table(runs: list[dict[str, Any]], peers: list[str], base: str) -> list[str]
         cells = []
         for place, (value, (_, label, scale)) in enumerate(zip(values[server], _COLUMNS, strict=True)):
             rival = [each for name in rivals if (each := values[name][place]) is not None]
-            cell = "–" if value is None else f"{scale * value:.3g}"
+            cell = "–" if value is None else _three_digits(scale * value)
             if value and rival and server not in rivals:
                 higher = label in _HIGHER
                 better = value / max(rival) if higher else min(rival) / value
@@ -60,6 +60,10 @@ def _table(runs: list[dict[str, Any]], peers: list[str], base: str) -> list[str]
         name = server if not failed else f"{server}, {failed} failed"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def _base(result: dict[str, Any]) -> str:

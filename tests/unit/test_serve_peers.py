@@ -24,7 +24,7 @@ def test_the_best_peer_at_each_figure_is_what_ratios_are_against(
     """Medians over three rounds: ours 4 jobs/s and a JCT of 10 s; b has 2 and 40, c 1 and 20."""
     runs = [run("ours", None, n, jobs, jct, 0.5) for n, (jobs, jct) in enumerate([(4, 10), (5, 9), (1, 80)])]
     runs += [run("b", None, n, 2, 40, 0.1) for n in range(3)] + [run("c", None, n, 1, 20, 2.0) for n in range(3)]
-    runs += [run("ours", 0.5, 0, 1, 1, 1)]
+    runs += [run("ours", 0.5, 0, 1, 1234, 1)]
     result = {
         **{"model": "m", "trace": "t.json", "slots": 8, "threads": 2, "rounds": 3, "capacity": 2.0},
         **{"peers": ["b", "c"], "servers": [{"name": "ours"}, {"name": "b"}, {"name": "c"}], "runs": runs},
@@ -40,7 +40,7 @@ def test_the_best_peer_at_each_figure_is_what_ratios_are_against(
     assert rows[0][1:4] == ["4 (2.00)", "400 (2.00)", "10 (2.00)"]
     assert rows[0][6:8] == ["–", "0.5 (0.20)"]
     assert rows[2][3] == "20"
-    assert rows[3][1] == "1"  # nobody to compare with
+    assert rows[3][1:4] == ["1", "100", "1,234"]  # nobody to compare with
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,7 @@ def test_the_best_peer_at_each_figure_is_what_ratios_are_against(
         (("--trace", "t.json", "--rates", "0.5,zero"), "must be numbers above 0, got '0.5,zero'"),
         (("--trace", "t.json", "--weights", "q2_k"), "q2_k"),
         (("--trace", "t.json", "--vllm-python", "no-such-python"), "--vllm-python: there is no program"),
+        (("--trace", "t.json", "--policies", "fcfs", "lifo"), "invalid choice: 'lifo'"),
         (("--table", "no-such-file.json"), "--table: there is no file 'no-such-file.json'"),
     ],
 )

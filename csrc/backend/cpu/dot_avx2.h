@@ -18,6 +18,10 @@ struct Bytes {
 struct Nibbles {
   __m256i v;
 };
+// Of a group's products with nibbles, all 16 that a lane gets fit in int16: 16 · 15 · 128 = 30,720.
+struct NibbleSum {
+  __m256i v;
+};
 
 inline Sum start_sum(int32_t x) { return {_mm256_set1_epi32(x)}; }
 inline __m256i load_vector(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -38,9 +42,11 @@ inline __m256i broadcast_four(const Quant* a) {
 inline Sum add_pairs(Sum sum, __m256i pairs) {
   return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
 }
-inline Sum dot(Sum sum, const Quant* a, Nibbles w) {
-  return add_pairs(sum, _mm256_maddubs_epi16(w.v, broadcast_four(a)));
+inline NibbleSum begin_nibbles(int32_t) { return {_mm256_setzero_si256()}; }
+inline NibbleSum dot(NibbleSum sum, const Quant* a, Nibbles w) {
+  return {_mm256_add_epi16(sum.v, _mm256_maddubs_epi16(w.v, broadcast_four(a)))};
 }
+inline Sum end_nibbles(NibbleSum sum, int32_t start) { return add_pairs(start_sum(start), sum.v); }
 inline Sum dot(Sum sum, const Quant* a, Bytes w) {
   return add_pairs(sum, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(broadcast_four(a), w.v)));
 }

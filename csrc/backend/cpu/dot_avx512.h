@@ -19,6 +19,10 @@ struct Bytes {
 struct Nibbles {
   __m512i v;
 };
+// Of a group's products with nibbles, all 16 that a lane gets fit in int16: 16 · 15 · 128 = 30,720.
+struct NibbleSum {
+  __m512i v;
+};
 
 inline Sum start_sum(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Bytes load_bytes(const uint8_t* p) {
@@ -38,9 +42,11 @@ inline __m512i broadcast_four(const Quant* a) {
 inline Sum add_pairs(Sum sum, __m512i pairs) {
   return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
 }
-inline Sum dot(Sum sum, const Quant* a, Nibbles w) {
-  return add_pairs(sum, _mm512_maddubs_epi16(w.v, broadcast_four(a)));
+inline NibbleSum begin_nibbles(int32_t) { return {_mm512_setzero_si512()}; }
+inline NibbleSum dot(NibbleSum sum, const Quant* a, Nibbles w) {
+  return {_mm512_add_epi16(sum.v, _mm512_maddubs_epi16(w.v, broadcast_four(a)))};
 }
+inline Sum end_nibbles(NibbleSum sum, int32_t start) { return add_pairs(start_sum(start), sum.v); }
 inline Sum dot(Sum sum, const Quant* a, Bytes w) {
   const __m512i four = broadcast_four(a);
   const __m512i turned = _mm512_mask_sub_epi8(four, w.negative, _mm512_setzero_si512(), four);

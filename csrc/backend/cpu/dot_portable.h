@@ -9,6 +9,7 @@ constexpr int kQuantizedRows = 4;
 constexpr bool kSignedBytes = false;  // whether dot() takes bytes for what they stand for (value - 128)
 using Quant = float;
 using Sum = F32;
+using NibbleSum = Sum;
 struct Bytes {
   F32 input[4];
 };
@@ -41,6 +42,8 @@ inline Sum dot(Sum sum, const Quant* a, const Bytes& w) {
   for (int i = 0; i < 4; ++i) sum = add(sum, mul(set1(a[i]), w.input[i]));
   return sum;
 }
+inline NibbleSum begin_nibbles(int32_t start) { return start_sum(start); }
+inline Sum end_nibbles(NibbleSum sum, int32_t) { return sum; }
 inline F32 to_f32(Sum sum) { return sum; }
 inline F32 load_half(const uint8_t* p) {
   float lane[kWidth];

@@ -11,6 +11,7 @@ using Quant = int8_t;
 struct Sum {
   __m512i v;
 };
+using NibbleSum = Sum;
 struct Bytes {
   __m512i v;
 };
@@ -35,6 +36,8 @@ inline Sum dot(Sum sum, const Quant* a, Bytes w) {
   __builtin_memcpy(&four, a, sizeof four);
   return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(four))};
 }
+inline NibbleSum begin_nibbles(int32_t start) { return start_sum(start); }
+inline Sum end_nibbles(NibbleSum sum, int32_t) { return sum; }
 inline F32 to_f32(Sum sum) { return {_mm512_cvtepi32_ps(sum.v)}; }
 inline F32 load_half(const uint8_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};

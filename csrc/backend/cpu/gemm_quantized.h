@@ -23,7 +23,7 @@ constexpr int kStepBytes = kWidth * 4;  // four inputs of a vector of outputs
 
 // A weight format: kLoads vectors of bytes hold a group of each output. Such a vector is kParts steps of four inputs;
 // part p of load i belongs to the inputs from (i + p · kLoads) · 4 on. kOffset is what values are stored with, kMinimum
-// whether blocks have one.
+// whether blocks have one. A group is summed in a Running, from begin(start) to end(running, start).
 struct ByteFormat {
   static constexpr int kLoads = kBlockInputs / 4, kParts = 1, kOffset = 128;
   static constexpr bool kChannel = false, kMinimum = false;
@@ -31,6 +31,9 @@ struct ByteFormat {
     Bytes part[1];
   };
   static Loaded load_weights(const uint8_t* p) { return {{load_bytes(p)}}; }
+  using Running = Sum;
+  static Running begin(int32_t start) { return start_sum(start); }
+  static Sum end(Running running, int32_t) { return running; }
 };
 struct ChannelFormat : ByteFormat {
   static constexpr bool kChannel = true;
@@ -46,6 +49,9 @@ struct NibbleFormat {
     load_nibbles(p, loaded.part[0], loaded.part[1]);
     return loaded;
   }
+  using Running = NibbleSum;
+  static Running begin(int32_t start) { return begin_nibbles(start); }
+  static Sum end(Running running, int32_t start) { return end_nibbles(running, start); }
 };
 struct NibbleMinimumFormat : NibbleFormat {
   static constexpr int kOffset = 0;
@@ -72,11 +78,13 @@ inline void quantized_tile(const QuantizedGemm& g, int64_t row, int64_t panel, P
     const auto input = [&](int r) {
       return *reinterpret_cast<const GroupInput*>(reinterpret_cast<const char*>(inputs) + r * operand_bytes);
     };
-    Sum sum[Rows][kVectors];
+    const auto start = [&](int r) { return Format::kMinimum ? 0 : input(r).start; };
+    typename Format::Running running[Rows][kVectors];
     for (int r = 0; r < Rows; ++r) {
-      const Sum start = Format::kMinimum ? start_sum(0) : start_sum(input(r).start);
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = start;
+      for (int v = 0; v < kVectors; ++v) running[r][v] = Format::begin(start(r));
     }
+    const auto sum = [&](int r, int v)
+                         __attribute__((always_inline)) { return to_f32(Format::end(running[r][v], start(r))); };
     const auto add_load = [&](int i) __attribute__((always_inline)) {
       typename Format::Loaded w[kVectors];
       for (int v = 0; v < kVectors; ++v) {
@@ -87,7 +95,7 @@ inline void quantized_tile(const QuantizedGemm& g, int64_t row, int64_t panel, P
         for (int r = 0; r < Rows; ++r) {
           const auto* four = reinterpret_cast<const Quant*>(reinterpret_cast<const char*>(a) + r * operand_bytes) +
                              (i + p * Format::kLoads) * 4;
-          for (int v = 0; v < kVectors; ++v) sum[r][v] = dot(sum[r][v], four, w[v].part[p]);
+          for (int v = 0; v < kVectors; ++v) running[r][v] = dot(running[r][v], four, w[v].part[p]);
         }
       }
     };
@@ -99,7 +107,7 @@ inline void quantized_tile(const QuantizedGemm& g, int64_t row, int64_t panel, P
     if constexpr (Format::kChannel) {
       for (int r = 0; r < Rows; ++r) {
         const F32 scale = set1(input(r).scale);
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(to_f32(sum[r][v]), scale, acc[r][v]);
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(sum(r, v), scale, acc[r][v]);
       }
       values += Format::kLoads * kVectorsPerPanel * kStepBytes;
     } else {
@@ -107,7 +115,7 @@ inline void quantized_tile(const QuantizedGemm& g, int64_t row, int64_t panel, P
         const uint8_t* block = head + (v / kVectorsPerPanel) * panel_bytes + (v % kVectorsPerPanel) * kWidth * 2;
         const F32 scale = load_half(block);
         for (int r = 0; r < Rows; ++r) {
-          acc[r][v] = fma(mul(to_f32(sum[r][v]), set1(input(r).scale)), scale, acc[r][v]);
+          acc[r][v] = fma(mul(sum(r, v), set1(input(r).scale)), scale, acc[r][v]);
         }
         if constexpr (Format::kMinimum) {
           const F32 minimum = load_half(block + kPanel * 2);
