@@ -69,7 +69,8 @@ def undisturbed() -> Job:
 @pytest.mark.parametrize("cut", [1, 5, 6, 24, 25, 26])
 def test_tokens_and_logprobs_are_those_of_the_undisturbed_run(cut: int) -> None:
     whole = undisturbed()
-    assert (len(whole.output), whole.finish_reason) == (27, FinishReason.STOP)
+    assert 26 < len(whole.output) < 40  # how many depends on the instruction set
+    assert whole.finish_reason is FinishReason.STOP
     # Beside others, in chunks: the prefill is cut at other places than the run was.
     engine, (job, *_) = start(
         {"job": PROMPT, "other": PROMPT[::-1], "short": PROMPT[:9]}, whole.output[:cut], max_num_batched_tokens=37 + cut
