@@ -10,6 +10,9 @@ import numpy.typing as npt
 
 from .spec import ModelError
 
+# What one page fault may map besides its page, before it and behind: a huge page's worth, where the file is cached so.
+_FAULT_AROUND = 2 * 2**20
+
 
 class MappedFile:
     """A file mapped into memory. Views stay valid for as long as anything refers to them.
@@ -35,8 +38,9 @@ class MappedFile:
     def release(self, offset: int, length: int) -> None:
         """Let go of the pages of a range, so that they no longer count as resident.
 
-        Their content comes back from the file when a view reads it again, so rounding outwards to whole pages is safe.
+        Their content comes back from the file when a view reads it again, so rounding outwards is safe. What lies
+        before it was mapped again by its own faults.
         """
         if hasattr(self.memory, "madvise"):  # not on Windows
-            start = offset - offset % mmap.PAGESIZE
+            start = max(0, offset - _FAULT_AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
             self.memory.madvise(mmap.MADV_DONTNEED, start, offset + length - start)
