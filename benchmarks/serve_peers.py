@@ -3,8 +3,9 @@
     python benchmarks/serve_peers.py --trace sharegpt-like-300.json [--vllm-python PATH] [--llama-server PATH]
     python benchmarks/serve_peers.py --trace sharegpt-like-300.json --policies [fcfs skip-join-mlfq …] --slots 8
 
-First every job is sent at once, to each server in turn (with --policies, under fcfs alone): what the best peer or fcfs
-then answers a second is the capacity that --rates are fractions of. Then every server gets the trace at each of them.
+First every job is sent at once, to each server in turn (with --policies, under the first alone): what the best peer or
+that policy then answers a second is the capacity that --rates are fractions of. Then every server gets the trace at
+each of them.
 Servers start before that, as their users start them, and all but the one that is measured are stopped (SIGSTOP).
 Rounds repeat it all; medians are told, and of ratios the median over rounds. What was measured is written after every
 run (--json), so that an end before the end loses nothing.
@@ -133,7 +134,7 @@ class Comparison:
         self.capacity = self.options.capacity
         for number in range(self.options.rounds):
             if self.options.capacity is None:
-                for each in self.running[: None if self.options.policies is None else 1]:  # the capacity is fcfs's
+                for each in self.running[: None if self.options.policies is None else 1]:
                     self._run(each, number, None)
             if self.capacity is None:
                 self.capacity = self._best()
@@ -151,7 +152,7 @@ class Comparison:
         arrival = "all-at-once" if rate is None else None
         level = 0 if fraction is None else 1 + options.rates.index(fraction)
         seed = number * (1 + len(options.rates)) + level  # no prompt comes twice: prefix caches help nobody
-        num_jobs = options.num_jobs if rate is None else options.rated_jobs or options.num_jobs
+        num_jobs = options.num_jobs if rate is None or options.rated_jobs is None else options.rated_jobs
         plan = Plan(options.trace, None, num_jobs, arrival, None, seed)
         experiment = Experiment([(running.server.name, running.url)], plan, rates=() if rate is None else (rate,))
         with running.awake():
