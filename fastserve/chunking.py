@@ -16,6 +16,11 @@ from .types import Int32Array
 # before. Twice as long is what a reader notices, and the cost model is not that exact.
 SPARE_ROWS_LIMIT: Final = 1.9
 
+# While every job has a row, prompts of an iteration that take no longer than this in all, alone, are computed at once:
+# a gap as short as that is hardly seen, and time to the first token is what is waited for. Once jobs queue, what ends
+# soonest is those that decode, so prompts do not hold them up.
+AT_ONCE_SECONDS: Final = 0.2
+
 
 class Chunks:
     """Cuts the prefills of one iteration, `decodes` [count, 4] (slot, position, tokens, samples) being its other rows.
@@ -23,25 +28,34 @@ class Chunks:
     With everything cut so far it takes, by the cost model, at most `limit` times what the decodes alone would take. In
     a batch that is not full that may be SPARE_ROWS_LIMIT times, while a full batch of decodes would take longer still.
     But the first prefill gets one token whatever that takes, and without decodes, or with a `limit` of None, nothing is
-    cut.
+    cut. Nor are short prompts (AT_ONCE_SECONDS) while the `live` jobs are no more than rows; the rest of a long one is
+    no short one.
     """
 
-    def __init__(self, cost: Cost, limit: float | None, decodes: Int32Array, max_num_seqs: int) -> None:
+    def __init__(self, cost: Cost, limit: float | None, decodes: Int32Array, max_num_seqs: int, live: int) -> None:
         self._cost = cost
         self._starts = decodes[:, 1]
         self._tokens = decodes[:, 2]
         self._limit = limit if limit is not None and len(decodes) else math.inf
         self._max_num_seqs = max_num_seqs
+        self._at_once = AT_ONCE_SECONDS if live <= max_num_seqs else 0.0  # what is left of it
         self._seconds: float | None = None  # worked out where there is a prefill
 
-    def cut(self, start: int, tokens: int) -> int:
-        """How many of `tokens` from position `start` on there is time for; 0: none. They count as taken."""
+    def cut(self, start: int, tokens: int, known: int) -> int:
+        """How many of `tokens` from position `start` on there is time for; 0: none. They count as taken.
+
+        They belong to a prefill of `known` tokens, from position 0 on.
+        """
         if self._limit == math.inf:
             return tokens
         first = self._seconds is None
         if self._seconds is None:
             self._seconds = self._allowed()
-        starts, computed = np.append(self._starts, np.int32(start)), np.append(self._tokens, np.int32(0))
+        starts, computed = np.append(self._starts, np.int32(start)), np.append(self._tokens, np.int32(tokens))
+        if (whole := self._cost.prefill_seconds(0, known)) <= self._at_once:
+            self._at_once -= whole
+            self._starts, self._tokens = starts, computed
+            return tokens
 
         def seconds(count: int) -> float:
             computed[-1] = count

@@ -169,9 +169,9 @@ class Scheduler:
             for job in exhausted:
                 self._leave(job)
             budget = self.config.max_num_batched_tokens - len(decodes)
-            chunks = Chunks(self.cost, self.config.stall_limit, rows, self.config.max_num_seqs)
+            chunks = Chunks(self.cost, self.config.stall_limit, rows, self.config.max_num_seqs, len(self.jobs))
             for job in batch.prefills:
-                if (tokens := chunks.cut(job.computed, min(job.known - job.computed, budget))) == 0:
+                if (tokens := chunks.cut(job.computed, min(job.known - job.computed, budget), job.known)) == 0:
                     break
                 taken += self._prefill(plan, job, tokens, prefills, now)
                 budget -= tokens

@@ -90,8 +90,9 @@ class ServingCore:
         max_num_seqs     jobs in one iteration
         max_num_batched_tokens  tokens in one iteration; longer prompts are prefilled in chunks
         stall_limit      these make an iteration at most this many times as long as its decodes alone would take, by the
-                         cost model; None: however long; auto: 1.5 for AsyncLLM, whose users see every token come, and
-                         None for LLM, whose users see the end
+                         cost model (up to 1.9 times where the batch has spare rows, and a prompt that takes no more
+                         than 0.2 seconds is computed at once while nobody waits for a row); None: however long; auto:
+                         1.5 for AsyncLLM, whose users see every token come, and None for LLM, whose users see the end
         block_size       tokens in one block of the KV cache
         kv_cache_memory  bytes, or text such as 512M; None: room for max_num_seqs full contexts, but at most a quarter
                          of the memory available

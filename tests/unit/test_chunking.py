@@ -29,6 +29,10 @@ def world(monkeypatch: pytest.MonkeyPatch) -> ToyWorld:
     return toy_llm.enter(monkeypatch)
 
 
+# A prefill of n tokens takes 10 ms + 0.1 ms for each, and so do decodes: 500 tokens 60 ms.
+QUICK = CostModel(per_iteration=0.01, per_row=0.0, per_token=0.0001, per_read=0.0, per_pair=0.0)
+
+
 def decodes(*positions: int) -> np.ndarray[Any, np.dtype[np.int32]]:
     return np.array([[slot, position, 1, 1] for slot, position in enumerate(positions)], np.int32).reshape(-1, 4)
 
@@ -51,9 +55,9 @@ def run(jobs: list[SimJob], policy: str, stall_limit: float | None) -> tuple[lis
 def test_worked_example() -> None:
     """One decode at position 0 takes 1.3753 s, so that as much is left: 1.2503 beside the row. From position 0 on, n
     tokens take 0.2501 n + 0.0001 n (n + 1): 1.0024 for 4 and 1.2535 for 5."""
-    chunks = Chunks(COST, 2.0, decodes(0), 1)
-    assert chunks.cut(0, 100) == 4
-    assert chunks.cut(0, 100) == 0  # no time is left
+    chunks = Chunks(COST, 2.0, decodes(0), 1, 2)
+    assert chunks.cut(0, 100, 100) == 4
+    assert chunks.cut(0, 100, 100) == 0  # no time is left
 
 
 def test_a_batch_that_is_not_full_leaves_more_time() -> None:
@@ -61,9 +65,31 @@ def test_a_batch_that_is_not_full_leaves_more_time() -> None:
     s (one token, as always), 0.2503 s in a batch of two (a token is 0.2503 s) and in a batch of eight 1.9 times the
     1.3753 s: 1.2378 s (4 tokens are 1.0024 s, 5 would be 1.2535 s)."""
     for rows, tokens in ((1, 1), (2, 1), (8, 4)):
-        assert Chunks(COST, 1.1, decodes(0), rows).cut(0, 100) == tokens
-    assert Chunks(COST, 1.1, decodes(*[0] * 8), 8).cut(0, 100) == 1  # 10 % of 4.0024 s
-    assert Chunks(COST, 3.0, decodes(0), 8).cut(0, 100) == 10  # three times is what was asked for: 2.6256 s
+        assert Chunks(COST, 1.1, decodes(0), rows, 2).cut(0, 100, 100) == tokens
+    assert Chunks(COST, 1.1, decodes(*[0] * 8), 8, 9).cut(0, 100, 100) == 1  # 10 % of 4.0024 s
+    assert Chunks(COST, 3.0, decodes(0), 8, 2).cut(0, 100, 100) == 10  # three times is what was asked for: 2.6256 s
+
+
+def test_short_prompts_are_computed_at_once_while_nobody_waits_for_a_row() -> None:
+    """Alone, 500 tokens take 60 ms, 1,000 110 ms and 2,048 215 ms. Beside a decode, with a limit of 1.5 and 10.1 ms
+    alone, there is time for 50 tokens; of a batch of four, 10.4 ms, as well."""
+    chunks = Chunks(QUICK, 1.5, decodes(7), 4, 4)
+    assert chunks.cut(0, 500, 500) == 500
+    assert chunks.cut(0, 1000, 1000) == 1000  # 170 ms in all
+    assert chunks.cut(0, 500, 500) == 0  # 230 ms would be too long a gap
+    assert Chunks(QUICK, 1.5, decodes(7), 4, 5).cut(0, 500, 500) == 50  # five jobs: one waits for a row
+    assert Chunks(QUICK, 1.5, decodes(7), 4, 4).cut(0, 2048, 2048) == 50
+    assert Chunks(QUICK, 1.5, decodes(7), 4, 4).cut(2000, 48, 2048) == 48  # as cut: there is time for 50
+    assert Chunks(QUICK, 1.5, decodes(7), 4, 4).cut(1900, 148, 2048) == 50  # the rest of a long prompt is no short one
+    assert Chunks(QUICK, 1.5, decodes(7), 4, 4).cut(0, 512, 600) == 512  # what the token budget leaves of a short one
+
+
+def test_a_short_prompt_is_one_iteration_of_a_batch_that_has_a_row_for_it() -> None:
+    jobs = [SimJob(0.0, 8, 40)] * 3 + [SimJob(0.1, 300, 4)]
+    records: list[IterationRecord] = []
+    config = SchedulerConfig(policy="fcfs", stall_limit=1.5, **LIMITS)
+    simulate(jobs, config, QUICK, on_finish=lambda job: None, on_iteration=records.append)
+    assert [record.prefill_tokens for record in records if record.prefill_tokens and record.submitted > 0.1] == [300]
 
 
 @example(positions=[400], wants=[(0, 7), (2000, 512), (0, 512)], limit=2.0)  # no time for the second
@@ -74,10 +100,10 @@ def test_a_batch_that_is_not_full_leaves_more_time() -> None:
 )
 def test_as_much_as_there_is_time_for(positions: list[int], wants: list[tuple[int, int]], limit: float | None) -> None:
     rows = [(position, 1) for position in positions]
-    chunks = Chunks(COST, limit, decodes(*positions), 4)
+    chunks = Chunks(COST, limit, decodes(*positions), 4, 4)
     longest = float("inf") if limit is None or not rows else allowed(limit, rows)
     for number, (start, tokens) in enumerate(wants):
-        taken = chunks.cut(start, tokens)
+        taken = chunks.cut(start, tokens, start + tokens)  # more than 0.2 s: no prompt is short by COST
         assert 0 <= taken <= tokens
         assert taken > 0 or number > 0, "a prefill that is first always moves on"
         if taken > (number == 0):
