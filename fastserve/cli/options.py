@@ -101,8 +101,8 @@ SCHEDULING: dict[str, Any] = {
         str | None,
         "auto",
         "Cut prompts so that they make an iteration at most this many times as long for jobs that decode (up to 1.9 "
-        "times where the batch has spare rows; what takes 0.2 seconds at most is not cut while nobody waits for a row); "
-        "none: never; auto: 1.5 where tokens are streamed to many, else never.",
+        "times where the batch has spare rows; what takes 0.2 seconds at most is not cut while nobody waits for a "
+        "row); none: never; auto: 1.5 where tokens are streamed to many, else never.",
     ),
     "num_levels": _engine(int | None, "12", "Levels of the MLFQ."),
     "cost": _engine(
