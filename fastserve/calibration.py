@@ -55,14 +55,14 @@ class Calibration:
         if remembered is not None:
             return remembered
         measured = self.measure(full=False)
-        with contextlib.suppress(OSError):  # a read-only home costs half a second at every start, not the start itself
+        with contextlib.suppress(OSError):  # a read-only home costs 0.6 seconds at every start, not the start itself
             measured.save(self.path)
         return measured
 
     def measure(
         self, *, full: bool, on_sample: Callable[[list[tuple[int, int]], float], None] | None = None
     ) -> CostModel:
-        """Run real iterations, for up to twenty seconds if `full`, else half a second."""
+        """Run real iterations, for up to thirty seconds if `full`, else 0.6."""
         return measure(
             self._executor,
             self._config,

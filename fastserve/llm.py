@@ -139,7 +139,7 @@ class LLM(ServingCore):
     def profile(
         self, *, full: bool = True, on_sample: Callable[[list[tuple[int, int]], float], None] | None = None
     ) -> CostModel:
-        """Measure how long iterations take here, by running some: up to thirty seconds if `full`, else half a second.
+        """Measure how long iterations take here, by running some: up to thirty seconds if `full`, else 0.6.
 
         For a new LLM: raises EngineError once it has served a request. `on_sample` sees the rows (start, tokens) and
         the seconds of each iteration.

@@ -17,14 +17,17 @@ from .types import OFFLOAD, UPLOAD, BatchPlan, Executor, StepResult
 
 Sample = tuple[list[tuple[int, int]], float]  # rows (start, tokens) of an iteration, and its seconds on the device
 
-_QUICK_SECONDS: Final = 0.4
+_QUICK_SECONDS: Final = 0.6
 _FULL_SECONDS: Final = 30.0
 _CHUNKS: Final = 32  # of one prefill
 # How often each iteration is run. Other programs can only make one slower, and what is measured at a start schedules
-# for a long time: in quick mode the fastest counts. Full mode is asked what a run will take here, other programs
-# included: there the median does.
+# for a long time: in quick mode the fastest counts, of as many rounds over all shapes as there is time for, since who
+# disturbs one iteration disturbs the next. Full mode is asked what a run will take here, other programs included: there
+# the median does.
+_QUICK_ROUNDS: Final = 3
 _QUICK_REPEATS: Final = 2
 _FULL_REPEATS: Final = 3
+_DISTURBED: Final = 1.5  # times as long as others let expect
 # In full mode, batches of up to so many rows are measured at this context, too, which takes prefills in such chunks.
 _BATCH_ROWS: Final = 16
 _BATCH_CONTEXT: Final = 128
@@ -53,21 +56,48 @@ def measure(
 ) -> CostModel:
     """Run synthetic iterations within the limits of `config` and fit a cost model to their device seconds.
 
-    The executor must be idle; its slots and blocks are used from 0 on and given back. Quick mode spends about 0.4
+    The executor must be idle; its slots and blocks are used from 0 on and given back. Quick mode spends about 0.6
     seconds of device time, full mode up to 30 and reaches long contexts. An iteration is left out when, judged by those
     before it, it would overrun: a slow machine is measured on small shapes. Raises what the executor raises.
     """
     bench = _Bench(executor, config, vocab_size, full, on_sample)
-    decodes = 4 if full else 1  # of each shape
     bench.warm_up()
-    for slots in (1, 2, 4, 8, 16, 32, 64) if full else (1, 8):
-        bench.batch(slots, decodes, context=_BATCH_CONTEXT if full and slots <= _BATCH_ROWS else 0)
-    for decoding, prompts, tokens in _MIXED if full else ():
-        bench.mixed(decoding, prompts, tokens)
-    for chunk in (64, 256, 512) if full else (32,):
-        bench.one_job(chunk, decodes, grow=not full)
+    if full:
+        for slots in (1, 2, 4, 8, 16, 32, 64):
+            bench.batch(slots, decodes=4, context=_BATCH_CONTEXT if slots <= _BATCH_ROWS else 0)
+        for decoding, prompts, tokens in _MIXED:
+            bench.mixed(decoding, prompts, tokens)
+        for chunk in (64, 256, 512):
+            bench.one_job(chunk, decodes=4)
+    else:
+        for slots in (1, 8) * _QUICK_ROUNDS:
+            bench.batch(slots, decodes=1)
+        for _ in range(_QUICK_ROUNDS):
+            bench.growing_job(32)
     bench.close()
-    return CostModel.fit(bench.samples, model=model, device=device, version=version)
+    samples = bench.samples if full else _undisturbed(bench.samples)
+    return CostModel.fit(samples, model=model, device=device, version=version)
+
+
+def _undisturbed(samples: list[Sample]) -> list[Sample]:
+    """Without decodes of one job, up to a quarter of all samples, that took far longer than all others let expect.
+
+    The longest contexts are measured once, and alone tell what a context costs.
+    """
+    kept = list(samples)
+    for _ in range(len(samples) // 4):
+        excess = [
+            seconds / CostModel.fit(kept[:i] + kept[i + 1 :]).iteration_seconds(rows) if _is_decode(rows) else 0.0
+            for i, (rows, seconds) in enumerate(kept)
+        ]
+        if max(excess) < _DISTURBED:
+            break
+        del kept[excess.index(max(excess))]
+    return kept
+
+
+def _is_decode(rows: list[tuple[int, int]]) -> bool:
+    return len(rows) == 1 and rows[0][1] == 1
 
 
 def measure_link(executor: Executor, num_blocks: int, num_host_blocks: int) -> Link | None:
@@ -131,7 +161,7 @@ class _Bench:
         full: bool,
         on_sample: Callable[[list[tuple[int, int]], float], None] | None,
     ) -> None:
-        self.samples: list[Sample] = []
+        self._samples: dict[tuple[tuple[int, int], ...], float] = {}  # by rows
         self._executor = executor
         self._config = config
         self._vocab_size = vocab_size
@@ -145,11 +175,15 @@ class _Bench:
         self._computed: list[int] = []  # how many positions of each open slot are done
         self._closed: list[int] = []
 
+    @property
+    def samples(self) -> list[Sample]:
+        return [(list(rows), seconds) for rows, seconds in self._samples.items()]
+
     def warm_up(self) -> None:
         """First iterations pay for page faults and lazy set-up, so they are not samples."""
         self._open(1)
         self._run([1])
-        self.samples.clear()
+        self._samples.clear()
         self._spent = 0.0
 
     def batch(self, slots: int, decodes: int, *, context: int = 0) -> None:
@@ -174,17 +208,23 @@ class _Bench:
             self._open(decoding + prompts)
             self._run([1] * decoding + [tokens] * prompts)
 
-    def one_job(self, chunk: int, decodes: int, *, grow: bool) -> None:
-        """One job's prefill in chunks (doubling, if they grow) to the longest context, then a few decodes there."""
+    def one_job(self, chunk: int, decodes: int) -> None:
+        """One job's prefill in chunks to the longest context, then a few decodes there."""
         self._open(1)
         chunk = min(chunk, self._config.max_num_batched_tokens)
         for _ in range(_CHUNKS):
             if not self._run([chunk]):
                 break
-            if grow:
-                chunk = min(2 * chunk, self._config.max_num_batched_tokens)
         for _ in range(decodes):
             self._run([1])
+
+    def growing_job(self, chunk: int) -> None:
+        """One job's prefill in chunks each twice as long as the one before, and a decode behind each."""
+        self._open(1)
+        for _ in range(_CHUNKS):
+            if not (self._run([min(chunk, self._config.max_num_batched_tokens)]) and self._run([1])):
+                break
+            chunk *= 2
 
     def close(self) -> None:
         """Close every slot with a plan that has no rows."""
@@ -208,7 +248,7 @@ class _Bench:
             max(ends) > config.max_model_len
             or sum(tokens) > config.max_num_batched_tokens
             or self._used_blocks + len(added) > config.num_blocks
-            or (self.samples and self._spent + self._repeats * self._expected(rows) > self._budget)
+            or (self._samples and self._spent + self._repeats * self._expected(rows) > self._budget)
         ):
             return False
         new = [slot for slot in slots if not self._computed[slot]]
@@ -231,7 +271,7 @@ class _Bench:
         seconds = self._typical(times)
         self._computed, self._tables = ends, tables
         self._used_blocks += len(added)
-        self.samples.append((rows, seconds))
+        self._samples[tuple(rows)] = min(seconds, self._samples.get(tuple(rows), seconds))
         if self._on_sample is not None:
             self._on_sample(rows, seconds)
         return True
@@ -243,4 +283,4 @@ class _Bench:
 
     def _expected(self, rows: list[tuple[int, int]]) -> float:
         """What the model so far says; at first, nothing is known and anything is allowed."""
-        return CostModel.fit(self.samples).iteration_seconds(rows) if self.samples else 0.0
+        return CostModel.fit(self.samples).iteration_seconds(rows) if self._samples else 0.0

@@ -110,7 +110,7 @@ class ServingCore:
         max_in_flight    plans handed to the runtime ahead of their results; 2 keeps it busy while Python plans
         skip_tokenizer   serve token-id prompts only
         cost             a CostModel, or a file that `fastserve profile` wrote; None: remembered from an earlier start,
-                         else measured in half a second
+                         else measured in 0.6 seconds
         on_iteration     called with an IterationRecord after every iteration, on the engine's thread
 
         Raises InvalidRequest, naming the option, and ModelError, naming the file.

@@ -39,7 +39,7 @@ def test_quick_mode_is_quick_and_close() -> None:
     config = SchedulerConfig()
     executor = ToyExecutor(config, TRUE)
     found = measure(executor, config, vocab_size=VOCAB)
-    assert seconds_of(executor) < 0.45
+    assert seconds_of(executor) < 0.65
     for rows in ([(0, 1)], [(0, 64)], [(20, 1)] * 8, [(0, 512)]):
         assert found.iteration_seconds(rows) == pytest.approx(TRUE.iteration_seconds(rows), rel=0.1)
 
@@ -71,6 +71,24 @@ def test_a_busy_machine_is_measured_as_if_it_were_idle(full: bool, every: int) -
     found = measure(Disturbed(config, TRUE, every), config, vocab_size=VOCAB, full=full)
     for rows in ([(0, 1)], [(0, 64)], [(20, 1)] * 8):
         assert found.iteration_seconds(rows) == pytest.approx(TRUE.iteration_seconds(rows), rel=0.15)
+
+
+@pytest.mark.parametrize("first", range(1, 30))
+def test_a_moment_in_which_others_run_is_not_taken_for_the_machine(first: int) -> None:
+    """Some iterations in a row, wherever in a quick measurement, take 20 ms longer: decodes up to six times as long."""
+    quick = CostModel(per_iteration=0.004, per_token=2e-4, per_read=5e-7, per_pair=8e-8)
+
+    class Interrupted(ToyExecutor):
+        def poll(self, timeout: float | None) -> StepResult | None:
+            result = super().poll(timeout)
+            if result is not None and first <= result.plan_id < first + 4:
+                result.seconds += 0.02
+            return result
+
+    config = SchedulerConfig(num_blocks=512)
+    found = measure(Interrupted(config, quick), config, vocab_size=VOCAB)
+    for rows in ([(0, 1)], [(0, 64)], [(20, 1)] * 8, [(300, 1)] * 32):
+        assert found.iteration_seconds(rows) == pytest.approx(quick.iteration_seconds(rows), rel=0.2)
 
 
 def test_full_mode_tells_what_a_run_takes_where_others_slow_most_of_it() -> None:
