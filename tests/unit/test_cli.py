@@ -26,8 +26,8 @@ from fastserve.cost import CostModel
 from fastserve.server.settings import ServerSettings
 
 COMMANDS = [
-    "serve", "generate", "chat", "info", "profile", "simulate", "version", "bench", "bench latency", "bench serve",
-    "bench throughput",
+    "serve", "generate", "chat", "info", "convert", "profile", "simulate", "version", "bench", "bench latency",
+    "bench serve", "bench throughput",
 ]  # fmt: skip
 GREEDY = ["--temperature", "0", "--ignore-eos"]
 
@@ -107,7 +107,7 @@ def test_the_defaults_that_help_shows_are_the_apis() -> None:
 
 def test_every_engine_option_of_the_api_is_an_option() -> None:
     missing = inspect.signature(LLM).parameters.keys() - {*ENGINE, *SEED}
-    assert missing == {"model", "max_in_flight", "skip_tokenizer", "on_iteration"}
+    assert missing == {"model", "max_in_flight", "skip_tokenizer", "tokenizer", "on_iteration"}
 
 
 def test_version(shell: Shell) -> None:
