@@ -60,7 +60,7 @@ def convert(
     fp32, fp16 or bf16; None: what most weights are stored in. A directory that holds anything is an error unless
     `force`: then a checkpoint in it is replaced. `on_progress` hears how many bytes of how many have been written.
 
-    Needs memory for one slice of a tensor. The config is written last, and what was written is removed when anything
+    Needs memory for one matrix. The config is written last, and what was written is removed when anything
     goes wrong, so what looks like a checkpoint is one. Raises InvalidRequest, naming the parameter, before anything is
     written; ModelError for a model that this layout cannot hold; OSError where the disk fails or is full.
     """

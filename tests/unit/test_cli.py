@@ -211,7 +211,6 @@ def test_sampling_options_reach_the_job(shell: Shell) -> None:
         ),
         ("generate --prompt a --starvation-limit inf", "--starvation-limit: must be above 0 seconds, or none"),
         ("generate --prompt a --model=", "--model: must be smollm2, a .gguf file"),
-        ("info /tmp", "/tmp: a folder without config.json; use smollm2, a .gguf file"),
         (
             "profile toy --output /dev/null/profile.json",
             "--output: cannot write /dev/null/profile.json: /dev/null is no",

@@ -174,9 +174,7 @@ def test_what_is_not_supported_is_named() -> None:
     with pytest.raises(ModelError, match=r"has no data \(device meta\)"):
         ModuleModel(empty)
     bloom = BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=2))
-    with pytest.raises(
-        ModelError, match=r"BloomForCausalLM\.config: model_type 'bloom' is not supported; supp"
-    ):
+    with pytest.raises(ModelError, match=r"BloomForCausalLM\.config: model_type 'bloom' is not supported; supp"):
         ModuleModel(bloom)
 
 
