@@ -149,7 +149,7 @@ def _prepare(directory: Path, origin: Path, force: bool) -> None:
         if directory.samefile(origin):
             raise InvalidRequest("directory", f"{directory} is the model that is read; name another")
         if not force:
-            raise InvalidRequest("directory", f"{directory} is not empty; name another, or force it to be replaced")
+            raise InvalidRequest("directory", f"{directory} is not empty; name another, or give --force")
         if (directory / "config.json").exists():
             raise InvalidRequest("directory", f"{directory} holds another model (config.json); name another")
         # The config first: without it, nobody takes what is left for a checkpoint.

@@ -43,8 +43,8 @@ def convert(
 ) -> None:
     """Write a GPT-2 or OPT model as a FasterTransformer checkpoint, with its tokenizer beside it.
 
-    The result is config.ini and model.*.bin as FasterTransformer's own converters lay them out, so that it runs there
-    as well as here, where any number of ranks is put together again. Other families need no conversion: their
+    The result is config.ini and model.*.bin, laid out as FasterTransformer's own converters do it. FastServe serves
+    such a directory like any other, however many ranks it is cut for. Other families need no conversion: their
     Hugging Face directories are served as they are.
 
     fastserve convert ./opt-125m ./opt-125m-ft --tensor-parallel-size 2 --dtype fp16

@@ -10,8 +10,10 @@ import models
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
-from fastserve import LLM, AsyncLLM, SamplingParams
+from fastserve import LLM, AsyncLLM, InvalidRequest, SamplingParams
 from fastserve.convert import convert
 from fastserve.loaders import open_model
 
@@ -76,6 +78,17 @@ def test_a_module_is_served_to_asyncio_code() -> None:
         return list(final.outputs[0].token_ids)
 
     assert asyncio.run(answer()) == _tokens(module)[1]
+
+
+def test_a_module_reads_text_by_the_tokenizer_beside_it() -> None:
+    module = models.build(_case("llama-linear"))
+    backend = Tokenizer(BPE(vocab={chr(97 + i): i for i in range(26)}, merges=[]))
+    with LLM(module, tokenizer=backend, **OPTIONS) as llm:
+        text, ids = llm.generate(["bad", [1, 0, 3]], PARAMS[0])
+        assert text.prompt_token_ids == [1, 0, 3] and text.outputs[0].token_ids == ids.outputs[0].token_ids
+        assert text.outputs[0].text == backend.decode(ids.outputs[0].token_ids)
+    with LLM(module, **OPTIONS) as llm, pytest.raises(InvalidRequest, match="LlamaForCausalLM was loaded without one"):
+        llm.generate("bad")
 
 
 @pytest.mark.parametrize("identifier", ["gpt2-tied", "qwen2-tied"])
