@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import reference
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fastserve import InvalidRequest
 from fastserve.convert import convert
@@ -359,3 +361,21 @@ def test_a_malformed_config_is_named(text: str, message: str, tmp_path: Path) ->
     with pytest.raises(ModelError, match=message) as error:
         open_model(str(tmp_path))
     assert str(tmp_path / "config.ini") in str(error.value) and "\n" not in str(error.value)
+
+
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_corrupt_configs_give_a_model_error_or_a_model(opt: Path, copied: Path, data: st.DataObject) -> None:
+    content = bytearray((opt / "config.ini").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at] = data.draw(st.sampled_from(b"0123456789[]=;#,-.ex \n\0\xff"))
+    (copied / "config.ini").write_bytes(bytes(content))
+    try:
+        source = open_model(str(copied))
+    except ModelError as error:
+        assert str(copied) in str(error)
+    else:
+        assert sum(len(tensor.data) for tensor in source.tensors()) > 0
