@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -60,9 +61,10 @@ def convert(
     fp32, fp16 or bf16; None: what most weights are stored in. A directory that holds anything is an error unless
     `force`: then a checkpoint in it is replaced. `on_progress` hears how many bytes of how many have been written.
 
-    Needs memory for one matrix. The config is written last, and what was written is removed when anything
-    goes wrong, so what looks like a checkpoint is one. Raises InvalidRequest, naming the parameter, before anything is
-    written; ModelError for a model that this layout cannot hold; OSError where the disk fails or is full.
+    Needs memory for one matrix. Files are written to a folder within `directory` and take their places when all are
+    there, the config last: what looks like a checkpoint is one, and an old one stays until then. Raises InvalidRequest,
+    naming the parameter, before anything is written; ModelError for a model that this layout cannot hold; OSError where
+    the disk fails or is full.
     """
     ranks = check_integer("tensor_parallel_size", tensor_parallel_size, 1, _MAX_RANKS)
     origin = _origin(source)
@@ -70,8 +72,9 @@ def convert(
     _check_ranks(target, ranks)
     data_type = _data_type(dtype, source)
     _prepare(directory, origin, force)
-    weights = _Files(directory, target, ranks, DATA_TYPES[data_type])
+    staging = Path(tempfile.mkdtemp(prefix=".convert-", dir=directory))
     try:
+        weights = _Files(staging, target, ranks, DATA_TYPES[data_type])
         weights.create()
         written = 0
         for tensor in source.tensors():
@@ -81,11 +84,11 @@ def convert(
                     on_progress(written, weights.total_bytes)
         copied = tuple(name for name in TOKENIZER_FILES if (origin / name).is_file())
         for name in copied:
-            shutil.copyfile(origin / name, weights.add(name))
-        weights.add(CONFIG).write_text(config_text(target, data_type, ranks), encoding="utf-8")
-    except BaseException:
-        weights.remove()
-        raise
+            shutil.copyfile(origin / name, staging / name)
+        (staging / CONFIG).write_text(config_text(target, data_type, ranks), encoding="utf-8")
+        _replace(directory, staging)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return Conversion(
         model=source.name,
         directory=str(directory),
@@ -99,7 +102,8 @@ def convert(
 
 
 def _origin(source: ModelSource) -> Path:
-    if not isinstance(source, (HuggingFaceModel, FasterTransformerModel)):
+    whole = not isinstance(source, FasterTransformerModel) or source.rank is None
+    if not isinstance(source, (HuggingFaceModel, FasterTransformerModel)) or not whole:
         raise ModelError(
             f"{source.name}: cannot be converted; use a directory in Hugging Face layout, a hub id, or a "
             "FasterTransformer checkpoint to be cut anew"
@@ -142,7 +146,7 @@ def _data_type(asked: str | None, source: ModelSource) -> str:
 
 
 def _prepare(directory: Path, origin: Path, force: bool) -> None:
-    """Make the directory, empty but for files that are nobody's business. Raises InvalidRequest."""
+    """Make the directory. Raises InvalidRequest for one that holds what must not be lost."""
     if directory.exists() and not directory.is_dir():
         raise InvalidRequest("directory", f"{directory} is a file; name a directory to be made")
     if directory.is_dir() and any(directory.iterdir()):
@@ -152,11 +156,16 @@ def _prepare(directory: Path, origin: Path, force: bool) -> None:
             raise InvalidRequest("directory", f"{directory} is not empty; name another, or give --force")
         if (directory / "config.json").exists():
             raise InvalidRequest("directory", f"{directory} holds another model (config.json); name another")
-        # The config first: without it, nobody takes what is left for a checkpoint.
-        old = [directory / CONFIG, *directory.glob(_WEIGHT_FILES), *(directory / name for name in TOKENIZER_FILES)]
-        for path in old:
-            path.unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
+
+
+def _replace(directory: Path, staging: Path) -> None:
+    """Put new files where old ones are. Without a config, nobody takes what is there meanwhile for a checkpoint."""
+    old = [directory / CONFIG, *directory.glob(_WEIGHT_FILES), *(directory / name for name in TOKENIZER_FILES)]
+    for path in old:
+        path.unlink(missing_ok=True)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG):
+        path.rename(directory / path.name)
 
 
 class _Files:
@@ -166,7 +175,6 @@ class _Files:
         self._directory = directory
         self._dtype = dtype
         self._places = dict(places(spec, ranks))
-        self._made: list[Path] = []
         self._sizes = {
             place.file(directory, rank): place.file_elements * ITEM_SIZES[dtype]
             for place in self._places.values()
@@ -178,7 +186,7 @@ class _Files:
     def create(self) -> None:
         """Zeros on the disk, so that writing to the memory map of a file cannot run out of it."""
         for path, size in self._sizes.items():
-            with self.add(path.name).open("xb") as file:
+            with path.open("xb") as file:
                 try:
                     if hasattr(os, "posix_fallocate"):
                         os.posix_fallocate(file.fileno(), 0, size)
@@ -186,15 +194,6 @@ class _Files:
                         file.truncate(size)
                 except OSError as error:
                     raise OSError(error.errno, error.strerror, str(path)) from error
-
-    def add(self, name: str) -> Path:
-        """A file that goes when things go wrong."""
-        self._made.append(self._directory / name)
-        return self._made[-1]
-
-    def remove(self) -> None:
-        for path in self._made:
-            path.unlink(missing_ok=True)
 
     def write(self, tensor: WeightTensor, position_offset: int) -> Iterator[int]:
         """Put a tensor where it belongs; yields how many bytes were written, slice by slice. Raises ModelError."""

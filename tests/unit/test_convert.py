@@ -136,8 +136,7 @@ def test_nothing_of_somebody_elses_is_overwritten(gpt2: Path, tmp_path: Path) ->
 
 
 def test_numbers_too_large_for_float16_leave_nothing_behind(tmp_path: Path) -> None:
-    models.save(_case("opt-tied"), tmp_path / "hf")
-    model = models.build(_case("opt-tied"))
+    model = models.save(_case("opt-tied"), tmp_path / "hf")
     with torch.no_grad():
         model.model.decoder.layers[1].fc2.weight[0, 0] = 7e4
     model.save_pretrained(tmp_path / "hf")
@@ -148,6 +147,23 @@ def test_numbers_too_large_for_float16_leave_nothing_behind(tmp_path: Path) -> N
         convert(source, tmp_path / "ft", dtype="fp16")
     assert not list((tmp_path / "ft").iterdir())
     convert(source, tmp_path / "ft", dtype="bf16")
+
+
+def test_an_old_checkpoint_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    """And the new one leaves nothing of it."""
+    model = models.save(_case("opt-tied"), tmp_path / "hf")
+    convert(open_model(str(tmp_path / "hf")), tmp_path / "ft", tensor_parallel_size=3)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "ft").iterdir()}
+    with torch.no_grad():
+        model.model.decoder.layers[1].fc2.weight[0, 0] = 7e4
+    model.save_pretrained(tmp_path / "hf")
+    source = open_model(str(tmp_path / "hf"))
+    with pytest.raises(ModelError, match="float16's range"):
+        convert(source, tmp_path / "ft", dtype="fp16", force=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "ft").iterdir()} == before
+    convert(source, tmp_path / "ft", force=True)
+    convert(source, tmp_path / "new")
+    assert {path.name for path in (tmp_path / "ft").iterdir()} == {path.name for path in (tmp_path / "new").iterdir()}
 
 
 def test_a_full_disk_leaves_nothing_behind(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
