@@ -11,11 +11,13 @@ from .calibration import UNMEASURED, Calibration, device_name
 from .config import RuntimeConfig, SchedulerConfig, check_integer
 from .cost import CostModel, Link
 from .loaders import open_model
-from .loaders.spec import ModelSpec
+from .loaders.module import ModuleModel, is_module
+from .loaders.spec import ModelSource, ModelSpec
 from .native import NativeRuntime, block_bytes
 from .policies import ONLINE_POLICIES, create_policy
 from .sizing import host_blocks, link_bandwidth, pool_blocks
 from .tokenizer import Tokenizer
+from .tokenizer_choice import read_given_tokenizer
 from .types import InvalidRequest
 
 
@@ -34,7 +36,7 @@ class Assembly:
 
 
 def assemble(
-    model: str | os.PathLike[str],
+    model: Any,
     *,
     scheduler: Mapping[str, Any],
     runtime: Mapping[str, Any],
@@ -43,14 +45,17 @@ def assemble(
     swap_space: str | int | None,
     swap_bandwidth: str | int | None,
     skip_tokenizer: bool,
+    tokenizer: Any = None,
     cost: CostModel | str | os.PathLike[str] | None,
 ) -> Assembly:
     """Load a model and measure what has to be known of it. `scheduler` and `runtime` hold fields of the two configs.
 
-    Every option is checked before the weights are loaded. Raises InvalidRequest, naming the option, and ModelError.
+    `model` is a name, a path, or a module of `transformers`; `tokenizer` takes the place of the model's own. Every
+    option is checked before the weights are loaded. Raises InvalidRequest, naming the option, and ModelError.
     """
-    model = _checked_model(model)
-    source = open_model(model)
+    name, source = _open(model)
+    if tokenizer is not None and skip_tokenizer:
+        raise InvalidRequest("tokenizer", "cannot be given with skip_tokenizer")
     spec = source.spec
     scheduling = SchedulerConfig(max_model_len=_context_length(max_model_len, spec.max_position), **scheduler)
     _check_policy(scheduling)
@@ -75,20 +80,19 @@ def assemble(
     scheduling = replace(scheduling, num_blocks=num_blocks, num_host_blocks=num_host_blocks)
     running = replace(running, num_blocks=num_blocks, num_host_blocks=num_host_blocks)
 
-    data = None if skip_tokenizer else source.tokenizer_data()
-    tokenizer = Tokenizer.from_data(data) if data is not None else None
+    text = None if skip_tokenizer else _tokenizer(tokenizer, source)
     native = NativeRuntime(source, running)
     arithmetic = f"{running.dtype}, KV cache {running.kv_dtype}, quantization {running.quantization}"
     calibration = Calibration(
         native,
         scheduling,
         vocab_size=spec.vocab_size,
-        model=f"{model} {source.num_parameters} {source.weights_dtype}",
+        model=f"{name} {source.num_parameters} {source.weights_dtype}",
         device=device_name(running.device, arithmetic, native.instruction_set, native.threads),
     )
     costs, link = calibration.cost_model(cost), calibration.link()
     info = {
-        "model": model,
+        "model": name,
         "family": spec.family,
         "parameters": source.num_parameters,
         "weights_dtype": source.weights_dtype,
@@ -109,7 +113,7 @@ def assemble(
     }
     return Assembly(
         spec=spec,
-        tokenizer=tokenizer,
+        tokenizer=text,
         runtime=native,
         scheduling=scheduling,
         calibration=calibration,
@@ -160,13 +164,26 @@ def _check_policy(config: SchedulerConfig) -> None:
     create_policy(config, UNMEASURED)
 
 
-def _checked_model(model: Any) -> str:
+def _open(model: Any) -> tuple[str, ModelSource]:
+    """What a model is called, and its source."""
     name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
-    if not isinstance(name, str) or not name:
-        raise InvalidRequest(
-            "model", f"must be smollm2, a .gguf file, a directory in Hugging Face layout or a hub id, got {model!r}"
-        )
-    return name
+    if isinstance(name, str) and name:
+        return name, open_model(name)
+    if is_module(model):
+        module = ModuleModel(model)
+        return module.name, module
+    raise InvalidRequest(
+        "model",
+        "must be smollm2, a .gguf file, a directory in Hugging Face or FasterTransformer layout, a hub id or a module "
+        f"of transformers, got {model!r:.80}",
+    )
+
+
+def _tokenizer(given: Any, source: ModelSource) -> Tokenizer | None:
+    if given is not None:
+        return read_given_tokenizer(given)
+    data = source.tokenizer_data()
+    return None if data is None else Tokenizer.from_data(data)
 
 
 def _context_length(asked: Any, limit: int) -> int:

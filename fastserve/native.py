@@ -52,6 +52,7 @@ class NativeRuntime:
         try:
             for tensor in source.tensors():
                 self._load(tensor)
+                del tensor  # before the next is there: either may be a matrix that was put together
             self._runtime.finish_loading()
         except _C.Error as error:
             raise ModelError(f"{source.name}: {error}") from error

@@ -49,7 +49,7 @@ class ServingCore:
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] | Any,
         *,
         policy: str = "skip-join-mlfq",
         dtype: Literal["float32", "bfloat16"] = "bfloat16",
@@ -73,10 +73,12 @@ class ServingCore:
         num_levels: int = 12,
         max_in_flight: int = 2,
         skip_tokenizer: bool = False,
+        tokenizer: str | os.PathLike[str] | Any = None,
         cost: CostModel | str | os.PathLike[str] | None = None,
         on_iteration: Callable[[IterationRecord], None] | None = None,
     ) -> None:
-        """Load `model`: smollm2, a .gguf file, a directory in Hugging Face layout, or a hub id.
+        """Load `model`: smollm2, a .gguf file, a directory in Hugging Face or FasterTransformer layout, a hub id, or a
+        module of `transformers`, whose weights are copied over DLPack and whose memory is free to go afterwards.
 
         policy           fcfs, mlfq, skip-join-mlfq or gittins
         dtype            of computation: bfloat16 or float32
@@ -109,6 +111,8 @@ class ServingCore:
         num_levels       of the MLFQ
         max_in_flight    plans handed to the runtime ahead of their results; 2 keeps it busy while Python plans
         skip_tokenizer   serve token-id prompts only
+        tokenizer        instead of the model's own: a directory that has one, a tokenizer.json, or a tokenizer of the
+                         libraries tokenizers or transformers. A module brings none; without one, prompts are token ids
         cost             a CostModel, or a file that `fastserve profile` wrote; None: remembered from an earlier start,
                          else measured in 0.6 seconds
         on_iteration     called with an IterationRecord after every iteration, on the engine's thread
@@ -152,6 +156,7 @@ class ServingCore:
             swap_space=swap_space,
             swap_bandwidth=swap_bandwidth,
             skip_tokenizer=skip_tokenizer,
+            tokenizer=tokenizer,
             cost=cost,
         )
         self.model: str = assembly.info["model"]

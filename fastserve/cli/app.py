@@ -10,7 +10,7 @@ import typer
 
 from ..types import InvalidRequest
 from ..version import __version__
-from . import bench, chat, generate, info, profile, serve, simulate
+from . import bench, chat, convert, generate, info, profile, serve, simulate
 from .options import OPTION_NAMES
 
 # The base of typer's own complaints about a command line (click's class, which newer typers bring along).
@@ -28,6 +28,7 @@ app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("info")(info.info)
+app.command("convert")(convert.convert)
 app.command("profile")(profile.profile)
 app.command("simulate")(simulate.simulate)
 app.add_typer(bench.app, name="bench")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .options import JsonOption, ModelArgument
 
+if TYPE_CHECKING:
+    from ..loaders import ModelSource
+
 _BLOCK, _ROWS = 16, 32  # the defaults of block_size and max_num_seqs
-_SUPPORTED = "smollm2, a .gguf file, a directory in Hugging Face layout (config.json and safetensors) or a hub id"
+_SUPPORTED = "smollm2, a .gguf file, a directory in Hugging Face or FasterTransformer layout, or a hub id"
 
 
 def info(model: ModelArgument, as_json: JsonOption = False) -> None:
@@ -47,6 +49,7 @@ def describe(model: str) -> dict[str, Any]:
         "family": spec.family,
         "parameters": source.num_parameters,
         "weights_dtype": source.weights_dtype,
+        **_shards(source),
         "weight_bytes": format_bytes(source, "bfloat16", "auto"),
         "quantization_bytes": {
             choice: sum(format_bytes(source, "bfloat16", choice).values()) for choice in QUANTIZATIONS
@@ -71,6 +74,13 @@ def describe(model: str) -> dict[str, Any]:
     }
 
 
+def _shards(source: ModelSource) -> dict[str, int]:
+    """For how many ranks a checkpoint is cut that is."""
+    from ..loaders.fastertransformer import FasterTransformerModel
+
+    return {"shards": source.tensor_parallel_size} if isinstance(source, FasterTransformerModel) else {}
+
+
 def _default_pools(block: int, context: int) -> dict[str, int]:
     """KV blocks that an engine would have here, now and with the defaults: on the device and to swap to."""
     from ..sizing import host_blocks, pool_blocks
@@ -87,11 +97,8 @@ def _check_model(model: str) -> None:
     """Raise ModelError for what could not be any model, where the loader would name a file nobody asked for."""
     from ..loaders import ModelError
 
-    folder = Path(model).expanduser()
     if not model.strip():
         raise ModelError(f"the name of the model is empty; use {_SUPPORTED}")
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "config.ini")):
-        raise ModelError(f"{model}: a folder without config.json; use {_SUPPORTED}")
 
 
 def _readable(name: str, value: Any) -> str:

@@ -18,18 +18,9 @@ from ..types import InvalidRequest
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-ModelOption = Annotated[
-    str,
-    typer.Option("--model", help="smollm2, a .gguf file, a directory in Hugging Face layout, or a hub id."),
-]
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="smollm2, a .gguf file, a directory in Hugging Face layout, or a hub id.",
-        show_default=False,
-    ),
-]
+_MODEL = "smollm2, a .gguf file, a directory in Hugging Face or FasterTransformer layout, or a hub id."
+ModelOption = Annotated[str, typer.Option("--model", help=_MODEL)]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 

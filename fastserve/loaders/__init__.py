@@ -1,4 +1,4 @@
-"""Opening a model by name: `smollm2`, a GGUF file, a Hugging Face directory or a hub id."""
+"""Opening a model by name: `smollm2`, a GGUF file, a directory of Hugging Face or FasterTransformer, or a hub id."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import importlib.util
 import re
 from pathlib import Path
 
+from .fastertransformer import FasterTransformerModel
+from .ft_layout import CONFIG
 from .gguf_model import GgufModel
 from .huggingface import HuggingFaceModel
 from .spec import ModelError, ModelSource, ModelSpec, TokenizerData, WeightTensor
@@ -18,7 +20,11 @@ _HUB_FILES = (
     "*config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "special_tokens_map.json",
     "chat_template.jinja", "vocab.json", "merges.txt",
 )  # fmt: skip
-_ACCEPTED = "'smollm2', a .gguf file, a directory with config.json and safetensors, or a hub id such as org/name"
+_HUB_TORCH_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # where there are no safetensors
+_ACCEPTED = (
+    "'smollm2', a .gguf file, a directory in Hugging Face layout (config.json and weights) or FasterTransformer's "
+    "(config.ini), or a hub id such as org/name"
+)
 
 
 def open_model(model: str) -> ModelSource:
@@ -32,9 +38,7 @@ def open_model(model: str) -> ModelSource:
         return GgufModel(_smollm2_file(), name=model)
     path = Path(model).expanduser()
     if model and path.is_dir():
-        if (path / "config.ini").is_file():
-            raise ModelError(f"{model}: FasterTransformer checkpoints (config.ini) are not supported; use {_ACCEPTED}")
-        return HuggingFaceModel(path)
+        return _open_directory(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{model}: not a model; use {_ACCEPTED}")
@@ -43,6 +47,19 @@ def open_model(model: str) -> ModelSource:
     if looks_like_path or not _HUB_ID.fullmatch(model):
         raise ModelError(f"{model}: no such file or directory; use {_ACCEPTED}")
     return HuggingFaceModel(_download(model), name=model)
+
+
+def _open_directory(path: Path) -> ModelSource:
+    if (path / CONFIG).is_file():
+        return FasterTransformerModel(path)
+    if not (path / "config.json").is_file():
+        # NVIDIA's converters write to such a folder below the one they are told.
+        inner = ", ".join(str(config.parent) for config in sorted(path.glob(f"*-gpu/{CONFIG}")))
+        raise ModelError(
+            f"{path}: a folder without config.json or {CONFIG}; "
+            + (f"there is a checkpoint in {inner}" if inner else f"use {_ACCEPTED}")
+        )
+    return HuggingFaceModel(path)
 
 
 def _smollm2_file() -> Path:
@@ -60,7 +77,10 @@ def _download(hub_id: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
+        directory = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
+        if not any(directory.glob("*.safetensors")):
+            huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_HUB_TORCH_FILES))
+        return directory
     except Exception as error:  # its network stack raises types of several libraries; the user needs one line
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise ModelError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import numpy as np
 from .gguf import GgufFile
 from .rope import rope_frequencies
 from .settings import Settings
-from .spec import ModelError, ModelSpec, TokenizerData, WeightTensor
-from .weights import Order, Recipe, Weights
+from .spec import ModelError, ModelSpec, TokenizerData
+from .weights import Order, Recipe, StoredModel, Weights
 
 _TOP = {
     "token_embd": "token_embedding",
@@ -37,35 +37,20 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _SPECIAL_TOKENS = ("bos", "eos", "unknown", "padding")
 
 
-class GgufModel:
+class GgufModel(StoredModel):
     """A GGUF file as a ModelSource. Raises ModelError for a file or architecture that cannot be served."""
 
     def __init__(self, path: Path, name: str | None = None) -> None:
-        self.name = name or path.name
         self._file = GgufFile(path)
         architecture = self._file.keys.get("general.architecture")
         if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
             raise ModelError(
                 f"{path}: architecture {architecture!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
             )
-        self.spec = _ARCHITECTURES[architecture](self._file)
-        recipes = _recipes(self.spec, interleaved_rope=architecture == "llama")
-        self._weights = Weights(self.spec, self._file.tensors.values(), recipes, (_ROPE_FACTORS,), str(path))
-
-    @property
-    def weights_dtype(self) -> str:
-        return self._weights.dtype
-
-    @property
-    def dtypes(self) -> Mapping[str, str]:
-        return self._weights.dtypes
-
-    @property
-    def num_parameters(self) -> int:
-        return self._weights.num_parameters
-
-    def tensors(self) -> Iterator[WeightTensor]:
-        return iter(self._weights)
+        spec = _ARCHITECTURES[architecture](self._file)
+        recipes = _recipes(spec, interleaved_rope=architecture == "llama")
+        weights = Weights(spec, self._file.tensors.values(), recipes, (_ROPE_FACTORS,), str(path))
+        super().__init__(name or path.name, spec, weights)
 
     def tokenizer_data(self) -> TokenizerData | None:
         keys = {key: value for key, value in self._file.keys.items() if key.startswith("tokenizer.")}

@@ -7,41 +7,14 @@ the bytes as they are. Format: github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
+from .entries import Entry
 from .mapped import MappedFile
 from .spec import ModelError
-from .weights import DType, StoredTensor
 
-_DTYPES: dict[str, DType] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-_ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor as the header describes it; `stored` checks that it can be used."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: MappedFile
-    offset: int
-    nbytes: int
-
-    def stored(self, name: str) -> StoredTensor:
-        """The tensor under another name. Raises ModelError for a dtype or size that does not fit."""
-        where = f"{self.file.path}: tensor {self.name!r}"
-        if self.dtype not in _DTYPES:
-            raise ModelError(f"{where} is stored as {self.dtype}; supported: {', '.join(_DTYPES)}")
-        if not self.shape or 0 in self.shape:
-            raise ModelError(f"{where} has the empty shape {list(self.shape)}")
-        if self.nbytes != prod(self.shape) * _ITEM_SIZES[self.dtype]:
-            raise ModelError(f"{where} takes {self.nbytes} bytes, wrong for {self.dtype} {list(self.shape)}")
-        return StoredTensor(name, _DTYPES[self.dtype], self.shape, self.file, self.offset, self.nbytes)
 
 
 def read_entries(path: Path) -> list[Entry]:

@@ -11,12 +11,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .mapped import MappedFile
 from .spec import ModelError, ModelSpec, WeightTensor
 
 DType = Literal["f32", "f16", "bf16", "q8_0", "q8_1", "q4_0", "q4_1"]
@@ -35,6 +34,16 @@ BLOCKS: dict[DType, tuple[int, int]] = {
 }
 
 
+class Storage(Protocol):
+    """Bytes to read from: a memory map, or the memory of somebody else's tensor."""
+
+    def view(self, offset: int, length: int) -> npt.NDArray[np.uint8]:
+        """The bytes [offset, offset + length)."""
+
+    def release(self, offset: int, length: int) -> None:
+        """Those need not stay resident."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor where it lies in a file. Its shape is row-major: a matrix is [rows, columns]."""
@@ -42,7 +51,7 @@ class StoredTensor:
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    file: MappedFile
+    file: Storage
     offset: int
     nbytes: int
 
@@ -187,3 +196,27 @@ class Weights:
             return [np.ascontiguousarray(pairs.swapaxes(1, 2))]
         ends = np.cumsum([self._shapes[output][0] for output in recipe.outputs])[:-1]
         return np.split(rows, ends)
+
+
+class StoredModel:
+    """What sources have in common whose tensors are stored one by one."""
+
+    def __init__(self, name: str, spec: ModelSpec, weights: Weights) -> None:
+        self.name = name
+        self.spec = spec
+        self._weights = weights
+
+    @property
+    def weights_dtype(self) -> str:
+        return self._weights.dtype
+
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        return self._weights.dtypes
+
+    @property
+    def num_parameters(self) -> int:
+        return self._weights.num_parameters
+
+    def tensors(self) -> Iterator[WeightTensor]:
+        return iter(self._weights)

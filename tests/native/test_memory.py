@@ -62,3 +62,32 @@ def test_peak_memory_with_large_tensors_at_both_ends_of_the_file(tmp_path: Path)
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + offset)
     _load_and_run(str(tmp_path), "bfloat16")
+
+
+def test_peak_memory_of_a_checkpoint_that_is_put_together(tmp_path: Path) -> None:
+    """Four ranks' shards of two large matrices: neither they nor what they are put together in may pile up."""
+    hidden, inner, vocab, ranks = 2048, 16384, 40_000, 4
+    config = dict(head_num=32, size_per_head=64, inter_size=inner, max_pos_seq_len=512, num_layer=2, vocab_size=vocab)
+    config |= dict(start_id=1, end_id=2, tensor_para_size=ranks)
+    (tmp_path / "config.ini").write_text("\n".join(["[gpt]", *(f"{key} = {value}" for key, value in config.items())]))
+    sizes = {
+        "wte": vocab * hidden,
+        "wpe": 512 * hidden,
+        "final_layernorm.weight": hidden,
+        "final_layernorm.bias": hidden,
+    }
+    for layer in ("layers.0", "layers.1"):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            sizes |= {f"{layer}.{name}.weight": hidden, f"{layer}.{name}.bias": hidden}
+        sizes |= {f"{layer}.attention.dense.bias": hidden, f"{layer}.mlp.dense_4h_to_h.bias": hidden}
+        for rank in range(ranks):
+            sizes[f"{layer}.attention.query_key_value.weight.{rank}"] = 3 * hidden * hidden // ranks
+            sizes[f"{layer}.attention.query_key_value.bias.{rank}"] = 3 * hidden // ranks
+            sizes[f"{layer}.attention.dense.weight.{rank}"] = hidden * hidden // ranks
+            sizes[f"{layer}.mlp.dense_h_to_4h.weight.{rank}"] = hidden * inner // ranks
+            sizes[f"{layer}.mlp.dense_h_to_4h.bias.{rank}"] = inner // ranks
+            sizes[f"{layer}.mlp.dense_4h_to_h.weight.{rank}"] = hidden * inner // ranks
+    for name, elements in sizes.items():
+        with (tmp_path / f"model.{name}.bin").open("wb") as file:
+            file.truncate(4 * elements)
+    _load_and_run(str(tmp_path), "bfloat16")

@@ -12,6 +12,7 @@ import models
 import numpy as np
 import pytest
 import reference
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -256,8 +257,8 @@ def test_corrupt_files_give_a_model_error_or_a_model(small: Path, tmp_path: Path
 
 def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "notes.txt").write_text("x")
-    (tmp_path / "ft").mkdir()
-    (tmp_path / "ft" / "config.ini").write_text("[gpt]")
+    (tmp_path / "ft" / "2-gpu").mkdir(parents=True)
+    (tmp_path / "ft" / "2-gpu" / "config.ini").write_text("[gpt]")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "config.json").write_text((_saved(tmp_path / "a") / "config.json").read_text())
     (tmp_path / "bin" / "pytorch_model.bin").write_text("x")
@@ -266,8 +267,8 @@ def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("./missing", "no such file or directory"),
         ("missing.gguf", "no such file or directory"),
         (str(tmp_path / "notes.txt"), "not a model; use 'smollm2', a .gguf file"),
-        (str(tmp_path / "ft"), "FasterTransformer"),
-        (str(tmp_path), "config.json: No such file"),
+        (str(tmp_path / "ft"), f"there is a checkpoint in {tmp_path / 'ft' / '2-gpu'}"),
+        (str(tmp_path), "a folder without config.json or config.ini"),
         (str(tmp_path / "bin"), "convert it to safetensors"),
     ):
         with pytest.raises(ModelError) as error:
@@ -293,7 +294,14 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert open_model("org/name").name == "org/name"
-    assert asked[0][0] == "org/name" and not any("bin" in pattern for pattern in asked[0][1])
+    assert [hub_id for hub_id, _ in asked] == ["org/name"] and not any("bin" in pattern for pattern in asked[0][1])
+
+    # Older models have nothing but what torch.save wrote: that is asked for where there are no safetensors.
+    weights = safetensors.torch.load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(weights, directory / "pytorch_model.bin")
+    assert open_model("org/name").weights_dtype == "f32"
+    assert asked[2][1] == ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
     def offline(hub_id: str, allow_patterns: list[str]) -> str:
         raise huggingface_hub.errors.LocalEntryNotFoundError("no snapshot in the cache\nand no network")

@@ -343,7 +343,12 @@ def test_an_engine_that_cannot_start_says_why(
 def test_options_are_those_of_llm() -> None:
     known = inspect.signature(LLM.__init__).parameters
     defaults = {name: known[name].default for name in known if name not in ("self", "model")}
-    of_others = {"seed", "skip_tokenizer", "on_iteration"}  # the API server draws seeds and has the tokenizer
+    of_others = {
+        "seed",
+        "skip_tokenizer",
+        "tokenizer",
+        "on_iteration",
+    }  # the API server draws seeds and has the tokenizer
     options = EngineOptions(model="m")
     assert {name: getattr(options, name) for name in defaults.keys() - of_others} == {
         name: value for name, value in defaults.items() if name not in of_others
