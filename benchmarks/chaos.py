@@ -2,6 +2,7 @@
 
     python benchmarks/chaos.py                 # 20 times kill -9, then 3 times SIGSTOP until the heartbeat fires
     python benchmarks/chaos.py --kills 100 --stop 0
+    python benchmarks/chaos.py --options --data-parallel-size 2     # one of two engines each time, drawn at random
 
 First every request is asked undisturbed. Then as many streams as there are requests are kept open, each asking its own
 again and again, while the engine is killed at random moments after it is up. Every stream that has ended is compared:
@@ -230,20 +231,20 @@ class Chaos:
                 await asyncio.sleep(0.2)  # a server that refuses is not asked a thousand times a second
 
     async def _disturb(self, number: signal.Signals, phase: Phase) -> None:
-        """Return when the next engine is up."""
-        pid = await asyncio.wait_for(self._server.engine(), _RECOVERY)
+        """Return when the next engine is up in place of one of those there are."""
+        pid = self._rng.choice(await asyncio.wait_for(self._server.engines(), _RECOVERY))
         await asyncio.sleep(self._rng.uniform(0.0, self._window))
         phase.under_way.append(sum(bool(stream.choices) and stream.tokens is None for stream in self._open))
         os.kill(pid, number)
 
         async def replaced() -> bool:
             try:
-                return bool((await self._server.health())["engine"]["pids"] not in ([pid], []))
+                return pid not in (await self._server.health())["engine"]["pids"]
             except ServerFailed:
                 return False
 
         await until(replaced, _RECOVERY)
-        await asyncio.wait_for(self._server.engine(), _RECOVERY)
+        await asyncio.wait_for(self._server.engines(), _RECOVERY)
 
 
 def _count(phase: Phase, stream: Stream, expected: Stream) -> None:

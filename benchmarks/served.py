@@ -99,6 +99,15 @@ class Server:
                     return int(told["engine"]["pids"][0])
             await asyncio.sleep(_TICK)
 
+    async def engines(self) -> list[int]:
+        """The pids of all engines, when all are up."""
+        while True:
+            with contextlib.suppress(ServerFailed):  # 503 while none is
+                told = await self.health()
+                if all(engine["status"] == "ok" for engine in told["engines"]):
+                    return [int(pid) for pid in told["engine"]["pids"]]
+            await asyncio.sleep(_TICK)
+
     async def _listens(self) -> bool:
         with contextlib.suppress(ConnectionRefusedError):
             await self.health()

@@ -47,12 +47,15 @@ def assemble(
     skip_tokenizer: bool,
     tokenizer: Any = None,
     cost: CostModel | str | os.PathLike[str] | None,
+    host_share: int = 1,
 ) -> Assembly:
     """Load a model and measure what has to be known of it. `scheduler` and `runtime` hold fields of the two configs.
 
-    `model` is a name, a path, or a module of `transformers`; `tokenizer` takes the place of the model's own. Every
-    option is checked before the weights are loaded. Raises InvalidRequest, naming the option, and ModelError.
+    `model` is a name, a path, or a module of `transformers`; `tokenizer` takes the place of the model's own.
+    `host_share` engines share the host's memory, where a size is left to be found. Every option is checked before the
+    weights are loaded. Raises InvalidRequest, naming the option, and ModelError.
     """
+    check_integer("host_share", host_share, 1, 2**16)
     name, source = _open(model)
     if tokenizer is not None and skip_tokenizer:
         raise InvalidRequest("tokenizer", "cannot be given with skip_tokenizer")
@@ -72,9 +75,10 @@ def assemble(
         block_size=scheduling.block_size,
         max_num_seqs=scheduling.max_num_seqs,
         max_model_len=scheduling.max_model_len,
+        host_share=host_share,
     )
     # On a CPU the two pools are one memory.
-    num_host_blocks = host_blocks(swap_space, bytes_each, promised=num_blocks * bytes_each)
+    num_host_blocks = host_blocks(swap_space, bytes_each, promised=num_blocks * bytes_each, host_share=host_share)
     if not scheduling.swaps:
         num_host_blocks = 0
     scheduling = replace(scheduling, num_blocks=num_blocks, num_host_blocks=num_host_blocks)

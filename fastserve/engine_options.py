@@ -10,7 +10,7 @@ from .types import InvalidRequest
 
 
 class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
-    """Names, defaults and meanings are LLM's; see there. Values are checked by who uses them."""
+    """Names, defaults and meanings are LLM's, `host_share` aside; see there. Values are checked by who uses them."""
 
     model: str
     policy: str = "skip-join-mlfq"
@@ -34,6 +34,7 @@ class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
     num_levels: int = 12
     max_in_flight: int = 2
     cost: str | None = None  # the file of a profile
+    host_share: int = 1  # of the host's memory, one part in so many is this engine's: others run beside it
 
     def to_json(self) -> str:
         return msgspec.json.encode(self).decode()

@@ -140,6 +140,7 @@ class Status(Message):
     copy_seconds: float  # that both streams were busy
     hidden_copy_seconds: float  # of those, beside an iteration that did not wait for them
     busy_seconds: float  # of iterations
+    modelled_seconds: float = 0.0  # of those that were started, by the cost model
 
 
 class JobStatus(msgspec.Struct, array_like=True, gc=False):

@@ -10,23 +10,28 @@ from .config import SchedulerConfig
 from .cost import Cost
 from .engine import Engine, IterationRecord
 from .ipc import Jobs, JobStatus, LevelStatus, Status
-from .types import DEVICE, HOST, OFFLOAD, UPLOAD, FinishReason, Job
+from .types import DEVICE, HOST, OFFLOAD, UPLOAD, BatchPlan, FinishReason, Job
 
 _TIERS: Final = {DEVICE: "device", HOST: "host", None: "none"}
 
 
 class Monitor:
-    """Counts iterations from `on_iteration`, and reads the rest from the engine when it is asked; changes nothing."""
+    """Counts iterations from `on_submit` and `on_iteration`, and reads the rest from the engine when it is asked."""
 
     def __init__(self, config: SchedulerConfig, cost: Cost, *, block_bytes: int) -> None:
         """`block_bytes`: of one KV block, all layers of it."""
         self.results = 0  # plans that have returned, those without rows included
         self._block_bytes = block_bytes
+        self._cost = cost
         self._backlog = Backlog(config, cost)
         self._iterations = 0
         self._prefill_tokens = self._decode_tokens = 0
-        self._busy = self._stalled = self._hidden = 0.0
+        self._busy = self._modelled = self._stalled = self._hidden = 0.0
         self._last_completed = -math.inf
+
+    def on_submit(self, plan: BatchPlan) -> None:
+        """A plan is handed to the runtime."""
+        self._modelled += self._cost.plan_seconds(plan.rows[:, 1], plan.rows[:, 2])
 
     def on_iteration(self, record: IterationRecord) -> None:
         self.results += 1
@@ -72,6 +77,7 @@ class Monitor:
             copy_seconds=residency.copy_seconds,
             hidden_copy_seconds=self._hidden,
             busy_seconds=self._busy,
+            modelled_seconds=self._modelled,
         )
 
     def jobs(self, engine: Engine, query: int, now: float) -> Jobs:

@@ -72,6 +72,7 @@ class ServingCore:
         slowdown_limit: float | None = None,
         num_levels: int = 12,
         max_in_flight: int = 2,
+        data_parallel_size: int = 1,
         skip_tokenizer: bool = False,
         tokenizer: str | os.PathLike[str] | Any = None,
         cost: CostModel | str | os.PathLike[str] | None = None,
@@ -110,6 +111,8 @@ class ServingCore:
         slowdown_limit   so does one that has waited this many times its own service; None: never
         num_levels       of the MLFQ
         max_in_flight    plans handed to the runtime ahead of their results; 2 keeps it busy while Python plans
+        data_parallel_size  1: several engines are `fastserve serve --data-parallel-size N`, or as many processes with
+                         an LLM each
         skip_tokenizer   serve token-id prompts only
         tokenizer        instead of the model's own: a directory that has one, a tokenizer.json, or a tokenizer of the
                          libraries tokenizers or transformers. A module brings none; without one, prompts are token ids
@@ -119,6 +122,12 @@ class ServingCore:
 
         Raises InvalidRequest, naming the option, and ModelError, naming the file.
         """
+        if check_integer("data_parallel_size", data_parallel_size, 1, 2**16) != 1:
+            raise InvalidRequest(
+                "data_parallel_size",
+                f"must be 1, as a process has one engine, got {data_parallel_size}; fastserve serve "
+                "--data-parallel-size starts several, and so do several processes with an LLM each",
+            )
         self._clock = time.monotonic
         self._process = os.getpid()  # a fork inherits the memory of the runtime, and not its threads
         self._failure: EngineError | None = None

@@ -14,13 +14,20 @@ _SLOWEST_LINK = 2**20  # bytes a second: below, a block takes seconds
 
 
 def pool_blocks(
-    kv_cache_memory: str | int | None, block_bytes: int, *, block_size: int, max_num_seqs: int, max_model_len: int
+    kv_cache_memory: str | int | None,
+    block_bytes: int,
+    *,
+    block_size: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    host_share: int = 1,
 ) -> int:
     """Blocks of a KV pool of `kv_cache_memory` bytes (or `512M`, `4G`), rounded down to whole blocks.
 
     None: as many as `max_num_seqs` jobs of `max_model_len` tokens can fill, within a quarter of the memory available,
-    though at least one. Raises InvalidRequest when not even one block fits in the size given or in the memory
-    available, or when the size is more than the memory available or than MAX_BLOCKS.
+    though at least one; where so many engines share the host (`host_share`), within each one's part of that. Raises
+    InvalidRequest when not even one block fits in the size given or in the memory available, or when the size is more
+    than the memory available or than MAX_BLOCKS.
     """
     available = available_memory()
     if available is not None and block_bytes > available:
@@ -43,20 +50,22 @@ def pool_blocks(
     useful = min(max_num_seqs * -(-max_model_len // block_size), MAX_BLOCKS)
     if available is None:
         return useful
-    return max(1, min(useful, available // _MEMORY_SHARE // block_bytes))
+    return max(1, min(useful, available // _MEMORY_SHARE // host_share // block_bytes))
 
 
-def host_blocks(swap_space: str | int | None, block_bytes: int, *, promised: int = 0) -> int:
+def host_blocks(swap_space: str | int | None, block_bytes: int, *, promised: int = 0, host_share: int = 1) -> int:
     """Blocks of a host pool of `swap_space` bytes (or `512M`, `4G`), rounded down to whole blocks; 0 for no such pool.
 
     None: 4 GiB, within a quarter of the memory available. `promised` bytes of that memory are somebody else's, though
-    not yet touched: on a CPU, the device's pool. Raises InvalidRequest when the size is more than what is left or than
+    not yet touched: on a CPU, the device's pool; so much is of each of the engines that share the host (`host_share`),
+    and so is its part of the quarter. Raises InvalidRequest when the size is more than what is left or than
     MAX_BLOCKS, or neither 0 nor enough for one block.
     """
     available = available_memory()
     left = None if available is None else max(0, available - promised)
     if swap_space is None:
-        size = _SWAP_SPACE if left is None else min(_SWAP_SPACE, left // _MEMORY_SHARE)
+        shared = None if available is None else max(0, available - promised * host_share)
+        size = _SWAP_SPACE if shared is None else min(_SWAP_SPACE, shared // _MEMORY_SHARE // host_share)
         return min(size // block_bytes, MAX_BLOCKS)
     size = parse_size("swap_space", swap_space, zero=True)
     if 0 < size < block_bytes:

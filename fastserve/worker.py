@@ -77,7 +77,7 @@ class Worker:
         self._monitor = Monitor(assembly.scheduling, assembly.cost, block_bytes=block_bytes)
         self._engine = Engine(
             assembly.scheduling,
-            _Announcing(assembly.runtime, self._announce),
+            _Announcing(assembly.runtime, self._submitting),
             assembly.cost,
             link=assembly.link,
             clock=clock,
@@ -168,6 +168,10 @@ class Worker:
         self._monitor.ended(job)
         return Update(int(job.job_id), token, logprobs, reason.value, job.error, job.metrics)
 
+    def _submitting(self, plan: BatchPlan) -> None:
+        self._monitor.on_submit(plan)
+        self._announce()
+
     def _announce(self) -> None:
         """Tell who is in the plans under way, if others are than were."""
         running = {job: None for iteration in self._engine.scheduler.in_flight for job in iteration.jobs}
@@ -201,12 +205,12 @@ class Worker:
 class _Announcing:
     """An Executor that has plans announced before they run: if one takes the engine down, it is known who was in it."""
 
-    def __init__(self, executor: Executor, announce: Callable[[], None]) -> None:
+    def __init__(self, executor: Executor, announce: Callable[[BatchPlan], None]) -> None:
         self._executor = executor
         self._announce = announce
 
     def submit(self, plan: BatchPlan) -> None:
-        self._announce()
+        self._announce(plan)
         self._executor.submit(plan)
 
     def poll(self, timeout: float | None) -> StepResult | None:
@@ -243,6 +247,7 @@ def load(options: EngineOptions) -> Assembly:
         swap_bandwidth=options.swap_bandwidth,
         skip_tokenizer=True,
         cost=options.cost,
+        host_share=options.host_share,
     )
 
 

@@ -130,7 +130,7 @@ SIMULATION = (
 )  # fmt: skip
 SERVING = (
     "host", "port", "served_model_name", "api_key", "cors_origin", "max_body_size", "max_queue", "shutdown_timeout",
-    "heartbeat_timeout", "log_format",
+    "heartbeat_timeout", "log_format", "data_parallel_size",
 )  # fmt: skip
 LOAD = (
     "base_url", "target", "endpoint", "api_key", "num_jobs", "arrival", "cv", "rounds", "concurrency_limit",

@@ -42,6 +42,13 @@ SERVER: dict[str, Any] = {
         "Jobs that may wait beyond --max-num-seqs. Then requests get 429 with Retry-After; users with less than an "
         "equal share may still enter.",
     ),
+    "data_parallel_size": _server(
+        int | None,
+        "1",
+        "Engines, each in a process of its own with the whole model. A job goes to the one that is expected to finish "
+        "it first, and goes on in another when that dies. --max-num-seqs, --kv-cache-memory and --swap-space are of "
+        "each; --threads 0 is an equal share of the cores.",
+    ),
     "shutdown_timeout": _server(
         float | None, "30", "Seconds that open requests get to finish after SIGTERM or Ctrl-C."
     ),
@@ -77,10 +84,10 @@ def serve(
     -d '{"prompt": "Once upon a time", "max_tokens": 32}'
 
     Open requests are finished first (--shutdown-timeout), a second Ctrl-C ends at once. The engine runs in a process of
-    its own; when it dies it is started again, and open requests go on where they were. Requests may bring, beside
-    OpenAI's fields, priority, user, timeout (or the header X-Request-Timeout), top_k, min_p, repetition_penalty,
-    min_tokens, ignore_eos and stop_token_ids. The dashboard is at /; GET /health, /metrics and /v1/fastserve/jobs tell
-    how it is doing, and /openapi.json what there is.
+    its own, or several do (--data-parallel-size); when one dies it is started again, and open requests go on where they
+    were. Requests may bring, beside OpenAI's fields, priority, user, timeout (or the header X-Request-Timeout), top_k,
+    min_p, repetition_penalty, min_tokens, ignore_eos and stop_token_ids. The dashboard is at /; GET /health, /metrics
+    and /v1/fastserve/jobs tell how it is doing, and /openapi.json what there is.
     """
     from ..server.run import bind
     from ..server.settings import ServerSettings
@@ -133,12 +140,13 @@ async def _serve(settings: ServerSettings, options: dict[str, Any], bound: Any) 
 
 
 def _engine_client(settings: ServerSettings, options: dict[str, Any], tokenizer: Any) -> Any:
-    """The client of an engine in a process of its own, started with LLM's options."""
+    """The client of engines in processes of their own, started with LLM's options."""
     from ..server import client
     from ..server.supervisor import Health
 
     health = Health(heartbeat_timeout=settings.heartbeat_timeout)
-    return client.EngineClient(client.worker_command(options), tokenizer, health=health)
+    engines = settings.data_parallel_size
+    return client.EngineClient(client.worker_command(options, engines), tokenizer, health=health, engines=engines)
 
 
 def _keys_of_environment() -> list[str]:

@@ -31,9 +31,9 @@ def key_of(user: str) -> str:
 class Admission:
     """Counts open jobs by user. Jobs beyond the `max_num_seqs` of one iteration wait, and `max_queue` of them may.
 
-    When that is full, a user with less than an equal share of all places may still enter, until the queue is twice as
-    long as it may be; one with more is refused first. API keys share first, then the users that a key names, so a key
-    gets no more by naming many.
+    Of several engines, each that is up counts with an iteration. When that is full, a user with less than an equal
+    share of all places may still enter, until the queue is twice as long as it may be; one with more is refused first.
+    API keys share first, then the users that a key names, so a key gets no more by naming many.
     """
 
     def __init__(self, engine: EngineClient, max_queue: int, reclaim: Callable[[], None] = lambda: None) -> None:
@@ -136,11 +136,10 @@ class Admission:
         return min(_MAX_RETRY, max(1, math.ceil(self._seconds_for(places))))
 
     def _seconds_for(self, jobs: int) -> float:
-        """Until so many jobs have ended: their share of the engine's own estimate for all that it has."""
-        status = self._engine.status
-        if status is None or jobs <= 0:
-            return 0.0
-        return status.backlog * min(1.0, jobs / max(1, status.live))
+        """Until so many jobs have ended, as often as each engine's own estimate for all that it has says they do."""
+        statuses = [engine.status for engine in self._engine.engines if engine.status is not None]
+        rate = sum(status.live / status.backlog for status in statuses if status.backlog > 0.0)
+        return max(0, min(jobs, sum(status.live for status in statuses))) / rate if rate > 0.0 else 0.0
 
     def _may_exceed(self, user: str, jobs: int) -> bool:
         key, capacity = key_of(user), self.capacity

@@ -36,6 +36,7 @@ def router(service: Service) -> APIRouter:
     async def list_jobs() -> dict[str, Any]:
         """The jobs that the engine has, the next to run first; levels, memory and recent figures beside them.
 
+        Where there are several engines: the next of each, then those after them, and so on; figures are of all.
         Seconds; tokens a second in `throughput`; `finished` has percentiles of the last five minutes, and `regret` the
         mean completion time of those jobs over what preemptive SRPT would have made of them, null where none ended.
         """
@@ -43,12 +44,14 @@ def router(service: Service) -> APIRouter:
             jobs = await asyncio.wait_for(service.engine.list_jobs(), _ENGINE_ANSWERS)
         except asyncio.TimeoutError:
             raise EngineUnavailable(f"the engine has not answered for {_ENGINE_ANSWERS:g} s") from None
+        several = len(service.engine.engines) > 1
         data = [
             {
                 **msgspec.structs.asdict(status),
                 "key": job.key,
                 "request_id": service.request_ids.get(job.key),
                 "user": job.user,
+                **({"engine": job.engine} if several else {}),
             }
             for job, status in jobs
         ]
@@ -76,6 +79,8 @@ def _server(service: Service) -> dict[str, Any]:
     }
     if engine.failure is not None:
         told["error"] = engine.failure
+    if len(engine.engines) > 1:
+        told["engines"] = [{"ready": each.ready, "open_jobs": each.jobs} for each in engine.engines]
     if status is not None:
         told |= {
             "levels": [msgspec.structs.asdict(level) for level in status.levels],

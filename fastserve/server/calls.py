@@ -154,7 +154,8 @@ class Call:
             states = await self._service.job_states()
         except EngineUnavailable:
             return True
-        if not self._service.engine.ready:  # it is being restarted, and a prefill under way is lost
+        engines = self._service.engine.engines
+        if not any(engines[job.engine].ready for job in self.jobs):  # being restarted: a prefill under way is lost
             return False
         known = [states[job.key] for job in self.jobs if job.key in states]
         return not known or any(state.running or state.computed_tokens for state in known)

@@ -1,103 +1,153 @@
-"""EngineClient: the engine's process as the API server sees it. It may die at any time; open jobs do not notice.
+"""EngineClient: engines in processes of their own. Any of them may die at any time; open jobs do not notice.
 
-HTTP layer ── open, close, list_jobs ──▶ EngineClient ─┬─ Ledger       what is owed
-                                                       └─ Supervisor   the process, and the socket to it
+HTTP layer ── open, close, list_jobs ──▶ EngineClient ─┬─ Router ── Ledger   which engine owes what
+                                                       └─ Replica ── Supervisor   a process, and the socket to it
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain, zip_longest
 from types import MappingProxyType
 from typing import Any
 
-from ..ipc import FromEngine, Jobs, JobStatus, ListJobs, Ready, Refused, Status, Step
+from ..ipc import JobStatus, Status
 from ..tokenizer import Tokenizer
 from ..types import FinishReason, SamplingParams
 from .engine_api import EngineUnavailable
 from .jobs import OpenJob
-from .ledger import Ledger
-from .supervisor import Health, Send, Supervisor
-from .totals import Totals
+from .replica import Replica, fixed_options
+from .router import Router
+from .supervisor import Health
+from .totals import COUNTERS, together
 
 
-def worker_command(options: Mapping[str, Any]) -> list[str]:
-    """How the engine is started: `options` are those of LLM, ready for JSON."""
-    return [sys.executable, "-m", "fastserve.worker", "--options", json.dumps(dict(options))]
+def worker_command(options: Mapping[str, Any], engines: int = 1) -> list[str]:
+    """How one of so many engines of a host is started: `options` are those of LLM, ready for JSON.
+
+    What of them is left open is its part of the host: of the cores, and of the memory.
+    """
+    told = dict(options)
+    if engines > 1:
+        told["host_share"] = engines
+        if not told.get("threads"):
+            told["threads"] = max(1, _cores() // engines)
+    return [sys.executable, "-m", "fastserve.worker", "--options", json.dumps(told)]
 
 
 class EngineClient:
     """Every method and attribute belongs to the event loop that ran `start`.
 
-    `command`      what starts the engine; `--address ADDRESS` is added
+    `command`      what starts an engine; `--address ADDRESS` is added
     `tokenizer`    turns output into text; None: `text` stays empty, and stop strings are refused
+    `engines`      how many there are, all alike; each job is one engine's
     """
 
-    def __init__(self, command: Sequence[str], tokenizer: Tokenizer | None, *, health: Health | None = None) -> None:
-        self._ledger = Ledger(tokenizer)
-        self._supervisor = Supervisor(command, health or Health(), self)
-        self._totals = Totals()
-        self._send: Send | None = None
-        self._closed = "the engine has not been started"  # why nothing can be opened; "" while it can
-        self._pids: list[int] = []
-        self._queries = itertools.count(1)
-        self._query = 0  # the one that `_listing` waits for
-        self._listing: asyncio.Future[list[tuple[OpenJob, JobStatus]]] | None = None
-        self.info: dict[str, Any] = {}  # as LLM.info
-        self.max_model_len = 0
-        self.vocab_size = 0
-        self.status: Status | None = None  # the engine's last; None while there is no engine
-        self.failure: str | None = None  # why the engine does not come up, after too many failed starts
+    def __init__(
+        self, command: Sequence[str], tokenizer: Tokenizer | None, *, health: Health | None = None, engines: int = 1
+    ) -> None:
+        self._router = Router(tokenizer, engines)
+        self._replicas = [Replica(number, command, health or Health(), self._router) for number in range(engines)]
+        self._stopping = False
+
+    @property
+    def engines(self) -> Sequence[Replica]:
+        return self._replicas
 
     @property
     def open_jobs(self) -> Mapping[int, OpenJob]:
         """By key; jobs that have ended or were closed are not in it."""
-        return MappingProxyType(self._ledger.open_jobs)
+        return MappingProxyType(self._router.open_jobs)
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """As LLM.info, of the first engine; `max_num_seqs` counts the rows of all that are up, or else of all."""
+        info = self._replicas[0].info
+        if len(self._replicas) == 1 or "max_num_seqs" not in info:
+            return info
+        up = [replica for replica in self._replicas if replica.ready] or self._replicas
+        return {**info, "max_num_seqs": sum(replica.info.get("max_num_seqs", 0) for replica in up)}
+
+    @property
+    def max_model_len(self) -> int:
+        ready = self._replicas[0].greeting
+        return 0 if ready is None else ready.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        ready = self._replicas[0].greeting
+        return 0 if ready is None else ready.vocab_size
 
     @property
     def ready(self) -> bool:
         """An engine is up. While none is, jobs may be opened all the same: they wait for the next."""
-        return self._send is not None
+        return any(replica.ready for replica in self._replicas)
 
     @property
     def healthy(self) -> bool:
-        """False after too many failed starts in a row, until one succeeds. `failure` says why."""
+        """False after too many failed starts in a row of every engine, until one succeeds. `failure` says why."""
         return self.failure is None
 
     @property
+    def failure(self) -> str | None:
+        """Why there is no engine, and none starts."""
+        return None if None in self._router.failures else self._router.failures[-1]
+
+    @property
     def pids(self) -> list[int]:
-        """Of the engine's processes; of the one that was started while it loads; none while there is none."""
-        if self._send is not None:
-            return list(self._pids)
-        return [] if self._supervisor.pid is None else [self._supervisor.pid]
+        """Of all engines' processes."""
+        return [pid for replica in self._replicas for pid in replica.pids]
 
     @property
     def restarts(self) -> int:
-        return self._supervisor.restarts
+        """Of all engines."""
+        return sum(replica.restarts for replica in self._replicas)
+
+    @property
+    def status(self) -> Status | None:
+        """What the engines said last, as if they were one; None while there is none."""
+        if len(self._replicas) == 1:
+            return self._replicas[0].status
+        statuses = [replica.status for replica in self._replicas if replica.status is not None]
+        return together(statuses, self.counters)
 
     @property
     def counters(self) -> dict[str, float]:
         """What all engines did, by the names that Status has for it."""
-        return self._totals.values()
+        each = [replica.counters for replica in self._replicas]
+        return {name: sum(counters[name] for counters in each) for name in COUNTERS}
 
     async def start(self) -> None:
-        """Return when the engine is up, which may take minutes. Raises EngineStartError, whose message is one line."""
-        await self._supervisor.start()
+        """Return when all engines are up, which may take minutes. Raises EngineStartError, whose message is one line.
+
+        The first is alone meanwhile: it measures the machine, and the others remember what it found.
+        """
+        first, *others = self._replicas
+        await first.start({})
+        starting = [asyncio.ensure_future(other.start(fixed_options(first.info))) for other in others]
+        try:
+            await asyncio.gather(*starting)
+        except BaseException:  # a cancellation, too
+            for start in starting:
+                start.cancel()
+            await asyncio.gather(*starting, return_exceptions=True)
+            await self._end_engines()
+            raise
 
     async def stop(self) -> None:
-        """Stop the engine. Jobs still open end with finish_reason "abort". Idempotent."""
-        self._closed = "the server is stopping"
-        self._ledger.end_all(FinishReason.ABORT, self._closed)
-        await self._supervisor.stop()
-        self._ledger.down()
-        self._forget_engine()
+        """Stop the engines. Jobs still open end with finish_reason "abort". Idempotent."""
+        self._stopping = True
+        self._router.end_all(FinishReason.ABORT, self._refusal())
+        await self._end_engines()
 
     def hasten(self) -> None:
-        """Let `stop`, under way or to come, give the engine no time to end by itself."""
-        self._supervisor.hasten()
+        """Let `stop`, under way or to come, give the engines no time to end by themselves."""
+        for replica in self._replicas:
+            replica.supervisor.hasten()
 
     def open(
         self,
@@ -114,77 +164,31 @@ class EngineClient:
         Raises EngineUnavailable before start, after stop and while there is a `failure`, and InvalidRequest for what
         can be told to no engine. What this one does not take is raised by the job's `news`.
         """
-        if self._closed or self.failure is not None:
-            raise EngineUnavailable(self._closed or self.failure)
-        return self._ledger.open(prompt, params, seed, priority, user, arrival)
+        if refusal := self._refusal():
+            raise EngineUnavailable(refusal)
+        return self._router.open(prompt, params, seed, priority, user, arrival)
 
     def close(self, job: OpenJob) -> None:
-        """Nobody wants the job any more: the engine drops it at its next iteration. Idempotent."""
-        self._ledger.close(job)
+        """Nobody wants the job any more: its engine drops it at its next iteration. Idempotent."""
+        self._router.close(job)
 
     async def list_jobs(self) -> list[tuple[OpenJob, JobStatus]]:
-        """What the engine holds, the next to run first; nothing while there is no engine."""
-        if self._send is None:
-            return []
-        if self._listing is None:  # who asks while another does gets the same answer
-            self._listing = asyncio.get_running_loop().create_future()
-            self._query = next(self._queries)
-            self._send(ListJobs(self._query))
-        return list(await asyncio.shield(self._listing))
+        """What the engines hold, the next to run first; nothing while there is no engine."""
+        lists = await asyncio.gather(*(replica.list_jobs() for replica in self._replicas))
+        return [each for each in chain.from_iterable(zip_longest(*lists)) if each is not None]
 
-    # --- Listener ----------------------------------------------------------------------------------------------------
+    async def _end_engines(self) -> None:
+        await asyncio.gather(*(replica.stop() for replica in self._replicas))
 
-    def engine_up(self, ready: Ready, send: Send) -> None:
-        self.info, self.max_model_len, self.vocab_size = ready.info, ready.max_model_len, ready.vocab_size
-        self._pids = ready.pids
-        if self._supervisor.restarts == 0:
-            self._supervisor.fixed_options = _fixed(ready.info)
-        self._send, self.failure, self._closed = send, None, ""
-        self._ledger.up(send)
-
-    def engine_said(self, message: FromEngine) -> None:
-        if isinstance(message, Step):
-            self._ledger.step(message)
-        elif isinstance(message, Status):
-            self.status = message
-            self._totals.said(message)
-        elif isinstance(message, Refused):
-            self._ledger.refused(message)
-        elif isinstance(message, Jobs) and message.query == self._query:
-            self._answer(self._named(message.jobs))
-
-    def engine_down(self, crashed: bool) -> None:
-        self._forget_engine()
-        self._ledger.down(crashed=crashed)
-
-    def engine_fails(self, reason: str) -> None:
-        self.failure = reason
-        self._ledger.end_all(FinishReason.ERROR, reason)
-
-    def _forget_engine(self) -> None:
-        self._send, self.status, self._pids = None, None, []
-        self._totals.lost()
-        self._answer([])
-
-    def _named(self, statuses: Sequence[JobStatus]) -> list[tuple[OpenJob, JobStatus]]:
-        """The engine calls a job by a ticket, everybody else by its key."""
-        named = []
-        for status in statuses:
-            job = self._ledger.job_of(status.key)
-            if job is not None:
-                status.key = job.key
-                named.append((job, status))
-        return named
-
-    def _answer(self, jobs: list[tuple[OpenJob, JobStatus]]) -> None:
-        if self._listing is not None:
-            self._listing.set_result(jobs)
-            self._listing = None
+    def _refusal(self) -> str:
+        """Why nothing can be opened; "" while it can."""
+        if self._stopping:
+            return "the server is stopping"
+        if any(replica.greeting is None for replica in self._replicas):
+            return "the engine has not been started"
+        return self.failure or ""
 
 
-def _fixed(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that every later engine has from the first: how much KV fits decides where a job without max_tokens ends.
-
-    Left to itself, the pool's size follows the memory that is free at the moment.
-    """
-    return {"kv_cache_memory": info["kv_cache_bytes"]} if "kv_cache_bytes" in info else {}
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

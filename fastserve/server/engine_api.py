@@ -19,6 +19,10 @@ class OpenJob(Protocol):
     @property
     def key(self) -> int: ...
     @property
+    def engine(self) -> int:
+        """The number of the engine that it is on."""
+
+    @property
     def prompt(self) -> Sequence[int]: ...
     @property
     def params(self) -> SamplingParams: ...
@@ -61,11 +65,35 @@ class OpenJob(Protocol):
         """
 
 
-class EngineClient(Protocol):
-    """The engine's process as the API server sees it."""
+class EngineState(Protocol):
+    """One engine of those that serve."""
 
     @property
     def ready(self) -> bool: ...
+    @property
+    def pids(self) -> Sequence[int]: ...
+    @property
+    def restarts(self) -> int: ...
+    @property
+    def status(self) -> Status | None: ...
+    @property
+    def failure(self) -> str | None:
+        """Why it does not start, after it has failed to several times."""
+
+    @property
+    def jobs(self) -> int:
+        """Open jobs that are on it."""
+
+
+class EngineClient(Protocol):
+    """The engines' processes as the API server sees them: as one that does what all of them do, and one by one."""
+
+    @property
+    def engines(self) -> Sequence[EngineState]: ...
+    @property
+    def ready(self) -> bool:
+        """One at least is up."""
+
     @property
     def info(self) -> Mapping[str, Any]: ...
     @property
@@ -80,11 +108,11 @@ class EngineClient(Protocol):
     def status(self) -> Status | None: ...
     @property
     def counters(self) -> Mapping[str, float]:
-        """Status's counters (totals.COUNTERS), of this engine and those before it: they never fall."""
+        """Status's counters (totals.COUNTERS), of all engines and those before them: they never fall."""
 
     @property
     def failure(self) -> str | None:
-        """Why the engine does not start, after it has failed to several times."""
+        """Why no engine starts, after all have failed to several times."""
 
     @property
     def open_jobs(self) -> Mapping[int, Any]: ...

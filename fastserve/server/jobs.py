@@ -33,6 +33,7 @@ class OpenJob:
         "blame",
         "deaths",
         "deaths_at",
+        "engine",
         "error",
         "finish_reason",
         "finished",
@@ -81,6 +82,8 @@ class OpenJob:
         self.first_token: float | None = None
         self.last_token: float | None = None
         self.finished: float | None = None
+
+        self.engine = 0  # the number of the one that it is on
 
         # The ledger's own: under which key the engine has it, None while it has not, and how engines died with it.
         self.ticket: int | None = None

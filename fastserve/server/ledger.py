@@ -1,15 +1,17 @@
-"""What the engine owes: every open job, what of it has been handed to the engine, and who ran when engines died.
+"""What one engine owes: the jobs that are its to do, what of them it has been handed, and who ran when it died.
 
-    open ──▶ [ open_jobs ] ──Add──▶ engine ──Step──▶ take ──▶ ended, and forgotten
-                  ▲                    │
-                  └────── down ────────┘        at the next `up` all that is open is handed over again
+    add ──▶ [ jobs ] ──Add──▶ engine ──Step──▶ take ──▶ ended, and forgotten
+               ▲  │              │
+               │  └─ remove      │             another engine is to do it
+               └────── down ─────┘        at the next `up` all that is here is handed over again
 
 No sockets, no processes, no tasks: every method belongs to the event loop's thread and returns at once.
 
-Blame. The jobs that ran when an engine died are remembered with the number of tokens they had. One that ran in two
-crashes without a token between them runs alone, nothing else in the engine, until it has its next token; if the engine
-crashes again before that, the job ends with an error and the others go on. A token clears the blame: results are
-deterministic, so a job that brings engines down does it at the same token every time, and nothing else does.
+Blame. The jobs that ran when an engine died are remembered with the number of tokens they had, and carry that along if
+they go to another engine. One that ran in two crashes without a token between them runs alone, nothing else in its
+engine, until it has its next token; if the engine crashes again before that, the job ends with an error and the others
+go on. A token clears the blame: results are deterministic, so a job that brings engines down does it at the same token
+every time, and nothing else does.
 
 A death that somebody outside may have brought about, as by SIGKILL, says less: a job may have taken all memory, or an
 operator was busy. Four of those at one token have a job run alone, and it takes three more with nothing else in the
@@ -20,14 +22,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 
-from ..config import check_integer
 from ..ipc import Abort, Add, Refused, Step, ToEngine
-from ..tokenizer import Tokenizer
-from ..types import MAX_SEED, FinishReason, InvalidRequest, SamplingParams
+from ..types import FinishReason, InvalidRequest
 from .jobs import OpenJob
 
 log = logging.getLogger(__name__)
@@ -39,20 +37,21 @@ _UNTELLABLE = (TypeError, ValueError, OverflowError)
 # It cannot be any more when so many Steps have come since its Add and none has named it.
 _UNTOLD_STEPS = 3
 
-# What a death says against those who ran, and how much of that, at one token, is enough to run alone, and to end.
-# Nobody is guilty without a death alone.
+# What a death says against those who ran, and how much of that, at one token, is enough to be kept from other engines,
+# to run alone, and to end. Nobody is guilty without a death alone.
 _CRASH, _KILLED = 3, 1
+_CONFINED = 2
 _SUSPECT = 4
 _GUILTY = 7
 
 
 class Ledger:
-    """`open_jobs` holds, by key, every job that has neither ended nor been closed."""
+    """`jobs` holds, by key, every job of this engine that has neither ended nor been removed."""
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self.open_jobs: dict[int, OpenJob] = {}
-        self._tokenizer = tokenizer
-        self._keys = itertools.count(1)
+    def __init__(self, ended: Callable[[OpenJob], None]) -> None:
+        """`ended` is told of every job that has ended, once it is not here any more."""
+        self.jobs: dict[int, OpenJob] = {}
+        self._ended = ended
         # The engine knows a job by a ticket. Each submission has its own, so that what was still said about an earlier
         # one is not taken for news of the present one.
         self._tickets = itertools.count(1)
@@ -62,59 +61,70 @@ class Ledger:
         self._steps = 0
         self._alone: OpenJob | None = None
 
-    # --- from the HTTP layer -----------------------------------------------------------------------------------------
+    @property
+    def up(self) -> bool:
+        """There is an engine."""
+        return self._send is not None
 
-    def open(
-        self,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        seed: int,
-        priority: int,
-        user: str | None,
-        arrival: float | None,
-    ) -> OpenJob:
-        """Raises InvalidRequest for what can be told to no engine, and for stop strings without a tokenizer."""
-        if params.stop and self._tokenizer is None:
-            raise InvalidRequest("stop", "needs a tokenizer, and the model has none; use stop_token_ids")
-        tokens = _ids(prompt)
-        check_integer("seed", seed, 0, MAX_SEED)
-        check_integer("priority", priority, -(2**31), 2**31 - 1)
-        key = next(self._keys)
-        arrival = time.monotonic() if arrival is None else arrival
-        job = OpenJob(key, tokens, params, seed, priority, arrival, user, self._tokenizer)
-        self.open_jobs[key] = job
-        if self._alone is None:
-            try:
-                self._submit(job)
-            except BaseException:  # nobody will have the job, to close it
-                self._forget(job)
-                raise
-        return job
-
-    def close(self, job: OpenJob) -> None:
-        """Nobody wants the job any more. Nothing happens when it has ended."""
-        if job.finish_reason is None:
-            self._withdraw(job)
-            self._end(job, FinishReason.ABORT)
-
-    def end_all(self, reason: FinishReason, error: str) -> None:
-        self._alone = None  # nobody is dealt in any more
-        for job in list(self.open_jobs.values()):
-            self._withdraw(job)
-            self._end(job, reason, error)
+    @property
+    def alone(self) -> bool:
+        """A suspect has the engine for itself, and whatever else is here waits."""
+        return self._alone is not None
 
     def job_of(self, ticket: int) -> OpenJob | None:
         """The job that the engine knows by a ticket; None when it is none of its business any more."""
         return self._submitted.get(ticket)
 
+    def waiting(self) -> Iterator[OpenJob]:
+        """The jobs of which, as far as is known, nothing has been computed, and that may go to another engine."""
+        running = set(self._running)
+        for job in self.jobs.values():
+            if not confined(job) and (job.ticket is None or (not job.output and job.ticket not in running)):
+                yield job
+
+    # --- from whoever decides what is whose --------------------------------------------------------------------------
+
+    def add(self, job: OpenJob) -> None:
+        """The job is this engine's from now on."""
+        self.jobs[job.key] = job
+        if self._alone is not None:
+            return
+        if _suspect(job):
+            self._deal()
+        else:
+            self._submit(job)
+
+    def remove(self, job: OpenJob) -> None:
+        """The job is another engine's from now on."""
+        self._withdraw(job)
+        del self.jobs[job.key]
+        self._go_on(job)
+
+    def discard(self, job: OpenJob) -> None:
+        """Take out a job that could not be sent."""
+        self.jobs.pop(job.key, None)
+        if job.ticket is not None:
+            self._submitted.pop(job.ticket, None)
+
+    def close(self, job: OpenJob) -> None:
+        """Nobody wants the job any more."""
+        self._withdraw(job)
+        self._end(job, FinishReason.ABORT)
+
+    def end_all(self, reason: FinishReason, error: str) -> None:
+        self._alone = None  # nobody is dealt in any more
+        for job in list(self.jobs.values()):
+            self._withdraw(job)
+            self._end(job, reason, error)
+
     # --- from the engine ---------------------------------------------------------------------------------------------
 
-    def up(self, send: Callable[[ToEngine], None]) -> None:
-        """A new engine: it gets what is open, in order of arrival."""
+    def engine_up(self, send: Callable[[ToEngine], None]) -> None:
+        """A new engine: it gets what is here, in order of arrival."""
         self._send = send
         self._deal()
 
-    def down(self, *, crashed: bool = True) -> None:
+    def engine_down(self, *, crashed: bool = True) -> None:
         """The engine is gone: it has `crashed`, or somebody outside may have ended it. Ends the job that it died of."""
         submitted = list(self._submitted.values())
         named = [job for ticket in self._running if (job := self._submitted.get(ticket)) is not None]
@@ -165,19 +175,18 @@ class Ledger:
 
     def _deal(self) -> None:
         """Give the engine all it may have: one suspect and nothing else, or everything."""
-        before, self._alone = self._alone, None
-        suspects = [job for job in self.open_jobs.values() if _suspect(job)]
-        if suspects:
-            if (
-                before is not None and before.key in self.open_jobs
-            ):  # it has its token, and the next is to be alone, too
-                self._withdraw(before)
-                if before.stopped:
-                    self._end(before, FinishReason.STOP)
-            self._alone = min(suspects, key=lambda job: (job.blame, *_order(job)))
-            self._submit(self._alone)
-        else:
-            self._submit(*sorted((job for job in self.open_jobs.values() if job.ticket is None), key=_order))
+        self._alone = None
+        suspects = [job for job in self.jobs.values() if _suspect(job)]
+        if not suspects:
+            self._submit(*sorted((job for job in self.jobs.values() if job.ticket is None), key=order))
+        elif self._send is not None:
+            alone = min(suspects, key=lambda job: (job.blame, *order(job)))
+            for job in list(self._submitted.values()):  # who was alone before and has its token, say
+                self._withdraw(job)
+                if job.stopped:
+                    self._end(job, FinishReason.STOP)
+            self._alone = alone
+            self._submit(alone)
 
     def _submit(self, *jobs: OpenJob) -> None:
         send = self._send
@@ -209,10 +218,11 @@ class Ledger:
 
     def _forget(self, job: OpenJob) -> None:
         """A job has ended."""
-        del self.open_jobs[job.key]
+        del self.jobs[job.key]
         if job.ticket is not None:
             del self._submitted[job.ticket]
             job.ticket = None
+        self._ended(job)
 
     def _go_on(self, job: OpenJob) -> None:
         """If it was alone, it is somebody else's turn."""
@@ -220,17 +230,18 @@ class Ledger:
             self._deal()
 
 
-def _ids(prompt: Sequence[int]) -> list[int]:
-    """A list of ints is kept as it is: the jobs of an `n` share it."""
-    try:
-        checked = array("i", prompt if isinstance(prompt, list) else list(prompt))
-        return prompt if type(prompt) is list and set(map(type, prompt)) <= {int} else checked.tolist()
-    except (TypeError, OverflowError) as error:
-        raise InvalidRequest("prompt", f"must be a list of token ids: {error}") from None
-
-
-def _order(job: OpenJob) -> tuple[float, int]:
+def order(job: OpenJob) -> tuple[float, int]:
+    """In which jobs are handed over: of arrival."""
     return job.arrival, job.key
+
+
+def confined(job: OpenJob) -> bool:
+    """Whether the engine that the job is on should be the last that it can bring down.
+
+    One that ran when its engine crashed waits for that engine to come back. A single death by somebody else's hand is
+    taken for what it nearly always is, so that nobody waits; a second one at the same token is not.
+    """
+    return job.blame >= _CONFINED and job.deaths_at == len(job.output)
 
 
 def _suspect(job: OpenJob) -> bool:

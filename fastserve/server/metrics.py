@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ..ipc import Status
 from ..types import JobMetrics
+from .engine_api import EngineState
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
@@ -54,13 +54,11 @@ class EngineView(Protocol):
     """What metrics look at of the engine's client."""
 
     @property
-    def status(self) -> Status | None: ...
+    def engines(self) -> Sequence[EngineState]: ...
     @property
     def restarts(self) -> int: ...
     @property
     def counters(self) -> Mapping[str, float]: ...
-    @property
-    def open_jobs(self) -> Mapping[int, object]: ...
 
 
 class EndedJob(Protocol):
@@ -128,7 +126,7 @@ def _measured(job: EndedJob, metrics: JobMetrics) -> Mapping[str, float]:
 
 
 class _EngineCollector(Collector):
-    """Reads the engine's latest Status when Prometheus asks."""
+    """Reads the engines' latest Status when Prometheus asks."""
 
     def __init__(self, engine: EngineView, model_name: str, regret: Callable[[], float | None]) -> None:
         self._engine = engine
@@ -144,34 +142,47 @@ class _EngineCollector(Collector):
             yield self._counter(name, text, counters[key])
         if (regret := self._regret()) is not None:
             yield self._gauge("fastserve:regret", "Mean JCT of late over that under SRPT in hindsight.", regret)
-        status = self._engine.status
-        running = status.running if status is not None else 0
-        live = status.live if status is not None else len(self._engine.open_jobs)
-        yield self._gauge("vllm:num_requests_running", "Jobs in the current iteration.", running)
-        yield self._gauge("vllm:num_requests_waiting", "Other live jobs.", live - running)
-        if status is None:  # the rest is known again when the next engine is up
-            return
-        used = status.device_blocks_used / max(1, status.device_blocks)
-        yield self._gauge("vllm:kv_cache_usage_perc", "Share of the device's KV blocks in use, 1 is all.", used)
-        yield self._gauge("fastserve:backlog_seconds", "Work left in all live jobs, by the cost model.", status.backlog)
-        blocks = GaugeMetricFamily("fastserve:kv_blocks", "KV blocks.", labels=("model_name", "tier", "state"))
-        for tier, total, taken in (
-            ("device", status.device_blocks, status.device_blocks_used),
-            ("host", status.host_blocks, status.host_blocks_used),
-        ):
-            blocks.add_metric((self._model, tier, "used"), taken)
-            blocks.add_metric((self._model, tier, "free"), total - taken)
-        yield blocks
-        jobs = GaugeMetricFamily("fastserve:level_jobs", "Jobs of a level.", labels=("model_name", "level", "state"))
-        waits = GaugeMetricFamily(
-            "fastserve:level_oldest_wait_seconds", "Longest wait on a level.", labels=("model_name", "level")
-        )
-        for number, level in enumerate(status.levels):
-            jobs.add_metric((self._model, str(number), "waiting"), level.waiting)
-            jobs.add_metric((self._model, str(number), "running"), level.running)
-            waits.add_metric((self._model, str(number)), level.oldest_wait)
-        yield jobs
-        yield waits
+        yield from self._gauges()
+
+    def _gauges(self) -> Iterator[Metric]:
+        """What there is of each engine, with its number where there are several; most of it while it is up only."""
+        running = self._family("vllm:num_requests_running", "Jobs in the current iteration.")
+        waiting = self._family("vllm:num_requests_waiting", "Other live jobs.")
+        usage = self._family("vllm:kv_cache_usage_perc", "Share of the device's KV blocks in use, 1 is all.")
+        backlog = self._family("fastserve:backlog_seconds", "Work left in all live jobs, by the cost model.")
+        blocks = self._family("fastserve:kv_blocks", "KV blocks.", "tier", "state")
+        jobs = self._family("fastserve:level_jobs", "Jobs of a level.", "level", "state")
+        waits = self._family("fastserve:level_oldest_wait_seconds", "Longest wait on a level.", "level")
+        for number, engine in enumerate(self._engine.engines):
+            of = (self._model, str(number)) if self._several else (self._model,)
+            status = engine.status
+            if status is None:  # the rest is known again when the next engine is up
+                running.add_metric(of, 0)
+                waiting.add_metric(of, engine.jobs)
+                continue
+            running.add_metric(of, status.running)
+            waiting.add_metric(of, status.live - status.running)
+            usage.add_metric(of, status.device_blocks_used / max(1, status.device_blocks))
+            backlog.add_metric(of, status.backlog)
+            for tier, total, taken in (
+                ("device", status.device_blocks, status.device_blocks_used),
+                ("host", status.host_blocks, status.host_blocks_used),
+            ):
+                blocks.add_metric((*of, tier, "used"), taken)
+                blocks.add_metric((*of, tier, "free"), total - taken)
+            for level, its in enumerate(status.levels):
+                jobs.add_metric((*of, str(level), "waiting"), its.waiting)
+                jobs.add_metric((*of, str(level), "running"), its.running)
+                waits.add_metric((*of, str(level)), its.oldest_wait)
+        yield from (family for family in (running, waiting, usage, backlog, blocks, jobs, waits) if family.samples)
+
+    @property
+    def _several(self) -> bool:
+        return len(self._engine.engines) > 1
+
+    def _family(self, name: str, text: str, *labels: str) -> GaugeMetricFamily:
+        of = ("model_name", "engine") if self._several else ("model_name",)
+        return GaugeMetricFamily(name, text, labels=(*of, *labels))
 
     def _counter(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(name, text, labels=("model_name",))

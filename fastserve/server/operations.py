@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from ..version import __version__
+from .engine_api import EngineState
 from .openapi import errors
 from .schemas import Health, ModelCard, ModelList
 from .service import Service
@@ -50,6 +51,7 @@ def router(service: Service) -> APIRouter:
             "status": status,
             "version": __version__,
             "engine": {"pids": list(engine.pids), "restarts": engine.restarts},
+            "engines": [_engine(each) for each in engine.engines],
             "open_jobs": service.admission.open_jobs,
         }
         if engine.failure is not None:
@@ -57,3 +59,13 @@ def router(service: Service) -> APIRouter:
         return JSONResponse(body, 200 if status in ("ok", "restarting") else 503)
 
     return routes
+
+
+def _engine(engine: EngineState) -> dict[str, Any]:
+    told = {
+        "status": "unhealthy" if engine.failure is not None else "ok" if engine.ready else "restarting",
+        "pids": list(engine.pids),
+        "restarts": engine.restarts,
+        "open_jobs": engine.jobs,
+    }
+    return told if engine.failure is None else {**told, "error": engine.failure}

@@ -190,16 +190,27 @@ class ModelList(_Answer):
 
 
 class EngineHealth(_Answer):
+    """All engines together."""
+
     pids: list[int]
     restarts: int
+
+
+class OneEngineHealth(EngineHealth):
+    """One engine. While it is not ok, its jobs go on in others, or wait for it."""
+
+    status: Literal["ok", "restarting", "unhealthy"]
+    open_jobs: int = Field(description="Jobs that are on it.")
+    error: str | None = Field(None, description="Why it does not start.")
 
 
 class Health(_Answer):
     status: Literal["ok", "restarting", "draining", "unhealthy"]
     version: str
     engine: EngineHealth
+    engines: list[OneEngineHealth] = Field(description="One by one; as many as --data-parallel-size says.")
     open_jobs: int
-    error: str | None = Field(None, description="Why the engine does not start.")
+    error: str | None = Field(None, description="Why no engine starts.")
 
 
 class LiveJob(_Answer):
@@ -218,6 +229,7 @@ class LiveJob(_Answer):
     attained: float = Field(description="Modelled seconds of service.")
     waiting: float = Field(description="Seconds since it last ran.")
     preemptions: int
+    engine: int | None = Field(None, description="The engine that it is on, from 0; where there are several.")
 
 
 class LiveJobs(_Answer):

@@ -13,6 +13,7 @@ from ..types import MAX_SEED, InvalidRequest
 
 LogFormat = Literal["text", "json"]
 MAX_JOBS = 2**20
+MAX_ENGINES = 64
 MIN_HEARTBEAT_TIMEOUT = 2.0
 
 
@@ -31,6 +32,7 @@ class ServerSettings:
     shutdown_timeout: float = 30.0  # seconds that open requests get to finish
     heartbeat_timeout: float = 30.0  # seconds of silence after which the engine is killed, and started again
     log_format: LogFormat = "text"
+    data_parallel_size: int = 1  # engines, each with all of the model, that share the jobs
     record: Path | None = None  # the trace file that jobs are appended to
     seed: int = 0
 
@@ -46,6 +48,7 @@ class ServerSettings:
             object.__setattr__(self, "record", Path(os.fspath(self.record)))
         check_integer("port", self.port, 0, 65535)
         check_integer("max_queue", self.max_queue, 0, MAX_JOBS)
+        check_integer("data_parallel_size", self.data_parallel_size, 1, MAX_ENGINES)
         check_integer("seed", self.seed, 0, MAX_SEED)
         object.__setattr__(self, "max_body_size", parse_size("max_body_size", self.max_body_size))
         timeout: Any = self.shutdown_timeout

@@ -98,7 +98,9 @@ class Listener(Protocol):
 class Supervisor:
     """Keeps one engine process running. `command` is run with `--address ADDRESS` added."""
 
-    def __init__(self, command: Sequence[str], health: Health, listener: Listener) -> None:
+    def __init__(self, command: Sequence[str], health: Health, listener: Listener, name: str = "") -> None:
+        """`name` comes before all that is logged: "engine 1: " where there are several."""
+        self._name = name
         self._command = list(command)
         self._health = health
         self._listener = listener
@@ -143,7 +145,7 @@ class Supervisor:
             if not first.done():
                 first.set_exception(error)
             else:  # a mistake of ours: whoever waits must hear that nobody looks after the engine any more
-                log.exception("the supervisor of the engine has failed")
+                log.exception("%sthe supervisor of the engine has failed", self._name)
                 self._listener.engine_fails(f"the supervisor of the engine has failed: {error!r}")
         finally:
             context.term()
@@ -160,7 +162,7 @@ class Supervisor:
                 if not first.done():
                     raise
                 failed += 1
-                log.error("restart %d of the engine failed: %s", self.restarts, error)
+                log.error("%srestart %d of the engine failed: %s", self._name, self.restarts, error)
                 if failed >= self._health.max_failed_starts:
                     self._listener.engine_fails(
                         f"the engine does not start any more ({failed} times in a row): {error}"
@@ -190,7 +192,7 @@ class Supervisor:
             self._stopping = None
             self.pid = None
         lived = time.monotonic() - up_since
-        log.error("%s; it was up for %.1f s and is started again", reason, lived)
+        log.error("%s%s; it was up for %.1f s and is started again", self._name, reason, lived)
         self._listener.engine_down(engine.crashed)
         return lived
 

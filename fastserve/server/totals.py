@@ -1,10 +1,15 @@
-"""What all engines of a server did, one after the other: a counter that fell would look like a new server."""
+"""What all engines of a server did, one after the other and beside each other: a counter that fell would look like a
+new server."""
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any, Final
 
-from ..ipc import Status
+import msgspec
+
+from ..ipc import LevelStatus, Status
 
 COUNTERS: Final = (
     "iterations",
@@ -18,6 +23,9 @@ COUNTERS: Final = (
     "hidden_copy_seconds",
     "busy_seconds",
 )
+
+
+_SUMS: Final = ("live", "running", "device_blocks", "device_blocks_used", "host_blocks", "host_blocks_used")
 
 
 class Totals:
@@ -43,3 +51,26 @@ class Totals:
         if latest is None:
             return dict(self._before)
         return {name: before + getattr(latest, name) for name, before in self._before.items()}
+
+
+def together(statuses: Sequence[Status], counters: Mapping[str, float]) -> Status | None:
+    """Engines that are up, beside each other, as if they were one that has counted `counters`; None where none is.
+
+    It is done when the last of them is, and its levels have the quanta that the first engine's have.
+    """
+    if not statuses:
+        return None
+    told: dict[str, Any] = {name: sum(getattr(status, name) for status in statuses) for name in _SUMS}
+    return msgspec.structs.replace(
+        statuses[0],
+        time=max(status.time for status in statuses),
+        levels=[_one_level([level for level in row if level]) for row in zip_longest(*(s.levels for s in statuses))],
+        backlog=max(status.backlog for status in statuses),
+        **told,
+        **counters,
+    )
+
+
+def _one_level(levels: Sequence[LevelStatus]) -> LevelStatus:
+    waiting, running = sum(level.waiting for level in levels), sum(level.running for level in levels)
+    return LevelStatus(levels[0].quantum, waiting, running, max(level.oldest_wait for level in levels))

@@ -90,6 +90,11 @@ class Options:
     kv_cache_memory: int | None = None  # bytes of the pool it says it has
     garbage_at: int | None = None  # the iteration after which something is sent that is no message
 
+    @property
+    def iteration(self) -> float:
+        """Seconds of one, as it says; where it does not sleep, one."""
+        return self.pace or 1.0
+
     def command(self) -> list[str]:
         return [sys.executable, __file__, "--options", json.dumps(asdict(self))]
 
@@ -161,9 +166,14 @@ class StandIn:
     def status(self) -> Status:
         level = LevelStatus(None, len(self.jobs) - len(self.running), len(self.running), 0.0)
         return Status(
-            time.monotonic(), len(self.jobs), len(self.running), [level], 0.0, 100, 0, 0, 0, self.iterations,
-            0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0,
+            time.monotonic(), len(self.jobs), len(self.running), [level], self._backlog(), 100, 0, 0, 0,
+            self.iterations, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0,
         )  # fmt: skip
+
+    def _backlog(self) -> float:
+        """Seconds, if outputs are as long as they may be."""
+        left = sum((add.params.max_tokens or CONTEXT) - len(self.outputs[key]) for key, add in self.jobs.items())
+        return left * self.options.iteration / max(1, min(self.options.slots, len(self.jobs)))
 
     def _status_of(self, add: Add) -> JobStatus:
         output, running = len(self.outputs[add.key]), add.key in self.running
@@ -216,7 +226,8 @@ def main(arguments: list[str]) -> int:
 
     engine, next_status = StandIn(options), 0.0
     kv = options.kv_cache_memory or 4096 * (start + 1)  # as the memory that happens to be free
-    info = {"model": "stand-in", "start": start, "kv_cache_bytes": kv}
+    cost = {"per_iteration": options.iteration}
+    info = {"model": "stand-in", "start": start, "kv_cache_bytes": kv, "max_num_seqs": options.slots, "cost": cost}
     send(Ready([os.getpid()], info, VOCAB, CONTEXT))
     while not engine.stopping and os.getppid() == parent:
         if not engine.jobs:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from http_world import World, run
+from statuses import status
+from toy_engine import Beside
 
 PATH = "/v1/completions"
 PLAIN: dict[str, Any] = {"prompt": "abc", "max_tokens": 4, "ignore_eos": True}
@@ -38,6 +40,21 @@ def test_a_full_queue_says_when_to_come_again() -> None:
         world.engine.release()
         assert await statuses(tasks) == {200}
         await world.post(PATH, PLAIN)
+
+    run(scenario, held=True, max_num_seqs=2, max_queue=3)
+
+
+def test_jobs_of_several_engines_end_side_by_side() -> None:
+    """Five in 50 s here and thirty in 20 s there: one and six tenths of them a second."""
+
+    async def scenario(world: World) -> None:
+        world.engine.backlog = 50.0
+        world.engine.others = [Beside(status=status(live=30, backlog=20.0)), Beside(ready=False)]
+        tasks = await send(world, 5)
+        await world.refuse(PATH, {**PLAIN, "n": 5}, status=429)
+        assert world.headers["retry-after"] == "4"  # 5 / (0.1 + 1.5), rounded up
+        world.engine.release()
+        assert await statuses(tasks) == {200}
 
     run(scenario, held=True, max_num_seqs=2, max_queue=3)
 

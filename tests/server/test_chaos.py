@@ -19,6 +19,13 @@ def test_no_stream_breaks_repeats_or_skips(model: str, capsys: pytest.CaptureFix
     assert code == 0, printed.out + printed.err
 
 
+def test_nor_where_they_go_on_in_another_engine(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--kills", "4", "--stop", "0", "--streams", "16", "--tokens", "600", "--window", "0.3"]
+    code = chaos.main(["--model", model, *options, "--options", "--data-parallel-size", "2"])
+    printed = capsys.readouterr()
+    assert code == 0, printed.out + printed.err
+
+
 def test_what_differs_is_seen() -> None:
     """Of a stream, everything but its pauses counts."""
     event = {"choices": [{"index": 0, "text": "a", "finish_reason": None, "logprobs": None}]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -438,7 +439,7 @@ def test_a_stopped_engine_has_no_time_where_there_is_none(late: bool) -> None:
                 client.hasten()
             stopping = asyncio.ensure_future(client.stop())
             if late:
-                await until(lambda: client._supervisor._stopping is not None)
+                await until(lambda: client.engines[0].supervisor._stopping is not None)
                 client.hasten()
             await stopping
 
@@ -547,3 +548,14 @@ def test_options_are_checked() -> None:
 def test_the_worker_is_told_its_options_as_json() -> None:
     command = worker_command({"model": "smollm2", "threads": 2})
     assert command[1:] == ["-m", "fastserve.worker", "--options", '{"model": "smollm2", "threads": 2}']
+
+
+def test_several_workers_share_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(given: dict[str, Any], engines: int) -> dict[str, Any]:
+        return {**json.loads(worker_command(given, engines)[-1])}
+
+    monkeypatch.setattr("fastserve.server.client._cores", lambda: 8)
+    assert told({"model": "m"}, 1) == {"model": "m"}
+    assert told({"model": "m", "threads": 0}, 3) == {"model": "m", "threads": 2, "host_share": 3}
+    assert told({"model": "m"}, 16) == {"model": "m", "threads": 1, "host_share": 16}
+    assert told({"model": "m", "threads": 5}, 2) == {"model": "m", "threads": 5, "host_share": 2}

@@ -137,6 +137,7 @@ def test_what_cannot_be_served_is_said_in_a_line(
     assert "--shutdown-timeout" in complaint(capsys, "--shutdown-timeout", "-1")
     assert "--starvation-limit" in complaint(capsys, "--starvation-limit", "soon")
     assert "--log-format" in complaint(capsys, "--log-format", "xml")
+    assert "--data-parallel-size: must be at least 1" in complaint(capsys, "--data-parallel-size", "0")
     assert "--heartbeat-timeout" in complaint(capsys, "--heartbeat-timeout", "0.5")
     monkeypatch.setenv("FASTSERVE_API_KEY", "one,,two")
     assert "FASTSERVE_API_KEY" in complaint(capsys)
@@ -156,8 +157,9 @@ def test_the_heartbeat_is_the_supervisors() -> None:
     from fastserve.cli.serve import _engine_client
 
     assert ServerSettings(model="toy").heartbeat_timeout == Health().heartbeat_timeout
-    client = _engine_client(ServerSettings(model="toy", heartbeat_timeout=7.5), {"model": "toy"}, None)
-    assert client._supervisor._health.heartbeat_timeout == 7.5
+    settings = ServerSettings(model="toy", heartbeat_timeout=7.5, data_parallel_size=3)
+    client = _engine_client(settings, {"model": "toy"}, None)
+    assert [engine.supervisor._health.heartbeat_timeout for engine in client.engines] == [7.5] * 3
 
 
 def test_keys_come_from_both(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,12 @@ import pytest
 from http_world import World, run
 from prometheus_client.parser import text_string_to_metric_families
 from statuses import LEVELS, status
-from toy_engine import ToyEngine
+from toy_engine import Beside, ToyEngine
 
 from fastserve.ipc import Ready, Status, Step
 from fastserve.server.client import EngineClient
 from fastserve.server.metrics import Metrics
-from fastserve.server.totals import COUNTERS, Totals
+from fastserve.server.totals import COUNTERS, Totals, together
 from fastserve.types import JobMetrics, SamplingParams
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -150,6 +150,36 @@ def test_what_the_engine_says_of_itself() -> None:
     assert page.value("fastserve:level_jobs", level="3", state="waiting") is None
 
 
+def test_each_of_several_engines_has_its_own_gauges() -> None:
+    """Whoever is down has none but the jobs that wait for it. Counters are sums."""
+    engine = told_engine(status())
+    engine.others = [Beside(status=status(live=3, running=3, backlog=1.5)), Beside(ready=False, jobs=4)]
+    page = page_of(engine)
+    for name, values in {
+        "vllm:num_requests_running": (2, 3, 0),
+        "vllm:num_requests_waiting": (5, 0, 4),
+        "vllm:kv_cache_usage_perc": (0.25, 0.25, None),
+        "fastserve:backlog_seconds": (12.5, 1.5, None),
+    }.items():
+        assert tuple(page.value(name, engine=str(number)) for number in range(3)) == values, name
+    assert page.value("fastserve:kv_blocks", engine="1", tier="host", state="used") == 8
+    assert page.value("fastserve:level_jobs", engine="1", level="0", state="waiting") == LEVELS[0].waiting
+    assert page.value("fastserve:level_oldest_wait_seconds", engine="1", level="2") == LEVELS[2].oldest_wait
+    assert page.value("fastserve:iterations_total") == 11
+
+
+def test_several_engines_are_told_as_one() -> None:
+    counters = {name: 100.0 + place for place, name in enumerate(COUNTERS)}
+    first = status(time=1.0, levels=LEVELS[:2])
+    one = together([first, status(time=2.0, live=3, running=1, backlog=20.0, device_blocks_used=75)], counters)
+    assert one is not None and (one.time, one.live, one.running, one.backlog) == (2.0, 10, 3, 20.0)
+    assert (one.device_blocks, one.device_blocks_used, one.host_blocks) == (200, 100, 80)
+    told = [(level.quantum, level.waiting, level.running, level.oldest_wait) for level in one.levels]
+    assert told == [(0.5, 6, 2, 1.25), (1.0, 0, 2, 0.0), (None, 2, 0, 60.5)]
+    assert {name: getattr(one, name) for name in COUNTERS} == counters
+    assert together([], counters) is None and first.live == 7 and first.levels[0].waiting == 3
+
+
 def test_without_jobs_there_is_no_regret() -> None:
     assert page_of(ToyEngine(), regret=None).value("fastserve:regret") is None
 
@@ -159,17 +189,18 @@ def test_counters_do_not_fall_when_the_engine_is_started_again() -> None:
 
     async def scenario() -> None:
         client = EngineClient(["nothing"], None)
+        (engine,) = client.engines
         metrics = Metrics(client, "toy", lambda: None)
         pages = [Page(metrics.render())]
         for life in range(3):
-            client.engine_up(Ready([1], {}, 61, 256), lambda message: None)
+            engine.engine_up(Ready([1], {}, 61, 256), lambda message: None)
             pages.append(Page(metrics.render()))
             for told in (status(**dict.fromkeys(COUNTERS, 0.25 * life)), status()):
-                client.engine_said(told)
+                engine.engine_said(told)
                 pages.append(Page(metrics.render()))
             for _ in range(3):
-                client.engine_said(Step([], []))  # nobody was running: this death is nobody's fault
-            client.engine_down(crashed=True)
+                engine.engine_said(Step([], []))  # nobody was running: this death is nobody's fault
+            engine.engine_down(crashed=True)
             client.open([1], SamplingParams(), seed=0)
             pages.append(Page(metrics.render()))
             # Nothing runs, and nothing is lost.

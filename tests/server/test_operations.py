@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from http_world import World, run
+from toy_engine import Beside
 
 PATH = "/v1/completions"
 PLAIN: dict[str, Any] = {"prompt": "abc", "max_tokens": 2, "ignore_eos": True}
@@ -33,11 +34,46 @@ def test_health() -> None:
         health = await world.get("/health")
         assert (await world.client.head("/health")).status_code == 200
         assert health["status"] == "ok" and health["engine"] == {"pids": [4711], "restarts": 0}
+        assert health["engines"] == [{"status": "ok", "pids": [4711], "restarts": 0, "open_jobs": 0}]
         world.engine.ready = False  # being restarted: requests wait, and nothing is lost
         assert (await world.get("/health"))["status"] == "restarting"
         await world.post(PATH, PLAIN)
 
     run(scenario)
+
+
+def test_health_of_several_engines() -> None:
+    async def scenario(world: World) -> None:
+        why = "its file is gone"
+        world.engine.others = [
+            Beside(ready=False, pids=[4712], restarts=2, jobs=3), Beside(ready=False, failure=why)
+        ]  # fmt: skip
+        health = await world.get("/health")
+        assert health["status"] == "ok", "work is done as long as one engine is up"
+        assert health["engines"][1:] == [
+            {"status": "restarting", "pids": [4712], "restarts": 2, "open_jobs": 3},
+            {"status": "unhealthy", "pids": [], "restarts": 0, "open_jobs": 0, "error": why},
+        ]
+
+    run(scenario)
+
+
+def test_live_jobs_of_several_engines() -> None:
+    async def scenario(world: World) -> None:
+        world.engine.others = [Beside(jobs=1)]
+        tasks = [asyncio.create_task(world.client.post(PATH, json=PLAIN)) for _ in range(2)]
+        await world.engine.until(lambda engine: len(engine.open_jobs) == 2)
+        world.engine.open_jobs[1].engine = 1
+        told = await world.get("/v1/fastserve/jobs")
+        assert [job["engine"] for job in told["data"]] == [0, 1]
+        assert told["server"]["engines"] == [{"ready": True, "open_jobs": 1}, {"ready": True, "open_jobs": 1}]
+        world.engine.others.clear()
+        told = await world.get("/v1/fastserve/jobs")
+        assert "engines" not in told["server"] and not any("engine" in job for job in told["data"])
+        world.engine.release()
+        await asyncio.gather(*tasks)
+
+    run(scenario, held=True)
 
 
 def test_live_jobs() -> None:

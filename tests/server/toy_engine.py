@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import toy_llm
@@ -28,6 +28,7 @@ def toy_tokenizer() -> Tokenizer:
 class ToyJob:
     def __init__(self, key: int, prompt: list[int], params: SamplingParams, seed: int, **more: Any) -> None:
         self.key, self.prompt, self.params, self.seed = key, prompt, params, seed
+        self.engine = 0
         self.user, self.priority, self.arrival = more["user"], more["priority"], more["arrival"]
         self.output: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
@@ -86,6 +87,18 @@ class ToyJob:
         self.end("error", str(refusal))
 
 
+@dataclass
+class Beside:
+    """An engine beside the toy's, which does nothing."""
+
+    ready: bool = True
+    pids: list[int] = field(default_factory=list)
+    restarts: int = 0
+    status: Status | None = None
+    failure: str | None = None
+    jobs: int = 0
+
+
 class ToyEngine:
     """Gives each of the first `max_num_seqs` open jobs a token a step: by itself, or when told, if `held`."""
 
@@ -98,6 +111,7 @@ class ToyEngine:
         self.told: Status | None = None  # what is said instead of nothing in particular
         self.counted: dict[str, float] = {}  # counters that are not 0
         self.backlog = 0.0
+        self.others: list[Any] = []  # engines beside this one
         self.open_jobs: dict[int, ToyJob] = {}
         self.opened: list[ToyJob] = []
         self.held = held
@@ -112,6 +126,15 @@ class ToyEngine:
         level = LevelStatus(None, 0, 0, 0.0)
         live = len(self.open_jobs)
         return Status(0.0, live, 0, [level], self.backlog, *([0] * 11), *([0.0] * 3))
+
+    @property
+    def engines(self) -> Sequence[Any]:
+        """Each as the client is to see it: this one, unless there are others."""
+        return [self, *self.others]
+
+    @property
+    def jobs(self) -> int:
+        return sum(job.engine == 0 for job in self.open_jobs.values())
 
     @property
     def counters(self) -> dict[str, float]:

@@ -57,7 +57,7 @@ ARROWS: dict[str, set[str] | None] = {
         "types",
     },
     "serving": {"assembly", "calibration", "config", "cost", "engine", "outputs", "seeds", "tokenizer", "types"},
-    "server": {"config", "cost", "ipc", "outputs", "seeds", "tokenizer", "types", "version"},
+    "server": {"backlog", "config", "cost", "ipc", "outputs", "seeds", "tokenizer", "types", "version"},
     "llm": {"serving", "outputs", "calibration", "cost", "types"},
     "async_llm": {"serving", "outputs", "config", "types"},
     "backlog": {"config", "cost", "types"},

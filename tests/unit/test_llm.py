@@ -212,6 +212,8 @@ def test_without_a_tokenizer_token_ids_are_served(world: ToyWorld) -> None:
         ({"policy": "srpt"}, "policy: must be one of .*; got 'srpt'; srpt has to be told how long every output is"),
         ({"swap_space": "900T"}, "swap_space: must fit in the memory available, .*, beside the KV pool of"),
         ({"swap_space": -1}, "swap_space: must be at least 0"),
+        ({"data_parallel_size": 2}, "data_parallel_size: must be 1, .* got 2; fastserve serve --data-parallel-size"),
+        ({"data_parallel_size": 0}, "data_parallel_size: must be at least 1, got 0"),
         ({"swap_mode": "lazy"}, "swap_mode: must be one of proactive, reactive, recompute; got 'lazy'"),
         ({"swap_bandwidth": 2**20 - 1}, "swap_bandwidth: must be at least 1M, in bytes a second, got 1048575"),
         ({"admission": "never"}, "admission: must be one of paged, reserve; got 'never'"),

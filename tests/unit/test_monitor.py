@@ -12,7 +12,7 @@ from fastserve.engine import Engine, IterationRecord
 from fastserve.ipc import JobStatus, Status
 from fastserve.monitor import Monitor
 from fastserve.policies import ONLINE_POLICIES
-from fastserve.types import OFFLOAD, UPLOAD
+from fastserve.types import OFFLOAD, UPLOAD, BatchPlan
 
 COST = CostModel(per_iteration=1.0, per_token=0.05)
 BLOCK = 100  # bytes
@@ -29,6 +29,13 @@ class Watched(Toy):
             self.records.append(record)
             self.monitor.on_iteration(record)
 
+        plain = self.executor.submit
+
+        def submit(plan: BatchPlan) -> None:
+            self.monitor.on_submit(plan)
+            plain(plan)
+
+        self.executor.submit = submit  # type: ignore[method-assign]
         self.engine = Engine(self.config, self.executor, COST, clock=self.clock, on_iteration=both)
 
     def status(self) -> Status:
@@ -58,6 +65,8 @@ def test_counters_are_the_sums_of_what_happened(policy: str) -> None:
     assert status.preemptions == sum(job.metrics.preemptions for job in jobs)
     assert status.recomputed_tokens == sum(job.metrics.recomputed_tokens for job in jobs)
     assert status.busy_seconds == pytest.approx(sum(record.seconds for record in toy.records if record.job_ids))
+    computed = status.prefill_tokens + status.decode_tokens  # what was computed again is among the first
+    assert status.modelled_seconds == pytest.approx(status.iterations * 1.0 + 0.05 * computed)
     assert status.offloaded_bytes == toy.executor.copied[OFFLOAD] * BLOCK
     assert status.uploaded_bytes == toy.executor.copied[UPLOAD] * BLOCK
     assert 0 <= status.hidden_copy_seconds <= status.copy_seconds

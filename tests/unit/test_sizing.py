@@ -20,6 +20,16 @@ def test_the_default_holds_every_context_within_a_quarter_of_memory(monkeypatch:
         assert pool_blocks(None, 1000, **LIMITS) == blocks
 
 
+def test_engines_that_share_a_host_have_a_part_of_it_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "available_memory", lambda: 28_000 * 4)
+    assert pool_blocks(None, 1000, **LIMITS, host_share=2) == 14
+    assert pool_blocks("20K", 1000, **LIMITS, host_share=2) == 20, "what is given is of each"
+    monkeypatch.setattr(sizing, "available_memory", lambda: 40_000)
+    # What is left of 40,000 when each of two has its 4,000 is 32,000, of which a quarter is for both.
+    assert host_blocks(None, 1000, promised=4000, host_share=2) == 4
+    assert host_blocks("20K", 1000, promised=4000, host_share=2) == 20
+
+
 def test_a_given_size_is_rounded_down_to_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizing, "available_memory", lambda: 2**20)
     assert pool_blocks("64K", 1000, **LIMITS) == pool_blocks(65536, 1000, **LIMITS) == 65

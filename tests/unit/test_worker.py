@@ -343,17 +343,13 @@ def test_an_engine_that_cannot_start_says_why(
 def test_options_are_those_of_llm() -> None:
     known = inspect.signature(LLM.__init__).parameters
     defaults = {name: known[name].default for name in known if name not in ("self", "model")}
-    of_others = {
-        "seed",
-        "skip_tokenizer",
-        "tokenizer",
-        "on_iteration",
-    }  # the API server draws seeds and has the tokenizer
+    # The API server draws seeds and has the tokenizer, and each of its engines is one.
+    of_others = {"seed", "data_parallel_size", "skip_tokenizer", "tokenizer", "on_iteration"}
     options = EngineOptions(model="m")
     assert {name: getattr(options, name) for name in defaults.keys() - of_others} == {
         name: value for name, value in defaults.items() if name not in of_others
     }
-    assert set(EngineOptions.__struct_fields__) == {"model", *defaults} - of_others
+    assert set(EngineOptions.__struct_fields__) == {"model", "host_share", *defaults} - of_others
     assert EngineOptions.from_json(options.to_json()) == options
 
 
