@@ -1,7 +1,7 @@
 """Groups of ranks: how one begins, who is in it, and how it ends.
 
-world = pipeline × tensor. Ranks of one tensor-parallel group are neighbours (rank = pipeline rank × tensor_parallel_size
-+ tensor rank), because launchers put neighbours on one host, and sums are what needs the fastest way.
+world = pipeline × tensor. Ranks of one tensor-parallel group are neighbours (rank = pipeline rank ×
+tensor_parallel_size + tensor rank), because launchers put neighbours on one host, and sums need the fastest way.
 
 A rank is started by mpiexec, mpirun or srun, or by `spawn`, which starts a group on this host and needs no MPI.
 """
@@ -109,7 +109,7 @@ class Group:
     """
 
     def __init__(self, world: _C.Communicator, grid: Grid, timeout: float = math.inf) -> None:
-        """Collective. `timeout`: seconds that one wait of `tensor` or `pipeline` may take; those of `world` may be idle.
+        """Collective. `timeout`: seconds that one wait of `tensor` or `pipeline` may take; `world` may be idle.
 
         Raises InvalidRequest unless the grid has as many places as the world has ranks.
         """

@@ -99,8 +99,8 @@ class Ranks:
                         selector.unregister(key.fd)
                         os.close(key.fd)
             finally:
-                for descriptor in list(selector.get_map()):
-                    os.close(descriptor)
+                for key in selector.get_map().values():
+                    os.close(key.fd)
 
     def _check(self) -> None:
         failed = [

@@ -92,7 +92,7 @@ class Communicator {
 
   // Ends every wait of every rank with an Error that says this. From any thread.
   void abort(const std::string& reason);
-  // Leaves in order: nothing that was begun is open. Others may still wait for each other, not for this rank.
+  // Leaves in order: no message is open, unless a rank has given up. Others may still wait for each other.
   void close();
   // Takes over the communicator that this one was made by means of: closed and aborted with it.
   void keep(std::unique_ptr<Communicator> other) { kept_ = std::move(other); }

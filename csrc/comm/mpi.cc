@@ -47,6 +47,7 @@ class World {
 
   int rank() const { return rank_; }
   int size() const { return size_; }
+  bool aborted() const { return aborted_; }
   void opened() { ++open_; }
   void closed() { --open_; }
 
@@ -231,7 +232,8 @@ class Mpi final : public Communicator {
   void do_abort(const std::string& reason) override { World::get().abort(reason); }
 
   void do_close() override {
-    check(MPI_Comm_free(&comm_), "free");
+    if (!World::get().aborted()) check(MPI_Comm_free(&comm_), "free");
+    comm_ = MPI_COMM_NULL;
     World::get().closed();
   }
 

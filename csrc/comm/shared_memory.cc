@@ -435,7 +435,8 @@ void SharedMemory::do_abort(const std::string& reason) {
 }
 
 void SharedMemory::do_close() {
-  FS_CHECK(open_ == 0, members()[rank()].text(), " closes a communicator with ", open_, " open messages");
+  FS_CHECK(open_ == 0 || header().aborted.load() != kNo, members()[rank()].text(), " closes a communicator with ",
+           open_, " open messages");
   desk(rank()).state.store(kLeft);
   for (int r = 0; r < size(); ++r) {
     if (r != rank()) ring(r);
