@@ -3,7 +3,7 @@
 world = pipeline × tensor. Ranks of one tensor-parallel group are neighbours (rank = pipeline rank ×
 tensor_parallel_size + tensor rank), because launchers put neighbours on one host, and sums need the fastest way.
 
-A rank is started by mpiexec, mpirun or srun, or by `spawn`, which starts a group on this host and needs no MPI.
+A rank is started by mpiexec, mpirun or srun, or by `ranks.Ranks`, which starts a group on this host and needs no MPI.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ struct Case {
   std::string operation;
   int64_t rows, bytes;
   std::function<void()> body;  // what each rank does
+  bool parked;                 // whether the others have waited for long when it begins
   Samples seconds;
 };
 
@@ -58,9 +59,11 @@ class Cases {
       }
       plans_.push_back(decode_plan_of(rows));
     }
-    for (size_t i = 0; i < all_rows.size(); ++i) {
-      const auto bytes = static_cast<int64_t>(encode_plan(plans_[i]).size());
-      add("plan", all_rows[i], bytes, [this, i] { iterate(plans_[i]); });
+    for (const bool parked : {false, true}) {
+      for (size_t i = 0; i < all_rows.size(); ++i) {
+        const auto bytes = static_cast<int64_t>(encode_plan(plans_[i]).size());
+        add(parked ? "plan, parked" : "plan", all_rows[i], bytes, [this, i] { iterate(plans_[i]); }, parked);
+      }
     }
     add("barrier", 0, 0, [this] { world_.barrier(); });
   }
@@ -68,8 +71,8 @@ class Cases {
   std::vector<Case>& all() { return cases_; }
 
  private:
-  void add(const std::string& operation, int64_t rows, int64_t bytes, std::function<void()> body) {
-    cases_.push_back({operation, rows, bytes, std::move(body), {}});
+  void add(const std::string& operation, int64_t rows, int64_t bytes, std::function<void()> body, bool parked = false) {
+    cases_.push_back({operation, rows, bytes, std::move(body), parked, {}});
   }
   std::span<float> floats(size_t bytes) { return std::span(values_).first(bytes / sizeof(float)); }
 
@@ -93,11 +96,22 @@ class Cases {
 
 // Seconds of one of `count` in a row.
 double measure(Communicator& world, const Case& test, int64_t count) {
+  constexpr double kParkedAfter = 200e-6;
+  double seconds = 0;
   world.barrier();
-  return seconds_of([&] {
-           for (int64_t i = 0; i < count; ++i) test.body();
-         }) /
-         static_cast<double>(count);
+  for (int64_t i = 0; i < (test.parked ? count : 0); ++i) {
+    const auto begin = std::chrono::steady_clock::now();
+    while (world.rank() == 0 &&
+           std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() < kParkedAfter) {
+    }
+    seconds += seconds_of(test.body);
+  }
+  if (!test.parked) {
+    seconds = seconds_of([&] {
+      for (int64_t i = 0; i < count; ++i) test.body();
+    });
+  }
+  return seconds / static_cast<double>(count);
 }
 
 void work(Communicator& world, const Options& options, std::vector<Case>& cases) {
