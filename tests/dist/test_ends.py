@@ -32,7 +32,7 @@ def test_a_killed_process_is_named_by_all_others(last_call: str) -> None:
     processes[1].send_signal(signal.SIGKILL)
     begin = time.monotonic()
     for rank in (0, 2):
-        output, errors = processes[rank].communicate(timeout=60)
+        _, errors = processes[rank].communicate(timeout=60)
         assert processes[rank].returncode == 1
         assert "rank 1 on " in errors and f"(process {processes[1].pid}) is gone" in errors, errors
     assert time.monotonic() - begin < 5

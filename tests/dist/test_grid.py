@@ -16,7 +16,8 @@ from fastserve.types import InvalidRequest
         ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "0"}, Launched("Open MPI", 0, 2)),
         ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}, Launched("srun", 3, 8)),
         ({"PMIX_RANK": "2", "SLURM_STEP_NUM_TASKS": "3"}, Launched("srun", 2, 3)),
-        ({"PMI_RANK": "2", "PMI_SIZE": "3", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Launched("mpiexec", 2, 3)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "3", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+         Launched("mpiexec", 2, 3)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),  # a batch script, not a task of srun
         ({"FASTSERVE_RANK": "1", "FASTSERVE_WORLD_SIZE": "2", "PMI_RANK": "0", "PMI_SIZE": "1"},
          Launched("fastserve", 1, 2)),

@@ -21,9 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def mpiexec(
-    size: int, case: str, *arguments: str, wrapper: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
+def mpiexec(size: int, case: str, *arguments: str, wrapper: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [str(MPIEXEC), "-n", str(size), *wrapper, sys.executable, str(PROGRAM), case, *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)

@@ -156,8 +156,7 @@ def test_a_copy_is_acknowledged_when_every_rank_has_finished_it() -> None:
 
     def body(world: _C.Communicator) -> list[Any]:
         return [
-            world.gather_acknowledgements(plan, took[world.rank][plan], finished[world.rank][plan])
-            for plan in range(3)
+            world.gather_acknowledgements(plan, took[world.rank][plan], finished[world.rank][plan]) for plan in range(3)
         ]
 
     assert each_rank_well(3, body)[0] == [

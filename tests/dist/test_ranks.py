@@ -17,9 +17,11 @@ from fastserve import _C
 from fastserve.ranks import RankFailed, Ranks, launch
 
 PROGRAM = str(Path(__file__).parent / "programs" / "launched.py")
-LAUNCH = (
-    "import sys; from fastserve.ranks import launch; sys.exit(launch(int(sys.argv[1]), [sys.executable, *sys.argv[2:]]))"
-)
+LAUNCH = """
+import sys
+from fastserve.ranks import launch
+sys.exit(launch(int(sys.argv[1]), [sys.executable, *sys.argv[2:]]))
+"""
 
 
 @pytest.fixture(autouse=True)

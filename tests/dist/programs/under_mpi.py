@@ -85,8 +85,9 @@ def hangs(group: Group) -> None:
     group.world.barrier()
 
 
+shape = Grid(here.size) if case != "grid" else Grid(2, here.size // 2)
 try:
-    with connect(Grid(here.size if case != "grid" else 2, 1 if case != "grid" else here.size // 2), host=host) as joined:
+    with connect(shape, host=host) as joined:
         globals()[case](joined)
 except _C.Error as error:
     print(f"rank {here.rank} heard: {error}", file=sys.stderr, flush=True)
