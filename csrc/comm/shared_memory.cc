@@ -1,19 +1,17 @@
 #include "comm/shared_memory.h"
 
 #include <linux/futex.h>
-#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <bit>
 #include <chrono>
 #include <cstring>
 #include <deque>
 #include <thread>
 
+#include "comm/shared_layout.h"
 #include "common/check.h"
-#include "common/dtype.h"
 #include "common/pause.h"
 
 namespace fastserve {
@@ -23,8 +21,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Seconds = std::chrono::duration<double>;
 
-constexpr int64_t kSlotBytes = 256 << 10;  // of a collective's chunk: a core's nearer caches hold those of some ranks
-constexpr int64_t kRingBytes = 256 << 10;  // of messages from one rank to another
 constexpr int64_t kWholeBytes = 32 << 10;  // up to here every rank sums everything itself, and meets the others once
 constexpr auto kSpinTime = std::chrono::microseconds(50);
 constexpr auto kLookTime = std::chrono::milliseconds(100);  // between looks after the others, while parked
@@ -32,64 +28,12 @@ constexpr auto kSoon = std::chrono::microseconds(50);       // between turns whi
 constexpr double kJoinSeconds = 120;
 constexpr int kSpinsPerClockRead = 64;
 
-enum class Call : uint64_t { kReduce = 1, kGather, kBroadcast, kBarrier };
-enum State : uint32_t { kAbsent = 0, kHere, kLeft };
-enum Aborted : uint32_t { kNo = 0, kWriting, kYes };
-
-struct alignas(4096) Header {
-  std::atomic<uint32_t> aborted;
-  char reason[1024];
-};
-
-// One rank's; zero at first.
-struct Desk {
-  // Written by its rank. The number of the round it is in, and what it calls in that and the one before.
-  alignas(64) std::atomic<uint64_t> arrived;
-  std::atomic<uint64_t> calls[2];
-  // What it parks on; others ring the bell when something has changed and it is parked.
-  alignas(64) std::atomic<uint32_t> parked;
-  std::atomic<uint32_t> bell;
-  alignas(64) std::atomic<uint32_t> state;
-  Member member;
-  cpu_set_t cores;  // it may run on
-};
-
-// Bytes from one rank to another: each message a length of 8 bytes, then its data, padded to 8. Both counters only
-// grow.
-struct Channel {
-  alignas(64) std::atomic<int64_t> written;
-  alignas(64) std::atomic<int64_t> read;
-  alignas(64) std::byte ring[kRingBytes];
-};
-
-static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
-
-// Where things lie in the segment.
-struct Layout {
-  int64_t size;
-  int64_t desk(int64_t rank) const { return sizeof(Header) + rank * static_cast<int64_t>(sizeof(Desk)); }
-  int64_t slot(int64_t rank, uint64_t parity) const {
-    return round_up(desk(size), 4096) + (2 * rank + static_cast<int64_t>(parity)) * kSlotBytes;
-  }
-  int64_t channel(int64_t from, int64_t to) const {
-    return slot(size, 0) + (from * size + to) * static_cast<int64_t>(sizeof(Channel));
-  }
-  int64_t bytes() const { return channel(size, 0); }
-};
-
 void futex_wait(std::atomic<uint32_t>& word, uint32_t expected, std::chrono::nanoseconds time) {
   const timespec limit{.tv_sec = 0, .tv_nsec = time.count()};
   syscall(SYS_futex, &word, FUTEX_WAIT, expected, &limit, nullptr, 0);
 }
 
 void futex_wake(std::atomic<uint32_t>& word) { syscall(SYS_futex, &word, FUTEX_WAKE, 1, nullptr, nullptr, 0); }
-
-struct Transfer final : Message {
-  Transfer(int peer, std::byte* data, int64_t size) : Message(peer), data(data), size(size) {}
-  std::byte* const data;  // only read where it is sent
-  const int64_t size;
-  int64_t moved = -1;  // of data; -1: the length has not been either
-};
 
 class SharedMemory final : public Communicator {
  public:
@@ -119,28 +63,28 @@ class SharedMemory final : public Communicator {
   void arrive();
   void await(int peer);
   void await_all();
-  std::byte* slot(int rank, uint64_t round) const { return segment_->data() + layout_.slot(rank, round % 2); }
+  std::byte* slot(int rank, uint64_t round) const { return segment_->data() + layout_.slot(rank, round); }
   void reduce(std::span<float> part);
 
   // Moves what can be moved of the messages that were begun.
   void progress();
-  bool push(Transfer& message);  // whether it is done
-  bool pull(Transfer& message);
 
   template <class Ready>
   void wait_for(int peer, Ready&& ready);
-  void look_after(int peer, Clock::time_point begin, bool& gone);
+  bool look_after(int peer, Clock::time_point begin);
   void check_aborted() const;
   void ring(int peer);
 
-  Header& header() const { return *reinterpret_cast<Header*>(segment_->data()); }
-  Desk& desk(int rank) const { return *reinterpret_cast<Desk*>(segment_->data() + layout_.desk(rank)); }
-  Channel& channel(int from, int to) const {
-    return *reinterpret_cast<Channel*>(segment_->data() + layout_.channel(from, to));
+  SharedHeader& header() const { return at<SharedHeader>(0); }
+  Desk& desk(int rank) const { return at<Desk>(layout_.desk(rank)); }
+  Ring& ring_from(int from, int to) const { return at<Ring>(layout_.ring(from, to)); }
+  template <class T>
+  T& at(int64_t offset) const {
+    return *reinterpret_cast<T*>(segment_->data() + offset);
   }
 
   const std::unique_ptr<Segment> segment_;
-  const Layout layout_;
+  const SharedLayout layout_;
   bool crowded_;  // more ranks than cores: who waits had better not spin
   uint64_t round_ = 0;
   std::vector<std::deque<std::shared_ptr<Transfer>>> sends_, receives_;  // by peer, oldest first
@@ -171,17 +115,17 @@ void SharedMemory::ring(int peer) {
   futex_wake(other.bell);
 }
 
-// Throws when the wait for `peer` cannot end well; `gone`: nothing more will come of it.
-void SharedMemory::look_after(int peer, Clock::time_point begin, bool& gone) {
+// Throws when the wait for `peer` cannot end well. Whether nothing more will come of that one.
+bool SharedMemory::look_after(int peer, Clock::time_point begin) {
   for (int r = 0; r < size(); ++r) {
     if (r == rank() || segment_->held(r)) continue;
     FS_CHECK(desk(r).state.load() == kLeft, members()[r].text(), " is gone");
   }
-  gone = desk(peer).state.load() == kLeft;
   const double seconds = Seconds(Clock::now() - begin).count();
   FS_CHECK(seconds < patience().seconds, members()[rank()].text(), " has waited ", seconds, " seconds for ",
            members()[peer].text());
   if (patience().ask) patience().ask();
+  return desk(peer).state.load() == kLeft;
 }
 
 template <class Ready>
@@ -207,10 +151,9 @@ void SharedMemory::wait_for(int peer, Ready&& ready) {
     if (ready()) return;
     check_aborted();
     if (Clock::now() >= next_look) {
-      bool gone = false;
-      look_after(peer, begin, gone);
-      if (gone && ready()) return;  // what it did last
-      FS_CHECK(!gone, members()[peer].text(), " has left");
+      const bool left = look_after(peer, begin);
+      if (left && ready()) return;  // what it did last
+      FS_CHECK(!left, members()[peer].text(), " has left");
       next_look = Clock::now() + kLookTime;
     }
     futex_wait(own.bell, bell, advance_others() ? std::chrono::nanoseconds(kSoon) : kLookTime);
@@ -357,76 +300,29 @@ void SharedMemory::do_wait(Message& message) {
 
 void SharedMemory::progress() {
   if (open_ == 0) return;
-  const auto advance = [this](std::deque<std::shared_ptr<Transfer>>& queue, bool (SharedMemory::*move)(Transfer&)) {
-    while (!queue.empty() && (this->*move)(*queue.front())) {
-      queue.front()->done = true;
+  const auto advance = [this](std::deque<std::shared_ptr<Transfer>>& queue, auto& move, Ring& ring_of_both) {
+    while (!queue.empty()) {
+      Transfer& message = *queue.front();
+      const Moved moved = move(ring_of_both, message);
+      FS_CHECK(message.announced < 0 || message.announced == message.size, members()[message.peer].text(), " sends ",
+               message.announced, " bytes where ", members()[rank()].text(), " receives ", message.size);
+      if (moved != Moved::kNothing) ring(message.peer);
+      if (moved != Moved::kAll) return;
+      message.done = true;
       queue.pop_front();
       --open_;
     }
   };
   for (int r = 0; r < size(); ++r) {
-    advance(sends_[r], &SharedMemory::push);
-    advance(receives_[r], &SharedMemory::pull);
+    advance(sends_[r], push, ring_from(rank(), r));
+    advance(receives_[r], pull, ring_from(r, rank()));
   }
-}
-
-bool SharedMemory::push(Transfer& message) {
-  Channel& out = channel(rank(), message.peer);
-  int64_t written = out.written.load(std::memory_order_relaxed);
-  int64_t room = kRingBytes - (written - out.read.load(std::memory_order_acquire));
-  if (message.moved < 0) {
-    if (room < static_cast<int64_t>(sizeof message.size)) return false;
-    std::memcpy(out.ring + written % kRingBytes, &message.size, sizeof message.size);
-    written += sizeof message.size;
-    room -= sizeof message.size;
-    message.moved = 0;
-  } else if (room <= 0) {
-    return false;
-  }
-  for (int64_t left = std::min(room, message.size - message.moved); left > 0;) {
-    const int64_t count = std::min(left, kRingBytes - written % kRingBytes);
-    std::memcpy(out.ring + written % kRingBytes, message.data + message.moved, count);
-    message.moved += count;
-    written += count;
-    left -= count;
-  }
-  const bool done = message.moved == message.size;
-  out.written.store(done ? round_up(written, 8) : written);
-  ring(message.peer);
-  return done;
-}
-
-bool SharedMemory::pull(Transfer& message) {
-  Channel& in = channel(message.peer, rank());
-  int64_t read = in.read.load(std::memory_order_relaxed);
-  int64_t there = in.written.load(std::memory_order_acquire) - read;
-  if (there <= 0) return false;
-  if (message.moved < 0) {
-    int64_t size = 0;
-    std::memcpy(&size, in.ring + read % kRingBytes, sizeof size);
-    FS_CHECK(size == message.size, members()[message.peer].text(), " sends ", size, " bytes where ",
-             members()[rank()].text(), " receives ", message.size);
-    read += sizeof size;
-    there -= sizeof size;
-    message.moved = 0;
-  }
-  for (int64_t left = std::min(there, message.size - message.moved); left > 0;) {
-    const int64_t count = std::min(left, kRingBytes - read % kRingBytes);
-    std::memcpy(message.data + message.moved, in.ring + read % kRingBytes, count);
-    message.moved += count;
-    read += count;
-    left -= count;
-  }
-  const bool done = message.moved == message.size;
-  in.read.store(done ? round_up(read, 8) : read);
-  ring(message.peer);
-  return done;
 }
 
 void SharedMemory::do_abort(const std::string& reason) {
   uint32_t expected = kNo;
   if (!header().aborted.compare_exchange_strong(expected, kWriting)) return;  // the first reason is the one to know
-  reason.copy(header().reason, sizeof(Header::reason) - 1);
+  reason.copy(header().reason, sizeof(SharedHeader::reason) - 1);
   header().aborted.store(kYes);
   for (int r = 0; r < size(); ++r) {
     desk(r).bell.fetch_add(1);
@@ -448,14 +344,14 @@ void SharedMemory::do_close() {
 std::unique_ptr<SegmentFile> make_shared_memory(int size) {
   FS_CHECK(size >= 1 && size <= kMaxSharedRanks, "between 1 and ", kMaxSharedRanks, " ranks can share memory, not ",
            size);
-  return std::make_unique<SegmentFile>(Layout{size}.bytes());
+  return std::make_unique<SegmentFile>(SharedLayout{size}.bytes());
 }
 
 std::unique_ptr<Communicator> join_shared_memory(const std::string& path, int rank, int size, const Member& self,
                                                  Patience patience) {
   FS_CHECK(size >= 1 && size <= kMaxSharedRanks && rank >= 0 && rank < size, "there is no rank ", rank, " of ", size,
            " that can share memory");
-  const Layout layout{size};
+  const SharedLayout layout{size};
   auto segment = std::make_unique<Segment>(path, layout.bytes());
   const auto desk = [&](int r) -> Desk& { return *reinterpret_cast<Desk*>(segment->data() + layout.desk(r)); };
   segment->hold(rank);
