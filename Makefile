@@ -59,7 +59,7 @@ build-bench: build  ## Compile the benchmark binaries of csrc/bench/ into build/
 	  > $(STAMPS)/build.log 2>&1 || { cat $(STAMPS)/build.log; exit 1; }
 
 bench: setup build-bench  ## Kernels, runtime and demo model beside this machine's limits (minutes); JSON in build/bench
-	@for name in gemm attention decode prefill swap; do \
+	@for name in gemm attention decode prefill swap comm; do \
 	  echo; echo "$$name"; build/bench/$$name --json build/bench/$$name.json || exit 1; \
 	done
 	$(BIN)/fastserve bench latency --model smollm2 --batch-size 1 --batch-size 8 --batch-size 32
@@ -72,7 +72,7 @@ bench-peers: setup-dev  ## FastServe beside llama.cpp, vLLM, CTranslate2, transf
 	$(BIN)/python benchmarks/compare_peers.py
 
 clean:  ## Remove the build and caches, keep .venv
-	rm -rf build dist *.egg-info fastserve/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info fastserve/_*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f $(STAMPS)/install
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
@@ -87,7 +87,7 @@ $(STAMPS)/venv:
 $(STAMPS)/install: pyproject.toml setup.py | $(STAMPS)/venv
 	@command -v $${CXX:-c++} > /dev/null || { echo "no C++ compiler: install g++ or clang, or set CXX" >&2; exit 1; }
 	@echo "installing the build tools and FastServe (compiles csrc/: a few minutes the first time)"
-	@$(PIP) install --upgrade setuptools pybind11 cmake ninja
+	@$(PIP) install --upgrade setuptools pybind11 cmake ninja 'mpich>=4.2'
 	@$(PIP) install --no-build-isolation -e '.[plots,mpi]'
 	@touch $@
 

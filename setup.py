@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds the CMake target `_C` and puts the module where setuptools expects it."""
+    """Configures and builds the CMake target `modules` and puts them where setuptools expects it."""
 
     def run(self) -> None:
         # Work in the source tree builds in ./build, where only what changed is compiled again. `pip install .` builds
@@ -43,7 +43,7 @@ class CMakeBuild(build_ext):
         jobs = [f"-j{self.parallel}"] if self.parallel else []
         try:
             subprocess.run([cmake_program, "-S", ROOT, "-B", self.cmake_dir, "-G", "Ninja", *definitions], check=True)
-            subprocess.run([cmake_program, "--build", self.cmake_dir, "--target", "_C", *jobs], check=True)
+            subprocess.run([cmake_program, "--build", self.cmake_dir, "--target", "modules", *jobs], check=True)
         except subprocess.CalledProcessError:
             raise SystemExit("csrc/ did not build; the reason is above") from None
 

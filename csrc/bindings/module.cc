@@ -9,4 +9,5 @@ PYBIND11_MODULE(_C, module) {
   fastserve::register_cpu(module);
   fastserve::register_matrix(module);
   fastserve::register_attention(module);
+  fastserve::register_comm(module);
 }

@@ -10,5 +10,6 @@ void register_sampler(pybind11::module_& module);
 void register_cpu(pybind11::module_& module);
 void register_matrix(pybind11::module_& module);
 void register_attention(pybind11::module_& module);
+void register_comm(pybind11::module_& module);
 
 }  // namespace fastserve

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "bindings/arrays.h"
+#include "bindings/plan.h"
 #include "bindings/register.h"
 #include "model/dequantize.h"
 
@@ -53,83 +54,6 @@ ModelSpec read_spec(const py::handle& spec) {
           .out_bias = flag("out_bias"),
           .mlp_bias = flag("mlp_bias"),
           .tied_embeddings = flag("tied_embeddings")};
-}
-
-// Walks a flat array whose pieces belong to consecutive slots.
-template <class T>
-class Pieces {
- public:
-  Pieces(const py::handle& plan, const char* name) : name_(name), array_(array_attribute<T>(plan, name)) {}
-  std::vector<T> take(int64_t count) {
-    FS_CHECK(count >= 0 && next_ + count <= array_.shape(0), "plan.", name_, " is too short");
-    const T* data = array_.data() + next_;
-    next_ += count;
-    return {data, data + count};
-  }
-
- private:
-  const char* name_;
-  Array<T> array_;
-  int64_t next_ = 0;
-};
-
-std::vector<OpenedSlot> read_opened(const py::handle& plan) {
-  const auto opened = array_attribute<int32_t>(plan, "opened", 8);
-  const auto params = array_attribute<float>(plan, "opened_params", 6);
-  const auto seeds = array_attribute<uint64_t>(plan, "opened_seeds");
-  FS_CHECK(params.shape(0) == opened.shape(0) && seeds.shape(0) == opened.shape(0),
-           "plan.opened, opened_params and opened_seeds differ in length");
-  Pieces<int32_t> history(plan, "history"), bias_tokens(plan, "bias_tokens"), stop_tokens(plan, "stop_tokens");
-  Pieces<float> bias_values(plan, "bias_values");
-  std::vector<OpenedSlot> result(opened.shape(0));
-  for (size_t i = 0; i < result.size(); ++i) {
-    const int32_t* columns = opened.data(i, 0);
-    const float* floats = params.data(i, 0);
-    OpenedSlot& slot = result[i];
-    slot.slot = columns[0];
-    slot.prompt_length = columns[1];
-    slot.history = history.take(columns[2]);
-    slot.params = {.temperature = floats[0],
-                   .top_k = columns[3],
-                   .top_p = floats[1],
-                   .min_p = floats[2],
-                   .repetition_penalty = floats[3],
-                   .presence_penalty = floats[4],
-                   .frequency_penalty = floats[5],
-                   .logprobs = columns[4],
-                   .min_tokens = columns[5],
-                   .seed = seeds.at(i),
-                   .bias = {},
-                   .stop_tokens = stop_tokens.take(columns[7])};
-    const auto tokens = bias_tokens.take(columns[6]);
-    const auto values = bias_values.take(columns[6]);
-    for (size_t j = 0; j < tokens.size(); ++j) slot.params.bias.emplace_back(tokens[j], values[j]);
-  }
-  return result;
-}
-
-BatchPlan read_plan(const py::handle& plan, bool return_logits) {
-  BatchPlan result;
-  result.plan_id = plan.attr("plan_id").cast<int64_t>();
-  result.return_logits = return_logits;
-  const auto rows = array_attribute<int32_t>(plan, "rows", 4);
-  for (py::ssize_t i = 0; i < rows.shape(0); ++i) {
-    result.rows.push_back({rows.at(i, 0), rows.at(i, 1), rows.at(i, 2), rows.at(i, 3)});
-  }
-  const auto tokens = array_attribute<int32_t>(plan, "tokens");
-  result.tokens.assign(tokens.data(), tokens.data() + tokens.size());
-  const auto closed = array_attribute<int32_t>(plan, "closed");
-  result.closed.assign(closed.data(), closed.data() + closed.size());
-  result.opened = read_opened(plan);
-  const auto table = array_attribute<int32_t>(plan, "table", 3);
-  for (py::ssize_t i = 0; i < table.shape(0); ++i) {
-    result.table.push_back({table.at(i, 0), table.at(i, 1), table.at(i, 2)});
-  }
-  const auto copies = array_attribute<int32_t>(plan, "copies", 4);
-  for (py::ssize_t i = 0; i < copies.shape(0); ++i) {
-    result.copies.push_back({copies.at(i, 0), copies.at(i, 1), copies.at(i, 2), copies.at(i, 3)});
-  }
-  return result;
 }
 
 // (plan_id, tokens [S], logprobs [S], top_tokens [S, K], top_logprobs [S, K], logits [L, vocab] or None, seconds,

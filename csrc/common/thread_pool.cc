@@ -5,6 +5,7 @@
 #include <system_error>
 
 #include "common/check.h"
+#include "common/pause.h"
 
 namespace fastserve {
 
@@ -17,14 +18,6 @@ constexpr uint64_t kInside = kOpen - 1;
 // anybody would notice as idle load.
 constexpr auto kSpinTime = std::chrono::microseconds(200);
 constexpr int kSpinsPerClockRead = 64;
-
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 }  // namespace
 

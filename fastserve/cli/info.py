@@ -37,6 +37,7 @@ def info(model: ModelArgument, as_json: JsonOption = False) -> None:
 def describe(model: str) -> dict[str, Any]:
     """JSON-ready. Raises ModelError when the model cannot be opened."""
     from ..config import KV_CACHE_DTYPES, QUANTIZATIONS
+    from ..distributed import mpi_library
     from ..loaders import open_model
     from ..loaders.quantization import format_bytes
     from ..native import block_bytes, instruction_sets
@@ -70,6 +71,7 @@ def describe(model: str) -> dict[str, Any]:
             dtype: block_bytes(spec, dtype, _BLOCK) // _BLOCK for dtype in KV_CACHE_DTYPES if dtype != "auto"
         },
         "instruction_sets": [name for name in instruction_sets() if not name.endswith("_emulated")],
+        "mpi": mpi_library(),
         **_default_pools(block_bytes(spec, "bfloat16", _BLOCK), spec.max_position),
     }
 
@@ -102,6 +104,8 @@ def _check_model(model: str) -> None:
 
 
 def _readable(name: str, value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):

@@ -381,6 +381,7 @@ def test_info(shell: Shell) -> None:
     assert sizes["float32"] == 2 * sizes["bfloat16"] and sizes["int8"] < sizes["bfloat16"]
     assert (result["tokenizer"], result["chat_template"], result["eos_token_ids"]) == (True, True, [3])
     assert result["swap_blocks"] > 0 < result["kv_blocks"] <= 32 * CONTEXT // 16
+    assert result["mpi"] is None or re.match(r"[A-Z].* \d+\.\d+", result["mpi"])
     table = shell("info", "toy")
     assert re.search(r"vocabulary +61", table) and re.search(r"tokenizer +yes", table)
 

@@ -46,6 +46,8 @@ ARROWS: dict[str, set[str] | None] = {
     "presets": {"roofline", "config", "cost", "types"},
     "profiler": {"config", "cost", "types"},
     "_C": {"loaders", "types"},  # its stub, for the type checker
+    "ranks": {"_C"},
+    "distributed": {"ranks", "_C", "config", "types"},
     "native": {"loaders", "_C", "config", "types"},
     "seeds": {"types"},
     "ipc": {"types"},

@@ -1,0 +1,166 @@
+"""Ranks as processes of this host: a group that is started here, watched, and ended as a whole.
+
+It shares memory and needs no MPI; groups on several hosts are mpiexec's, mpirun's or srun's to start.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from . import _C
+
+PATH_VARIABLE = "FASTSERVE_SHARED_MEMORY"
+_LAUNCHER_VARIABLE = "FASTSERVE_LAUNCHER"  # a descriptor that ends with the launcher
+_GRACE = 3.0  # seconds between asking a process to end and ending it
+
+
+class RankFailed(RuntimeError):
+    """A rank ended before its time, and the others with it."""
+
+    def __init__(self, rank: int, process: int, status: int) -> None:
+        self.rank = rank
+        self.status = status
+        why = f"exited with status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
+        super().__init__(f"rank {rank} on {socket.gethostname()} (process {process}) {why}; the group was ended")
+
+
+class Ranks:
+    """Processes that are ranks `first` … `size - 1` of a group of `size`; those below `first` are the caller's.
+
+    As a context, all are ended at its end.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], size: int, *, first: int = 0, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Start them, each with the same arguments. They join in `distributed.connect`.
+
+        Raises OSError when the program cannot be started, and _C.Error when there is no memory to share.
+        """
+        self._memory = _C.SharedMemory(size)
+        self._first = first
+        self._processes: list[subprocess.Popen[bytes]] = []
+        # Its other end is open here, and closed by the system whatever becomes of this process.
+        ours, theirs = os.pipe()
+        self._launcher: tuple[int, ...] = (ours, theirs)
+        common = {
+            **(os.environ if environment is None else environment),
+            "FASTSERVE_WORLD_SIZE": str(size),
+            PATH_VARIABLE: self._memory.path,
+            _LAUNCHER_VARIABLE: str(ours),
+        }
+        try:
+            for rank in range(first, size):
+                own = {**common, "FASTSERVE_RANK": str(rank)}
+                self._processes.append(subprocess.Popen(argv, env=own, pass_fds=(ours,)))
+        except BaseException:
+            self.end()
+            raise
+
+    @property
+    def path(self) -> str:
+        """Of the memory they share: what `_C.join_shared_memory` takes."""
+        return self._memory.path
+
+    @property
+    def processes(self) -> list[int]:
+        """Their ids, in rank order."""
+        return [process.pid for process in self._processes]
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until all have ended well; whether they have within `timeout` seconds.
+
+        Raises RankFailed, after ending the others, as soon as one has not.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with selectors.DefaultSelector() as selector:
+            for process in self._processes:
+                if process.poll() is None:
+                    descriptor = os.pidfd_open(process.pid)
+                    selector.register(descriptor, selectors.EVENT_READ)
+            try:
+                while True:
+                    self._check()
+                    if all(process.returncode is not None for process in self._processes):
+                        return True
+                    rest = None if deadline is None else deadline - time.monotonic()
+                    if rest is not None and rest <= 0:
+                        return False
+                    for key, _ in selector.select(rest):
+                        selector.unregister(key.fd)
+                        os.close(key.fd)
+            finally:
+                for key in selector.get_map().values():
+                    os.close(key.fd)
+
+    def _check(self) -> None:
+        failed = [
+            (status > 0, rank, process.pid, status)  # a rank that was ended by a signal is why others exit
+            for rank, process in enumerate(self._processes, self._first)
+            if (status := process.poll())
+        ]
+        if failed:
+            _, rank, process_id, status = min(failed)
+            self.end()
+            raise RankFailed(rank, process_id, status)
+
+    def end(self) -> None:
+        """End all that still run: asked first, killed after three seconds."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.terminate()
+        deadline = time.monotonic() + _GRACE
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for descriptor in self._launcher:
+            os.close(descriptor)
+        self._launcher = ()
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+
+def launch(size: int, argv: Sequence[str]) -> int:
+    """Run a program as a group of `size` ranks on this host, and wait for it.
+
+    Returns its exit status: 0, or the status of the rank that failed first (128 + n for signal n), after one line on
+    stderr that says which one, where, and why. An interrupt ends the group.
+    """
+    with Ranks(argv, size) as ranks:
+        try:
+            ranks.wait()
+        except RankFailed as failure:
+            print(f"fastserve: {failure}", file=sys.stderr)
+            return failure.status if failure.status > 0 else 128 - failure.status
+    return 0
+
+
+def end_with_launcher() -> None:
+    """In a rank: end when the process that started it is no more."""
+    descriptor = os.environ.pop(_LAUNCHER_VARIABLE, None)  # once, and not for processes that this one starts
+    if descriptor is None:
+        return
+
+    def watch() -> None:
+        os.read(int(descriptor), 1)  # nobody writes: it returns when the last writer is gone
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="fastserve-launcher", daemon=True).start()
