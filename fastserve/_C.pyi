@@ -6,7 +6,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from .links import Links
 from .loaders.spec import ModelSpec
+from .sharding import Shard
 from .types import BatchPlan
 
 _Memory: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[Any]
@@ -26,6 +28,8 @@ class Runtime:
         num_host_blocks: int = 0,
         swap_bandwidth: int = 0,
         formats: Mapping[str, str] = ...,
+        shard: Shard | None = None,
+        links: Links | None = None,
     ) -> None: ...
     def load_tensor(
         self, name: str, dtype: str, shape: Sequence[int], data: npt.NDArray[np.uint8], first_row: int = 0
@@ -35,6 +39,8 @@ class Runtime:
     # (plan_id, tokens, logprobs, top_tokens, top_logprobs, logits or None, seconds, {sample: error}, copies,
     # copy_seconds), or None after `seconds`
     def poll(self, seconds: float) -> Any: ...
+    def follow(self) -> None: ...
+    def close(self) -> None: ...
     def read_block(self, host: bool, block: int) -> bytes: ...
     @property
     def instruction_set(self) -> str: ...

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from . import _C
 from .config import RuntimeConfig
 from .loaders.quantization import weight_formats
+from .links import Links
 from .loaders.spec import ModelError, ModelSource, ModelSpec, WeightTensor
+from .loaders.weights import BLOCKS
+from .sharding import Shard, whole
 from .types import BatchPlan, Float32Array, InvalidRequest, StepResult
 
 _FOREVER = -1.0
@@ -33,10 +38,18 @@ class NativeRuntime:
     not give what the configuration asks for.
     """
 
-    def __init__(self, source: ModelSource, config: RuntimeConfig) -> None:
+    def __init__(
+        self, source: ModelSource, config: RuntimeConfig, shard: Shard | None = None, links: Links | None = None
+    ) -> None:
+        """`shard` (default: all) is the part of the model that this rank holds, `links` lead to the others.
+
+        With links, rank 0 submits and polls for all, and the other ranks `follow`.
+        """
+        self._spec = source.spec
+        self._shard = shard or whole(source.spec)
         try:
             self._runtime = _C.Runtime(
-                source.spec,
+                self._shard.local(source.spec),
                 config.dtype,
                 config.kv_dtype,
                 block_size=config.block_size,
@@ -45,7 +58,11 @@ class NativeRuntime:
                 threads=config.threads,
                 num_host_blocks=config.num_host_blocks,
                 swap_bandwidth=config.swap_bandwidth or 0,
-                formats=weight_formats(source, config.dtype, config.quantization),
+                formats=self._shard.local_formats(
+                    weight_formats(source, config.dtype, config.quantization), source.spec
+                ),
+                shard=self._shard,
+                links=links,
             )
         except _C.Error as error:  # too many threads, or an instruction set this machine lacks
             raise InvalidRequest("runtime", str(error)) from error
@@ -58,14 +75,38 @@ class NativeRuntime:
             raise ModelError(f"{source.name}: {error}") from error
 
     def _load(self, tensor: WeightTensor) -> None:
-        """Load a tensor in slices of whole rows, so that little of its file is resident at a time."""
-        rows, size = tensor.shape[0], tensor.data.nbytes
-        slice_rows = rows if len(tensor.shape) == 1 else max(1, _SLICE_BYTES * rows // max(1, size))
-        for first in range(0, rows, slice_rows):
-            begin, end = (min(row, rows) * size // rows for row in (first, first + slice_rows))
-            self._runtime.load_tensor(tensor.name, tensor.dtype, list(tensor.shape), tensor.data[begin:end], first)
+        """Load what this rank holds of a tensor in slices of whole rows, so that little of its file is resident."""
+        part = self._shard.part_of(tensor.name, tensor.shape, self._spec)
+        if part is None:
+            return
+        rows, columns = part
+        shape = [len(rows), len(columns)][: len(tensor.shape)]
+        row_bytes = tensor.data.nbytes // max(1, tensor.shape[0])
+        slice_rows = len(rows) if len(shape) == 1 else max(1, _SLICE_BYTES // max(1, row_bytes))
+        name = self._shard.local_name(tensor.name)
+        for first in range(rows.start, rows.stop, slice_rows):
+            end = min(first + slice_rows, rows.stop) * row_bytes
+            data = tensor.data[first * row_bytes : end]
+            if len(shape) == 2 and len(columns) < tensor.shape[1]:
+                elements, size = BLOCKS[tensor.dtype]
+                if columns.start % elements or columns.stop % elements:
+                    raise ModelError(
+                        f"{tensor.name}: its {tensor.dtype} groups of {elements} inputs cannot be cut at "
+                        f"{columns.start} and {columns.stop}; lower tensor_parallel_size, or serve unquantized weights"
+                    )
+                held = slice(columns.start // elements * size, columns.stop // elements * size)
+                data = np.ascontiguousarray(data.reshape(-1, row_bytes)[:, held]).reshape(-1)
+            self._runtime.load_tensor(name, tensor.dtype, shape, data, first - rows.start)
             if tensor.release is not None:
                 tensor.release(end)
+
+    def follow(self) -> None:
+        """For ranks other than 0: runs what rank 0 submits, until it closes. Raises _C.Error when a rank is gone."""
+        self._runtime.follow()
+
+    def close(self) -> None:
+        """Rank 0 lets the others go, once all plans have returned; nothing to do without others."""
+        self._runtime.close()
 
     @property
     def instruction_set(self) -> str:

@@ -3,11 +3,12 @@ outputs and of the vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from .loaders.spec import ModelSpec
+from .loaders.weights import tensor_shapes
 from .types import InvalidRequest
 
 # Inner outputs go to ranks in groups of so many: quantized inputs lie in groups of 32, and vectors are as long as 64.
@@ -60,6 +61,14 @@ class Shard:
             return name
         _, layer, rest = name.split(".", 2)
         return f"layers.{int(layer) - self.layers.start}.{rest}"
+
+    def local_formats(self, formats: Mapping[str, str], spec: ModelSpec) -> dict[str, str]:
+        """Of the matrices that this rank holds of, by local name."""
+        return {
+            self.local_name(name): formats[name]
+            for name, shape in tensor_shapes(spec)
+            if name in formats and self.part_of(name, shape, spec) is not None
+        }
 
     def part_of(self, name: str, shape: Sequence[int], spec: ModelSpec) -> tuple[range, range] | None:
         """Rows and columns of a canonical tensor that this rank holds; None: nothing of it. A vector has one column."""

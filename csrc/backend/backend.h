@@ -106,7 +106,9 @@ struct AttentionArgs {
   float* output;  // [tokens, heads * head_dim], stride ld_output
   int64_t ld_output;
   int64_t num_heads;
-  float scale;  // applied to q · k
+  int64_t query_group;   // query head h reads KV head (h + query_offset) / query_group
+  int64_t query_offset;  // below query_group
+  float scale;           // applied to q · k
   const Row* rows;
   int64_t num_rows;
   int64_t layer;
@@ -125,7 +127,7 @@ class Backend {
   virtual void load_rows(Matrix& matrix, int64_t first_row, int64_t rows, SourceType type, const void* source) = 0;
   virtual void set_kv_pool(const KvLayout& layout, void* base) = 0;
 
-  // output[i] (+)= row token_ids[i] of the table.
+  // output[i] (+)= row token_ids[i] of the table; a negative token_id is a row of zeros.
   virtual void embed(const Matrix& table, const int32_t* token_ids, int64_t tokens, float* output, int64_t ld,
                      bool accumulate) = 0;
   virtual void gemm(const GemmArgs& args) = 0;
@@ -134,6 +136,8 @@ class Backend {
   virtual void attention(const AttentionArgs& args) = 0;
   // x[t, i] = act(x[t, i]) for i < width; gated: act(x[t, i]) * x[t, round_up(width, kPad) + i].
   virtual void activate(Activation kind, bool gated, float* x, int64_t tokens, int64_t width, int64_t ld) = 0;
+  // output[i] += input[i].
+  virtual void add(const float* input, float* output, int64_t count) = 0;
   // What a row of logits is sampled by, on whichever thread has it.
   virtual const LogitKernels& logit_kernels() const = 0;
   // Runs body(i, thread) for i in [0, count) on the device's host threads.

@@ -77,6 +77,8 @@ class Attention {
                                     .output = output_.as<float>(),
                                     .ld_output = ld_output_,
                                     .num_heads = heads_,
+                                    .query_group = heads_ / layout_.num_kv_heads,
+                                    .query_offset = 0,
                                     .scale = scale_,
                                     .rows = rows_.data(),
                                     .num_rows = static_cast<int64_t>(rows_.size()),

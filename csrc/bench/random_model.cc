@@ -225,7 +225,7 @@ std::unique_ptr<Runtime> random_model(const Candidate& candidate, const RuntimeS
                        .max_tokens = size.max_tokens,
                        .threads = size.threads};
   for (const auto& [name, shape] : matrices) given.formats[name] = candidate.format;
-  auto runtime = std::make_unique<Runtime>(spec, given);
+  auto runtime = std::make_unique<Runtime>(spec, Shard::whole(spec), given);
   const std::vector<float> ones(hidden, 1.0f);
   for (const std::string& name : norms) {
     runtime->load_tensor(name, SourceType::kF32, {hidden}, 0, ones.data(), hidden * 4);

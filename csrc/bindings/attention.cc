@@ -110,6 +110,8 @@ class PyAttention {
                          .output = output_.as<float>(),
                          .ld_output = ld_output_,
                          .num_heads = num_heads_,
+                         .query_group = num_heads_ / layout_.num_kv_heads,
+                         .query_offset = 0,
                          .scale = 1.0f,
                          .rows = rows_.data(),
                          .num_rows = static_cast<int64_t>(rows_.size()),

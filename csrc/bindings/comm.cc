@@ -1,13 +1,12 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
-#include <unistd.h>
 
 #include <utility>
 
 #include "bindings/arrays.h"
+#include "bindings/communicator.h"
 #include "bindings/plan.h"
 #include "bindings/register.h"
-#include "comm/acknowledgement.h"
 #include "comm/across_hosts.h"
 #include "comm/mpi.h"
 #include "comm/plan_wire.h"
@@ -38,19 +37,6 @@ std::span<std::byte> memory_of(const py::buffer& buffer, bool writable) {
   }
   return {static_cast<std::byte*>(info.ptr), static_cast<size_t>(info.size * info.itemsize)};
 }
-
-struct PyCommunicator {
-  std::unique_ptr<Communicator> communicator;
-  Acknowledgements acknowledgements;
-  const pid_t process = getpid();
-
-  explicit PyCommunicator(std::unique_ptr<Communicator> given) : communicator(std::move(given)) {}
-  ~PyCommunicator() {
-    if (getpid() != process) static_cast<void>(communicator.release());  // after a fork: the parent's
-    py::gil_scoped_release release;
-    communicator.reset();
-  }
-};
 
 template <class Make>
 std::unique_ptr<PyCommunicator> made(Make&& make) {

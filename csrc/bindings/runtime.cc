@@ -11,9 +11,11 @@
 #include <utility>
 
 #include "bindings/arrays.h"
+#include "bindings/communicator.h"
 #include "bindings/plan.h"
 #include "bindings/register.h"
 #include "model/dequantize.h"
+#include "runtime/group.h"
 
 namespace py = pybind11;
 
@@ -54,6 +56,27 @@ ModelSpec read_spec(const py::handle& spec) {
           .out_bias = flag("out_bias"),
           .mlp_bias = flag("mlp_bias"),
           .tied_embeddings = flag("tied_embeddings")};
+}
+
+// Reads a fastserve.sharding.Shard; None is all of the model.
+Shard read_shard(const py::handle& shard, const ModelSpec& spec) {
+  if (shard.is_none()) return Shard::whole(spec);
+  const auto vocab = shard.attr("vocab");
+  const auto first = vocab.attr("start").cast<int64_t>();
+  return {.query_group = shard.attr("query_group").cast<int64_t>(),
+          .query_offset = shard.attr("query_offset").cast<int64_t>(),
+          .first_token = first,
+          .num_tokens = vocab.attr("stop").cast<int64_t>() - first,
+          .first_stage = shard.attr("first_stage").cast<bool>(),
+          .last_stage = shard.attr("last_stage").cast<bool>(),
+          .adds_biases = shard.attr("adds_biases").cast<bool>()};
+}
+
+// A communicator of a fastserve.links.Links, or null.
+Communicator* read_link(const py::handle& links, const char* name) {
+  if (links.is_none()) return nullptr;
+  const py::object link = links.attr(name);
+  return link.is_none() ? nullptr : link.cast<PyCommunicator&>().communicator.get();
 }
 
 // (plan_id, tokens [S], logprobs [S], top_tokens [S, K], top_logprobs [S, K], logits [L, vocab] or None, seconds,
@@ -97,8 +120,9 @@ py::tuple write_result(StepResult result, int64_t vocab_size) {
 struct PyRuntime {
   PyRuntime(const py::handle& spec, const std::string& dtype, const std::string& kv_dtype, int64_t block_size,
             int64_t num_blocks, int64_t max_tokens, int threads, int64_t num_host_blocks, int64_t swap_bandwidth,
-            const std::map<std::string, std::string>& formats)
-      : model(read_spec(spec)),
+            const std::map<std::string, std::string>& formats, const py::object& shard, py::object given_links)
+      : links(std::move(given_links)),
+        model(read_spec(spec)),
         options{parse_dtype(dtype),
                 parse_kv_format(kv_dtype),
                 block_size,
@@ -112,8 +136,16 @@ struct PyRuntime {
     FS_CHECK(block_size > 0 && num_blocks > 0 && max_tokens > 0 && threads >= 0,
              "block_size, num_blocks and max_tokens must be positive, threads not negative");
     FS_CHECK(num_host_blocks >= 0 && swap_bandwidth >= 0, "num_host_blocks and swap_bandwidth must not be negative");
-    py::gil_scoped_release release;
-    runtime = std::make_unique<Runtime>(model, options);
+    const Shard part = read_shard(shard, model);
+    const Neighbours neighbours{read_link(links, "tensor"), read_link(links, "receives"), read_link(links, "sends")};
+    {
+      py::gil_scoped_release release;
+      runtime = std::make_unique<Runtime>(model, part, options, neighbours);
+    }
+    if (links.is_none()) return;
+    group.emplace(GroupLinks{*read_link(links, "plans"), *read_link(links, "answers"),
+                             links.attr("sampler").cast<int>()});
+    if (group->plans.rank() == 0) leader.emplace(*runtime, *group);
   }
   ~PyRuntime() {
     if (getpid() != process) {  // after a fork: the threads are the parent's, and cannot be joined here
@@ -124,9 +156,12 @@ struct PyRuntime {
     runtime.reset();
   }
 
+  const py::object links;
   ModelSpec model;
   RuntimeOptions options;
+  std::optional<GroupLinks> group;
   std::unique_ptr<Runtime> runtime;
+  std::optional<Leader> leader;
   const pid_t process = getpid();
 };
 
@@ -135,10 +170,11 @@ struct PyRuntime {
 void register_runtime(py::module_& module) {
   py::class_<PyRuntime>(module, "Runtime", "Executes batch plans in submission order on a thread of its own.")
       .def(py::init<const py::handle&, const std::string&, const std::string&, int64_t, int64_t, int64_t, int, int64_t,
-                    int64_t, const std::map<std::string, std::string>&>(),
+                    int64_t, const std::map<std::string, std::string>&, const py::object&, py::object>(),
            py::arg("spec"), py::arg("dtype"), py::arg("kv_dtype"), py::arg("block_size"), py::arg("num_blocks"),
            py::arg("max_tokens"), py::arg("threads"), py::arg("num_host_blocks") = 0, py::arg("swap_bandwidth") = 0,
-           py::arg("formats") = std::map<std::string, std::string>())
+           py::arg("formats") = std::map<std::string, std::string>(), py::arg("shard") = py::none(),
+           py::arg("links") = py::none())
       .def(
           "load_tensor",
           [](PyRuntime& self, const std::string& name, const std::string& type, const std::vector<int64_t>& shape,
@@ -157,7 +193,7 @@ void register_runtime(py::module_& module) {
           [](PyRuntime& self, const py::handle& plan, bool logits) {
             BatchPlan native = read_plan(plan, logits);
             py::gil_scoped_release release;
-            self.runtime->submit(std::move(native));
+            self.leader ? self.leader->submit(std::move(native)) : self.runtime->submit(std::move(native));
           },
           py::arg("plan"), py::arg("logits") = false)
       .def(
@@ -166,13 +202,29 @@ void register_runtime(py::module_& module) {
             std::optional<StepResult> result;
             {
               py::gil_scoped_release release;
-              result = self.runtime->poll(seconds);
+              result = self.leader ? self.leader->poll(seconds) : self.runtime->poll(seconds);
             }
             if (!result) return py::none();
             if (result->error) std::rethrow_exception(result->error);
             return write_result(std::move(*result), self.model.vocab_size);
           },
           py::arg("seconds"), "The oldest result, or None after `seconds`; negative waits as long as it takes.")
+      .def(
+          "follow",
+          [](PyRuntime& self) {
+            FS_CHECK(self.group && !self.leader, "only ranks other than 0 follow");
+            py::gil_scoped_release release;
+            follow(*self.runtime, *self.group);
+          },
+          "Runs what rank 0 submits, until it closes.")
+      .def(
+          "close",
+          [](PyRuntime& self) {
+            if (!self.leader) return;
+            py::gil_scoped_release release;
+            self.leader->close();
+          },
+          "Rank 0 lets the others go, once all plans have returned. Alone there is nobody.")
       .def(
           "read_block",
           [](const PyRuntime& self, bool host, int64_t block) {

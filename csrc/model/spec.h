@@ -34,7 +34,7 @@ struct ModelSpec {
   int64_t qkv_width() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
   // Where the up projection starts in the fused gate-and-up output.
   int64_t up_offset() const { return gated_mlp ? round_up(intermediate_size, kPad) : 0; }
-  // Throws when the numbers cannot belong to one model.
+  // Throws when the numbers cannot belong to one model, or (see Shard) to a part of one.
   void validate() const;
 };
 

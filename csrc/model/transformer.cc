@@ -9,15 +9,19 @@ namespace {
 Buffer floats(int64_t count) { return Buffer(count * sizeof(float)); }
 }  // namespace
 
-Transformer::Transformer(const ModelSpec& spec, const Weights& weights, Backend& backend, int64_t max_tokens)
+Transformer::Transformer(const ModelSpec& spec, const Shard& shard, const Weights& weights, Backend& backend,
+                         int64_t max_tokens, const Neighbours& neighbours)
     : spec_(spec),
+      shard_(shard),
       weights_(weights),
       backend_(backend),
+      neighbours_(neighbours),
       ld_hidden_(round_up(spec.hidden_size, kPad)),
       ld_qkv_(round_up(spec.qkv_width(), kPad)),
       ld_heads_(round_up(spec.num_heads * spec.head_dim, kPad)),
       ld_inner_(round_up(spec.up_offset() + spec.intermediate_size, kPad)),
-      residual_(floats(max_tokens * ld_hidden_)),
+      residuals_{floats(max_tokens * ld_hidden_), floats(shard.last_stage ? 0 : max_tokens * ld_hidden_)},
+      partial_(floats(neighbours.tensor != nullptr ? max_tokens * ld_hidden_ : 0)),
       normal_(floats(max_tokens * ld_hidden_)),
       normal2_(floats(spec.parallel_residual ? max_tokens * ld_hidden_ : 0)),
       qkv_(floats(max_tokens * ld_qkv_)),
@@ -28,14 +32,20 @@ Transformer::Transformer(const ModelSpec& spec, const Weights& weights, Backend&
 float* Transformer::forward(std::span<const Row> rows, std::span<const int32_t> token_ids,
                             std::span<const int32_t> positions, std::span<const int32_t> logit_tokens) {
   const auto tokens = static_cast<int64_t>(token_ids.size());
-  float* residual = residual_.as<float>();
-  backend_.embed(*weights_.token_embedding, token_ids.data(), tokens, residual, ld_hidden_, false);
-  if (weights_.position_embedding) {
-    backend_.embed(*weights_.position_embedding, positions.data(), tokens, residual, ld_hidden_, true);
-  } else {
-    rotation_table(positions);
+  if (!shard_.last_stage) {
+    turn_ = 1 - turn_;
+    residual_ = &residuals_[turn_];
+    if (sent_[turn_]) neighbours_.sends->wait(*sent_[turn_]);
   }
+  if (shard_.first_stage) {
+    embed(token_ids, positions);
+  } else {
+    Communicator& pipeline = *neighbours_.receives;
+    pipeline.wait(*pipeline.receive(residual_bytes(tokens), pipeline.rank() - 1));
+  }
+  if (!spec_.rope_inv_freq.empty()) rotation_table(positions);
 
+  float* residual = residual_->as<float>();
   for (int64_t i = 0; i < spec_.num_layers; ++i) {
     const LayerWeights& layer = weights_.layers[i];
     normalize(layer.attn_norm, residual, normal_.as<float>(), tokens);
@@ -49,10 +59,43 @@ float* Transformer::forward(std::span<const Row> rows, std::span<const int32_t> 
       mlp_block(i, normal_.as<float>(), tokens);
     }
   }
+  if (shard_.last_stage) return logits(logit_tokens);
+  sent_[turn_] = neighbours_.sends->send(residual_bytes(tokens), neighbours_.sends->rank() + 1);
+  return nullptr;
+}
 
+void Transformer::flush() {
+  for (Request& sent : sent_) {
+    if (sent) neighbours_.sends->wait(*sent);
+    sent.reset();
+  }
+}
+
+// A token's embedding is with the rank that has its row; the others add zeros.
+void Transformer::embed(std::span<const int32_t> token_ids, std::span<const int32_t> positions) {
+  const auto tokens = static_cast<int64_t>(token_ids.size());
+  float* residual = residual_->as<float>();
+  if (neighbours_.tensor == nullptr) {
+    backend_.embed(*weights_.token_embedding, token_ids.data(), tokens, residual, ld_hidden_, false);
+  } else {
+    local_ids_.clear();
+    for (const int32_t token : token_ids) {
+      const int64_t row = token - shard_.first_token;
+      local_ids_.push_back(row >= 0 && row < shard_.num_tokens ? static_cast<int32_t>(row) : -1);
+    }
+    backend_.embed(*weights_.token_embedding, local_ids_.data(), tokens, residual, ld_hidden_, false);
+    neighbours_.tensor->all_reduce_sum({residual, static_cast<size_t>(tokens * ld_hidden_)});
+  }
+  if (weights_.position_embedding) {
+    backend_.embed(*weights_.position_embedding, positions.data(), tokens, residual, ld_hidden_, true);
+  }
+}
+
+float* Transformer::logits(std::span<const int32_t> logit_tokens) {
   const auto wanted = static_cast<int64_t>(logit_tokens.size());
   const auto bytes = wanted * ld_logits() * static_cast<int64_t>(sizeof(float));
   if (static_cast<int64_t>(logits_.bytes()) < bytes) logits_ = Buffer(bytes);
+  float* residual = residual_->as<float>();
   float* gathered = normal_.as<float>();
   for (int64_t i = 0; i < wanted; ++i) {
     const float* from = residual + logit_tokens[i] * ld_hidden_;
@@ -108,6 +151,16 @@ void Transformer::linear(const Linear& weights, const float* input, int64_t ld_i
                  .accumulate = accumulate});
 }
 
+// The sum over ranks is taken before the residual is added, so that all of them add the same.
+void Transformer::add_to_residual(const Linear& weights, const float* input, int64_t ld_input, int64_t m) {
+  float* residual = residual_->as<float>();
+  if (neighbours_.tensor == nullptr) return linear(weights, input, ld_input, residual, ld_hidden_, m, true);
+  float* partial = partial_.as<float>();
+  linear(weights, input, ld_input, partial, ld_hidden_, m, false);
+  neighbours_.tensor->all_reduce_sum({partial, static_cast<size_t>(m * ld_hidden_)});
+  backend_.add(partial, residual, m * ld_hidden_);
+}
+
 void Transformer::attention_block(int64_t index, std::span<const Row> rows, int64_t tokens) {
   const LayerWeights& layer = weights_.layers[index];
   const auto num_rows = static_cast<int64_t>(rows.size());
@@ -129,11 +182,13 @@ void Transformer::attention_block(int64_t index, std::span<const Row> rows, int6
                       .output = heads_.as<float>(),
                       .ld_output = ld_heads_,
                       .num_heads = spec_.num_heads,
+                      .query_group = shard_.query_group,
+                      .query_offset = shard_.query_offset,
                       .scale = 1.0f / std::sqrt(static_cast<float>(spec_.head_dim)),
                       .rows = rows.data(),
                       .num_rows = num_rows,
                       .layer = index});
-  linear(layer.out, heads_.as<float>(), ld_heads_, residual_.as<float>(), ld_hidden_, tokens, true);
+  add_to_residual(layer.out, heads_.as<float>(), ld_heads_, tokens);
 }
 
 void Transformer::mlp_block(int64_t index, const float* input, int64_t tokens) {
@@ -141,7 +196,7 @@ void Transformer::mlp_block(int64_t index, const float* input, int64_t tokens) {
   float* inner = inner_.as<float>();
   linear(layer.up, input, ld_hidden_, inner, ld_inner_, tokens, false);
   backend_.activate(spec_.activation, spec_.gated_mlp, inner, tokens, spec_.intermediate_size, ld_inner_);
-  linear(layer.down, inner, ld_inner_, residual_.as<float>(), ld_hidden_, tokens, true);
+  add_to_residual(layer.down, inner, ld_inner_, tokens);
 }
 
 }  // namespace fastserve

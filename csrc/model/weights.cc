@@ -7,7 +7,8 @@
 
 namespace fastserve {
 
-Weights::Weights(const ModelSpec& spec, DType dtype, const WeightFormats& formats, Backend& backend)
+Weights::Weights(const ModelSpec& spec, const Shard& shard, DType dtype, const WeightFormats& formats,
+                 Backend& backend)
     : layers(spec.num_layers), spec_(spec), backend_(backend) {
   const int64_t hidden = spec.hidden_size, q = spec.num_heads * spec.head_dim, kv = spec.num_kv_heads * spec.head_dim;
   const auto format = [&](const std::string& name) {
@@ -22,18 +23,20 @@ Weights::Weights(const ModelSpec& spec, DType dtype, const WeightFormats& format
     return backend.make_matrix(n, k, format(parts.front()));
   };
 
-  token_embedding = matrix(spec.vocab_size, hidden, {"token_embedding.weight"});
-  expect_matrix("token_embedding.weight", *token_embedding, 0, spec.vocab_size);
-  if (spec.rope_inv_freq.empty()) {
+  if (shard.has_embedding(spec)) {
+    token_embedding = matrix(shard.num_tokens, hidden, {"token_embedding.weight"});
+    expect_matrix("token_embedding.weight", *token_embedding, 0, shard.num_tokens);
+  }
+  if (shard.first_stage && spec.rope_inv_freq.empty()) {
     const int64_t rows = spec.max_position + spec.position_offset;
     position_embedding = matrix(rows, hidden, {"position_embedding.weight"});
     expect_matrix("position_embedding.weight", *position_embedding, 0, rows);
   }
-  if (!spec.tied_embeddings) {
-    lm_head_ = matrix(spec.vocab_size, hidden, {"lm_head.weight"});
-    expect_matrix("lm_head.weight", *lm_head_, 0, spec.vocab_size);
+  if (shard.last_stage && !spec.tied_embeddings) {
+    lm_head_ = matrix(shard.num_tokens, hidden, {"lm_head.weight"});
+    expect_matrix("lm_head.weight", *lm_head_, 0, shard.num_tokens);
   }
-  make_norm("final_norm", final_norm, hidden);
+  if (shard.last_stage) make_norm("final_norm", final_norm, hidden);
 
   for (int64_t i = 0; i < spec.num_layers; ++i) {
     LayerWeights& layer = layers[i];
@@ -57,7 +60,7 @@ Weights::Weights(const ModelSpec& spec, DType dtype, const WeightFormats& format
     }
     layer.out.weight = matrix(hidden, q, {prefix + "o.weight"});
     expect_matrix(prefix + "o.weight", *layer.out.weight, 0, hidden);
-    if (spec.out_bias) {
+    if (spec.out_bias && shard.adds_biases) {
       make_vector(layer.out.bias, hidden);
       expect_vector(prefix + "o.bias", layer.out.bias, 0, hidden);
     }
@@ -71,9 +74,11 @@ Weights::Weights(const ModelSpec& spec, DType dtype, const WeightFormats& format
     expect_matrix(prefix + "down.weight", *layer.down.weight, 0, hidden);
     if (spec.mlp_bias) {
       make_vector(layer.up.bias, up + inner);
-      make_vector(layer.down.bias, hidden);
       if (spec.gated_mlp) expect_vector(prefix + "gate.bias", layer.up.bias, 0, inner);
       expect_vector(prefix + "up.bias", layer.up.bias, up, inner);
+    }
+    if (spec.mlp_bias && shard.adds_biases) {
+      make_vector(layer.down.bias, hidden);
       expect_vector(prefix + "down.bias", layer.down.bias, 0, hidden);
     }
   }
@@ -146,7 +151,7 @@ void Weights::check_complete() const {
 }
 
 int64_t Weights::bytes() const {
-  int64_t total = token_embedding->bytes();
+  int64_t total = token_embedding ? token_embedding->bytes() : 0;
   if (position_embedding) total += position_embedding->bytes();
   if (lm_head_) total += lm_head_->bytes();
   for (const LayerWeights& layer : layers) {

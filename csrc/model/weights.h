@@ -8,6 +8,7 @@
 
 #include "backend/backend.h"
 #include "common/buffer.h"
+#include "model/shard.h"
 #include "model/spec.h"
 
 namespace fastserve {
@@ -41,9 +42,9 @@ using WeightFormats = std::unordered_map<std::string, WeightFormat>;
 
 class Weights {
  public:
-  // Allocates everything the spec asks for. `formats` says how to hold matrices, by canonical name; where it says
+  // Allocates everything the spec asks for, of which `shard` is the part held here. `formats` says how to hold matrices, by canonical name; where it says
   // nothing that is `dtype`. Throws unless the parts of one matrix (q, k and v; gate and up) are held alike.
-  Weights(const ModelSpec& spec, DType dtype, const WeightFormats& formats, Backend& backend);
+  Weights(const ModelSpec& spec, const Shard& shard, DType dtype, const WeightFormats& formats, Backend& backend);
 
   // Stores a tensor, or the next rows of one, under its canonical name (loaders/spec.py). `shape` is that of the whole
   // tensor, [rows, columns] or [size]; `data` holds `bytes` bytes of it: whole rows from `first_row` on, which is where
@@ -56,7 +57,7 @@ class Weights {
 
   const Matrix& lm_head() const { return lm_head_ ? *lm_head_ : *token_embedding; }
 
-  std::unique_ptr<Matrix> token_embedding, position_embedding;
+  std::unique_ptr<Matrix> token_embedding, position_embedding;  // null where not held
   NormWeights final_norm;
   std::vector<LayerWeights> layers;
 

@@ -12,8 +12,9 @@ namespace fastserve {
 
 namespace {
 // The spec is checked before anything is sized by it.
-const ModelSpec& validated(const ModelSpec& spec) {
+const ModelSpec& validated(const ModelSpec& spec, const Shard& shard) {
   spec.validate();
+  shard.validate(spec);
   return spec;
 }
 }  // namespace
@@ -22,14 +23,19 @@ KvLayout Runtime::kv_layout(const ModelSpec& spec, KvFormat format, int64_t bloc
   return {format, spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size};
 }
 
-Runtime::Runtime(const ModelSpec& spec, const RuntimeOptions& options)
-    : spec_(validated(spec)),
+Runtime::Runtime(const ModelSpec& spec, const Shard& shard, const RuntimeOptions& options,
+                 const Neighbours& neighbours)
+    : spec_(validated(spec, shard)),
+      shard_(shard),
       options_(options),
       backend_(make_cpu_backend(options.threads)),
-      weights_(spec_, options.dtype, options.formats, *backend_),
+      weights_(spec_, shard, options.dtype, options.formats, *backend_),
       pool_(kv_layout(spec_, options.kv_format, options.block_size), options.num_blocks, options.num_host_blocks),
       copies_(pool_, options.swap_bandwidth),
-      transformer_(spec_, weights_, *backend_, options.max_tokens) {
+      transformer_(spec_, shard, weights_, *backend_, options.max_tokens, neighbours) {
+  if (neighbours.tensor != nullptr && shard.last_stage) {
+    shared_sampling_.emplace(*neighbours.tensor, shard, spec_.vocab_size);
+  }
   backend_->set_kv_pool(pool_.layout(), pool_.block(Tier::kDevice, 0));
   worker_ = std::thread([this] { work(); });
 }
@@ -87,7 +93,13 @@ std::span<const std::byte> Runtime::block(Tier tier, int64_t index) const {
 void Runtime::work() {
   std::unique_lock lock(mutex_);
   for (;;) {
-    submitted_.wait(lock, [&] { return stop_ || !plans_.empty(); });
+    const auto due = [&] { return stop_ || !plans_.empty(); };
+    if (!due() && !shard_.last_stage) {
+      lock.unlock();
+      transformer_.flush();
+      lock.lock();
+    }
+    submitted_.wait(lock, due);
     if (stop_) return;
     const BatchPlan plan = std::move(plans_.front());
     plans_.pop_front();
@@ -129,13 +141,12 @@ StepResult Runtime::execute(const BatchPlan& plan) {
       }
     }
     float* logits = transformer_.forward(rows_, token_ids_, positions_, logit_tokens_);
-    if (plan.return_logits) {
-      for (size_t i = 0; i < logit_tokens_.size(); ++i) {
-        const float* row = logits + static_cast<int64_t>(i) * transformer_.ld_logits();
-        result.logits.insert(result.logits.end(), row, row + spec_.vocab_size);
-      }
+    for (const PlanRow& row : plan.rows) slots_.at(row.slot).computed = int64_t{row.start} + row.tokens;
+    if (logits != nullptr) {
+      if (plan.return_logits) result.logits = all_logits(logits, static_cast<int64_t>(logit_tokens_.size()));
+      sample_rows(plan, logits, result);
+      note_samples(plan, result);
     }
-    sample_rows(plan, logits, result);
   }
   result.copies = copies_.take(plan.rows.empty());
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
@@ -166,40 +177,67 @@ void Runtime::apply_deltas(const BatchPlan& plan) {
   }
 }
 
+std::vector<float> Runtime::all_logits(const float* logits, int64_t count) {
+  if (shared_sampling_) return shared_sampling_->gather_logits(logits, transformer_.ld_logits(), count);
+  std::vector<float> all;
+  for (int64_t i = 0; i < count; ++i) {
+    const float* row = logits + i * transformer_.ld_logits();
+    all.insert(all.end(), row, row + spec_.vocab_size);
+  }
+  return all;
+}
+
 void Runtime::sample_rows(const BatchPlan& plan, float* logits, StepResult& result) {
   struct Work {
     const PlanRow* row;
-    Slot* slot;
+    const Slot* slot;
     float* logits;
+    size_t sample;  // of the batch
   };
   std::vector<Work> work;
+  std::vector<int64_t> sampled_rows;
   int64_t last_logits = -1;
   for (const PlanRow& row : plan.rows) {
-    Slot& slot = slots_.at(row.slot);
-    slot.computed = int64_t{row.start} + row.tokens;
     if (row.logits == 0) continue;
     last_logits += row.logits;
-    work.push_back({&row, &slot, logits + last_logits * transformer_.ld_logits()});
+    const size_t sample = sampled_rows.size();
+    sampled_rows.push_back(last_logits);
+    if (shared_sampling_ && !shared_sampling_->mine(static_cast<int64_t>(sample))) continue;
+    work.push_back({&row, &slots_.at(row.slot), logits + last_logits * transformer_.ld_logits(), sample});
   }
-  result.sampled.resize(work.size());
+  if (shared_sampling_) {
+    float* whole = shared_sampling_->exchange(logits, transformer_.ld_logits(), sampled_rows);
+    for (Work& each : work) {
+      each.logits = whole;
+      whole += shared_sampling_->ld_rows();
+    }
+  }
+  result.sampled.resize(sampled_rows.size());
   auto body = [&](int64_t i) {
-    const auto& [row, slot, row_logits] = work[i];
+    const auto& [row, slot, row_logits, sample] = work[i];
     const int64_t output_index = int64_t{row->start} + row->tokens - slot->prompt_length;
     try {
-      result.sampled[i] = sample(backend_->logit_kernels(), {row_logits, static_cast<size_t>(spec_.vocab_size)},
-                                 slot->params, slot->counts, output_index);
+      result.sampled[sample] = fastserve::sample(backend_->logit_kernels(),
+                                                 {row_logits, static_cast<size_t>(spec_.vocab_size)}, slot->params,
+                                                 slot->counts, output_index);
     } catch (const std::exception& error) {
-      result.sampled[i] = {.token = -1, .logprob = std::nanf(""), .top = {}, .error = error.what()};
+      result.sampled[sample] = {.token = -1, .logprob = std::nanf(""), .top = {}, .error = error.what()};
     }
   };
   backend_->parallel_for(
       static_cast<int64_t>(work.size()),
       [](void* context, int64_t i, int) { (*static_cast<decltype(body)*>(context))(i); }, &body);
-  for (size_t i = 0; i < work.size(); ++i) {
+  if (shared_sampling_) shared_sampling_->gather(result.sampled);
+}
+
+void Runtime::note_samples(const BatchPlan& plan, const StepResult& result) {
+  size_t sample = 0;
+  for (const PlanRow& row : plan.rows) {
+    if (row.logits == 0) continue;
     // A plan queued behind this one may already refer to a token that could not be sampled. Any will do then, since
     // the job ends here.
-    Slot& slot = *work[i].slot;
-    slot.last_sampled = std::max(0, result.sampled[i].token);
+    Slot& slot = slots_.at(row.slot);
+    slot.last_sampled = std::max(0, result.sampled[sample++].token);
     if (slot.params.needs_history()) slot.counts.add_output(slot.last_sampled);
   }
 }

@@ -14,12 +14,14 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "model/shard.h"
 #include "model/spec.h"
 #include "model/transformer.h"
 #include "model/weights.h"
 #include "runtime/copy_engine.h"
 #include "runtime/kv_pool.h"
 #include "runtime/plan.h"
+#include "runtime/shared_sampling.h"
 
 namespace fastserve {
 
@@ -37,7 +39,9 @@ struct RuntimeOptions {
 
 class Runtime {
  public:
-  Runtime(const ModelSpec& spec, const RuntimeOptions& options);
+  // `spec` is the shape of what `shard` is. The ranks that hold the rest, if any, run the same plans in the same order.
+  // Tokens are sampled in the last stage, so only there, on all its ranks, results hold them.
+  Runtime(const ModelSpec& spec, const Shard& shard, const RuntimeOptions& options, const Neighbours& neighbours = {});
   ~Runtime();
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;
@@ -68,15 +72,19 @@ class Runtime {
   void work();
   StepResult execute(const BatchPlan& plan);
   void apply_deltas(const BatchPlan& plan);
+  std::vector<float> all_logits(const float* logits, int64_t count);
   void sample_rows(const BatchPlan& plan, float* logits, StepResult& result);
+  void note_samples(const BatchPlan& plan, const StepResult& result);
 
   const ModelSpec spec_;
+  const Shard shard_;
   const RuntimeOptions options_;
   std::unique_ptr<Backend> backend_;
   Weights weights_;
   KvPool pool_;
   CopyEngine copies_;
   Transformer transformer_;
+  std::optional<SharedSampling> shared_sampling_;  // where the stage has other ranks
   bool loaded_ = false;
 
   // Touched by the worker only.

@@ -102,14 +102,21 @@ class CpuBackend final : public Backend {
 
   void embed(const Matrix& table, const int32_t* token_ids, int64_t tokens, float* output, int64_t ld,
              bool accumulate) override {
+    const auto zeros = [&](int64_t t) {
+      if (token_ids[t] >= 0) return false;
+      if (!accumulate) std::fill_n(output + t * ld, table.k, 0.0f);
+      return true;
+    };
     if (const auto* quantized = dynamic_cast<const QuantizedMatrix*>(&table)) {
       split_rows(tokens, table.k, [&](int64_t t) {
+        if (zeros(t)) return;
         cpu::unpack_quantized(quantized->layout, quantized->panel(0), token_ids[t], output + t * ld, accumulate);
       });
       return;
     }
     const auto& matrix = static_cast<const PackedMatrix&>(table);
     split_rows(tokens, matrix.k, [&](int64_t t) {
+      if (zeros(t)) return;
       kernels_.unpack_row(matrix.layout, matrix.data.as<char>(), token_ids[t], output + t * ld, accumulate);
     });
   }
@@ -193,6 +200,13 @@ class CpuBackend final : public Backend {
     split_rows(tokens, width, [&](int64_t t) {
       float* row = x + t * ld;
       kernels_.activate(kind, row, gated ? row + round_up(width, kPad) : nullptr, width);
+    });
+  }
+
+  void add(const float* input, float* output, int64_t count) override {
+    split_rows(ceil_div(count, kPad), kPad, [&](int64_t piece) {
+      const int64_t end = std::min(count, (piece + 1) * kPad);
+      for (int64_t i = piece * kPad; i < end; ++i) output[i] += input[i];
     });
   }
 

@@ -91,8 +91,7 @@ void PagedAttention::run(const AttentionArgs& args) {
 // Makes the list of tasks and returns how many pairs they are. Heads one after the other, so that one's K and V stay in
 // the cache; later queries see more, so the longest tiles come first.
 int64_t PagedAttention::cut(const AttentionArgs& args) {
-  const int64_t group = args.num_heads / kv_.num_kv_heads, ld = kv_.head_dim_padded();
-  const int64_t height = std::max<int64_t>(1, kernels_.attention_vectors / group);
+  const int64_t ld = kv_.head_dim_padded();
   const auto seen = [](const Tile& tile) { return tile.row->start + tile.first + tile.queries; };
   int64_t pairs = 0, largest = 0;
   tiles_.clear();
@@ -100,10 +99,14 @@ int64_t PagedAttention::cut(const AttentionArgs& args) {
   for (int64_t i = 0; i < args.num_rows; ++i) {
     const Row& row = args.rows[i];
     for (int64_t head = 0; head < kv_.num_kv_heads; ++head) {
+      const int64_t group_begin = head * args.query_group - args.query_offset;
+      const int64_t first_head = std::max<int64_t>(0, group_begin);
+      const int64_t heads = std::min(args.num_heads, group_begin + args.query_group) - first_head;
+      const int64_t height = std::max<int64_t>(1, kernels_.attention_vectors / heads);
       for (int64_t first = (row.tokens - 1) / height * height; first >= 0; first -= height) {
-        tiles_.push_back({&row, head, first, std::min(height, row.tokens - first), 0, 0});
-        pairs += tiles_.back().queries * group * seen(tiles_.back());
-        largest = std::max(largest, tiles_.back().queries * group);
+        tiles_.push_back({&row, head, first_head, heads, first, std::min(height, row.tokens - first), 0, 0});
+        pairs += tiles_.back().queries * heads * seen(tiles_.back());
+        largest = std::max(largest, tiles_.back().queries * heads);
       }
     }
   }
@@ -112,7 +115,7 @@ int64_t PagedAttention::cut(const AttentionArgs& args) {
   open_.assign(tiles_.size(), 0);
   for (int64_t i = 0; i < static_cast<int64_t>(tiles_.size()); ++i) {
     Tile& tile = tiles_[i];
-    const int64_t vectors = tile.queries * group, segments = ceil_div(seen(tile), kSegment);
+    const int64_t vectors = tile.queries * tile.heads, segments = ceil_div(seen(tile), kSegment);
     if (segments == 1 || vectors * seen(tile) <= grain) {
       tasks_.push_back({i, -1});
       continue;
@@ -134,14 +137,13 @@ void PagedAttention::attend(const AttentionArgs& args, const Task& task, int thr
                                     : kv_.format == KvFormat::kBFloat16 ? kernels_.attention_bf16
                                                                         : kernels_.attention_int8;
   const Tile& tile = tiles_[task.tile];
-  const int64_t group = args.num_heads / kv_.num_kv_heads;
-  const int64_t token = tile.row->first + tile.first, column = tile.kv_head * group * kv_.head_dim;
+  const int64_t token = tile.row->first + tile.first, column = tile.first_head * kv_.head_dim;
   const AttentionTile work{.q = args.qkv + token * args.ld + column,
                            .ld_q = args.ld,
                            .output = args.output + token * args.ld_output + column,
                            .ld_output = args.ld_output,
                            .queries = tile.queries,
-                           .heads = group,
+                           .heads = tile.heads,
                            .head_dim = kv_.head_dim,
                            .head_dim_padded = kv_.head_dim_padded(),
                            .position = tile.row->start + tile.first,
@@ -157,7 +159,7 @@ void PagedAttention::attend(const AttentionArgs& args, const Task& task, int thr
   if (tile.segments == 0) return kernels.tile(work);
   float* partials = partials_.as<float>() + tile.partial;
   kernels.segment(work, task.segment,
-                  partials + task.segment * attention_partial(tile.queries * group, kv_.head_dim_padded()));
+                  partials + task.segment * attention_partial(tile.queries * tile.heads, kv_.head_dim_padded()));
   // Whoever is last sees everybody's results and merges them.
   std::atomic_ref<int32_t> open(open_[task.tile]);
   if (open.fetch_sub(1, std::memory_order_acq_rel) == 1) kernels.merge(work, partials);

@@ -29,6 +29,7 @@ class PagedAttention {
   struct Tile {
     const Row* row;
     int64_t kv_head;
+    int64_t first_head, heads;  // query heads
     int64_t first, queries;
     int64_t segments;  // it is cut into, or 0: it is not cut
     int64_t partial;   // where their results lie

@@ -1,0 +1,51 @@
+// One executor made of the runtimes of all ranks: rank 0 leads, the others follow.
+//
+//   rank 0:   submit ──▶ plan to all ──▶ its own runtime          poll ◀── its own result ◀── the others' word on it
+//   others:              plan arrives ─▶ their runtime ─▶ result ─▶ acknowledgement (and samples, from the last stage)
+//
+// Plans reach every rank when they are submitted, so that copies start everywhere at once, ahead of the activations.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <unordered_map>
+
+#include "comm/acknowledgement.h"
+#include "comm/communicator.h"
+#include "runtime/runtime.h"
+
+namespace fastserve {
+
+// Ways between all ranks, each used by one thread of a rank at a time.
+struct GroupLinks {
+  Communicator& plans;    // from rank 0
+  Communicator& answers;  // to rank 0
+  int sampler;            // the rank that tells rank 0 the samples; 0: it has them
+};
+
+class Leader {
+ public:
+  Leader(Runtime& runtime, const GroupLinks& links) : runtime_(runtime), links_(links) {}
+
+  // As Runtime's; submit and poll may be called from two threads. With a sampler of its own, a job must not be in two
+  // plans in flight: -1 is made the token that is known, since the first stage does not hear what the last one samples.
+  void submit(BatchPlan plan);
+  // A copy is finished when it is so on all ranks; the time is the slowest rank's. Throws when a rank's plan failed,
+  // naming it, or a rank is gone.
+  std::optional<StepResult> poll(double seconds);
+  // Lets the others go, once all plans have returned.
+  void close();
+
+ private:
+  Runtime& runtime_;
+  const GroupLinks links_;
+  Acknowledgements acknowledgements_;
+  std::mutex mutex_;
+  std::deque<std::vector<int32_t>> sampling_;         // slots that sample in each plan in flight
+  std::unordered_map<int32_t, int32_t> last_sampled_;  // by slot
+};
+
+// Runs what rank 0 says until it closes. Throws what ended it otherwise.
+void follow(Runtime& runtime, const GroupLinks& links);
+
+}  // namespace fastserve

@@ -1,0 +1,43 @@
+"""The ways on which a rank's runtime talks with those of other ranks (csrc/runtime/group.h)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import _C
+from .distributed import Group
+
+
+@dataclass(frozen=True)
+class Links:
+    """Communicators, each used by one thread at a time; None where this rank has nobody to talk to on it."""
+
+    plans: _C.Communicator  # from rank 0 to all
+    answers: _C.Communicator  # from all to rank 0
+    sampler: int  # the rank that tells rank 0 what was sampled; 0: rank 0 samples
+    tensor: _C.Communicator | None  # of this stage
+    receives: _C.Communicator | None  # of the pipeline: from the stage before ...
+    sends: _C.Communicator | None  # ... and to the next one, by another thread of that one
+
+    def close(self) -> None:
+        """Leave those that are not the group's own."""
+        self.answers.close()
+        for way in {id(way): way for way in (self.receives, self.sends) if way is not None}.values():
+            way.close()
+
+
+def connect_runtime(group: Group) -> Links:
+    """Collective. The links of this rank's runtime; `group` must be there as long as they are."""
+    stage, stages = group.pipeline_rank, group.grid.pipeline_parallel_size
+    answers = group.world.split(0, group.rank)
+    # What goes from stage i to the next is on way i % 2 for both, so none is both received from and sent on.
+    ways = [group.pipeline.split(0, stage), group.pipeline.split(0, stage)] if stages > 1 else [None, None]
+    assert answers is not None
+    return Links(
+        plans=group.world,
+        answers=answers,
+        sampler=(stages - 1) * group.grid.tensor_parallel_size,
+        tensor=group.tensor if group.grid.tensor_parallel_size > 1 else None,
+        receives=ways[(stage - 1) % 2] if stage > 0 else None,
+        sends=ways[stage % 2] if stage < stages - 1 else None,
+    )
