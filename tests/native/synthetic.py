@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gguf
@@ -198,12 +198,13 @@ class Driver:
         block_size: int = 16,
         threads: int = 2,
         seed: int = 0,
+        runtime: Callable[[Any, RuntimeConfig], NativeRuntime] = NativeRuntime,
     ) -> None:
         self.sequences = sequences
         self.block_size = block_size
         blocks = [-(-len(tokens) // block_size) for tokens in sequences]
         pool = sum(blocks) + 3
-        self.runtime = NativeRuntime(
+        self.runtime = runtime(
             source,
             RuntimeConfig(
                 dtype=dtype,  # type: ignore[arg-type]

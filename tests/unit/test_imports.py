@@ -45,10 +45,12 @@ ARROWS: dict[str, set[str] | None] = {
     "roofline": {"config", "cost", "types"},
     "presets": {"roofline", "config", "cost", "types"},
     "profiler": {"config", "cost", "types"},
-    "_C": {"loaders", "types"},  # its stub, for the type checker
+    "_C": {"links", "sharding", "loaders", "types"},  # its stub, for the type checker
     "ranks": {"_C"},
     "distributed": {"ranks", "_C", "config", "types"},
-    "native": {"loaders", "_C", "config", "types"},
+    "links": {"distributed", "_C"},
+    "sharding": {"loaders", "types"},
+    "native": {"links", "sharding", "loaders", "_C", "config", "types"},
     "seeds": {"types"},
     "ipc": {"types"},
     "outputs": {"tokenizer", "types"},
