@@ -8,8 +8,8 @@ import numpy as np
 
 from . import _C
 from .config import RuntimeConfig
-from .loaders.quantization import weight_formats
 from .links import Links
+from .loaders.quantization import weight_formats
 from .loaders.spec import ModelError, ModelSource, ModelSpec, WeightTensor
 from .loaders.weights import BLOCKS
 from .sharding import Shard, whole
