@@ -41,8 +41,8 @@ class OutputLengths:
         Beyond the oldest of them, the older a job is, the longer it has to go, as when lengths have a heavy tail.
         """
         if self._ordered is None:
-            lengths = np.sort(np.array(self._lengths, np.float64))
-            self._ordered = lengths, np.append(lengths[::-1].cumsum()[::-1], 0.0)
+            ordered = np.sort(np.array(self._lengths, np.float64))
+            self._ordered = ordered, np.append(ordered[::-1].cumsum()[::-1], 0.0)
         lengths, sums = self._ordered
         mean = float(sums[0]) / len(lengths) if len(lengths) else _GUESS
         first = np.searchsorted(lengths, ages, side="right")  # the first of those that got older
