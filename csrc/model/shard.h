@@ -1,5 +1,5 @@
-// Which part of a model a rank holds; mirrors fastserve/sharding.py. Sizes in a ModelSpec are those of the part, but for
-// the vocabulary, of which tokens are.
+// Which part of a model a rank holds; mirrors fastserve/sharding.py. Sizes in a ModelSpec are those of the part, but
+// for the vocabulary, of which tokens are.
 #pragma once
 
 #include <cstdint>

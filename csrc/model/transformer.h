@@ -68,13 +68,13 @@ class Transformer {
   Buffer* residual_ = &residuals_[0];
   Buffer partial_;  // [max_tokens, ld_hidden], with other ranks in the stage only: their sums' shares
   std::vector<int32_t> local_ids_;
-  Buffer normal_;    // [max_tokens, ld_hidden]
-  Buffer normal2_;   // [max_tokens, ld_hidden], parallel residual only
-  Buffer qkv_;       // [max_tokens, ld_qkv]
-  Buffer heads_;     // [max_tokens, ld_heads]: attention output
-  Buffer inner_;     // [max_tokens, ld_inner]
-  Buffer cos_sin_;   // [max_tokens, 2, rotary_half]
-  Buffer logits_;    // grows with the number of logit rows
+  Buffer normal_;   // [max_tokens, ld_hidden]
+  Buffer normal2_;  // [max_tokens, ld_hidden], parallel residual only
+  Buffer qkv_;      // [max_tokens, ld_qkv]
+  Buffer heads_;    // [max_tokens, ld_heads]: attention output
+  Buffer inner_;    // [max_tokens, ld_inner]
+  Buffer cos_sin_;  // [max_tokens, 2, rotary_half]
+  Buffer logits_;   // grows with the number of logit rows
 };
 
 }  // namespace fastserve

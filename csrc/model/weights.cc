@@ -7,8 +7,7 @@
 
 namespace fastserve {
 
-Weights::Weights(const ModelSpec& spec, const Shard& shard, DType dtype, const WeightFormats& formats,
-                 Backend& backend)
+Weights::Weights(const ModelSpec& spec, const Shard& shard, DType dtype, const WeightFormats& formats, Backend& backend)
     : layers(spec.num_layers), spec_(spec), backend_(backend) {
   const int64_t hidden = spec.hidden_size, q = spec.num_heads * spec.head_dim, kv = spec.num_kv_heads * spec.head_dim;
   const auto format = [&](const std::string& name) {

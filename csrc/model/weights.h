@@ -42,8 +42,9 @@ using WeightFormats = std::unordered_map<std::string, WeightFormat>;
 
 class Weights {
  public:
-  // Allocates everything the spec asks for, of which `shard` is the part held here. `formats` says how to hold matrices, by canonical name; where it says
-  // nothing that is `dtype`. Throws unless the parts of one matrix (q, k and v; gate and up) are held alike.
+  // Allocates everything the spec asks for, of which `shard` is the part held here. `formats` says how to hold
+  // matrices, by canonical name; where it says nothing that is `dtype`. Throws unless the parts of one matrix (q, k and
+  // v; gate and up) are held alike.
   Weights(const ModelSpec& spec, const Shard& shard, DType dtype, const WeightFormats& formats, Backend& backend);
 
   // Stores a tensor, or the next rows of one, under its canonical name (loaders/spec.py). `shape` is that of the whole

@@ -41,7 +41,7 @@ class Leader {
   const GroupLinks links_;
   Acknowledgements acknowledgements_;
   std::mutex mutex_;
-  std::deque<std::vector<int32_t>> sampling_;         // slots that sample in each plan in flight
+  std::deque<std::vector<int32_t>> sampling_;          // slots that sample in each plan in flight
   std::unordered_map<int32_t, int32_t> last_sampled_;  // by slot
 };
 

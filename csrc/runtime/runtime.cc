@@ -23,8 +23,7 @@ KvLayout Runtime::kv_layout(const ModelSpec& spec, KvFormat format, int64_t bloc
   return {format, spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size};
 }
 
-Runtime::Runtime(const ModelSpec& spec, const Shard& shard, const RuntimeOptions& options,
-                 const Neighbours& neighbours)
+Runtime::Runtime(const ModelSpec& spec, const Shard& shard, const RuntimeOptions& options, const Neighbours& neighbours)
     : spec_(validated(spec, shard)),
       shard_(shard),
       options_(options),
@@ -217,9 +216,9 @@ void Runtime::sample_rows(const BatchPlan& plan, float* logits, StepResult& resu
     const auto& [row, slot, row_logits, sample] = work[i];
     const int64_t output_index = int64_t{row->start} + row->tokens - slot->prompt_length;
     try {
-      result.sampled[sample] = fastserve::sample(backend_->logit_kernels(),
-                                                 {row_logits, static_cast<size_t>(spec_.vocab_size)}, slot->params,
-                                                 slot->counts, output_index);
+      result.sampled[sample] =
+          fastserve::sample(backend_->logit_kernels(), {row_logits, static_cast<size_t>(spec_.vocab_size)},
+                            slot->params, slot->counts, output_index);
     } catch (const std::exception& error) {
       result.sampled[sample] = {.token = -1, .logprob = std::nanf(""), .top = {}, .error = error.what()};
     }

@@ -6,8 +6,8 @@
 #include <span>
 #include <vector>
 
-#include "common/buffer.h"
 #include "comm/communicator.h"
+#include "common/buffer.h"
 #include "model/sampler.h"
 #include "model/shard.h"
 

@@ -20,7 +20,7 @@ from fastserve.types import SamplingParams
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (4, 1), (1, 3)]
 # SmolLM2's heads in small: 9 queries in 3 groups, which neither 2 nor 4 ranks divide, and 3 stages of 4 layers.
-SMOL = llama_spec(num_heads=9, num_kv_heads=3, head_dim=8, hidden_size=72, intermediate_size=128, num_layers=4)
+SMOL = llama_spec(num_heads=9, num_kv_heads=3, head_dim=10, hidden_size=90, intermediate_size=128, num_layers=4)
 SPECS = {
     "smollm2": SMOL,
     "gpt2": gpt_spec(num_layers=3),
@@ -79,7 +79,7 @@ def test_logits_are_those_of_one_process(family: str, layout: tuple[int, int]) -
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
 def test_quantized_weights_are_cut_between_their_groups(kind: str) -> None:
-    spec = llama_spec(num_heads=8, num_kv_heads=4, head_dim=16, hidden_size=64, intermediate_size=192, num_layers=2)
+    spec = llama_spec(num_heads=8, num_kv_heads=4, head_dim=16, hidden_size=64, intermediate_size=192)
     sequences = [np.random.default_rng(2).integers(0, spec.vocab_size, 50).tolist()]
     source = QuantizedModel(spec, kind)
     (alone,), (shared,) = (logits_over(source, sequences, layout, "bfloat16") for layout in ((1, 1), (2, 1)))
@@ -92,7 +92,7 @@ def engine_tokens(
 ) -> list[list[int]]:
     """Outputs of jobs, some of which arrive while others run."""
     link = Link(offload_block=1e-5, upload_block=1e-5)
-    engine = Engine(make(source, running), config, COST, link=link)
+    engine = Engine(config, make(source, running), COST, link=link)
     added, steps = [], 0
     while engine.has_work or len(added) < len(jobs):
         while len(added) < len(jobs) and jobs[len(added)]["after"] <= steps:
@@ -109,7 +109,7 @@ def engine_tokens(
 
 
 @pytest.mark.parametrize("layout", [(1, 1), *LAYOUTS], ids=str)
-@settings(max_examples=4)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_preemption_and_swapping_stay_invisible(layout: tuple[int, int], data: st.DataObject) -> None:
     """Jobs that share a tiny pool, and are preempted and moved, get the tokens they get alone in one process."""
@@ -150,7 +150,7 @@ def test_preemption_and_swapping_stay_invisible(layout: tuple[int, int], data: s
     alone = []
     scheduling, running = configs((1, 1), 64, 0, 1)
     for number, job in enumerate(jobs):
-        engine = Engine(NativeRuntime(source, running), scheduling, COST)
+        engine = Engine(scheduling, NativeRuntime(source, running), COST)
         done = engine.add_job("0", job["prompt"], job["params"], seed=number, vocab_size=source.spec.vocab_size)
         while engine.has_work:
             engine.step()
