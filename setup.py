@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,12 @@ class CMakeBuild(build_ext):
         in_tree = self.inplace or self.editable_mode
         self.cmake_dir = ROOT / "build" if in_tree else Path(self.build_temp).resolve() / "cmake"
         super().run()
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        # setuptools knows of the extension only; the plugin for MPI, if there is one, belongs beside it.
+        for plugin in (Path(self.build_lib) / "fastserve").glob("_mpi*.so"):
+            shutil.copy2(plugin, ROOT / "fastserve" / plugin.name)
 
     def build_extension(self, ext: Extension) -> None:
         module = Path(self.get_ext_fullpath(ext.name)).resolve()

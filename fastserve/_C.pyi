@@ -6,9 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .links import Links
 from .loaders.spec import ModelSpec
-from .sharding import Shard
 from .types import BatchPlan
 
 _Memory: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[Any]
@@ -28,8 +26,8 @@ class Runtime:
         num_host_blocks: int = 0,
         swap_bandwidth: int = 0,
         formats: Mapping[str, str] = ...,
-        shard: Shard | None = None,
-        links: Links | None = None,
+        shard: object = None,  # a sharding.Shard
+        links: object = None,  # a links.Links
     ) -> None: ...
     def load_tensor(
         self, name: str, dtype: str, shape: Sequence[int], data: npt.NDArray[np.uint8], first_row: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from .config import RuntimeConfig
 from .links import Links
 from .loaders.quantization import weight_formats
 from .loaders.spec import ModelError, ModelSource, ModelSpec, WeightTensor
-from .loaders.weights import BLOCKS
+from .loaders.weights import BLOCKS, tensor_shapes
 from .sharding import Shard, whole
 from .types import BatchPlan, Float32Array, InvalidRequest, StepResult
 
@@ -46,6 +47,7 @@ class NativeRuntime:
         With links, rank 0 submits and polls for all, and the other ranks `follow`.
         """
         self._spec = source.spec
+        self._shapes = dict(tensor_shapes(source.spec))
         self._shard = shard or whole(source.spec)
         try:
             self._runtime = _C.Runtime(
@@ -76,29 +78,38 @@ class NativeRuntime:
 
     def _load(self, tensor: WeightTensor) -> None:
         """Load what this rank holds of a tensor in slices of whole rows, so that little of its file is resident."""
-        part = self._shard.part_of(tensor.name, tensor.shape, self._spec)
+        part = self._part_of(tensor)
         if part is None:
             return
-        rows, columns = part
+        name, rows, columns = part
         shape = [len(rows), len(columns)][: len(tensor.shape)]
-        row_bytes = tensor.data.nbytes // max(1, tensor.shape[0])
-        slice_rows = len(rows) if len(shape) == 1 else max(1, _SLICE_BYTES // max(1, row_bytes))
-        name = self._shard.local_name(tensor.name)
+        size = tensor.data.nbytes
+        slice_rows = len(rows) if len(shape) == 1 else max(1, _SLICE_BYTES * tensor.shape[0] // max(1, size))
         for first in range(rows.start, rows.stop, slice_rows):
-            end = min(first + slice_rows, rows.stop) * row_bytes
-            data = tensor.data[first * row_bytes : end]
+            begin, end = (min(row, rows.stop) * size // tensor.shape[0] for row in (first, first + slice_rows))
+            data = tensor.data[begin:end]
             if len(shape) == 2 and len(columns) < tensor.shape[1]:
-                elements, size = BLOCKS[tensor.dtype]
+                elements, block = BLOCKS[tensor.dtype]
                 if columns.start % elements or columns.stop % elements:
                     raise ModelError(
                         f"{tensor.name}: its {tensor.dtype} groups of {elements} inputs cannot be cut at "
                         f"{columns.start} and {columns.stop}; lower tensor_parallel_size, or serve unquantized weights"
                     )
-                held = slice(columns.start // elements * size, columns.stop // elements * size)
-                data = np.ascontiguousarray(data.reshape(-1, row_bytes)[:, held]).reshape(-1)
+                held = slice(columns.start // elements * block, columns.stop // elements * block)
+                data = np.ascontiguousarray(data.reshape(-1, size // tensor.shape[0])[:, held]).reshape(-1)
             self._runtime.load_tensor(name, tensor.dtype, shape, data, first - rows.start)
             if tensor.release is not None:
                 tensor.release(end)
+
+    def _part_of(self, tensor: WeightTensor) -> tuple[str, range, range] | None:
+        """Its name here, and the rows and columns held here; None for none. What is no tensor of this model, or not as
+        large as it should be, is passed on as it is: the runtime says what is wrong."""
+        shape = self._shapes.get(tensor.name)
+        elements, block = BLOCKS.get(tensor.dtype, (1, 0))
+        if shape != tensor.shape or tensor.data.nbytes != math.prod(shape) // elements * block:
+            return tensor.name, range(tensor.shape[0]), range(tensor.shape[-1] if len(tensor.shape) == 2 else 1)
+        part = self._shard.part_of(tensor.name, shape, self._spec)
+        return None if part is None else (self._shard.local_name(tensor.name), *part)
 
     def follow(self) -> None:
         """For ranks other than 0: runs what rank 0 submits, until it closes. Raises _C.Error when a rank is gone."""

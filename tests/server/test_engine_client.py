@@ -160,12 +160,11 @@ def test_news_wakes_once_and_has_one_waiter() -> None:
     async def work() -> None:
         async with serving(Options(pace=SLOW)) as client:
             job = client.open([7], LONG, seed=1)
-            waiting = asyncio.ensure_future(job.news())
-            await asyncio.sleep(0)
+            waiting = job.news()
+            waiting.send(None)  # it waits, and nothing else has had a turn
             with pytest.raises(RuntimeError, match="has a waiter"):
                 await job.news()
-            waiting.cancel()
-            await asyncio.wait({waiting})
+            waiting.close()
             await follow(job)  # who gave up waiting has taken nothing away
             await job.news()
             check_finished(job)

@@ -45,7 +45,7 @@ ARROWS: dict[str, set[str] | None] = {
     "roofline": {"config", "cost", "types"},
     "presets": {"roofline", "config", "cost", "types"},
     "profiler": {"config", "cost", "types"},
-    "_C": {"links", "sharding", "loaders", "types"},  # its stub, for the type checker
+    "_C": {"loaders", "types"},  # its stub, for the type checker
     "ranks": {"_C"},
     "distributed": {"ranks", "_C", "config", "types"},
     "links": {"distributed", "_C"},
