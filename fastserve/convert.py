@@ -16,7 +16,7 @@ from .config import check_integer
 from .loaders.fastertransformer import FasterTransformerModel
 from .loaders.floats import BITS, ITEM_SIZES, FloatType
 from .loaders.floats import cast as cast_bits
-from .loaders.ft_config import DATA_TYPES, activation_type, config_text
+from .loaders.ft_config import DATA_TYPES, SECTION, activation_type, config_text
 from .loaders.ft_layout import CONFIG, most_ranks, places
 from .loaders.huggingface import HuggingFaceModel
 from .loaders.spec import ModelError, ModelSource, ModelSpec, WeightTensor
@@ -156,7 +156,20 @@ def _prepare(directory: Path, origin: Path, force: bool) -> None:
             raise InvalidRequest("directory", f"{directory} is not empty; name another, or give --force")
         if (directory / "config.json").exists():
             raise InvalidRequest("directory", f"{directory} holds another model (config.json); name another")
+        if (name := _of_others(directory)) is not None:
+            raise InvalidRequest(
+                "directory", f"{directory} holds {name}, and no checkpoint that it belongs to; name another"
+            )
     directory.mkdir(parents=True, exist_ok=True)
+
+
+def _of_others(directory: Path) -> str | None:
+    """A file that a checkpoint would take the place of, where there is no checkpoint that it may be of."""
+    config = directory / CONFIG
+    if config.is_file() and f"[{SECTION}]" in config.read_text(encoding="utf-8", errors="replace"):
+        return None
+    taken = [config, *directory.glob(_WEIGHT_FILES), *(directory / name for name in TOKENIZER_FILES)]
+    return next((path.name for path in taken if path.exists()), None)
 
 
 def _replace(directory: Path, staging: Path) -> None:

@@ -29,6 +29,7 @@ _DTYPES = {
 _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, …, length of the name, length of the extra field
 _LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # how files of torch before 1.6 begin
+_MOST_DIMENSIONS = 8
 _RESAVE = "save it again with torch 1.6 or later, or convert it to safetensors with transformers' save_pretrained"
 
 
@@ -176,6 +177,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 def _entry(archive: _Archive, name: str, tensor: _Tensor) -> Entry:
     where = f"{archive.path}: tensor {name!r}"
     storage, shape = tensor.storage, tensor.shape
+    if len(shape) > _MOST_DIMENSIONS:
+        raise ModelError(f"{where} has {len(shape)} dimensions; those of a model have at most {_MOST_DIMENSIONS}")
     expected = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
     given = zip(shape, tensor.strides, expected, strict=False)
     if len(tensor.strides) != len(shape) or any(size > 1 and stride != row for size, stride, row in given):

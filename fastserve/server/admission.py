@@ -58,14 +58,20 @@ class Admission:
         """Jobs that may be open when all are one user's."""
         return int(self._engine.info.get("max_num_seqs", 1)) + self._max_queue
 
+    @property
+    def most(self) -> int:
+        """The same when all engines are up."""
+        info = self._engine.info
+        return int(info.get("max_num_seqs_of_all", info.get("max_num_seqs", 1))) + self._max_queue
+
     def enter(self, user: str, jobs: int) -> None:
         """Take `jobs` places for a user, to be given back with `leave`. Raises ApiError: 400, 429 or 503."""
         self.check_open()
         capacity = self.capacity
-        if jobs > capacity:
+        if jobs > self.most:
             self.refused["too_many"] += 1
             raise refused(
-                "n", f"the request makes {jobs} jobs, and this server never has room for more than {capacity}"
+                "n", f"the request makes {jobs} jobs, and this server never has room for more than {self.most}"
             )
         if self.open_jobs + jobs > capacity and time.monotonic() - self._reclaimed > _RECLAIM_EVERY:
             self._reclaimed = time.monotonic()

@@ -65,12 +65,19 @@ class EngineClient:
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """As LLM.info, of the first engine; `max_num_seqs` counts the rows of all that are up, or else of all."""
+        """As LLM.info, of the first engine; `max_num_seqs` counts the rows of all that are up, or else of all.
+
+        Of several, `max_num_seqs_of_all` counts those of engines that will be back, too.
+        """
         info = self._replicas[0].info
         if len(self._replicas) == 1 or "max_num_seqs" not in info:
             return info
         up = [replica for replica in self._replicas if replica.ready] or self._replicas
-        return {**info, "max_num_seqs": sum(replica.info.get("max_num_seqs", 0) for replica in up)}
+        rows = {
+            name: sum(replica.info.get("max_num_seqs", 0) for replica in replicas)
+            for name, replicas in (("max_num_seqs", up), ("max_num_seqs_of_all", self._replicas))
+        }
+        return {**info, **rows}
 
     @property
     def max_model_len(self) -> int:

@@ -43,7 +43,7 @@ def router(service: Service) -> APIRouter:
             logprobs=body.logprobs,
             max_tokens=_MAX_TOKENS if body.max_tokens is None else body.max_tokens + body.only_echo,
         )
-        given = as_prompts(body.prompt, service.admission.capacity)
+        given = as_prompts(body.prompt, service.admission.most)
         if params.stop:
             service.need_tokenizer("stop", "use stop_token_ids")
         special = body.add_special_tokens is not False

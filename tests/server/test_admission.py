@@ -44,6 +44,22 @@ def test_a_full_queue_says_when_to_come_again() -> None:
     run(scenario, held=True, max_num_seqs=2, max_queue=3)
 
 
+def test_what_fits_when_all_engines_are_up_is_not_refused_for_ever() -> None:
+    """One of two engines of two rows is being started: a request of six jobs may come again, one of eight need not."""
+
+    async def scenario(world: World) -> None:
+        world.engine.info["max_num_seqs_of_all"] = 4
+        tasks = await send(world, 1)
+        assert (await world.refuse(PATH, {**PLAIN, "n": 6}, status=429))["code"] == "queue_full"
+        await world.refuse(PATH, {**PLAIN, "prompt": ["abc"] * 7}, status=429)
+        error = await world.refuse(PATH, {**PLAIN, "n": 8}, status=400)
+        assert "never has room for more than 7" in error["message"]
+        world.engine.release()
+        assert await statuses(tasks) == {200}
+
+    run(scenario, held=True, max_num_seqs=2, max_queue=3)
+
+
 def test_jobs_of_several_engines_end_side_by_side() -> None:
     """Five in 50 s here and thirty in 20 s there: one and six tenths of them a second."""
 

@@ -64,6 +64,7 @@ def test_jobs_go_on_in_another_engine_at_once() -> None:
                 check_finished(job)
             assert [engine.ready for engine in client.engines] == [False, True]
             assert client.ready and client.healthy and client.info["max_num_seqs"] == 8
+            assert client.info["max_num_seqs_of_all"] == 16
             assert killed[0] not in client.pids and len(client.pids) == 1
 
     run(work())

@@ -120,13 +120,20 @@ def test_nothing_of_somebody_elses_is_overwritten(gpt2: Path, tmp_path: Path) ->
     (tmp_path / "file").write_text("x")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.ini").write_text("[settings]\n")
+    (tmp_path / "vocabulary").mkdir()
+    (tmp_path / "vocabulary" / "vocab.json").write_text("{}")
     for directory, message in (
         (tmp_path / "file", "is a file"),
         (gpt2, "is the model that is read"),
         (tmp_path / "other", "holds another model"),
+        (tmp_path / "theirs", "holds config.ini, and no checkpoint that it belongs to"),
+        (tmp_path / "vocabulary", "holds vocab.json, and no checkpoint that it belongs to"),
     ):
         with pytest.raises(InvalidRequest, match=message):
             convert(source, directory, force=True)
+    assert (tmp_path / "theirs" / "config.ini").read_text() == "[settings]\n"
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.txt").write_text("mine")
     convert(source, tmp_path / "notes", force=True)

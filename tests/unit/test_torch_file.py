@@ -187,8 +187,9 @@ _WEIGHT = {"weight": torch.arange(6, dtype=torch.float32).reshape(2, 3)}
         ({"epoch": 3}, r"holds int 'epoch', not only tensors by name; save the model's state_dict"),
         ({1: _WEIGHT["weight"]}, r"holds _Tensor 1, not only tensors by name"),
         ([_WEIGHT["weight"]], r"holds a list, not a state dict"),
+        ({"weight": torch.ones([1] * 60)}, r"tensor 'weight' has 60 dimensions; those of a model have at most 8"),
     ],
-    ids=["transposed", "training", "number", "index", "list"],
+    ids=["transposed", "training", "number", "index", "list", "dimensions"],
 )
 def test_what_is_no_state_dict_is_named(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "pytorch_model.bin")
