@@ -16,8 +16,8 @@ from .config import check_integer
 from .loaders.fastertransformer import FasterTransformerModel
 from .loaders.floats import BITS, ITEM_SIZES, FloatType
 from .loaders.floats import cast as cast_bits
-from .loaders.ft_config import DATA_TYPES, SECTION, activation_type, config_text
-from .loaders.ft_layout import CONFIG, most_ranks, places
+from .loaders.ft_config import DATA_TYPES, activation_type, config_text
+from .loaders.ft_layout import CONFIG, SECTION, most_ranks, places
 from .loaders.huggingface import HuggingFaceModel
 from .loaders.spec import ModelError, ModelSource, ModelSpec, WeightTensor
 from .loaders.tokenizer_files import TOKENIZER_FILES

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from ..ipc import JobStatus, Status
 from ..tokenizer import Tokenizer
@@ -37,6 +37,10 @@ def worker_command(options: Mapping[str, Any], engines: int = 1) -> list[str]:
         if not told.get("threads"):
             told["threads"] = max(1, _cores() // engines)
     return [sys.executable, "-m", "fastserve.worker", "--options", json.dumps(told)]
+
+
+# Seconds that one of several engines may take to tell what it holds.
+_ANSWERS_WITHIN: Final = 2.0
 
 
 class EngineClient:
@@ -180,8 +184,23 @@ class EngineClient:
         self._router.close(job)
 
     async def list_jobs(self) -> list[tuple[OpenJob, JobStatus]]:
-        """What the engines hold, the next to run first; nothing while there is no engine."""
-        lists = await asyncio.gather(*(replica.list_jobs() for replica in self._replicas))
+        """What the engines hold, the next to run first; nothing while there is no engine.
+
+        Of several, one that says nothing is left out, unless none says anything.
+        """
+        if len(self._replicas) == 1:
+            return await self._replicas[0].list_jobs()
+        answers = [asyncio.wait_for(replica.list_jobs(), _ANSWERS_WITHIN) for replica in self._replicas]
+        lists, silent = [], None
+        for answer in await asyncio.gather(*answers, return_exceptions=True):
+            if isinstance(answer, asyncio.TimeoutError):
+                silent = answer
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                lists.append(answer)
+        if silent is not None and not lists:
+            raise silent
         return [each for each in chain.from_iterable(zip_longest(*lists)) if each is not None]
 
     async def _end_engines(self) -> None:

@@ -47,6 +47,25 @@ def test_jobs_are_shared_and_told_of_as_one() -> None:
     run(work())
 
 
+def test_an_engine_that_says_nothing_hides_only_its_own_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastserve.server.client._ANSWERS_WITHIN", 0.2)
+
+    async def work() -> None:
+        async with serving(Options(pace=SLOW), PATIENT, engines=2) as client:
+            jobs = [client.open([7, seed], LONG, seed=seed) for seed in range(4)]
+            stopped = client.engines[0].pids[0]
+            os.kill(stopped, signal.SIGSTOP)
+            try:
+                await until(lambda: jobs[1].output and jobs[3].output)
+                assert {job.engine for job, _ in await client.list_jobs()} == {1}
+            finally:
+                os.kill(stopped, signal.SIGCONT)
+            for job in await asyncio.gather(*map(follow, jobs)):
+                check_finished(job)
+
+    run(work())
+
+
 def test_jobs_go_on_in_another_engine_at_once() -> None:
     """Theirs is killed, and does not come back."""
 
