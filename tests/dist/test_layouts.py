@@ -140,7 +140,7 @@ def test_preemption_and_swapping_stay_invisible(layout: tuple[int, int], data: s
             max_model_len=100,
             max_in_flight=max(2, layout[1]),
             pipeline_parallel_size=layout[1],
-            repayment=0.0,
+            repayment=1.0,  # 0 allows two jobs to take turns for ever
         )
         running = RuntimeConfig(
             dtype="float32", block_size=4, num_blocks=blocks, num_host_blocks=host, max_num_batched_tokens=32, threads=1

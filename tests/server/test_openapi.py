@@ -19,6 +19,7 @@ from hypothesis import settings
 from schemathesis.checks import CHECKS
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from toy_engine import ToyEngine
+from toy_llm import CONTEXT
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 KEY = {"Authorization": "Bearer k"}
@@ -57,7 +58,12 @@ def document(url: str) -> Any:
 REFUSED = {"expected-statuses": [400, 401, 404, 405, 408, 413, 415]}
 API = schemathesis.openapi.from_dict(
     World(ToyEngine(), api_key=("k",)).app.openapi(),
-    config=schemathesis.Config.from_dict({"checks": {"negative_data_rejection": REFUSED}}),
+    config=schemathesis.Config.from_dict(
+        {
+            "checks": {"negative_data_rejection": REFUSED},
+            "max-stream-events": 2 * CONTEXT,  # else it hangs up after 20 or so: no server's fault that there is no [DONE]
+        }
+    ),
 )
 
 
