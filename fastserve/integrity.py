@@ -40,3 +40,7 @@ def check_integrity(scheduler: Scheduler) -> None:
             or (job.slot is None) != (job not in holders)
         ):
             raise RuntimeError(f"job {job.job_id!r} is out of step with its blocks or plans: {job}")
+    runs = {job for batch in scheduler.batches for job in (*batch.jobs, *batch.prefills)} | in_flight.keys()
+    for job in set(jobs.values()) - runs:  # whoever takes up work again is asked what it will overwrite
+        if job.waiting_since is None and len(job.output) < job.max_output:
+            raise RuntimeError(f"job {job.job_id!r} waits, and does not know it")

@@ -68,6 +68,7 @@ class Scheduler:
         self._deadline: float | None = None  # when time alone may change one
         self._mark = 0  # of the decision being made: chosen jobs carry it
         self._barred: dict[Job, None] = {}  # jobs that must stay out of the batch being chosen
+        self._fetched: dict[Job, None] = {}  # jobs that were taken out of another batch for it
         self._last_completed = -math.inf
         self._next_plan = 1
 
@@ -144,7 +145,7 @@ class Scheduler:
         if not (batch.jobs or batch.prefills or self.residency.moving):
             for other in self.batches:
                 for job in list(other.jobs):
-                    self._leave(job, now)
+                    self._preempt(job, now)
             self.residency.force(now)
             growing = self._choose(batch, [], now)
         return growing
@@ -203,6 +204,7 @@ class Scheduler:
         residency = self.residency
         growers = {batch.jobs[row] for row in growing}
         self._barred.clear()
+        self._fetched.clear()
         for _ in range(_PASSES):
             chosen = self._select(batch, growers, now)
             blocks = batch.blocks(self.config.block_size)
@@ -213,17 +215,15 @@ class Scheduler:
             self._barred.update(dict.fromkeys([*moves.pauses, *moves.drops, *(job for job, _ in moves.offloads)]))
             for job in self._barred:
                 job.mark = 0
-                self._leave(job, now)
+                self._preempt(job, now)
             if not residency.move(moves, now):
                 break
             # Blocks became free at once: whom they were made free for may run.
         mark = self._mark
-        for job in [job for job in batch.jobs if job.mark != mark]:
-            self._leave(job, now)
-        for job in batch.prefills:
-            left_out = job.mark != mark and job.batch is None and job.waiting_since is None
-            if left_out and not job.finished and self._wants(job):
-                self._pause(job, now)
+        for job in [job for job in (*batch.jobs, *batch.prefills, *self._fetched) if job.mark != mark]:
+            elsewhere = job.in_flight and len(self.batches) > 1
+            if (job.batch is None or job.batch is batch) and not (elsewhere or job.finished):
+                self._preempt(job, now)
         self._version += self._charges.tell_all(now)
         batch.prefills = [job for job in chosen.prefills if job.mark == mark]
         for job in chosen.joins:
@@ -252,21 +252,26 @@ class Scheduler:
             return False
         if job.batch is not None:
             self._leave(job)
+            self._fetched[job] = None
         return self._wants(job)
 
     def _wants(self, job: Job) -> bool:
         """Whether there is a token that it has neither got nor is getting."""
         return len(job.output) + job.pending < job.max_output
 
-    def _leave(self, job: Job, preempted: float | None = None) -> None:
-        """Take a job out of the decodes, if it is there: at a time `preempted`, or because it has nothing to do."""
+    def _preempt(self, job: Job, now: float) -> None:
+        """Take a job out of its batch though it has something to do there, if it has."""
+        self._leave(job)
+        if self._wants(job):
+            self._pause(job, now)
+
+    def _leave(self, job: Job) -> None:
+        """Take a job out of the decodes, if it is there."""
         if isinstance(job.batch, DecodeRows):
             seconds = job.batch.remove(job)
             if seconds > 0.0:
                 self._charges.left(job, seconds)
                 self._version += 1
-            if preempted is not None:
-                self._pause(job, preempted)
 
     def _pause(self, job: Job, now: float) -> None:
         if job.waiting_since is None:  # else it was chosen for a batch that never ran
