@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .calibration import UNMEASURED, Calibration, device_name
 from .config import RuntimeConfig, SchedulerConfig, check_integer
 from .cost import CostModel, Link
+from .distributed import Grid
 from .loaders import open_model
 from .loaders.module import ModuleModel, is_module
 from .loaders.spec import ModelSource, ModelSpec
 from .native import NativeRuntime, block_bytes
+from .placement import Placement, check_fits, place
 from .policies import ONLINE_POLICIES, create_policy
 from .sizing import host_blocks, link_bandwidth, pool_blocks
 from .tokenizer import Tokenizer
 from .tokenizer_choice import read_given_tokenizer
 from .types import InvalidRequest
+
+_IN_FLIGHT = 2  # plans handed to the runtime ahead of their results, where nobody says and there are no more stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +32,7 @@ class Assembly:
 
     spec: ModelSpec
     tokenizer: Tokenizer | None
+    placement: Placement  # to be closed with it
     runtime: NativeRuntime
     scheduling: SchedulerConfig
     calibration: Calibration
@@ -41,6 +47,7 @@ def assemble(
     scheduler: Mapping[str, Any],
     runtime: Mapping[str, Any],
     max_model_len: int | None,
+    max_in_flight: int | None,
     kv_cache_memory: str | int | None,
     swap_space: str | int | None,
     swap_bandwidth: str | int | None,
@@ -48,19 +55,30 @@ def assemble(
     tokenizer: Any = None,
     cost: CostModel | str | os.PathLike[str] | None,
     host_share: int = 1,
+    grid: Grid,
+    rank_command: Sequence[str] | None,
+    rank_timeout: float,
 ) -> Assembly:
     """Load a model and measure what has to be known of it. `scheduler` and `runtime` hold fields of the two configs.
 
     `model` is a name, a path, or a module of `transformers`; `tokenizer` takes the place of the model's own.
-    `host_share` engines share the host's memory, where a size is left to be found. Every option is checked before the
-    weights are loaded. Raises InvalidRequest, naming the option, and ModelError.
+    `host_share` engines share the host's memory and cores, where sizes are left to be found. `rank_command` starts
+    another rank of the `grid` on this host, where no launcher did. Every option is checked before the weights are
+    loaded. Returns on rank 0 only: the others work for it until it closes, and end then (SystemExit). Raises
+    InvalidRequest, naming the option, ModelError, and GroupError when ranks do not get on together.
     """
     check_integer("host_share", host_share, 1, 2**16)
     name, source = _open(model)
     if tokenizer is not None and skip_tokenizer:
         raise InvalidRequest("tokenizer", "cannot be given with skip_tokenizer")
-    spec = source.spec
-    scheduling = SchedulerConfig(max_model_len=_context_length(max_model_len, spec.max_position), **scheduler)
+    spec, stages = source.spec, grid.pipeline_parallel_size
+    check_fits(grid, spec)
+    scheduling = SchedulerConfig(
+        max_model_len=_context_length(max_model_len, spec.max_position),
+        max_in_flight=max(_IN_FLIGHT, stages) if max_in_flight is None else max_in_flight,
+        pipeline_parallel_size=stages,
+        **scheduler,
+    )
     _check_policy(scheduling)
     running = RuntimeConfig(
         block_size=scheduling.block_size,
@@ -68,33 +86,43 @@ def assemble(
         swap_bandwidth=link_bandwidth(swap_bandwidth),
         **runtime,
     )
-    bytes_each = block_bytes(spec, running.kv_dtype, running.block_size)
-    num_blocks = pool_blocks(
-        kv_cache_memory,
-        bytes_each,
-        block_size=scheduling.block_size,
-        max_num_seqs=scheduling.max_num_seqs,
-        max_model_len=scheduling.max_model_len,
-        host_share=host_share,
-    )
-    # On a CPU the two pools are one memory.
-    num_host_blocks = host_blocks(swap_space, bytes_each, promised=num_blocks * bytes_each, host_share=host_share)
-    if not scheduling.swaps:
-        num_host_blocks = 0
-    scheduling = replace(scheduling, num_blocks=num_blocks, num_host_blocks=num_host_blocks)
-    running = replace(running, num_blocks=num_blocks, num_host_blocks=num_host_blocks)
+    with place(grid, rank_command, rank_timeout) as placement:
+        placement.check_same("model", _digest(spec, source.num_parameters, source.weights_dtype))
+        placement.check_same("options", _digest(scheduling, replace(running, threads=0)))
+        ranks_here, threads = placement.share_of_host(host_share)
+        running = replace(running, threads=running.threads or threads)
+        shard = placement.shard(source, running, scheduling.max_num_seqs)
+        bytes_each = block_bytes(spec if shard is None else shard.local(spec), running.kv_dtype, running.block_size)
+        num_blocks = pool_blocks(
+            kv_cache_memory,
+            bytes_each,
+            block_size=scheduling.block_size,
+            max_num_seqs=scheduling.max_num_seqs * stages,
+            max_model_len=scheduling.max_model_len,
+            host_share=host_share * ranks_here,
+        )
+        # On a CPU the two pools are one memory.
+        promised, sharers = num_blocks * bytes_each, host_share * ranks_here
+        num_host_blocks = host_blocks(swap_space, bytes_each, promised=promised, host_share=sharers)
+        pools = placement.gather([num_blocks, num_host_blocks if scheduling.swaps else 0, bytes_each])
+        num_blocks, num_host_blocks = (min(pool[tier] for pool in pools) for tier in range(2))
+        scheduling = replace(scheduling, num_blocks=num_blocks, num_host_blocks=num_host_blocks)
+        running = replace(running, num_blocks=num_blocks, num_host_blocks=num_host_blocks)
 
-    text = None if skip_tokenizer else _tokenizer(tokenizer, source)
-    native = NativeRuntime(source, running)
-    arithmetic = f"{running.dtype}, KV cache {running.kv_dtype}, quantization {running.quantization}"
-    calibration = Calibration(
-        native,
-        scheduling,
-        vocab_size=spec.vocab_size,
-        model=f"{name} {source.num_parameters} {source.weights_dtype}",
-        device=device_name(running.device, arithmetic, native.instruction_set, native.threads),
-    )
-    costs, link = calibration.cost_model(cost), calibration.link()
+        native = placement.load(source, running, shard)
+        if placement.rank > 0:
+            placement.follow()
+        text = None if skip_tokenizer else _tokenizer(tokenizer, source)
+        arithmetic = f"{running.dtype}, KV cache {running.kv_dtype}, quantization {running.quantization}"
+        calibration = Calibration(
+            native,
+            scheduling,
+            vocab_size=spec.vocab_size,
+            model=f"{name} {source.num_parameters} {source.weights_dtype}",
+            device=device_name(running.device, f"{arithmetic}{_layout(grid)}", native.instruction_set, native.threads),
+        )
+        costs, link = calibration.cost_model(cost).of_stage(stages), calibration.link()
+    block = sum(pool[2] for pool in pools)
     info = {
         "model": name,
         "family": spec.family,
@@ -107,17 +135,22 @@ def assemble(
         "device": running.device,
         "instruction_set": native.instruction_set,
         "threads": native.threads,
+        "tensor_parallel_size": grid.tensor_parallel_size,
+        "pipeline_parallel_size": stages,
+        "ranks": placement.members,
         **_limits(scheduling),
-        "kv_cache_bytes": num_blocks * bytes_each,
+        "kv_cache_bytes": num_blocks * block,
+        "kv_cache_memory": num_blocks * max(pool[2] for pool in pools),
         "kv_cache_tokens": num_blocks * scheduling.block_size,
-        "swap_space_bytes": num_host_blocks * bytes_each,
+        "swap_space_bytes": num_host_blocks * block,
         "swap_bandwidth": running.swap_bandwidth,
-        "link": None if link is None else _bytes_per_second(link, bytes_each),
+        "link": None if link is None else _bytes_per_second(link, block),
         "cost": asdict(costs),
     }
     return Assembly(
         spec=spec,
         tokenizer=text,
+        placement=placement,
         runtime=native,
         scheduling=scheduling,
         calibration=calibration,
@@ -125,6 +158,17 @@ def assemble(
         link=link,
         info=info,
     )
+
+
+def _digest(*values: Any) -> str:
+    """Equal for equal values, on any host."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
+def _layout(grid: Grid) -> str:
+    if grid.size == 1:
+        return ""
+    return f", {grid.tensor_parallel_size} tensor × {grid.pipeline_parallel_size} pipeline"
 
 
 def _limits(config: SchedulerConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal
 
 import msgspec
@@ -32,7 +33,10 @@ class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
     starvation_limit: float | None = 60.0
     slowdown_limit: float | None = None
     num_levels: int = 12
-    max_in_flight: int = 2
+    max_in_flight: int | None = None
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    rank_timeout: float = 300.0
     cost: str | None = None  # the file of a profile
     host_share: int = 1  # of the host's memory, one part in so many is this engine's: others run beside it
 
@@ -64,3 +68,8 @@ def _object(text: str) -> dict[str, Any]:
     if not isinstance(decoded, dict):
         raise InvalidRequest("options", f"must be a JSON object of LLM's options, got {text:.80}")
     return decoded
+
+
+def worker_command(options: EngineOptions) -> list[str]:
+    """What starts an engine with these options, or another rank of one."""
+    return [sys.executable, "-m", "fastserve.worker", "--options", options.to_json()]

@@ -18,11 +18,17 @@ class Links:
     tensor: _C.Communicator | None  # of this stage
     receives: _C.Communicator | None  # of the pipeline: from the stage before ...
     sends: _C.Communicator | None  # ... and to the next one, by another thread of that one
+    ways: tuple[_C.Communicator, ...]  # both of the pipeline: whoever lets go of one is gone for those who use it
+
+    def abort(self, reason: str) -> None:
+        """End every wait on those that are not the group's own, of every rank, with an error that says this."""
+        for way in (self.answers, *self.ways):
+            way.abort(reason)
 
     def close(self) -> None:
         """Leave those that are not the group's own."""
         self.answers.close()
-        for way in {id(way): way for way in (self.receives, self.sends) if way is not None}.values():
+        for way in self.ways:
             way.close()
 
 
@@ -31,7 +37,7 @@ def connect_runtime(group: Group) -> Links:
     stage, stages = group.pipeline_rank, group.grid.pipeline_parallel_size
     answers = group.world.split(0, group.rank)
     # What goes from stage i to the next is on way i % 2 for both, so none is both received from and sent on.
-    ways = [group.pipeline.split(0, stage), group.pipeline.split(0, stage)] if stages > 1 else [None, None]
+    ways = [way for _ in range(2) if stages > 1 and (way := group.pipeline.split(0, stage))]
     assert answers is not None
     return Links(
         plans=group.world,
@@ -40,4 +46,5 @@ def connect_runtime(group: Group) -> Links:
         tensor=group.tensor if group.grid.tensor_parallel_size > 1 else None,
         receives=ways[(stage - 1) % 2] if stage > 0 else None,
         sends=ways[stage % 2] if stage < stages - 1 else None,
+        ways=tuple(ways),
     )

@@ -49,6 +49,8 @@ class NativeRuntime:
         self._spec = source.spec
         self._shapes = dict(tensor_shapes(source.spec))
         self._shard = shard or whole(source.spec)
+        self._under_way = 0  # plans
+        self._failure: _C.Error | None = None  # what ended it
         try:
             self._runtime = _C.Runtime(
                 self._shard.local(source.spec),
@@ -116,7 +118,14 @@ class NativeRuntime:
         self._runtime.follow()
 
     def close(self) -> None:
-        """Rank 0 lets the others go, once all plans have returned; nothing to do without others."""
+        """Rank 0 lets the others go, once all plans have returned; nothing to do without others.
+
+        Raises _C.Error when a rank is gone, and again what `poll` has raised: they are not of one mind any more.
+        """
+        while self._under_way and self._failure is None:
+            self.poll()
+        if self._failure is not None:
+            raise self._failure
         self._runtime.close()
 
     @property
@@ -139,11 +148,19 @@ class NativeRuntime:
         that no result has acknowledged. Whatever else does not fit the runtime's state is raised at `poll`.
         """
         self._runtime.submit(plan)
+        self._under_way += 1
 
     def poll(self, timeout: float | None = None) -> StepResult | None:
         """The oldest result not yet returned, or None after `timeout` seconds. The GIL is released meanwhile."""
-        answer = self._runtime.poll(_FOREVER if timeout is None else max(0.0, timeout))
-        return None if answer is None else _step_result(answer)[0]
+        try:
+            answer = self._runtime.poll(_FOREVER if timeout is None else max(0.0, timeout))
+        except _C.Error as error:
+            self._failure = error
+            raise
+        if answer is None:
+            return None
+        self._under_way -= 1
+        return _step_result(answer)[0]
 
     def logits(self, plan: BatchPlan) -> tuple[StepResult, Float32Array]:
         """Runs one plan, nothing else being in flight, and returns its logits too: [sum of the rows' logits, vocab]."""

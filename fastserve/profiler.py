@@ -35,6 +35,8 @@ _BATCH_CHUNK: Final = 32
 # In full mode: (jobs that decode, prompts beside them, tokens of each prompt). Few iterations that compute a prompt
 # compute nothing else.
 _MIXED: Final = ((2, 1, 32), (6, 1, 32), (3, 2, 32), (4, 4, 32), (2, 1, 64), (6, 1, 64), (4, 4, 64), (6, 1, 192))
+_DECODE_ROUNDS: Final = 4
+_DECODES: Final = 4  # of each, further and further into a block
 _LINK_SECONDS: Final = 0.2
 _COPY_BLOCKS: Final = 8  # of the larger copies
 _COPY_REPEATS: Final = 4  # the first finds no pages behind the host's blocks
@@ -98,6 +100,19 @@ def _undisturbed(samples: list[Sample]) -> list[Sample]:
 
 def _is_decode(rows: list[tuple[int, int]]) -> bool:
     return len(rows) == 1 and rows[0][1] == 1
+
+
+def measure_decode(executor: Executor, config: SchedulerConfig, *, vocab_size: int, rows: int) -> float:
+    """Seconds of the fastest of a few iterations in which so many jobs decode, at the shortest contexts.
+
+    The executor must be idle; its slots and blocks are used from 0 on and given back. Raises what the executor raises.
+    """
+    bench = _Bench(executor, config, vocab_size, False, None)
+    bench.warm_up()
+    for _ in range(_DECODE_ROUNDS):
+        bench.batch(rows, decodes=_DECODES)
+    bench.close()
+    return min(seconds for _, seconds in bench.samples)
 
 
 def measure_link(executor: Executor, num_blocks: int, num_host_blocks: int) -> Link | None:

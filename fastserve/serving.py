@@ -16,7 +16,9 @@ import os
 import random
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -25,7 +27,9 @@ from .assembly import assemble
 from .calibration import Calibration
 from .config import check_integer
 from .cost import CostModel
+from .distributed import Grid
 from .engine import Engine, IterationRecord
+from .engine_options import EngineOptions, worker_command
 from .outputs import Completion, LiveRequest, Request
 from .seeds import derived_seed
 from .tokenizer import Tokenizer
@@ -71,7 +75,10 @@ class ServingCore:
         starvation_limit: float | None = 60.0,
         slowdown_limit: float | None = None,
         num_levels: int = 12,
-        max_in_flight: int = 2,
+        max_in_flight: int | None = None,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        rank_timeout: float = 300.0,
         data_parallel_size: int = 1,
         skip_tokenizer: bool = False,
         tokenizer: str | os.PathLike[str] | Any = None,
@@ -110,7 +117,14 @@ class ServingCore:
         starvation_limit seconds after which mlfq, skip-join-mlfq and gittins let a waiting job go first; None: never
         slowdown_limit   so does one that has waited this many times its own service; None: never
         num_levels       of the MLFQ
-        max_in_flight    plans handed to the runtime ahead of their results; 2 keeps it busy while Python plans
+        max_in_flight    plans handed to the runtime ahead of their results; None: 2, which keep it busy while Python
+                         plans, or one a stage
+        tensor_parallel_size    ranks that share every matrix of a stage ...
+        pipeline_parallel_size  ... and stages that share the layers. With more than one rank in all, the program is
+                         either launched (mpiexec -n 4 python script.py): then this returns on rank 0 only, and the
+                         others work for it until it closes, and end. Or it is not, and starts the others on this host.
+                         threads, kv_cache_memory and swap_space are of each rank
+        rank_timeout     seconds that ranks of one iteration wait for each other; then the engine stops, naming one
         data_parallel_size  1: several engines are `fastserve serve --data-parallel-size N`, or as many processes with
                          an LLM each
         skip_tokenizer   serve token-id prompts only
@@ -120,7 +134,8 @@ class ServingCore:
                          else measured in 0.6 seconds
         on_iteration     called with an IterationRecord after every iteration, on the engine's thread
 
-        Raises InvalidRequest, naming the option, and ModelError, naming the file.
+        Raises InvalidRequest, naming the option, ModelError, naming the file, and GroupError, naming the rank that
+        could not take part.
         """
         if check_integer("data_parallel_size", data_parallel_size, 1, 2**16) != 1:
             raise InvalidRequest(
@@ -138,36 +153,51 @@ class ServingCore:
         # Names of requests that bring none must not be names that a caller thinks of.
         self._request_prefix = f"req-{secrets.token_hex(4)}"
 
+        grid = Grid(tensor_parallel_size, pipeline_parallel_size)
+        scheduler: dict[str, Any] = {
+            "policy": policy,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "stall_limit": self._stall_limit if stall_limit == "auto" else stall_limit,
+            "block_size": block_size,
+            "num_levels": num_levels,
+            "starvation_limit": starvation_limit,
+            "slowdown_limit": slowdown_limit,
+            "admission": admission,
+            "swap_mode": swap_mode,
+        }
+        runtime: dict[str, Any] = {
+            "dtype": dtype,
+            "kv_cache_dtype": kv_cache_dtype,
+            "quantization": quantization,
+            "device": device,
+            "threads": threads,
+        }
+        sizes: dict[str, Any] = {
+            "max_model_len": max_model_len,
+            "max_in_flight": max_in_flight,
+            "kv_cache_memory": kv_cache_memory,
+            "swap_space": swap_space,
+            "swap_bandwidth": swap_bandwidth,
+        }
+        rank_command = None
+        if isinstance(model, (str, os.PathLike)):
+            layout = asdict(grid)
+            options = EngineOptions(model=os.fspath(model), **scheduler, **runtime, **sizes, **layout)
+            rank_command = worker_command(options)
         assembly = assemble(
             model,
-            scheduler={
-                "policy": policy,
-                "max_num_seqs": max_num_seqs,
-                "max_num_batched_tokens": max_num_batched_tokens,
-                "stall_limit": self._stall_limit if stall_limit == "auto" else stall_limit,
-                "block_size": block_size,
-                "max_in_flight": max_in_flight,
-                "num_levels": num_levels,
-                "starvation_limit": starvation_limit,
-                "slowdown_limit": slowdown_limit,
-                "admission": admission,
-                "swap_mode": swap_mode,
-            },
-            runtime={
-                "dtype": dtype,
-                "kv_cache_dtype": kv_cache_dtype,
-                "quantization": quantization,
-                "device": device,
-                "threads": threads,
-            },
-            max_model_len=max_model_len,
-            kv_cache_memory=kv_cache_memory,
-            swap_space=swap_space,
-            swap_bandwidth=swap_bandwidth,
+            scheduler=scheduler,
+            runtime=runtime,
+            **sizes,
             skip_tokenizer=skip_tokenizer,
             tokenizer=tokenizer,
             cost=cost,
+            grid=grid,
+            rank_command=rank_command,
+            rank_timeout=rank_timeout,
         )
+        self._leave_group = weakref.finalize(self, assembly.placement.close)
         self.model: str = assembly.info["model"]
         self.spec = assembly.spec
         self.tokenizer = assembly.tokenizer
@@ -332,6 +362,7 @@ class ServingCore:
         self._stop(EngineError("the engine was closed"))
         if self._inherited:  # to end the runtime is to wait for threads, and they are the other process's
             return
+        self._leave_group()
         self._engine = self._calibration = None
 
     def _stop(self, failure: EngineError) -> None:

@@ -4,6 +4,9 @@ The API server starts it, binds the socket that it connects to, and keeps the tr
 may end at any time, in any way (ipc.py has the messages). Exit codes: 0 when told to stop, when the API server is gone,
 or by SIGTERM where no API server started it; 2 when the engine cannot start, and 1 when it cannot go on, both after a
 Failed.
+
+An engine of several ranks is as many processes, all with this command: `mpiexec -n 4 python -m fastserve.worker …`, or
+rank 0 alone, which starts the others on this host. Rank 0 serves the socket; the others work for it.
 """
 
 from __future__ import annotations
@@ -26,13 +29,16 @@ from typing import Final
 import msgspec
 import zmq
 
+from . import _C
 from .assembly import Assembly, assemble
 from .config import STREAMING_STALL_LIMIT
+from .distributed import Grid, launched
 from .engine import Engine
-from .engine_options import EngineOptions
+from .engine_options import EngineOptions, worker_command
 from .ipc import SERVER_PID, Abort, Add, Failed, FromEngine, ListJobs, Ready, Refused, Step, ToEngine, Update
 from .loaders.spec import ModelError
 from .monitor import Monitor
+from .placement import GroupError, report
 from .types import BatchPlan, Executor, FinishReason, InvalidRequest, Job, StepResult
 
 Socket = zmq.Socket[bytes]
@@ -65,6 +71,8 @@ class Worker:
     def __init__(self, socket: Socket, assembly: Assembly, clock: Callable[[], float] = time.monotonic) -> None:
         self._socket = socket
         self._spec, self._info = assembly.spec, assembly.info
+        self._placement = assembly.placement
+        self._processes = [member["process"] for member in assembly.placement.members] or [os.getpid()]
         self._clock = clock
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode: Callable[[bytes], ToEngine] = msgspec.msgpack.Decoder(ToEngine).decode
@@ -87,14 +95,15 @@ class Worker:
     def serve(self) -> None:
         """Return when told to stop. Lets through what the runtime raises."""
         config = self._engine.config
-        self._tell(Ready([os.getpid()], self._info, self._spec.vocab_size, config.max_model_len))
+        self._tell(Ready(self._processes, self._info, self._spec.vocab_size, config.max_model_len))
         while self._receive():
             if self._engine.has_work:
                 self._step()
             self._beat()
 
     def close(self) -> None:
-        """Free the model, when what its threads are doing is done."""
+        """Free the model, when what its threads are doing is done, and let other ranks go."""
+        self._placement.close()
         del self._engine
 
     # --- messages in -------------------------------------------------------------------------------------------------
@@ -227,7 +236,6 @@ def load(options: EngineOptions) -> Assembly:
             "max_num_batched_tokens": options.max_num_batched_tokens,
             "stall_limit": STREAMING_STALL_LIMIT if options.stall_limit == "auto" else options.stall_limit,
             "block_size": options.block_size,
-            "max_in_flight": options.max_in_flight,
             "num_levels": options.num_levels,
             "starvation_limit": options.starvation_limit,
             "slowdown_limit": options.slowdown_limit,
@@ -242,12 +250,16 @@ def load(options: EngineOptions) -> Assembly:
             "threads": options.threads,
         },
         max_model_len=options.max_model_len,
+        max_in_flight=options.max_in_flight,
         kv_cache_memory=options.kv_cache_memory,
         swap_space=options.swap_space,
         swap_bandwidth=options.swap_bandwidth,
         skip_tokenizer=True,
         cost=options.cost,
         host_share=options.host_share,
+        grid=Grid(options.tensor_parallel_size, options.pipeline_parallel_size),
+        rank_command=worker_command(options),
+        rank_timeout=options.rank_timeout,
     )
 
 
@@ -257,11 +269,16 @@ def load(options: EngineOptions) -> Assembly:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the engine's process; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m fastserve.worker", description="FastServe's engine process.")
-    parser.add_argument("--address", required=True, help="where the API server's socket is: ipc://PATH")
+    parser.add_argument("--address", help="where the API server's socket is: ipc://PATH; for rank 0 only")
     parser.add_argument(
         "--options", required=True, action="append", help="JSON object of LLM's options; repeatable, and the last holds"
     )
     given = parser.parse_args(arguments)
+    rank, ranks = _rank()
+    if rank > 0:
+        return follow(ranks, *given.options)
+    if given.address is None:
+        parser.error("the following arguments are required: --address")
     # Ctrl-C reaches the whole process group, systemd's SIGTERM too, and what becomes of the jobs is the API server's
     # decision: it has Stop and SIGKILL, and this process ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -269,6 +286,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_with(int(os.environ.get(SERVER_PID, os.getppid())))
     with zmq.Context() as context, connect(context, given.address) as socket:
         return run(socket, *given.options)
+
+
+def _rank() -> tuple[int, int]:
+    """(rank, ranks) of this process, as its launcher says."""
+    here = launched()
+    return (0, 1) if here is None else (here.rank, here.size)
+
+
+def follow(ranks: int, *options: str) -> int:
+    """Work for rank 0 until it ends; returns the exit code. What goes wrong is told to the other ranks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        said = EngineOptions.from_json(*options)
+        Grid(said.tensor_parallel_size, said.pipeline_parallel_size).check(ranks)
+        load(said)
+    except SystemExit:
+        return 0
+    except Exception as error:
+        expected = isinstance(error, (InvalidRequest, ModelError, GroupError, OSError))
+        if not expected or os.environ.get("FASTSERVE_DEBUG"):
+            traceback.print_exc()
+        report(error)
+        return _CANNOT_START
+    raise AssertionError("a rank other than 0 has an engine of its own")
 
 
 def connect(context: zmq.Context[Socket], address: str) -> Socket:
@@ -294,11 +335,14 @@ def run(socket: Socket, *options: str) -> int:
         return 0
     except Exception as error:
         expected = code == _CANNOT_START and isinstance(error, (InvalidRequest, ModelError, OSError))
+        expected = expected or isinstance(error, (GroupError, _C.Error))
         if not expected or os.environ.get("FASTSERVE_DEBUG"):
             traceback.print_exc()
         field = error.field if isinstance(error, InvalidRequest) else None
         said = (
-            _message(error) if isinstance(error, (InvalidRequest, ModelError)) else f"{type(error).__name__}: {error}"
+            _message(error)
+            if isinstance(error, (InvalidRequest, ModelError, GroupError, _C.Error))
+            else f"{type(error).__name__}: {error}"
         )
         socket.send(msgspec.msgpack.encode(Failed(" ".join(said.split()), field)))
         return code

@@ -75,6 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if _is_bad_input(error) else 1
 
 
+# By name, so that commands that need none of these do not wait for their imports.
+_OWN_ERRORS = ("EngineError", "EngineStartError", "GroupError", "ServerError")
+
+
 def _is_bad_input(error: Exception) -> bool:
     from ..loaders.spec import ModelError
 
@@ -92,7 +96,12 @@ def _one_line(error: Exception) -> str:
         text = f"{message}. Try: {command} --help"
     elif isinstance(error, OSError):
         text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    elif _is_bad_input(error) or type(error).__name__ in ("EngineError", "EngineStartError", "ServerError"):
+    elif _is_bad_input(error) or type(error).__name__ in (
+        "EngineError",
+        "EngineStartError",
+        "GroupError",
+        "ServerError",
+    ):
         text = str(error)
     else:
         text = f"{type(error).__name__}: {error} (FASTSERVE_DEBUG=1 shows where)"

@@ -45,7 +45,13 @@ HARDWARE: dict[str, Any] = {
         "float32; int8 quantizes any model, with one scale an output; none converts all weights to --dtype.",
     ),
     "device": _engine(str | None, "cpu", "Where to run: cpu."),
-    "threads": _engine(int | None, "0", "Threads; 0 is one a core."),
+    "threads": _engine(int | None, "0", "Threads of each rank; 0 is its share of the cores."),
+    "tensor_parallel_size": _engine(int | None, "1", "Ranks that share every matrix of the model."),
+    "pipeline_parallel_size": _engine(
+        int | None,
+        "1",
+        "Stages that share the layers. Every rank of every stage is a process; memory sizes are of each.",
+    ),
     "max_model_len": _engine(int | None, "the model's", "Longest prompt + output, in tokens."),
     "max_num_seqs": _engine(int | None, "32", "Jobs in one iteration."),
     "max_num_batched_tokens": _engine(
@@ -130,7 +136,7 @@ SIMULATION = (
 )  # fmt: skip
 SERVING = (
     "host", "port", "served_model_name", "api_key", "cors_origin", "max_body_size", "max_queue", "shutdown_timeout",
-    "heartbeat_timeout", "log_format", "data_parallel_size",
+    "heartbeat_timeout", "log_format", "data_parallel_size", "launcher",
 )  # fmt: skip
 LOAD = (
     "base_url", "target", "endpoint", "api_key", "num_jobs", "arrival", "cv", "rounds", "concurrency_limit",

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..server.settings import ServerSettings
 
 _KEYS = "FASTSERVE_API_KEY"
+# Of the heartbeat's timeout: ranks that wait for one that hangs say which one, before the whole engine is killed.
+_NAMED_WITHIN = 0.75
 
 _server = functools.partial(panel_option, "Server")
 SERVER: dict[str, Any] = {
@@ -48,6 +50,12 @@ SERVER: dict[str, Any] = {
         "Engines, each in a process of its own with the whole model. A job goes to the one that is expected to finish "
         "it first, and goes on in another when that dies. --max-num-seqs, --kv-cache-memory and --swap-space are of "
         "each; --threads 0 is an equal share of the cores.",
+    ),
+    "launcher": _server(
+        str | None,
+        "none",
+        "Command that starts the ranks of an engine, on hosts of its own choice, such as 'mpiexec -f hosts' or srun; "
+        "-n and what to run are added. The first rank has to be on this host. Without it, all ranks are started here.",
     ),
     "shutdown_timeout": _server(
         float | None, "30", "Seconds that open requests get to finish after SIGTERM or Ctrl-C."
@@ -146,7 +154,9 @@ def _engine_client(settings: ServerSettings, options: dict[str, Any], tokenizer:
 
     health = Health(heartbeat_timeout=settings.heartbeat_timeout)
     engines = settings.data_parallel_size
-    return client.EngineClient(client.worker_command(options, engines), tokenizer, health=health, engines=engines)
+    told = {**options, "rank_timeout": _NAMED_WITHIN * settings.heartbeat_timeout}
+    command = client.engine_command(told, engines, settings.launcher)
+    return client.EngineClient(command, tokenizer, health=health, engines=engines)
 
 
 def _keys_of_environment() -> list[str]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import sys
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 from types import MappingProxyType
 from typing import Any, Final
 
+from ..distributed import Grid
+from ..engine_options import EngineOptions, worker_command
 from ..ipc import JobStatus, Status
 from ..tokenizer import Tokenizer
-from ..types import FinishReason, SamplingParams
+from ..types import FinishReason, InvalidRequest, SamplingParams
 from .engine_api import EngineUnavailable
 from .jobs import OpenJob
 from .replica import Replica, fixed_options
@@ -26,17 +27,25 @@ from .supervisor import Health
 from .totals import COUNTERS, together
 
 
-def worker_command(options: Mapping[str, Any], engines: int = 1) -> list[str]:
+def engine_command(options: Mapping[str, Any], engines: int = 1, launcher: str | None = None) -> list[str]:
     """How one of so many engines of a host is started: `options` are those of LLM, ready for JSON.
 
-    What of them is left open is its part of the host: of the cores, and of the memory.
+    What of them is left open is its part of the host: of the cores, and of the memory. `launcher` starts the ranks of
+    an engine, given -n, their number and what each shall run. Raises InvalidRequest for a launcher that is no command.
     """
-    told = dict(options)
-    if engines > 1:
-        told["host_share"] = engines
-        if not told.get("threads"):
-            told["threads"] = max(1, _cores() // engines)
-    return [sys.executable, "-m", "fastserve.worker", "--options", json.dumps(told)]
+    said = EngineOptions.from_json(json.dumps({**options, "host_share": engines}))
+    if launcher is None:
+        return worker_command(said)
+    try:
+        words = shlex.split(launcher)
+    except ValueError as error:
+        raise InvalidRequest("launcher", f"must be a command such as 'mpiexec -f hosts': {error}") from None
+    ranks = Grid(said.tensor_parallel_size, said.pipeline_parallel_size).size
+    if not words or ranks == 1:
+        raise InvalidRequest(
+            "launcher", "needs a command, and more than one rank by tensor_parallel_size or pipeline_parallel_size"
+        )
+    return [*words, "-n", str(ranks), *worker_command(said)]
 
 
 # Seconds that one of several engines may take to tell what it holds.
@@ -213,8 +222,3 @@ class EngineClient:
         if any(replica.greeting is None for replica in self._replicas):
             return "the engine has not been started"
         return self.failure or ""
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

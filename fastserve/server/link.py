@@ -27,10 +27,10 @@ _decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngi
 
 
 class Link:
-    """Bound to an address of its own; `address` is what the engine connects to, `fds` what it has to inherit for that.
+    """Bound to an address of its own; `address` is what an engine on this host connects to.
 
     The socket's file lives in a private folder, which on Linux is gone before anybody could leave it behind: the engine
-    comes in through an inherited descriptor of it, and nobody else can. Elsewhere it is removed by `close`.
+    comes in through this process's descriptor of it, and no other user can. Elsewhere it is removed by `close`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Link:
         self._on_message, self._on_garbage = on_message, on_garbage
         self._loop = asyncio.get_running_loop()
         self._folder: str | None = None
-        self.fds: tuple[int, ...] = ()
+        self._file = -1  # the socket's, without its name
         self._again: asyncio.Handle | None = None
         self._socket = context.socket(zmq.PAIR)
         self._handle: int = self._socket.FD
@@ -57,9 +57,8 @@ class Link:
             self._socket.bind(f"ipc://{path}")
             self.address = f"ipc://{path}"
             if sys.platform == "linux":
-                handle = os.open(path, os.O_PATH)
-                self.fds = (handle,)
-                self.address = f"ipc:///proc/self/fd/{handle}"
+                self._file = os.open(path, os.O_PATH)
+                self.address = f"ipc:///proc/{os.getpid()}/fd/{self._file}"
                 self._remove_folder()
             self._loop.add_reader(self._handle, self._read)
         except BaseException:
@@ -81,12 +80,6 @@ class Link:
         while not self._socket.closed and self._pending():
             self._read()
 
-    def inherited(self) -> None:
-        """The engine process runs and has its copy of `fds`."""
-        for handle in self.fds:
-            os.close(handle)
-        self.fds = ()
-
     def close(self) -> None:
         """Nothing is sent or heard any more. Idempotent."""
         if not self._socket.closed:
@@ -94,7 +87,9 @@ class Link:
             self._socket.close()
         if self._again is not None:
             self._again.cancel()
-        self.inherited()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
         self._remove_folder()
 
     def _pending(self) -> bool:

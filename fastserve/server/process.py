@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import subprocess
@@ -53,10 +52,9 @@ class EngineProcess:
             "--address",
             self._link.address,
             stdin=subprocess.DEVNULL,
-            pass_fds=self._link.fds,
             env={**os.environ, SERVER_PID: str(os.getpid())},
+            process_group=0,  # with the ranks that it starts
         )
-        self._link.inherited()
         self._waiting = asyncio.create_task(self._wait(self._process))
         return self._process.pid
 
@@ -91,14 +89,23 @@ class EngineProcess:
         return self._killed or self.failed is not None or code > 0 or -code in _OWN_SIGNALS
 
     async def _wait(self, process: asyncio.subprocess.Process) -> None:
-        self.exited.set_result(await process.wait())
+        code = await process.wait()
+        self._kill_all()  # a rank that hangs does not notice that it is alone
+        self.exited.set_result(code)
 
     def kill(self) -> None:
-        """By force; `exited` tells when it is over."""
+        """By force, with all that it started; `exited` tells when it is over."""
         if self._process is not None and not self.exited.done():
-            with contextlib.suppress(ProcessLookupError):  # it has just ended
-                self._process.kill()
-                self._killed = True
+            self._killed = self._kill_all()
+
+    def _kill_all(self) -> bool:
+        """Whether anybody was there to be killed."""
+        assert self._process is not None
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        return True
 
     def _take(self, message: FromEngine) -> None:
         self.heard = True

@@ -144,4 +144,4 @@ def fixed_options(info: Mapping[str, Any]) -> dict[str, Any]:
 
     Left to itself, the pool's size follows the memory that is free at the moment.
     """
-    return {"kv_cache_memory": info["kv_cache_bytes"]} if "kv_cache_bytes" in info else {}
+    return {"kv_cache_memory": info["kv_cache_memory"]} if "kv_cache_memory" in info else {}

@@ -33,6 +33,7 @@ class ServerSettings:
     heartbeat_timeout: float = 30.0  # seconds of silence after which the engine is killed, and started again
     log_format: LogFormat = "text"
     data_parallel_size: int = 1  # engines, each with all of the model, that share the jobs
+    launcher: str | None = None  # starts the ranks of an engine: mpiexec, mpirun or srun, with its options
     record: Path | None = None  # the trace file that jobs are appended to
     seed: int = 0
 

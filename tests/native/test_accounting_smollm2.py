@@ -12,7 +12,7 @@ import httpx
 from fastserve.cost import CostModel
 from fastserve.loaders import open_model
 from fastserve.server.app import create_app
-from fastserve.server.client import EngineClient, worker_command
+from fastserve.server.client import EngineClient, engine_command
 from fastserve.server.service import Service
 from fastserve.server.settings import ServerSettings
 from fastserve.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ def test_accounts_of_stop_strings_and_swapping(tmp_path: Path) -> None:
     data = open_model("smollm2").tokenizer_data()
     assert data is not None
     tokenizer = Tokenizer.from_data(data)
-    engine = EngineClient(worker_command(options), tokenizer)
+    engine = EngineClient(engine_command(options), tokenizer)
     service = Service(ServerSettings(model="smollm2"), engine, tokenizer)
 
     async def main() -> None:

@@ -21,7 +21,7 @@ import zmq
 from letters import check_finished, check_growing, letters
 from stand_in import CONTEXT, VOCAB, Options
 
-from fastserve.server.client import EngineClient, worker_command
+from fastserve.server.client import EngineClient, engine_command
 from fastserve.server.engine_api import EngineUnavailable
 from fastserve.server.jobs import OpenJob
 from fastserve.server.process import EngineProcess
@@ -545,13 +545,13 @@ def test_options_are_checked() -> None:
 
 
 def test_the_worker_is_told_its_options_as_json() -> None:
-    command = worker_command({"model": "smollm2", "threads": 2})
+    command = engine_command({"model": "smollm2", "threads": 2})
     assert command[1:] == ["-m", "fastserve.worker", "--options", '{"model": "smollm2", "threads": 2}']
 
 
 def test_several_workers_share_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     def told(given: dict[str, Any], engines: int) -> dict[str, Any]:
-        return {**json.loads(worker_command(given, engines)[-1])}
+        return {**json.loads(engine_command(given, engines)[-1])}
 
     monkeypatch.setattr("fastserve.server.client._cores", lambda: 8)
     assert told({"model": "m"}, 1) == {"model": "m"}

@@ -56,18 +56,31 @@ ARROWS: dict[str, set[str] | None] = {
     "outputs": {"tokenizer", "types"},
     "sizing": {"config", "types"},
     "calibration": {"profiler", "cost", "config", "types", "version"},
-    "assembly": {
-        "calibration", "config", "cost", "loaders", "native", "policies", "sizing", "tokenizer", "tokenizer_choice",
-        "types",
+    "stage_costs": {"native", "profiler", "sharding", "loaders", "config"},
+    "placement": {
+        "distributed", "links", "loaders", "native", "ranks", "sharding", "stage_costs", "_C", "config", "types",
     },
-    "serving": {"assembly", "calibration", "config", "cost", "engine", "outputs", "seeds", "tokenizer", "types"},
-    "server": {"backlog", "config", "cost", "ipc", "outputs", "seeds", "tokenizer", "types", "version"},
+    "assembly": {
+        "calibration", "config", "cost", "distributed", "loaders", "native", "placement", "policies", "sizing",
+        "tokenizer", "tokenizer_choice", "types",
+    },
+    "serving": {
+        "assembly", "calibration", "config", "cost", "distributed", "engine", "engine_options", "outputs", "seeds",
+        "tokenizer", "types",
+    },
+    "server": {
+        "backlog", "config", "cost", "distributed", "engine_options", "ipc", "outputs", "seeds", "tokenizer", "types",
+        "version",
+    },
     "llm": {"serving", "outputs", "calibration", "cost", "types"},
     "async_llm": {"serving", "outputs", "config", "types"},
     "backlog": {"config", "cost", "types"},
     "engine_options": {"types"},
     "monitor": {"backlog", "engine", "ipc", "config", "cost", "types"},
-    "worker": {"assembly", "config", "engine", "engine_options", "ipc", "loaders", "monitor", "types"},
+    "worker": {
+        "assembly", "config", "distributed", "engine", "engine_options", "ipc", "loaders", "monitor", "placement", "_C",
+        "types",
+    },
     "__init__": {"llm", "async_llm", "cost", "loaders", "outputs", "serving", "types", "version"},
     "__main__": {"cli"},
     "cli": None,

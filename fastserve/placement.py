@@ -1,0 +1,256 @@
+"""Where a model runs: in this process, or over the ranks of a group, one of which this process is.
+
+alone         tensor_parallel_size = pipeline_parallel_size = 1
+launched      mpiexec, mpirun or srun has started as many processes as the grid has places, all with one program
+started here  nobody has: this process is rank 0, and starts the others on this host
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any, Final, NoReturn
+
+from . import _C
+from .config import RuntimeConfig
+from .distributed import Grid, Group, connect, launched
+from .links import Links, connect_runtime
+from .loaders.spec import ModelSource, ModelSpec
+from .native import NativeRuntime
+from .ranks import RankFailed, Ranks
+from .sharding import Shard, cut, stages_by_cost
+from .stage_costs import measure_stages
+from .types import InvalidRequest
+
+_LOOK: Final = 0.05  # seconds between two looks at processes that are coming
+_GOODBYE: Final = 10.0  # seconds that the others get to end by themselves
+
+_closed = False  # whether a launched group of this process has ended: there is no second one
+
+
+class GroupError(RuntimeError):
+    """A rank is gone or could not go on. The message says which one, where, and why."""
+
+
+class Placement:
+    """One rank's view. Every method that speaks with the others is called by all, in the same order.
+
+    As a context: an exception within is told to all others, and what others tell is raised as GroupError.
+    """
+
+    def __init__(self, grid: Grid, group: Group | None = None, ranks: Ranks | None = None) -> None:
+        self.grid = grid
+        self._process = os.getpid()
+        self._group = group
+        self._ranks = ranks
+        self._watching: threading.Thread | None = None
+        self._links: Links | None = None
+        self._runtime: NativeRuntime | None = None
+        self.members: list[dict[str, Any]] = []  # of each rank: rank, process, host
+        if group is not None:
+            self.members = [
+                {"rank": rank, "process": process, "host": host} for rank, process, host in group.world.members
+            ]
+        if ranks is not None:
+            self._watching = threading.Thread(target=self._watch, args=(ranks,), name="fastserve-ranks", daemon=True)
+            self._watching.start()
+
+    @property
+    def rank(self) -> int:
+        return self._group.rank if self._group is not None else 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank says, by rank; ready for JSON."""
+        return [value] if self._group is None else self._group.gather(value)
+
+    def share_of_host(self, engines: int) -> tuple[int, int]:
+        """(ranks on this host, compute threads of each) where nobody says how many, and so many engines share it.
+
+        A launcher may have bound ranks to cores. Each gets its share of those that it may use.
+        """
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+        told = self.gather([self.members[self.rank]["host"] if self.members else "", sorted(cores)])
+        host = told[self.rank][0]
+        here = [set(theirs) for where, theirs in told if where == host]
+        share = sum(1 / sum(core in theirs for theirs in here) for core in cores) / engines
+        return len(here), max(1, math.floor(share + 1e-9))
+
+    def check_same(self, what: str, value: str) -> None:
+        """Raise InvalidRequest, on all, unless all ranks have the same."""
+        told = self.gather(value)
+        for rank, other in enumerate(told):
+            if other != told[0]:
+                raise InvalidRequest(
+                    what, f"must be the same on all ranks: rank {rank} on {self.members[rank]['host']} has other {what}"
+                )
+
+    def shard(self, source: ModelSource, running: RuntimeConfig, rows: int) -> Shard | None:
+        """What this rank holds; None: everything. Stages are cut by the time that layers and the rest take here.
+
+        `rows` are those of an iteration.
+        """
+        if self._group is None:
+            return None
+        layers: list[tuple[int, int]] = []
+        if self.rank == 0:
+            costs = (1.0, 0.0)
+            if self.grid.pipeline_parallel_size > 1:
+                costs = measure_stages(source, running, rows)
+            stages = stages_by_cost(
+                source.spec.num_layers, self.grid.pipeline_parallel_size, layer=costs[0], first=0.0, last=costs[1]
+            )
+            layers = [(stage.start, stage.stop) for stage in stages]
+        agreed = [range(*each) for each in self.gather(layers)[0]]
+        return _cut(source.spec, self.grid, self.rank, agreed)
+
+    def load(self, source: ModelSource, running: RuntimeConfig, shard: Shard | None) -> NativeRuntime:
+        """Raises ModelError and InvalidRequest."""
+        if self._group is not None:
+            self._links = connect_runtime(self._group)
+        self._runtime = NativeRuntime(source, running, shard, self._links)
+        self.gather(None)  # all are ready
+        return self._runtime
+
+    def follow(self) -> NoReturn:
+        """On ranks other than 0: work for it until it closes, and end the process.
+
+        Raises GroupError when a rank is gone.
+        """
+        assert self._runtime is not None
+        try:
+            self._runtime.follow()
+        except _C.Error as error:
+            raise GroupError(str(error)) from error
+        self.close()
+        raise SystemExit(0)
+
+    def close(self) -> None:
+        """Leave. Rank 0 lets the others go; when it cannot, they end with an error. Idempotent."""
+        global _closed
+        if os.getpid() != self._process:  # a fork, which is no rank
+            return
+        group, self._group = self._group, None
+        if group is None:
+            return
+        _closed = self._ranks is None
+        try:
+            if self._runtime is not None and group.rank == 0:
+                self._runtime.close()
+            if self._links is not None:
+                self._links.close()
+            group.close()
+        except _C.Error as error:
+            self._abort(group, f"rank {group.rank} has ended: {error}")
+        self._end_ranks(_GOODBYE)
+
+    def _watch(self, ranks: Ranks) -> None:
+        """Wait for the ranks that were started here. When one ends before its time, so do the others' waits."""
+        try:
+            ranks.wait()
+        except RankFailed as failure:
+            if (group := self._group) is not None:
+                self._abort(group, str(failure))
+
+    def _abort(self, group: Group, reason: str) -> None:
+        with contextlib.suppress(_C.Error):  # what is closed has nobody waiting
+            group.abort(reason)
+            if self._links is not None:
+                self._links.abort(reason)
+
+    def _end_ranks(self, grace: float) -> None:
+        """End the processes that were started here, which get some seconds to end by themselves."""
+        ranks, self._ranks = self._ranks, None
+        if ranks is not None and self._watching is not None:
+            self._watching.join(grace)
+            ranks.end()
+
+    def __enter__(self) -> Placement:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, SystemExit):
+            return
+        group, self._group = self._group, None
+        if group is not None:
+            me = self.members[group.rank]
+            self._abort(group, f"rank {me['rank']} on {me['host']} (process {me['process']}): {_said(error)}")
+        self._end_ranks(0.0)
+        if isinstance(error, _C.Error):
+            raise GroupError(str(error)) from error
+
+
+def place(grid: Grid, command: Sequence[str] | None, timeout: float = math.inf) -> Placement:
+    """Collective. Where this process is in the grid.
+
+    `command` starts another rank on this host; None: nothing does. `timeout`: seconds that ranks of one iteration may
+    wait for each other. Raises InvalidRequest where there are not as many ranks as places, and GroupError where they do
+    not come together.
+    """
+    if grid.size == 1:
+        return Placement(grid)
+    here = launched()
+    try:
+        if here is not None and here.size > 1:
+            if _closed:
+                raise GroupError("the group of this process has ended; launch another one for another model")
+            return Placement(grid, connect(grid, timeout=timeout))
+        if command is None:
+            raise InvalidRequest(
+                "tensor_parallel_size × pipeline_parallel_size",
+                f"must be 1 for a module in memory, or as many as the processes that mpiexec starts; got {grid.size}",
+            )
+        return _started(grid, command, timeout)
+    except (_C.Error, RankFailed) as error:
+        raise GroupError(str(error)) from error
+
+
+def check_fits(grid: Grid, spec: ModelSpec) -> None:
+    """Raise InvalidRequest for a grid that a model of this shape cannot be spread over."""
+    stages = stages_by_cost(spec.num_layers, grid.pipeline_parallel_size, layer=1.0, first=0.0, last=0.0)
+    _cut(spec, grid, 0, stages)
+
+
+def report(error: Exception) -> None:
+    """Say on stderr why this rank, which is not rank 0, ends; where it was started by rank 0, that one says it."""
+    here = launched()
+    if here is not None and here.launcher != "fastserve":
+        print(f"fastserve: rank {here.rank}: {_said(error)}", file=sys.stderr, flush=True)
+
+
+def _cut(spec: ModelSpec, grid: Grid, rank: int, stages: Sequence[range]) -> Shard:
+    stage, tensor_rank = grid.coordinates(rank)
+    return cut(spec, tensor_rank=tensor_rank, tensor_size=grid.tensor_parallel_size, stage=stage, stages=stages)
+
+
+def _started(grid: Grid, command: Sequence[str], timeout: float) -> Placement:
+    """As rank 0 of processes that are started here. Raises RankFailed when one ends instead of coming."""
+    ranks = Ranks(command, grid.size, first=1)
+    worlds: list[_C.Communicator] = []
+    errors: list[_C.Error] = []
+
+    def join() -> None:
+        try:
+            worlds.append(_C.join_shared_memory(ranks.path, 0, grid.size))
+        except _C.Error as error:
+            errors.append(error)
+
+    joining = threading.Thread(target=join, name="fastserve-join", daemon=True)
+    try:
+        joining.start()
+        while joining.is_alive():
+            ranks.wait(_LOOK)
+            joining.join(_LOOK)
+        if errors:
+            raise errors[0]
+        return Placement(grid, Group(worlds[0], grid, timeout), ranks)
+    except BaseException:
+        ranks.end()
+        raise
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(error).split()) if isinstance(error, _C.Error) else f"{type(error).__name__}: {error}"
