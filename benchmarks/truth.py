@@ -187,7 +187,7 @@ def record_and_replay(model: str, jobs: int, seed: int, threads: int) -> dict[st
     """Run on too little memory, and again from the recording. Raises ReplayDiverged at a plan that differs."""
     assembly = assemble(
         model,
-        scheduler={"policy": "skip-join-mlfq", "block_size": 16, "max_in_flight": 2, **LIMITS},
+        scheduler={"policy": "skip-join-mlfq", "block_size": 16, **LIMITS},
         runtime={"dtype": "bfloat16", "device": "cpu", "threads": threads},
         max_model_len=CONTEXT,
         kv_cache_memory=TIGHT,

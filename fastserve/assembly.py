@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +24,7 @@ from .tokenizer import Tokenizer
 from .tokenizer_choice import read_given_tokenizer
 from .types import InvalidRequest
 
+_ALONE = Grid()
 _IN_FLIGHT = 2  # plans handed to the runtime ahead of their results, where nobody says and there are no more stages
 
 
@@ -47,17 +49,17 @@ def assemble(
     scheduler: Mapping[str, Any],
     runtime: Mapping[str, Any],
     max_model_len: int | None,
-    max_in_flight: int | None,
     kv_cache_memory: str | int | None,
     swap_space: str | int | None,
     swap_bandwidth: str | int | None,
     skip_tokenizer: bool,
     tokenizer: Any = None,
     cost: CostModel | str | os.PathLike[str] | None,
+    max_in_flight: int | None = None,
     host_share: int = 1,
-    grid: Grid,
-    rank_command: Sequence[str] | None,
-    rank_timeout: float,
+    grid: Grid = _ALONE,
+    rank_command: Sequence[str] | None = None,
+    rank_timeout: float = math.inf,
 ) -> Assembly:
     """Load a model and measure what has to be known of it. `scheduler` and `runtime` hold fields of the two configs.
 

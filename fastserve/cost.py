@@ -114,6 +114,8 @@ class CostModel:
 
         That is what a job occupies at a time, and what it is charged.
         """
+        if stages == 1:
+            return self
         return replace(self, **{name: getattr(self, name) / stages for name in _COEFFICIENTS})
 
     def prefill_seconds(self, start: int, tokens: int) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,6 +24,7 @@ from .config import check_integer
 from .types import InvalidRequest
 
 _MOST_RANKS = 65536
+_PLACES = re.compile(r"( \[csrc/[^\]]*\])+$")
 
 # What launchers tell their processes. Slurm sets SLURM_PROCID for a batch script too, SLURM_STEP_NUM_TASKS only for
 # what srun starts. MPI's own variables come first: srun may start what an MPI library set up.
@@ -199,6 +201,15 @@ def connect(grid: Grid, *, host: str = "", timeout: float = math.inf) -> Group:
         world.abort(message)
         raise InvalidRequest("launcher", message)
     return Group(world, grid, timeout)
+
+
+class GroupError(_C.Error):
+    """A rank is gone or could not go on. The message says which one, where, and why."""
+
+    @classmethod
+    def of(cls, error: Exception) -> GroupError:
+        """Without the places in the source that the runtime's errors end with."""
+        return cls(_PLACES.sub("", str(error)))
 
 
 def mpi_library() -> str | None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from . import _C
 from .config import RuntimeConfig
+from .distributed import GroupError
 from .links import Links
 from .loaders.quantization import weight_formats
 from .loaders.spec import ModelError, ModelSource, ModelSpec, WeightTensor
@@ -49,6 +50,7 @@ class NativeRuntime:
         self._spec = source.spec
         self._shapes = dict(tensor_shapes(source.spec))
         self._shard = shard or whole(source.spec)
+        self._in_group = links is not None
         self._under_way = 0  # plans
         self._failure: _C.Error | None = None  # what ended it
         try:
@@ -114,13 +116,16 @@ class NativeRuntime:
         return None if part is None else (self._shard.local_name(tensor.name), *part)
 
     def follow(self) -> None:
-        """For ranks other than 0: runs what rank 0 submits, until it closes. Raises _C.Error when a rank is gone."""
-        self._runtime.follow()
+        """For ranks other than 0: runs what rank 0 submits, until it closes. Raises GroupError when a rank is gone."""
+        try:
+            self._runtime.follow()
+        except _C.Error as error:
+            raise GroupError.of(error) from error
 
     def close(self) -> None:
         """Rank 0 lets the others go, once all plans have returned; nothing to do without others.
 
-        Raises _C.Error when a rank is gone, and again what `poll` has raised: they are not of one mind any more.
+        Raises GroupError when a rank is gone, and again what `poll` has raised: they are not of one mind any more.
         """
         while self._under_way and self._failure is None:
             self.poll()
@@ -147,7 +152,10 @@ class NativeRuntime:
         Raises _C.Error, doing neither, when a copy is illegal: outside the pools, or with the id or a block of another
         that no result has acknowledged. Whatever else does not fit the runtime's state is raised at `poll`.
         """
-        self._runtime.submit(plan)
+        try:
+            self._runtime.submit(plan)
+        except _C.Error as error:
+            raise (GroupError.of(error) if self._in_group else error) from error
         self._under_way += 1
 
     def poll(self, timeout: float | None = None) -> StepResult | None:
@@ -155,8 +163,8 @@ class NativeRuntime:
         try:
             answer = self._runtime.poll(_FOREVER if timeout is None else max(0.0, timeout))
         except _C.Error as error:
-            self._failure = error
-            raise
+            self._failure = GroupError.of(error) if self._in_group else error
+            raise self._failure from error
         if answer is None:
             return None
         self._under_way -= 1

@@ -11,13 +11,12 @@ import contextlib
 import math
 import os
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 from . import _C
 from .config import RuntimeConfig
-from .distributed import Grid, Group, connect, launched
+from .distributed import Grid, Group, GroupError, connect, launched
 from .links import Links, connect_runtime
 from .loaders.spec import ModelSource, ModelSpec
 from .native import NativeRuntime
@@ -26,14 +25,9 @@ from .sharding import Shard, cut, stages_by_cost
 from .stage_costs import measure_stages
 from .types import InvalidRequest
 
-_LOOK: Final = 0.05  # seconds between two looks at processes that are coming
 _GOODBYE: Final = 10.0  # seconds that the others get to end by themselves
 
 _closed = False  # whether a launched group of this process has ended: there is no second one
-
-
-class GroupError(RuntimeError):
-    """A rank is gone or could not go on. The message says which one, where, and why."""
 
 
 class Placement:
@@ -47,7 +41,6 @@ class Placement:
         self._process = os.getpid()
         self._group = group
         self._ranks = ranks
-        self._watching: threading.Thread | None = None
         self._links: Links | None = None
         self._runtime: NativeRuntime | None = None
         self.members: list[dict[str, Any]] = []  # of each rank: rank, process, host
@@ -55,9 +48,6 @@ class Placement:
             self.members = [
                 {"rank": rank, "process": process, "host": host} for rank, process, host in group.world.members
             ]
-        if ranks is not None:
-            self._watching = threading.Thread(target=self._watch, args=(ranks,), name="fastserve-ranks", daemon=True)
-            self._watching.start()
 
     @property
     def rank(self) -> int:
@@ -121,10 +111,7 @@ class Placement:
         Raises GroupError when a rank is gone.
         """
         assert self._runtime is not None
-        try:
-            self._runtime.follow()
-        except _C.Error as error:
-            raise GroupError(str(error)) from error
+        self._runtime.follow()
         self.close()
         raise SystemExit(0)
 
@@ -147,13 +134,9 @@ class Placement:
             self._abort(group, f"rank {group.rank} has ended: {error}")
         self._end_ranks(_GOODBYE)
 
-    def _watch(self, ranks: Ranks) -> None:
-        """Wait for the ranks that were started here. When one ends before its time, so do the others' waits."""
-        try:
-            ranks.wait()
-        except RankFailed as failure:
-            if (group := self._group) is not None:
-                self._abort(group, str(failure))
+    def _failed(self, failure: RankFailed) -> None:
+        if (group := self._group) is not None:
+            self._abort(group, str(failure))
 
     def _abort(self, group: Group, reason: str) -> None:
         with contextlib.suppress(_C.Error):  # what is closed has nobody waiting
@@ -164,9 +147,8 @@ class Placement:
     def _end_ranks(self, grace: float) -> None:
         """End the processes that were started here, which get some seconds to end by themselves."""
         ranks, self._ranks = self._ranks, None
-        if ranks is not None and self._watching is not None:
-            self._watching.join(grace)
-            ranks.end()
+        if ranks is not None:
+            ranks.end(grace)
 
     def __enter__(self) -> Placement:
         return self
@@ -180,7 +162,7 @@ class Placement:
             self._abort(group, f"rank {me['rank']} on {me['host']} (process {me['process']}): {_said(error)}")
         self._end_ranks(0.0)
         if isinstance(error, _C.Error):
-            raise GroupError(str(error)) from error
+            raise GroupError.of(error) from error
 
 
 def place(grid: Grid, command: Sequence[str] | None, timeout: float = math.inf) -> Placement:
@@ -204,8 +186,8 @@ def place(grid: Grid, command: Sequence[str] | None, timeout: float = math.inf) 
                 f"must be 1 for a module in memory, or as many as the processes that mpiexec starts; got {grid.size}",
             )
         return _started(grid, command, timeout)
-    except (_C.Error, RankFailed) as error:
-        raise GroupError(str(error)) from error
+    except _C.Error as error:
+        raise GroupError.of(error) from error
 
 
 def check_fits(grid: Grid, spec: ModelSpec) -> None:
@@ -227,30 +209,23 @@ def _cut(spec: ModelSpec, grid: Grid, rank: int, stages: Sequence[range]) -> Sha
 
 
 def _started(grid: Grid, command: Sequence[str], timeout: float) -> Placement:
-    """As rank 0 of processes that are started here. Raises RankFailed when one ends instead of coming."""
+    """As rank 0 of processes that are started here. Raises _C.Error when one ends instead of coming."""
     ranks = Ranks(command, grid.size, first=1)
-    worlds: list[_C.Communicator] = []
-    errors: list[_C.Error] = []
+    placed: list[Placement] = []
 
-    def join() -> None:
-        try:
-            worlds.append(_C.join_shared_memory(ranks.path, 0, grid.size))
-        except _C.Error as error:
-            errors.append(error)
+    def failed(failure: RankFailed) -> None:
+        for placement in placed:
+            placement._failed(failure)
 
-    joining = threading.Thread(target=join, name="fastserve-join", daemon=True)
     try:
-        joining.start()
-        while joining.is_alive():
-            ranks.wait(_LOOK)
-            joining.join(_LOOK)
-        if errors:
-            raise errors[0]
-        return Placement(grid, Group(worlds[0], grid, timeout), ranks)
+        ranks.watch(failed)
+        group = Group(_C.join_shared_memory(ranks.path, 0, grid.size), grid, timeout)
     except BaseException:
         ranks.end()
         raise
+    placed.append(Placement(grid, group, ranks))
+    return placed[0]
 
 
 def _said(error: BaseException) -> str:
-    return " ".join(str(error).split()) if isinstance(error, _C.Error) else f"{type(error).__name__}: {error}"
+    return str(GroupError.of(error)) if isinstance(error, _C.Error) else f"{type(error).__name__}: {error}"

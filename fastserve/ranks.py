@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 from . import _C
@@ -47,7 +47,9 @@ class Ranks:
         Raises OSError when the program cannot be started, and _C.Error when there is no memory to share.
         """
         self._memory = _C.SharedMemory(size)
+        self._size = size
         self._first = first
+        self._watching: threading.Thread | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         # Its other end is open here, and closed by the system whatever becomes of this process.
         ours, theirs = os.pipe()
@@ -75,6 +77,22 @@ class Ranks:
     def processes(self) -> list[int]:
         """Their ids, in rank order."""
         return [process.pid for process in self._processes]
+
+    def watch(self, on_failure: Callable[[RankFailed], None]) -> None:
+        """From now on, as soon as one has failed, the others are ended, and joining them or waiting for them fails.
+
+        It says what RankFailed says, which `on_failure` is given, in a thread of its own.
+        """
+
+        def work() -> None:
+            try:
+                self.wait()
+            except RankFailed as failure:
+                _C.abort_shared_memory(self._memory.path, self._size, str(failure))
+                on_failure(failure)
+
+        self._watching = threading.Thread(target=work, name="fastserve-ranks", daemon=True)
+        self._watching.start()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all have ended well; whether they have within `timeout` seconds.
@@ -113,8 +131,10 @@ class Ranks:
             self.end()
             raise RankFailed(rank, process_id, status)
 
-    def end(self) -> None:
-        """End all that still run: asked first, killed after three seconds."""
+    def end(self, grace: float = 0.0) -> None:
+        """End all that still run after so many seconds: asked first, killed after three more."""
+        if self._watching is not None and threading.current_thread() is not self._watching:
+            self._watching.join(grace)
         for process in self._processes:
             if process.poll() is None:
                 process.terminate()
@@ -125,9 +145,9 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for descriptor in self._launcher:
+        launcher, self._launcher = self._launcher, ()
+        for descriptor in launcher:
             os.close(descriptor)
-        self._launcher = ()
 
     def __enter__(self) -> Ranks:
         return self

@@ -29,16 +29,15 @@ from typing import Final
 import msgspec
 import zmq
 
-from . import _C
 from .assembly import Assembly, assemble
 from .config import STREAMING_STALL_LIMIT
-from .distributed import Grid, launched
+from .distributed import Grid, GroupError, launched
 from .engine import Engine
 from .engine_options import EngineOptions, worker_command
 from .ipc import SERVER_PID, Abort, Add, Failed, FromEngine, ListJobs, Ready, Refused, Step, ToEngine, Update
 from .loaders.spec import ModelError
 from .monitor import Monitor
-from .placement import GroupError, report
+from .placement import report
 from .types import BatchPlan, Executor, FinishReason, InvalidRequest, Job, StepResult
 
 Socket = zmq.Socket[bytes]
@@ -335,15 +334,12 @@ def run(socket: Socket, *options: str) -> int:
         return 0
     except Exception as error:
         expected = code == _CANNOT_START and isinstance(error, (InvalidRequest, ModelError, OSError))
-        expected = expected or isinstance(error, (GroupError, _C.Error))
+        expected = expected or isinstance(error, GroupError)
         if not expected or os.environ.get("FASTSERVE_DEBUG"):
             traceback.print_exc()
         field = error.field if isinstance(error, InvalidRequest) else None
-        said = (
-            _message(error)
-            if isinstance(error, (InvalidRequest, ModelError, GroupError, _C.Error))
-            else f"{type(error).__name__}: {error}"
-        )
+        known = isinstance(error, (InvalidRequest, ModelError, GroupError))
+        said = _message(error) if known else f"{type(error).__name__}: {error}"
         socket.send(msgspec.msgpack.encode(Failed(" ".join(said.split()), field)))
         return code
     finally:

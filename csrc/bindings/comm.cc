@@ -228,6 +228,8 @@ void register_comm(py::module_& module) {
       },
       py::arg("path"), py::arg("rank"), py::arg("size"), py::arg("host") = "", py::arg("timeout") = kForever,
       "One rank of SharedMemory(size); returns when all have come.");
+  module.def("abort_shared_memory", &abort_shared_memory, py::arg("path"), py::arg("size"), py::arg("reason"),
+             "Ends the joining and every wait of the ranks of SharedMemory(size) with an Error that says this.");
   module.def(
       "connect_mpi",
       [](const std::string& host, double timeout) {

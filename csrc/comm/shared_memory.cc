@@ -319,16 +319,20 @@ void SharedMemory::progress() {
   }
 }
 
-void SharedMemory::do_abort(const std::string& reason) {
+void abort_all(Segment& segment, const SharedLayout& layout, const std::string& reason) {
+  auto& header = *reinterpret_cast<SharedHeader*>(segment.data());
   uint32_t expected = kNo;
-  if (!header().aborted.compare_exchange_strong(expected, kWriting)) return;  // the first reason is the one to know
-  reason.copy(header().reason, sizeof(SharedHeader::reason) - 1);
-  header().aborted.store(kYes);
-  for (int r = 0; r < size(); ++r) {
-    desk(r).bell.fetch_add(1);
-    futex_wake(desk(r).bell);
+  if (!header.aborted.compare_exchange_strong(expected, kWriting)) return;  // the first reason is the one to know
+  reason.copy(header.reason, sizeof(SharedHeader::reason) - 1);
+  header.aborted.store(kYes);
+  for (int r = 0; r < layout.size; ++r) {
+    Desk& desk = *reinterpret_cast<Desk*>(segment.data() + layout.desk(r));
+    desk.bell.fetch_add(1);
+    futex_wake(desk.bell);
   }
 }
+
+void SharedMemory::do_abort(const std::string& reason) { abort_all(*segment_, layout_, reason); }
 
 void SharedMemory::do_close() {
   FS_CHECK(open_ == 0 || header().aborted.load() != kNo, members()[rank()].text(), " closes a communicator with ",
@@ -345,6 +349,12 @@ std::unique_ptr<SegmentFile> make_shared_memory(int size) {
   FS_CHECK(size >= 1 && size <= kMaxSharedRanks, "between 1 and ", kMaxSharedRanks, " ranks can share memory, not ",
            size);
   return std::make_unique<SegmentFile>(SharedLayout{size}.bytes());
+}
+
+void abort_shared_memory(const std::string& path, int size, const std::string& reason) {
+  const SharedLayout layout{size};
+  Segment segment(path, layout.bytes());
+  abort_all(segment, layout, reason);
 }
 
 std::unique_ptr<Communicator> join_shared_memory(const std::string& path, int rank, int size, const Member& self,
@@ -368,6 +378,8 @@ std::unique_ptr<Communicator> join_shared_memory(const std::string& path, int ra
       members.push_back(desk(next).member);
       continue;
     }
+    const auto& header = *reinterpret_cast<SharedHeader*>(segment->data());
+    if (header.aborted.load(std::memory_order_acquire) == kYes) throw Error(header.reason);
     std::this_thread::sleep_for(std::chrono::microseconds(200));
     if (Clock::now() < next_look) continue;
     next_look += kLookTime;

@@ -227,7 +227,8 @@ def main(arguments: list[str]) -> int:
     engine, next_status = StandIn(options), 0.0
     kv = options.kv_cache_memory or 4096 * (start + 1)  # as the memory that happens to be free
     cost = {"per_iteration": options.iteration}
-    info = {"model": "stand-in", "start": start, "kv_cache_bytes": kv, "max_num_seqs": options.slots, "cost": cost}
+    sizes = {"kv_cache_bytes": kv, "kv_cache_memory": kv, "max_num_seqs": options.slots}
+    info = {"model": "stand-in", "start": start, **sizes, "cost": cost}
     send(Ready([os.getpid()], info, VOCAB, CONTEXT))
     while not engine.stopping and os.getppid() == parent:
         if not engine.jobs:

@@ -544,17 +544,24 @@ def test_options_are_checked() -> None:
         Health(heartbeat_timeout=0)
 
 
+def told(command: list[str]) -> dict[str, Any]:
+    return dict(json.loads(command[command.index("--options") + 1]))
+
+
 def test_the_worker_is_told_its_options_as_json() -> None:
     command = engine_command({"model": "smollm2", "threads": 2})
-    assert command[1:] == ["-m", "fastserve.worker", "--options", '{"model": "smollm2", "threads": 2}']
+    assert command[:3] == [sys.executable, "-m", "fastserve.worker"]
+    assert told(command).items() >= {"model": "smollm2", "threads": 2, "host_share": 1}.items()
 
 
-def test_several_workers_share_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    def told(given: dict[str, Any], engines: int) -> dict[str, Any]:
-        return {**json.loads(engine_command(given, engines)[-1])}
+def test_several_workers_share_the_host() -> None:
+    assert told(engine_command({"model": "m", "threads": 5}, 3)).items() >= {"threads": 5, "host_share": 3}.items()
 
-    monkeypatch.setattr("fastserve.server.client._cores", lambda: 8)
-    assert told({"model": "m"}, 1) == {"model": "m"}
-    assert told({"model": "m", "threads": 0}, 3) == {"model": "m", "threads": 2, "host_share": 3}
-    assert told({"model": "m"}, 16) == {"model": "m", "threads": 1, "host_share": 16}
-    assert told({"model": "m", "threads": 5}, 2) == {"model": "m", "threads": 5, "host_share": 2}
+
+def test_a_launcher_starts_all_ranks() -> None:
+    options = {"model": "m", "tensor_parallel_size": 2, "pipeline_parallel_size": 3}
+    command = engine_command(options, launcher="mpiexec -f 'my hosts'")
+    assert command[:8] == ["mpiexec", "-f", "my hosts", "-n", "6", sys.executable, "-m", "fastserve.worker"]
+    for launcher, refused in (("", options), ("mpiexec 'hosts", options), ("mpiexec", {"model": "m"})):
+        with pytest.raises(InvalidRequest, match=r"^launcher: "):
+            engine_command(refused, launcher=launcher)

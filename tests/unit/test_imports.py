@@ -50,7 +50,7 @@ ARROWS: dict[str, set[str] | None] = {
     "distributed": {"ranks", "_C", "config", "types"},
     "links": {"distributed", "_C"},
     "sharding": {"loaders", "types"},
-    "native": {"links", "sharding", "loaders", "_C", "config", "types"},
+    "native": {"distributed", "links", "sharding", "loaders", "_C", "config", "types"},
     "seeds": {"types"},
     "ipc": {"types"},
     "outputs": {"tokenizer", "types"},
@@ -78,7 +78,7 @@ ARROWS: dict[str, set[str] | None] = {
     "engine_options": {"types"},
     "monitor": {"backlog", "engine", "ipc", "config", "cost", "types"},
     "worker": {
-        "assembly", "config", "distributed", "engine", "engine_options", "ipc", "loaders", "monitor", "placement", "_C",
+        "assembly", "config", "distributed", "engine", "engine_options", "ipc", "loaders", "monitor", "placement",
         "types",
     },
     "__init__": {"llm", "async_llm", "cost", "loaders", "outputs", "serving", "types", "version"},

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from toy import EOS, VOCAB, Clock, ToyExecutor
 
-from fastserve import assembly, async_llm, llm, serving
+from fastserve import assembly, async_llm, llm, placement, serving
 from fastserve.config import RuntimeConfig, SchedulerConfig
 from fastserve.cost import CostModel
 from fastserve.loaders.spec import ModelSpec, TokenizerData
@@ -101,7 +101,7 @@ class ToyWorld:
         self.fail_at: int | None = None
         self.no_token: Callable[[StepResult], dict[int, str]] | None = None
 
-    def runtime(self, source: ToySource, config: RuntimeConfig) -> ToyRuntime:
+    def runtime(self, source: ToySource, config: RuntimeConfig, *parts: None) -> ToyRuntime:
         limits = SchedulerConfig(
             max_num_seqs=config.max_num_batched_tokens,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -134,7 +134,7 @@ def enter(monkeypatch: pytest.MonkeyPatch) -> ToyWorld:
     """From here on, every model is the toy."""
     world = ToyWorld()
     monkeypatch.setattr(assembly, "open_model", lambda model: ToySource())
-    monkeypatch.setattr(assembly, "NativeRuntime", world.runtime)
+    monkeypatch.setattr(placement, "NativeRuntime", world.runtime)
     monkeypatch.setattr(serving, "time", SimpleNamespace(monotonic=world.clock))
     monkeypatch.setattr(llm, "time", SimpleNamespace(sleep=world.sleep))
     return world

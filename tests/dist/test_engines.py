@@ -1,0 +1,160 @@
+"""Engines of several ranks as users start them: a script, mpiexec, the API server's worker; and how they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import chaos
+import psutil
+import pytest
+import tiny_model
+
+from fastserve import LLM, EngineError, InvalidRequest, SamplingParams, distributed
+from fastserve.distributed import Grid, GroupError
+from fastserve.placement import place
+
+MPIEXEC = Path(sys.prefix) / "bin" / "mpiexec"
+SCRIPT = str(Path(__file__).parent / "programs" / "script.py")
+LAYOUTS = [(2, 1), (1, 2), (2, 2)]
+PROMPTS = ["abc", "the quick brown fox", [5, 6, 7, 8]]
+PARAMS = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+
+with_mpi = pytest.mark.skipif(
+    not MPIEXEC.exists() or distributed.mpi_library() is None, reason="no MPI: pip install mpich, then make build"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_model.write(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(autouse=True)
+def _this_package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For the ranks, too; none of which is left afterwards."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    assert not {child.pid for child in psutil.Process().children(recursive=True)} - before
+
+
+def load(model: str, tensor: int, pipeline: int, **options: Any) -> LLM:
+    sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+    return LLM(model, dtype="float32", kv_cache_memory="1M", swap_space="1M", threads=1, **sizes, **options)
+
+
+def tokens_of(llm: LLM) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS)]
+
+
+def test_tokens_are_those_of_one_process(model: str) -> None:
+    with load(model, 1, 1) as llm:
+        alone = tokens_of(llm)
+    for layout in LAYOUTS:
+        with load(model, *layout) as llm:
+            assert tokens_of(llm) == alone
+            ranks = llm.info["ranks"]
+            assert [each["rank"] for each in ranks] == list(range(layout[0] * layout[1]))
+            assert ranks[0]["process"] == os.getpid()
+        assert not any(psutil.pid_exists(each["process"]) for each in ranks[1:])
+
+
+def test_one_plan_a_stage_is_in_flight(model: str) -> None:
+    with load(model, 1, 2) as llm:
+        assert llm.info["max_in_flight"] == 2
+    with pytest.raises(InvalidRequest, match=r"^max_in_flight: must be at most the 2 stages, got 3"):
+        load(model, 1, 2, max_in_flight=3)
+
+
+def test_a_killed_rank_is_named_at_once(model: str) -> None:
+    llm = load(model, 2, 2)
+    victim = llm.info["ranks"][2]["process"]
+    began: list[float] = []
+
+    def kill() -> None:
+        os.kill(victim, signal.SIGKILL)
+        began.append(time.monotonic())
+
+    stream = llm.stream("abc", SamplingParams(max_tokens=4000, ignore_eos=True))
+    next(stream)
+    threading.Thread(target=kill).start()
+    with pytest.raises(EngineError, match=rf"rank 2 on .* \(process {victim}\) (was ended by SIGKILL|is gone)"):
+        list(stream)
+    assert time.monotonic() - began[0] < 5
+    llm.close()
+
+
+def test_a_grid_that_does_not_fit_is_refused_before_anything_starts(model: str) -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"^tensor_parallel_size: must be at most 4, for the model has as many heads"
+    ):
+        load(model, 5, 1)
+    with pytest.raises(InvalidRequest, match=r"^pipeline_parallel_size: must be at most 2"):
+        load(model, 1, 3)
+    with pytest.raises(InvalidRequest, match=r"must be 1 for a module in memory"):
+        place(Grid(2), None)
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    began = time.monotonic()
+    with pytest.raises(GroupError, match=r"rank 1 on .* \(process \d+\) exited with status 3"):
+        place(Grid(2), [sys.executable, "-c", "raise SystemExit(3)"])
+    assert time.monotonic() - began < 10
+
+
+def mpiexec(size: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(MPIEXEC), "-n", str(size), sys.executable, SCRIPT, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@with_mpi
+def test_a_script_under_mpiexec(model: str) -> None:
+    """Rank 0 gets the results; the others end when it is done with them."""
+    with load(model, 1, 1) as llm:
+        alone = tokens_of(llm)
+    done = mpiexec(4, model, "2", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{alone}\n"
+
+
+@with_mpi
+def test_ranks_of_different_models_do_not_start(model: str, tmp_path: Path) -> None:
+    other = str(tiny_model.write(tmp_path / "other", seed=0))
+    config = Path(other, "config.json")
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'))
+    done = mpiexec(2, model, "2", "1", other)
+    assert done.returncode != 0
+    assert "model: must be the same on all ranks: rank 1 on " in done.stderr
+
+
+@with_mpi
+def test_as_many_ranks_as_places(model: str) -> None:
+    done = mpiexec(3, model, "2", "1")
+    assert done.returncode != 0
+    assert "must be the number of ranks (3), got 2 × 1 = 2" in done.stderr
+
+
+def test_no_request_is_lost_when_ranks_die(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """benchmarks/chaos.py at 2 × 2, small: any of the four is killed, and one is stopped."""
+    options = ["--kills", "4", "--stop", "1", "--streams", "12", "--tokens", "400", "--window", "0.3"]
+    layout = ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "2"]
+    code = chaos.main(["--model", model, "--heartbeat-timeout", "3", *options, "--options", *layout])
+    printed = capsys.readouterr()
+    assert code == 0, printed.out + printed.err
+
+
+@with_mpi
+def test_nor_where_a_launcher_starts_them(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--kills", "2", "--stop", "0", "--streams", "8", "--tokens", "400", "--window", "0.3"]
+    layout = ["--tensor-parallel-size", "2", "--launcher", str(MPIEXEC)]
+    code = chaos.main(["--model", model, "--heartbeat-timeout", "4", *options, "--options", *layout])
+    printed = capsys.readouterr()
+    assert code == 0, printed.out + printed.err
