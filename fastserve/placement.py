@@ -121,12 +121,13 @@ class Placement:
         if os.getpid() != self._process:  # a fork, which is no rank
             return
         group, self._group = self._group, None
+        runtime, self._runtime = self._runtime, None
         if group is None:
             return
         _closed = self._ranks is None
         try:
-            if self._runtime is not None and group.rank == 0:
-                self._runtime.close()
+            if runtime is not None and group.rank == 0:
+                runtime.close()
             if self._links is not None:
                 self._links.close()
             group.close()
@@ -157,6 +158,7 @@ class Placement:
         if error is None or isinstance(error, SystemExit):
             return
         group, self._group = self._group, None
+        self._runtime = None
         if group is not None:
             me = self.members[group.rank]
             self._abort(group, f"rank {me['rank']} on {me['host']} (process {me['process']}): {_said(error)}")
