@@ -2,10 +2,11 @@
 
     python benchmarks/chaos.py                 # 20 times kill -9, then 3 times SIGSTOP until the heartbeat fires
     python benchmarks/chaos.py --kills 100 --stop 0
-    python benchmarks/chaos.py --options --data-parallel-size 2     # one of two engines each time, drawn at random
+    python benchmarks/chaos.py --options --data-parallel-size 2                                  # two engines, in turn
+    python benchmarks/chaos.py --kills 40 --options --tensor-parallel-size 2 --pipeline-parallel-size 2    # four ranks
 
 First every request is asked undisturbed. Then as many streams as there are requests are kept open, each asking its own
-again and again, while the engine is killed at random moments after it is up. Every stream that has ended is compared:
+again and again, while one of the engine's processes is killed at random moments after it is up. Every stream that has ended is compared:
 texts, logprobs, finish reasons, stop strings and token counts. Afterwards no job and no KV block may be left. The exit
 code is 1 if anything differed.
 """
@@ -212,7 +213,7 @@ class Chaos:
         feeding = [asyncio.create_task(self._feed(index, phase, over)) for index in range(len(self._requests))]
         try:
             for count in range(times):
-                await self._disturb(number, phase)
+                await self._disturb(number, phase, count)
                 phase.disturbances = count + 1
         finally:
             over.set()
@@ -230,9 +231,10 @@ class Chaos:
             if stream.broken:
                 await asyncio.sleep(0.2)  # a server that refuses is not asked a thousand times a second
 
-    async def _disturb(self, number: signal.Signals, phase: Phase) -> None:
-        """Return when the next engine is up in place of one of those there are."""
-        pid = self._rng.choice(await asyncio.wait_for(self._server.engines(), _RECOVERY))
+    async def _disturb(self, number: signal.Signals, phase: Phase, count: int) -> None:
+        """Return when another process is up in place of one of those there are, each of which has its turn."""
+        processes = await asyncio.wait_for(self._server.engines(), _RECOVERY)
+        pid = processes[count % len(processes)]
         await asyncio.sleep(self._rng.uniform(0.0, self._window))
         phase.under_way.append(sum(bool(stream.choices) and stream.tokens is None for stream in self._open))
         os.kill(pid, number)
