@@ -6,9 +6,9 @@
     python benchmarks/chaos.py --kills 40 --options --tensor-parallel-size 2 --pipeline-parallel-size 2    # four ranks
 
 First every request is asked undisturbed. Then as many streams as there are requests are kept open, each asking its own
-again and again, while one of the engine's processes is killed at random moments after it is up. Every stream that has ended is compared:
-texts, logprobs, finish reasons, stop strings and token counts. Afterwards no job and no KV block may be left. The exit
-code is 1 if anything differed.
+again and again, while one of the engine's processes after the other is killed, at random moments after all are up.
+Every stream that has ended is compared: texts, logprobs, finish reasons, stop strings and token counts. Afterwards no
+job and no KV block may be left. The exit code is 1 if anything differed.
 """
 
 from __future__ import annotations
