@@ -106,14 +106,25 @@ class NativeRuntime:
                 tensor.release(end)
 
     def _part_of(self, tensor: WeightTensor) -> tuple[str, range, range] | None:
-        """Its name here, and the rows and columns held here; None for none. What is no tensor of this model, or not as
-        large as it should be, is passed on as it is: the runtime says what is wrong."""
+        """Its name here, and the rows and columns of it that are held here; None for none.
+
+        It is the whole tensor, or this rank's part of it. What is no tensor of this model, or not as large as it should
+        be, is passed on as it is: the runtime says what is wrong.
+        """
         shape = self._shapes.get(tensor.name)
+        as_it_is = tensor.name, range(tensor.shape[0]), range(tensor.shape[-1] if len(tensor.shape) == 2 else 1)
         elements, block = BLOCKS.get(tensor.dtype, (1, 0))
-        if shape != tensor.shape or tensor.data.nbytes != math.prod(shape) // elements * block:
-            return tensor.name, range(tensor.shape[0]), range(tensor.shape[-1] if len(tensor.shape) == 2 else 1)
+        if shape is None or tensor.data.nbytes != math.prod(tensor.shape) // elements * block:
+            return as_it_is
         part = self._shard.part_of(tensor.name, shape, self._spec)
-        return None if part is None else (self._shard.local_name(tensor.name), *part)
+        if part is None:
+            return None
+        rows, columns = part
+        if tensor.shape == shape:
+            return self._shard.local_name(tensor.name), rows, columns
+        if tensor.shape == (len(rows), len(columns))[: len(shape)]:
+            return self._shard.local_name(tensor.name), range(len(rows)), range(len(columns))
+        return as_it_is
 
     def follow(self) -> None:
         """For ranks other than 0: runs what rank 0 submits, until it closes. Raises GroupError when a rank is gone."""

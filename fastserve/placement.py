@@ -18,6 +18,8 @@ from . import _C
 from .config import RuntimeConfig
 from .distributed import Grid, Group, GroupError, connect, launched
 from .links import Links, connect_runtime
+from .loaders.fastertransformer import FasterTransformerModel
+from .loaders.ft_layout import places
 from .loaders.spec import ModelSource, ModelSpec
 from .native import NativeRuntime
 from .ranks import RankFailed, Ranks
@@ -101,7 +103,8 @@ class Placement:
         """Raises ModelError and InvalidRequest."""
         if self._group is not None:
             self._links = connect_runtime(self._group)
-        self._runtime = NativeRuntime(source, running, shard, self._links)
+        own = source if shard is None else own_files(source, shard)
+        self._runtime = NativeRuntime(own, running, shard, self._links)
         self.gather(None)  # all are ready
         return self._runtime
 
@@ -196,6 +199,23 @@ def check_fits(grid: Grid, spec: ModelSpec) -> None:
     """Raise InvalidRequest for a grid that a model of this shape cannot be spread over."""
     stages = stages_by_cost(spec.num_layers, grid.pipeline_parallel_size, layer=1.0, first=0.0, last=0.0)
     _cut(spec, grid, 0, stages)
+
+
+def own_files(source: ModelSource, shard: Shard) -> ModelSource:
+    """The source that reads what a rank holds from the files that were cut for it, where there are such; else `source`.
+
+    A FasterTransformer checkpoint for as many ranks as the tensor-parallel group has is cut where we cut.
+    """
+    if not isinstance(source, FasterTransformerModel) or source.rank is not None:
+        return source
+    for name, place in places(source.spec, source.tensor_parallel_size):
+        part = shard.part_of(name, place.shape, source.spec)
+        if place.axis is None or part is None:
+            continue
+        cut_there = range(*place.index(shard.tensor_rank)[place.axis].indices(place.shape[place.axis]))
+        if part[place.axis] != cut_there:
+            return source
+    return FasterTransformerModel(source.directory, rank=shard.tensor_rank)
 
 
 def report(error: Exception) -> None:
