@@ -16,7 +16,7 @@ from fastserve.loaders.fastertransformer import FasterTransformerModel
 from fastserve.placement import own_files
 from fastserve.sharding import cut
 
-CASES = {case.id: case for case in models.CASES if case.id in ("gpt2", "opt-tied")}
+CASES = {name: next(case for case in models.CASES if case.id == name) for name in ("gpt2-tied", "opt-tied")}
 
 
 @pytest.fixture(scope="module", params=CASES)
