@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 
 from . import _C
 from .config import RuntimeConfig
-from .distributed import Grid, Group, GroupError, connect, launched
+from .distributed import Grid, Group, GroupError, connect, launched, line_of
 from .links import Links, connect_runtime
 from .loaders.fastertransformer import FasterTransformerModel
 from .loaders.ft_layout import places
@@ -135,18 +135,18 @@ class Placement:
                 self._links.close()
             group.close()
         except _C.Error as error:
-            self._abort(group, f"rank {group.rank} has ended: {error}")
+            self._abort(group, error)
         self._end_ranks(_GOODBYE)
 
     def _failed(self, failure: RankFailed) -> None:
         if (group := self._group) is not None:
-            self._abort(group, str(failure))
+            self._abort(group, GroupError(str(failure)))
 
-    def _abort(self, group: Group, reason: str) -> None:
+    def _abort(self, group: Group, error: BaseException) -> None:
         with contextlib.suppress(_C.Error):  # what is closed has nobody waiting
-            group.abort(reason)
+            group.abort(line_of(error, group.world))
             if self._links is not None:
-                self._links.abort(reason)
+                self._links.abort(error)
 
     def _end_ranks(self, grace: float) -> None:
         """End the processes that were started here, which get some seconds to end by themselves."""
@@ -163,8 +163,7 @@ class Placement:
         group, self._group = self._group, None
         self._runtime = None
         if group is not None:
-            me = self.members[group.rank]
-            self._abort(group, f"rank {me['rank']} on {me['host']} (process {me['process']}): {_said(error)}")
+            self._abort(group, error)
         self._end_ranks(0.0)
         if isinstance(error, _C.Error):
             raise GroupError.of(error) from error
