@@ -14,7 +14,7 @@ from synthetic import SyntheticModel, plan
 
 from fastserve import _C
 from fastserve.config import RuntimeConfig
-from fastserve.distributed import Group
+from fastserve.distributed import Group, GroupError
 from fastserve.links import Links
 from fastserve.loaders.spec import ModelError
 from fastserve.native import NativeRuntime
@@ -46,7 +46,7 @@ def failing_with(wrong: BatchPlan, config_of: Any, tensor: int, pipeline: int, m
         raise first.value
 
     errors = each_of(tensor, pipeline, body, machines, timeout=10.0)
-    assert [type(error) for error in errors] == [_C.GroupError] * (tensor * pipeline), errors
+    assert [type(error) for error in errors] == [GroupError] * (tensor * pipeline), errors
     return [str(error) for error in errors]
 
 
