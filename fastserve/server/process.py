@@ -34,7 +34,7 @@ class EngineProcess:
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[Ready] = loop.create_future()
         self.exited: asyncio.Future[int] = loop.create_future()
-        self.failed: Failed | None = None
+        self.failing: asyncio.Future[Failed] = loop.create_future()  # its last words, if it has any
         self.heard = False  # set by every message
         self.on_message: Callable[[FromEngine], None] | None = None
         self._garbage: str | None = None
@@ -88,6 +88,11 @@ class EngineProcess:
         code = self.exited.result()
         return self._killed or self.failed is not None or code > 0 or -code in _OWN_SIGNALS
 
+    @property
+    def failed(self) -> Failed | None:
+        """Why it does not go on; it may still have to end what it has started."""
+        return self.failing.result() if self.failing.done() else None
+
     async def _wait(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
         self._kill_all()  # a rank that hangs does not notice that it is alone
@@ -110,7 +115,8 @@ class EngineProcess:
     def _take(self, message: FromEngine) -> None:
         self.heard = True
         if isinstance(message, Failed):
-            self.failed = message
+            if not self.failing.done():
+                self.failing.set_result(message)
         elif isinstance(message, Ready):
             if not self.ready.done():
                 self.ready.set_result(message)

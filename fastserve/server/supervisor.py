@@ -202,9 +202,9 @@ class Supervisor:
             self.pid = await engine.start(self._command_line())
         except OSError as error:
             raise EngineStartError(f"the engine cannot be started: {self._command[0]}: {error.strerror}") from error
-        waited: set[asyncio.Future[Any]] = {engine.ready, engine.exited}
+        waited: set[asyncio.Future[Any]] = {engine.ready, engine.failing, engine.exited}
         await asyncio.wait(waited, timeout=self._health.start_timeout, return_when=asyncio.FIRST_COMPLETED)
-        if engine.exited.done():
+        if engine.exited.done() or engine.failed:
             engine.drain()
             field = engine.failed.field if engine.failed is not None else None
             raise EngineStartError(engine.last_words(), field)
@@ -222,10 +222,13 @@ class Supervisor:
         said meanwhile is waiting to be read, and there has been one look only.
         """
         silent = 0
+        ends: set[asyncio.Future[Any]] = {engine.exited, engine.failing}
         while silent < _LOOKS:
             engine.heard = False
-            await asyncio.wait({engine.exited}, timeout=self._health.heartbeat_timeout / _LOOKS)
-            if engine.exited.done():
+            await asyncio.wait(
+                ends, timeout=self._health.heartbeat_timeout / _LOOKS, return_when=asyncio.FIRST_COMPLETED
+            )
+            if engine.exited.done() or engine.failed:
                 engine.drain()  # it may have said who was running, or that a job had ended
                 return engine.last_words()
             silent = 0 if engine.heard else silent + 1
