@@ -128,6 +128,7 @@ class Placement:
         if group is None:
             return
         _closed = self._ranks is None
+        grace = _GOODBYE
         try:
             if runtime is not None and group.rank == 0:
                 runtime.close()
@@ -136,7 +137,8 @@ class Placement:
             group.close()
         except _C.Error as error:
             self._abort(group, error)
-        self._end_ranks(_GOODBYE)
+            grace = 0.0
+        self._end_ranks(grace)
 
     def _failed(self, failure: RankFailed) -> None:
         if (group := self._group) is not None:
