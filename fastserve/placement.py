@@ -20,6 +20,7 @@ from .distributed import Grid, Group, GroupError, connect, launched
 from .links import Links, connect_runtime
 from .loaders.spec import ModelSource, ModelSpec
 from .native import NativeRuntime
+from .pulse import Pulse
 from .ranks import RankFailed, Ranks
 from .sharding import Shard, cut, stages_by_cost
 from .stage_costs import measure_stages
@@ -43,11 +44,26 @@ class Placement:
         self._ranks = ranks
         self._links: Links | None = None
         self._runtime: NativeRuntime | None = None
+        self._pulse: Pulse | None = None
+        self._failure: str | None = None  # why the group was aborted
         self.members: list[dict[str, Any]] = []  # of each rank: rank, process, host
         if group is not None:
             self.members = [
                 {"rank": rank, "process": process, "host": host} for rank, process, host in group.world.members
             ]
+
+    def watch(self, silence: float) -> None:
+        """From now on, ranks of several hosts that are not heard of for so many seconds end the group."""
+        if self._group is None or self._group.world.kind != "across hosts" or math.isinf(silence):
+            return
+        ways = self._group.world.split(0, self.rank)
+        assert ways is not None  # no color is negative
+        self._pulse = Pulse(ways, silence, self._found_gone)
+
+    def check(self) -> None:
+        """Raise GroupError if the group has ended by what this rank was not waiting for."""
+        if self._failure is not None:
+            raise GroupError(self._failure)
 
     @property
     def rank(self) -> int:
@@ -128,6 +144,8 @@ class Placement:
         try:
             if runtime is not None and group.rank == 0:
                 runtime.close()
+            if self._pulse is not None:
+                self._pulse.stop()
             if self._links is not None:
                 self._links.close()
             group.close()
@@ -135,15 +153,18 @@ class Placement:
             self._abort(group, f"rank {group.rank} has ended: {error}")
         self._end_ranks(_GOODBYE)
 
-    def _failed(self, failure: RankFailed) -> None:
+    def _found_gone(self, reason: str) -> None:
         if (group := self._group) is not None:
-            self._abort(group, str(failure))
+            self._abort(group, reason)
 
     def _abort(self, group: Group, reason: str) -> None:
+        self._failure = self._failure or reason
         with contextlib.suppress(_C.Error):  # what is closed has nobody waiting
             group.abort(reason)
             if self._links is not None:
                 self._links.abort(reason)
+        if self._pulse is not None:
+            self._pulse.abort(reason)
 
     def _end_ranks(self, grace: float) -> None:
         """End the processes that were started here, which get some seconds to end by themselves."""
@@ -181,7 +202,9 @@ def place(grid: Grid, command: Sequence[str] | None, timeout: float = math.inf) 
         if here is not None and here.size > 1:
             if _closed:
                 raise GroupError("the group of this process has ended; launch another one for another model")
-            return Placement(grid, connect(grid, timeout=timeout))
+            placement = Placement(grid, connect(grid, timeout=timeout))
+            placement.watch(timeout)
+            return placement
         if command is None:
             raise InvalidRequest(
                 "tensor_parallel_size × pipeline_parallel_size",
@@ -217,7 +240,7 @@ def _started(grid: Grid, command: Sequence[str], timeout: float) -> Placement:
 
     def failed(failure: RankFailed) -> None:
         for placement in placed:
-            placement._failed(failure)
+            placement._found_gone(str(failure))
 
     try:
         ranks.watch(failed)

@@ -200,6 +200,7 @@ class Worker:
         now = self._clock()
         if now < self._beat_due or (self._engine.has_work and self._monitor.results == self._results_told):
             return
+        self._placement.check()
         self._results_told = self._monitor.results
         self._tell(self._monitor.status(self._engine, now))
         self._last_beat = now

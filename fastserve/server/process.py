@@ -34,7 +34,7 @@ class EngineProcess:
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[Ready] = loop.create_future()
         self.exited: asyncio.Future[int] = loop.create_future()
-        self.failed: Failed | None = None
+        self.failing: asyncio.Future[Failed] = loop.create_future()  # it has said so, and exits next
         self.heard = False  # set by every message
         self.on_message: Callable[[FromEngine], None] | None = None
         self._garbage: str | None = None
@@ -70,6 +70,10 @@ class EngineProcess:
             await self._waiting
         finally:
             self._link.close()
+
+    @property
+    def failed(self) -> Failed | None:
+        return self.failing.result() if self.failing.done() else None
 
     def last_words(self) -> str:
         """Why the process has ended, in one line."""
@@ -110,7 +114,8 @@ class EngineProcess:
     def _take(self, message: FromEngine) -> None:
         self.heard = True
         if isinstance(message, Failed):
-            self.failed = message
+            if not self.failing.done():
+                self.failing.set_result(message)
         elif isinstance(message, Ready):
             if not self.ready.done():
                 self.ready.set_result(message)
