@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
@@ -27,6 +28,7 @@ from .stage_costs import measure_stages
 from .types import InvalidRequest
 
 _GOODBYE: Final = 10.0  # seconds that the others get to end by themselves
+_RANK_0_FIRST: Final = 1.5  # seconds that others stay after an error: an idle engine looks once a second
 
 _closed = False  # whether a launched group of this process has ended: there is no second one
 
@@ -222,10 +224,14 @@ def check_fits(grid: Grid, spec: ModelSpec) -> None:
 
 
 def report(error: Exception) -> None:
-    """Say on stderr why this rank, which is not rank 0, ends; where it was started by rank 0, that one says it."""
+    """Say on stderr why this rank, which is not rank 0, ends; where it was started by rank 0, that one says it.
+
+    A launcher ends all ranks when the first ends, so rank 0 gets a moment to do with the error what it has to.
+    """
     here = launched()
     if here is not None and here.launcher != "fastserve":
         print(f"fastserve: rank {here.rank}: {_said(error)}", file=sys.stderr, flush=True)
+        time.sleep(_RANK_0_FIRST)
 
 
 def _cut(spec: ModelSpec, grid: Grid, rank: int, stages: Sequence[range]) -> Shard:

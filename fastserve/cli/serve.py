@@ -58,8 +58,8 @@ SERVER: dict[str, Any] = {
         str | None,
         "none",
         "Command that starts the ranks of an engine, on hosts of its own choice, such as 'mpiexec -f hosts' or srun; "
-        "-n and what to run are added. The first rank has to be on this host. While a host is away, open requests wait for "
-        "it, for about ten minutes. Without this option all ranks are started here.",
+        "-n and what to run are added. The first rank has to be on this host. While a host is away, open requests wait "
+        "for it, some ten minutes. Without this option all ranks are started here.",
     ),
     "shutdown_timeout": _server(
         float | None, "30", "Seconds that open requests get to finish after SIGTERM or Ctrl-C."
