@@ -124,7 +124,7 @@ class Line:
         self._other = other
         self._shell = shell
 
-    def set(self, state: str) -> None:
+    def turn(self, state: str) -> None:
         """Up or down: the second host's end."""
         ip("-n", self._other, "link", "set", _DEVICE, state)
 
@@ -173,7 +173,7 @@ class Cuts:
         await asyncio.wait_for(server.engines(), _RECOVERY)
         await asyncio.sleep(self._chaos.rng.uniform(0.0, self._chaos.window))
         streams, log = self._chaos.note_under_way(phase), len(server.log())
-        self._line.set("down")
+        self._line.turn("down")
         began = time.monotonic()
         try:
             await until(self._is_down, _NEVER * timeout)
@@ -182,7 +182,7 @@ class Cuts:
             await asyncio.sleep(max(0.0, self._given.down - (time.monotonic() - began)))
             said = server.log()[log:]
         finally:
-            self._line.set("up")
+            self._line.turn("up")
         mended = time.monotonic()
         await asyncio.wait_for(server.engines(), _RECOVERY)
         back = time.monotonic() - mended

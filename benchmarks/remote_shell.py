@@ -34,8 +34,8 @@ def serve(address: str) -> None:
                     ["sh", "-c", asked["command"]],
                     cwd=asked["folder"],
                     stdin=subprocess.DEVNULL,
-                    stdout=caller,
-                    stderr=caller,
+                    stdout=caller.fileno(),
+                    stderr=caller.fileno(),
                     start_new_session=True,
                 )
 

@@ -289,6 +289,22 @@ def test_the_first_start_takes_too_long(tmp_path: Path) -> None:
     start_raises(options, Health(start_timeout=0.3), "^the engine was not ready after 0.3 s$")
 
 
+def test_an_engine_that_has_failed_and_does_not_end_is_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As mpiexec, which waits for ranks on a host that is not there any more."""
+    health = Health(heartbeat_timeout=2.0, backoff=0.001)
+    options = Options(starts=str(tmp_path / "starts"), failing=[0], stays=True)
+    start_raises(options, health, "^start 0 was told to fail$")
+
+    async def work() -> None:
+        options = Options(pace=SLOW, starts=str(tmp_path / "others"), fails_at=30, stays=True)
+        async with serving(options, health) as client:
+            check_finished(await follow(client.open([7], LONG, seed=1)))
+            assert client.restarts == 1
+
+    run(work())
+    assert "start 0 was told to fail; it was up for" in caplog.text
+
+
 def test_the_engine_is_no_program() -> None:
     async def work() -> None:
         client = EngineClient(["/nowhere/engine"], None)
