@@ -298,7 +298,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="tiny", help="tiny is made up on the spot (default: %(default)s)")
     parser.add_argument("--ranks-a-host", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--cuts", type=int, default=3, help="under streams (default: %(default)s)")
-    parser.add_argument("--down", type=float, default=15.0, help="seconds that the line is down (default: %(default)s)")
+    parser.add_argument("--down", type=float, default=25.0, help="seconds that the line is down (default: %(default)s)")
     parser.add_argument("--streams", type=int, default=16, help="at once (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=400, help="of the longest answer (default: %(default)s)")
     parser.add_argument(

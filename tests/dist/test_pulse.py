@@ -27,14 +27,20 @@ def test_a_rank_that_says_nothing_is_named_by_rank_0_and_the_others_are_told() -
         if world.rank == 2:  # is in the group, and stands still
             assert world.split(0, 2) is not None
             return heard.wait()
+        ways = world.split(0, world.rank)
+        assert ways is not None
         reasons: list[str] = []
-        pulse = pulse_of(world, 0.4, reasons)
-        pulse._thread.join()
-        heard.set()
+
+        def gone(reason: str) -> None:
+            reasons.append(reason)
+            heard.set()
+
+        pulse = Pulse(ways, 0.4, gone)
+        heard.wait()
+        pulse.stop()
         return reasons
 
-    found = each_rank(3, body, APART)
-    (reason,) = found[0]
+    (reason,), *_ = each_rank(3, body, APART)
     assert "rank 2 on " in reason and reason.endswith("has not been heard of for 0.4 seconds")
 
 
