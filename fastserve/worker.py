@@ -71,7 +71,8 @@ class Worker:
         self._socket = socket
         self._spec, self._info = assembly.spec, assembly.info
         self._placement = assembly.placement
-        self._processes = [member["process"] for member in assembly.placement.members] or [os.getpid()]
+        members = assembly.placement.members
+        self._processes = [each["process"] for each in members if each["host"] == members[0]["host"]] or [os.getpid()]
         self._clock = clock
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode: Callable[[bytes], ToEngine] = msgspec.msgpack.Decoder(ToEngine).decode

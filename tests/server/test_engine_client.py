@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -384,6 +385,35 @@ def test_what_ended_an_engine(end: str, crashed: bool) -> None:
                 await engine.exited
             await engine.end(0.0)
             assert engine.crashed is crashed
+
+    run(work())
+
+
+def test_rank_0_is_killed_though_its_launcher_put_it_elsewhere() -> None:
+    """As srun does, of which only the command itself is a process of ours."""
+    program = """
+import msgspec, os, signal, sys, zmq
+from fastserve.ipc import Ready
+if child := os.fork():
+    os.waitpid(child, 0)
+else:
+    os.setsid()
+    socket = zmq.Context().socket(zmq.PAIR)
+    socket.connect(sys.argv[-1])
+    socket.send(msgspec.msgpack.encode(Ready([os.getpid()], {}, 1, 1)))
+    signal.pause()
+"""
+
+    async def work() -> None:
+        with zmq.Context() as context:
+            engine = EngineProcess(context)
+            await engine.start([sys.executable, "-c", program])
+            rank_0 = os.pidfd_open((await engine.ready).pids[0])
+            try:
+                await engine.end(0.0)
+                assert select.select([rank_0], [], [], 30.0)[0]
+            finally:
+                os.close(rank_0)
 
     run(work())
 
