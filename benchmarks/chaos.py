@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,21 +192,31 @@ class Chaos:
         """`window`: seconds after an engine is up in which it is disturbed."""
         self._server = server
         self._requests = requests
-        self._rng = rng
-        self._window = window
+        self.rng = rng
+        self.window = window
         self._open: list[Stream] = []
         self.expected: list[Stream] = []
 
     async def undisturbed(self) -> Phase:
         phase = Phase("undisturbed")
         began = time.monotonic()
-        self.expected = await asyncio.gather(*(ask(self._server, request, Stream()) for request in self._requests))
+        self.expected = await self._ask_all()
         for stream in self.expected:
             _count(phase, stream, stream)
         phase.seconds = time.monotonic() - began
         return phase
 
-    async def disturbed(self, name: str, number: signal.Signals, times: int) -> Phase:
+    async def once(self, phase: Phase) -> None:
+        """Ask for everything once more."""
+        for index, stream in enumerate(await self._ask_all()):
+            _count(phase, stream, self.expected[index])
+            _tell(phase, index, self._requests[index], stream, self.expected[index])
+
+    async def _ask_all(self) -> list[Stream]:
+        return await asyncio.gather(*(ask(self._server, request, Stream()) for request in self._requests))
+
+    async def disturbed(self, name: str, times: int, disturb: Callable[[Phase, int], Awaitable[None]]) -> Phase:
+        """`disturb` is given the number of times before, and returns when the engine is up again."""
         phase = Phase(name)
         began, before = time.monotonic(), (await self._server.health())["engine"]["restarts"]
         self._open = [Stream() for _ in self._requests]
@@ -213,7 +224,7 @@ class Chaos:
         feeding = [asyncio.create_task(self._feed(index, phase, over)) for index in range(len(self._requests))]
         try:
             for count in range(times):
-                await self._disturb(number, phase, count)
+                await disturb(phase, count)
                 phase.disturbances = count + 1
         finally:
             over.set()
@@ -231,12 +242,20 @@ class Chaos:
             if stream.broken:
                 await asyncio.sleep(0.2)  # a server that refuses is not asked a thousand times a second
 
-    async def _disturb(self, number: signal.Signals, phase: Phase, count: int) -> None:
-        """Return when another process is up in place of one of those there are, each of which has its turn."""
+    def note_under_way(self, phase: Phase) -> int:
+        """How many streams have begun and not ended."""
+        phase.under_way.append(sum(bool(stream.choices) and stream.tokens is None for stream in self._open))
+        return phase.under_way[-1]
+
+    def signals(self, number: signal.Signals) -> Callable[[Phase, int], Awaitable[None]]:
+        """What sends one of the engine's processes after the other a signal, and waits for another in its place."""
+        return functools.partial(self._signal, number)
+
+    async def _signal(self, number: signal.Signals, phase: Phase, count: int) -> None:
         processes = await asyncio.wait_for(self._server.engines(), _RECOVERY)
         pid = processes[count % len(processes)]
-        await asyncio.sleep(self._rng.uniform(0.0, self._window))
-        phase.under_way.append(sum(bool(stream.choices) and stream.tokens is None for stream in self._open))
+        await asyncio.sleep(self.rng.uniform(0.0, self.window))
+        self.note_under_way(phase)
         os.kill(pid, number)
 
         async def replaced() -> bool:
@@ -273,22 +292,27 @@ async def run(given: argparse.Namespace) -> int:
         chaos = Chaos(server, requests, rng, given.window)
         phases = [await chaos.undisturbed()]
         if given.kills:
-            phases.append(await chaos.disturbed("kill -9", signal.SIGKILL, given.kills))
+            phases.append(await chaos.disturbed("kill -9", given.kills, chaos.signals(signal.SIGKILL)))
         if given.stop:
-            phases.append(await chaos.disturbed("SIGSTOP", signal.SIGSTOP, given.stop))
-        try:
-            await until(lambda: _is_empty(server), 20.0)
-            left = False
-        except (asyncio.TimeoutError, TimeoutError):
-            left = True
-        remains = _left(await server.jobs())
+            phases.append(await chaos.disturbed("SIGSTOP", given.stop, chaos.signals(signal.SIGSTOP)))
+        left, remains = await what_is_left(server)
     passed = not left and all(phase.passed for phase in phases)
-    print(_table(phases))
+    print(table(phases))
     print(f"afterwards: {json.dumps(remains)}")
     if given.json is not None:
         found = {"model": given.model, "phases": [asdict(phase) for phase in phases], "left": remains, "passed": passed}
         given.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0 if passed else 1
+
+
+async def what_is_left(server: Server) -> tuple[bool, dict[str, int]]:
+    """Whether jobs or KV blocks are left, when the server had time to notice that nobody asks any more; and which."""
+    try:
+        await until(lambda: _is_empty(server), 20.0)
+        left = False
+    except (asyncio.TimeoutError, TimeoutError):
+        left = True
+    return left, _left(await server.jobs())
 
 
 def _left(told: dict[str, Any]) -> dict[str, int]:
@@ -302,7 +326,7 @@ async def _is_empty(server: Server) -> bool:
     return len(left) == 3 and not any(left.values())
 
 
-def _table(phases: Sequence[Phase]) -> str:
+def table(phases: Sequence[Phase]) -> str:
     lines = [
         f"{'':12} {'times':>6} {'streams':>8} {'identical':>10} {'broken':>7} {'different':>10} {'under way':>10} "
         f"{'worst pause':>12} {'restarts':>9} {'seconds':>8}"

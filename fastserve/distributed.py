@@ -8,11 +8,15 @@ A rank is started by mpiexec, mpirun or srun, or by `ranks.Ranks`, which starts 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -24,6 +28,7 @@ from .config import check_integer
 from .types import InvalidRequest
 
 _MOST_RANKS = 65536
+_JOIN_SECONDS = 120.0  # for all ranks to come, from when the first has
 _PLACES = re.compile(r"( \[csrc/[^\]]*\])+$")
 
 # What launchers tell their processes. Slurm sets SLURM_PROCID for a batch script too, SLURM_STEP_NUM_TASKS only for
@@ -207,6 +212,12 @@ def connect(grid: Grid, *, host: str = "", timeout: float = math.inf) -> Group:
         end_with_launcher()
         path = os.environ[PATH_VARIABLE]
         return Group(_C.join_shared_memory(path, here.rank, here.size, host), grid, timeout)
+    with _ends_unless_done(_JOIN_SECONDS, f"rank {here.rank} of {here.size} on {host or socket.gethostname()}"):
+        group = _launched_group(here, grid, host, timeout)
+    return group
+
+
+def _launched_group(here: Launched, grid: Grid, host: str, timeout: float) -> Group:
     world = _C.connect_mpi(host)
     if (world.rank, world.size) != (here.rank, here.size):
         message = (
@@ -217,6 +228,23 @@ def connect(grid: Grid, *, host: str = "", timeout: float = math.inf) -> Group:
         world.abort(message)
         raise InvalidRequest("launcher", message)
     return Group(world, grid, timeout)
+
+
+@contextlib.contextmanager
+def _ends_unless_done(seconds: float, who: str) -> Iterator[None]:
+    """End this process when what is within takes longer: MPI waits without a limit for a rank that does not come."""
+
+    def end() -> None:
+        print(f"fastserve: {who}: others have not come within {seconds:g} seconds", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def mpi_library() -> str | None:

@@ -67,7 +67,7 @@ class Stop(Message):
 class Ready(Message):
     """The model is loaded; Adds may come."""
 
-    pids: list[int]
+    pids: list[int]  # of its ranks on this host, rank 0's first
     info: dict[str, Any]  # as LLM.info
     vocab_size: int
     max_model_len: int

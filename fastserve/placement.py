@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
@@ -22,12 +23,14 @@ from .loaders.fastertransformer import FasterTransformerModel
 from .loaders.ft_layout import places
 from .loaders.spec import ModelSource, ModelSpec
 from .native import NativeRuntime
+from .pulse import Pulse
 from .ranks import RankFailed, Ranks
 from .sharding import Shard, cut, stages_by_cost
 from .stage_costs import measure_stages
 from .types import InvalidRequest
 
 _GOODBYE: Final = 10.0  # seconds that the others get to end by themselves
+_RANK_0_FIRST: Final = 1.5  # seconds that others stay after an error: an idle engine looks once a second
 
 _closed = False  # whether a launched group of this process has ended: there is no second one
 
@@ -45,11 +48,26 @@ class Placement:
         self._ranks = ranks
         self._links: Links | None = None
         self._runtime: NativeRuntime | None = None
+        self._pulse: Pulse | None = None
+        self._failure: str | None = None  # why the group was aborted
         self.members: list[dict[str, Any]] = []  # of each rank: rank, process, host
         if group is not None:
             self.members = [
                 {"rank": rank, "process": process, "host": host} for rank, process, host in group.world.members
             ]
+
+    def watch(self, silence: float) -> None:
+        """From now on, ranks of several hosts that are not heard of for so many seconds end the group."""
+        if self._group is None or self._group.world.kind != "across hosts" or math.isinf(silence):
+            return
+        ways = self._group.world.split(0, self.rank)
+        assert ways is not None  # no color is negative
+        self._pulse = Pulse(ways, silence, self._found_gone)
+
+    def check(self) -> None:
+        """Raise GroupError if the group has ended by what this rank was not waiting for."""
+        if self._failure is not None:
+            raise GroupError(self._failure)
 
     @property
     def rank(self) -> int:
@@ -132,6 +150,8 @@ class Placement:
         try:
             if runtime is not None and group.rank == 0:
                 runtime.close()
+            if self._pulse is not None:
+                self._pulse.stop()
             if self._links is not None:
                 self._links.close()
             group.close()
@@ -140,15 +160,19 @@ class Placement:
             grace = 0.0
         self._end_ranks(grace)
 
-    def _failed(self, failure: RankFailed) -> None:
+    def _found_gone(self, reason: str) -> None:
         if (group := self._group) is not None:
-            self._abort(group, GroupError(str(failure)))
+            self._abort(group, GroupError(reason))
 
     def _abort(self, group: Group, error: BaseException) -> None:
+        reason = line_of(error, group.world)
+        self._failure = self._failure or reason
         with contextlib.suppress(_C.Error):  # what is closed has nobody waiting
-            group.abort(line_of(error, group.world))
+            group.abort(reason)
             if self._links is not None:
                 self._links.abort(error)
+        if self._pulse is not None:
+            self._pulse.abort(reason)
 
     def _end_ranks(self, grace: float) -> None:
         """End the processes that were started here, which get some seconds to end by themselves."""
@@ -185,7 +209,9 @@ def place(grid: Grid, command: Sequence[str] | None, timeout: float = math.inf) 
         if here is not None and here.size > 1:
             if _closed:
                 raise GroupError("the group of this process has ended; launch another one for another model")
-            return Placement(grid, connect(grid, timeout=timeout))
+            placement = Placement(grid, connect(grid, timeout=timeout))
+            placement.watch(timeout)
+            return placement
         if command is None:
             raise InvalidRequest(
                 "tensor_parallel_size × pipeline_parallel_size",
@@ -220,10 +246,14 @@ def own_files(source: ModelSource, shard: Shard) -> ModelSource:
 
 
 def report(error: Exception) -> None:
-    """Say on stderr why this rank, which is not rank 0, ends; where it was started by rank 0, that one says it."""
+    """Say on stderr why this rank, which is not rank 0, ends; where it was started by rank 0, that one says it.
+
+    A launcher ends all ranks when the first ends, so rank 0 gets a moment to do with the error what it has to.
+    """
     here = launched()
     if here is not None and here.launcher != "fastserve":
         print(f"fastserve: rank {here.rank}: {_said(error)}", file=sys.stderr, flush=True)
+        time.sleep(_RANK_0_FIRST)
 
 
 def _cut(spec: ModelSpec, grid: Grid, rank: int, stages: Sequence[range]) -> Shard:
@@ -238,7 +268,7 @@ def _started(grid: Grid, command: Sequence[str], timeout: float) -> Placement:
 
     def failed(failure: RankFailed) -> None:
         for placement in placed:
-            placement._failed(failure)
+            placement._found_gone(str(failure))
 
     try:
         ranks.watch(failed)

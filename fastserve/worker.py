@@ -71,7 +71,8 @@ class Worker:
         self._socket = socket
         self._spec, self._info = assembly.spec, assembly.info
         self._placement = assembly.placement
-        self._processes = [member["process"] for member in assembly.placement.members] or [os.getpid()]
+        members = assembly.placement.members
+        self._processes = [each["process"] for each in members if each["host"] == members[0]["host"]] or [os.getpid()]
         self._clock = clock
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode: Callable[[bytes], ToEngine] = msgspec.msgpack.Decoder(ToEngine).decode
@@ -200,6 +201,7 @@ class Worker:
         now = self._clock()
         if now < self._beat_due or (self._engine.has_work and self._monitor.results == self._results_told):
             return
+        self._placement.check()
         self._results_told = self._monitor.results
         self._tell(self._monitor.status(self._engine, now))
         self._last_beat = now

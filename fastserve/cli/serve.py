@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _KEYS = "FASTSERVE_API_KEY"
 # Of the heartbeat's timeout: ranks that wait for one that hangs say which one, before the whole engine is killed.
 _NAMED_WITHIN = 0.75
+# Of engines that a launcher starts: a host that is away is asked for every few seconds, and open requests wait for it
+# for some ten minutes.
+_HOSTS_AWAY: dict[str, Any] = {"max_backoff": 5.0, "max_failed_starts": 100}
 
 _server = functools.partial(panel_option, "Server")
 SERVER: dict[str, Any] = {
@@ -55,7 +58,8 @@ SERVER: dict[str, Any] = {
         str | None,
         "none",
         "Command that starts the ranks of an engine, on hosts of its own choice, such as 'mpiexec -f hosts' or srun; "
-        "-n and what to run are added. The first rank has to be on this host. Without it, all ranks are started here.",
+        "-n and what to run are added. The first rank has to be on this host. While a host is away, open requests wait "
+        "for it, some ten minutes. Without this option all ranks are started here.",
     ),
     "shutdown_timeout": _server(
         float | None, "30", "Seconds that open requests get to finish after SIGTERM or Ctrl-C."
@@ -152,7 +156,8 @@ def _engine_client(settings: ServerSettings, options: dict[str, Any], tokenizer:
     from ..server import client
     from ..server.supervisor import Health
 
-    health = Health(heartbeat_timeout=settings.heartbeat_timeout)
+    patience = {} if settings.launcher is None else _HOSTS_AWAY
+    health = Health(heartbeat_timeout=settings.heartbeat_timeout, **patience)
     engines = settings.data_parallel_size
     told = {**options, "rank_timeout": _NAMED_WITHIN * settings.heartbeat_timeout}
     command = client.engine_command(told, engines, settings.launcher)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -34,11 +35,12 @@ class EngineProcess:
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[Ready] = loop.create_future()
         self.exited: asyncio.Future[int] = loop.create_future()
-        self.failing: asyncio.Future[Failed] = loop.create_future()  # its last words, if it has any
+        self.failing: asyncio.Future[Failed] = loop.create_future()  # it has said so, and exits next
         self.heard = False  # set by every message
         self.on_message: Callable[[FromEngine], None] | None = None
         self._garbage: str | None = None
         self._killed = False  # by us
+        self._rank_0 = -1  # a handle of it, when it is ready
         self._process: asyncio.subprocess.Process | None = None
         self._waiting: asyncio.Task[None] | None = None
         self._link = Link(context, self._take, self._take_garbage)
@@ -70,6 +72,14 @@ class EngineProcess:
             await self._waiting
         finally:
             self._link.close()
+            if self._rank_0 >= 0:
+                os.close(self._rank_0)
+                self._rank_0 = -1
+
+    @property
+    def failed(self) -> Failed | None:
+        """Why it does not go on; it may still have to end what it has started."""
+        return self.failing.result() if self.failing.done() else None
 
     def last_words(self) -> str:
         """Why the process has ended, in one line."""
@@ -88,11 +98,6 @@ class EngineProcess:
         code = self.exited.result()
         return self._killed or self.failed is not None or code > 0 or -code in _OWN_SIGNALS
 
-    @property
-    def failed(self) -> Failed | None:
-        """Why it does not go on; it may still have to end what it has started."""
-        return self.failing.result() if self.failing.done() else None
-
     async def _wait(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
         self._kill_all()  # a rank that hangs does not notice that it is alone
@@ -106,6 +111,9 @@ class EngineProcess:
     def _kill_all(self) -> bool:
         """Whether anybody was there to be killed."""
         assert self._process is not None
+        if self._rank_0 >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._rank_0, signal.SIGKILL)
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -119,9 +127,15 @@ class EngineProcess:
                 self.failing.set_result(message)
         elif isinstance(message, Ready):
             if not self.ready.done():
+                self._know(message.pids[0])
                 self.ready.set_result(message)
         elif self.on_message is not None:
             self.on_message(message)
+
+    def _know(self, rank_0: int) -> None:
+        """srun's processes are slurmd's, and in no process group of ours. Ranks elsewhere end when rank 0 has."""
+        with contextlib.suppress(AttributeError, OSError):  # no such handles on this system, or it has ended
+            self._rank_0 = os.pidfd_open(rank_0)
 
     def _take_garbage(self, error: str) -> None:
         self._garbage = error

@@ -202,10 +202,9 @@ class Supervisor:
             self.pid = await engine.start(self._command_line())
         except OSError as error:
             raise EngineStartError(f"the engine cannot be started: {self._command[0]}: {error.strerror}") from error
-        waited: set[asyncio.Future[Any]] = {engine.ready, engine.failing, engine.exited}
+        waited: set[asyncio.Future[Any]] = {engine.ready, engine.exited, engine.failing}
         await asyncio.wait(waited, timeout=self._health.start_timeout, return_when=asyncio.FIRST_COMPLETED)
-        if engine.exited.done() or engine.failed:
-            engine.drain()
+        if await self._has_ended(engine):
             field = engine.failed.field if engine.failed is not None else None
             raise EngineStartError(engine.last_words(), field)
         if not engine.ready.done():
@@ -222,17 +221,31 @@ class Supervisor:
         said meanwhile is waiting to be read, and there has been one look only.
         """
         silent = 0
-        ends: set[asyncio.Future[Any]] = {engine.exited, engine.failing}
         while silent < _LOOKS:
             engine.heard = False
-            await asyncio.wait(
-                ends, timeout=self._health.heartbeat_timeout / _LOOKS, return_when=asyncio.FIRST_COMPLETED
-            )
-            if engine.exited.done() or engine.failed:
-                engine.drain()  # it may have said who was running, or that a job had ended
+            waited: set[asyncio.Future[Any]] = {engine.exited, engine.failing}
+            await asyncio.wait(waited, timeout=self._look, return_when=asyncio.FIRST_COMPLETED)
+            if await self._has_ended(engine):
                 return engine.last_words()
             silent = 0 if engine.heard else silent + 1
         return f"the engine was silent for {self._health.heartbeat_timeout:g} s and has been killed"
+
+    async def _has_ended(self, engine: EngineProcess) -> bool:
+        """Whether the process has, or has failed: then it gets a moment to end by itself, and all it said is heard.
+
+        Not more: a launcher may wait for ranks on a host that is not there any more.
+        """
+        if engine.failing.done():
+            await asyncio.wait({engine.exited}, timeout=self._look)
+        elif not engine.exited.done():
+            return False
+        engine.drain()  # it may have said who was running, or that a job had ended
+        return True
+
+    @property
+    def _look(self) -> float:
+        """Seconds from one look at the engine to the next."""
+        return self._health.heartbeat_timeout / _LOOKS
 
 
 async def _undisturbed(work: Coroutine[Any, Any, None]) -> None:

@@ -84,6 +84,8 @@ class Options:
     failing: list[int] = field(default_factory=list)  # starts, from 0, that say Failed
     crashing: list[int] = field(default_factory=list)  # that end without a word
     hanging: list[int] = field(default_factory=list)  # that never are ready
+    fails_at: int | None = None  # the iteration of the first start after which it says Failed
+    stays: bool = False  # when it has said Failed, as a launcher does that waits for a host
     poison: dict[str, int] = field(default_factory=dict)  # seed → output position at which the engine dies
     killed_by_poison: bool = False  # as by a system that is out of memory; else it crashes
     silent_death: bool = False  # it does not say first who is running
@@ -216,11 +218,17 @@ def main(arguments: list[str]) -> int:
     start = _count(options.starts)
     if start in options.crashing:
         os.abort()
-    if start in options.failing:
+
+    def fail() -> int:
         send(Failed(f"start {start} was told to fail", "model"))
         socket.close()
         context.term()
+        while options.stays and os.getppid() == parent:
+            time.sleep(0.05)
         return 2
+
+    if start in options.failing:
+        return fail()
     while start in options.hanging and os.getppid() == parent:
         socket.poll(50)
 
@@ -245,6 +253,8 @@ def main(arguments: list[str]) -> int:
                 socket.close()  # what it said is heard
                 context.term()
                 os.kill(os.getpid(), signal.SIGKILL if options.killed_by_poison else signal.SIGSEGV)
+            if start == 0 and engine.iterations == options.fails_at:
+                return fail()
             if engine.iterations == options.garbage_at:
                 socket.send(b"\xc1")
             time.sleep(options.pace)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -289,6 +290,22 @@ def test_the_first_start_takes_too_long(tmp_path: Path) -> None:
     start_raises(options, Health(start_timeout=0.3), "^the engine was not ready after 0.3 s$")
 
 
+def test_an_engine_that_has_failed_and_does_not_end_is_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As mpiexec, which waits for ranks on a host that is not there any more."""
+    health = Health(heartbeat_timeout=2.0, backoff=0.001)
+    options = Options(starts=str(tmp_path / "starts"), failing=[0], stays=True)
+    start_raises(options, health, "^start 0 was told to fail$")
+
+    async def work() -> None:
+        options = Options(pace=SLOW, starts=str(tmp_path / "others"), fails_at=30, stays=True)
+        async with serving(options, health) as client:
+            check_finished(await follow(client.open([7], LONG, seed=1)))
+            assert client.restarts == 1
+
+    run(work())
+    assert "start 0 was told to fail; it was up for" in caplog.text
+
+
 def test_the_engine_is_no_program() -> None:
     async def work() -> None:
         client = EngineClient(["/nowhere/engine"], None)
@@ -368,6 +385,35 @@ def test_what_ended_an_engine(end: str, crashed: bool) -> None:
                 await engine.exited
             await engine.end(0.0)
             assert engine.crashed is crashed
+
+    run(work())
+
+
+def test_rank_0_is_killed_though_its_launcher_put_it_elsewhere() -> None:
+    """As srun does, of which only the command itself is a process of ours."""
+    program = """
+import msgspec, os, signal, sys, zmq
+from fastserve.ipc import Ready
+if child := os.fork():
+    os.waitpid(child, 0)
+else:
+    os.setsid()
+    socket = zmq.Context().socket(zmq.PAIR)
+    socket.connect(sys.argv[-1])
+    socket.send(msgspec.msgpack.encode(Ready([os.getpid()], {}, 1, 1)))
+    signal.pause()
+"""
+
+    async def work() -> None:
+        with zmq.Context() as context:
+            engine = EngineProcess(context)
+            await engine.start([sys.executable, "-c", program])
+            rank_0 = os.pidfd_open((await engine.ready).pids[0])
+            try:
+                await engine.end(0.0)
+                assert select.select([rank_0], [], [], 30.0)[0]
+            finally:
+                os.close(rank_0)
 
     run(work())
 

@@ -17,7 +17,7 @@ import pytest
 
 from fastserve.cli import main
 from fastserve.server.settings import ServerSettings
-from fastserve.server.supervisor import EngineStartError, Health
+from fastserve.server.supervisor import BackOff, EngineStartError, Health
 
 HERE = Path(__file__).parent
 PLAIN = {"prompt": "abc", "max_tokens": 6, "ignore_eos": True, "stream": True}
@@ -160,6 +160,19 @@ def test_the_heartbeat_is_the_supervisors() -> None:
     settings = ServerSettings(model="toy", heartbeat_timeout=7.5, data_parallel_size=3)
     client = _engine_client(settings, {"model": "toy"}, None)
     assert [engine.supervisor._health.heartbeat_timeout for engine in client.engines] == [7.5] * 3
+
+
+def test_hosts_that_are_away_are_waited_for_longer_than_processes_of_this_one() -> None:
+    """Open requests are given up after so many failed starts: some ten minutes, where a launcher starts the engine."""
+    from fastserve.cli.serve import _engine_client
+
+    ranks = {"model": "toy", "tensor_parallel_size": 2}
+    given = [ServerSettings(model="toy", launcher=launcher) for launcher in (None, "mpiexec -f hosts")]
+    here, away = (_engine_client(settings, ranks, None).engines[0].supervisor._health for settings in given)
+    assert here == Health()
+    backoff = BackOff(away)
+    waits = [backoff.after(0.0) for _ in range(away.max_failed_starts - 1)]
+    assert 300 < sum(waits) < 900 and max(waits) <= 5
 
 
 def test_keys_come_from_both(monkeypatch: pytest.MonkeyPatch) -> None:

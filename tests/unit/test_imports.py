@@ -49,6 +49,7 @@ ARROWS: dict[str, set[str] | None] = {
     "ranks": {"_C"},
     "distributed": {"ranks", "_C", "config", "types"},
     "links": {"distributed", "_C"},
+    "pulse": {"_C"},
     "sharding": {"loaders", "types"},
     "native": {"distributed", "links", "sharding", "loaders", "_C", "config", "types"},
     "seeds": {"types"},
@@ -58,7 +59,8 @@ ARROWS: dict[str, set[str] | None] = {
     "calibration": {"profiler", "cost", "config", "types", "version"},
     "stage_costs": {"native", "profiler", "sharding", "loaders", "config"},
     "placement": {
-        "distributed", "links", "loaders", "native", "ranks", "sharding", "stage_costs", "_C", "config", "types",
+        "distributed", "links", "loaders", "native", "pulse", "ranks", "sharding", "stage_costs", "_C", "config",
+        "types",
     },
     "assembly": {
         "calibration", "config", "cost", "distributed", "loaders", "native", "placement", "policies", "sizing",
