@@ -41,6 +41,7 @@ class EngineProcess:
         self._garbage: str | None = None
         self._killed = False  # by us
         self._rank_0 = -1  # a handle of it, when it is ready
+        self._launched = False  # by a launcher, which is the process that was started
         self._process: asyncio.subprocess.Process | None = None
         self._waiting: asyncio.Task[None] | None = None
         self._link = Link(context, self._take, self._take_garbage)
@@ -55,7 +56,7 @@ class EngineProcess:
             self._link.address,
             stdin=subprocess.DEVNULL,
             env={**os.environ, SERVER_PID: str(os.getpid())},
-            process_group=0,  # with the ranks that it starts
+            start_new_session=True,  # and so a process group, with the ranks that it starts
         )
         self._waiting = asyncio.create_task(self._wait(self._process))
         return self._process.pid
@@ -95,8 +96,11 @@ class EngineProcess:
     @property
     def crashed(self) -> bool:
         """It has ended of itself, or had to be killed for what it did; else somebody outside may have ended it."""
+        if self.failed is not None:
+            return not self.failed.outside
         code = self.exited.result()
-        return self._killed or self.failed is not None or code > 0 or -code in _OWN_SIGNALS
+        # A launcher's exit code does not tell.
+        return self._killed or (code > 0 and not self._launched) or -code in _OWN_SIGNALS
 
     async def _wait(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
@@ -134,6 +138,7 @@ class EngineProcess:
 
     def _know(self, rank_0: int) -> None:
         """srun's processes are slurmd's, and in no process group of ours. Ranks elsewhere end when rank 0 has."""
+        self._launched = self._process is not None and self._process.pid != rank_0
         with contextlib.suppress(AttributeError, OSError):  # no such handles on this system, or it has ended
             self._rank_0 = os.pidfd_open(rank_0)
 
