@@ -299,8 +299,8 @@ def _capacities(data: Data, jobs: int) -> str:
     return (
         f"What fcfs gets done when there is always more to do: {'; '.join(present(told, WORKLOADS))}. "
         "Decodes are bound by reading the weights: two batches of 16 at a time, or one of 32 that reads them half as "
-        "often, put out about as many tokens. What a pipeline adds to that is the prefills, which are bound by compute, "
-        "and keep both nodes busy.\n"
+        "often, put out about as many tokens. What a pipeline adds to that is the prefills, which are bound by "
+        "compute, and keep both nodes busy.\n"
     )
 
 

@@ -189,7 +189,7 @@ def everybody_gets_what_was_asked(run: Audited, job: Job) -> None:
 
 
 def work_is_conserved(run: Audited, job: Job) -> None:
-    """Every position once and no more; what was computed again is known as such; service is what a stage takes alone."""
+    """Every position once and no more; recomputation is known as such; service is what a stage takes alone."""
     work = run.auditor.work.get(job.seed)
     computed = work.computed if work else 0
     needed = len(job.prompt) + len(job.output) - 1
