@@ -16,13 +16,16 @@ from .cases import Case, rounded
 from .common import Scale, capacities, capacities_of, point, present, table, text, values
 from .lab import Data, Lab, Task
 from .opt13b import MOST, gain_text, rate_text
-from .search import MEAN, PRECISION, SLO, TAIL, sustained
+from .search import MEAN, PRECISION, SLO, TAIL, lasting, sustained
 
 NAME = "opt175b"
 TITLE = "Pipelined scheduling: OPT-175B on 16 A100"
 
 WORKLOADS = ("sharegpt", "alpaca")
-SHORT, LONG = 400, 3_000  # jobs, as for OPT-13B
+# Jobs, as in the authors' scripts for OPT-13B: for Alpaca, as many more as come in 20 s.
+SHORT: Final = {"sharegpt": 400, "alpaca": 300}
+SECONDS: Final = {"sharegpt": 0.0, "alpaca": 20.0}
+LONG = 3_000
 SEEDS, LONG_SEEDS, CURVE_SEEDS, CAPACITY_SEEDS = 10, 2, 5, 3
 ALPHA_SEEDS = 4  # with the paper's α, which preempts (and simulates) many times as much
 MEASURES: Final = {MEAN: "mean", TAIL: "P95"}
@@ -50,8 +53,8 @@ CONTENDERS: Final[dict[str, Contender]] = {
     _SKIP_JOIN: Contender("skip-join-mlfq", {}, "FastServe"),
     "gittins": Contender("gittins"),
 }
-LONG_CONTENDERS: Final = (_VLLM, _FCFS, _SKIP_JOIN, "gittins")
-CURVES: Final = LONG_CONTENDERS
+LONG_CONTENDERS: Final = (_VLLM, _FCFS, _SKIP_JOIN)
+CURVES: Final = (*LONG_CONTENDERS, "gittins")
 
 # What the authors published (artifact: benchmarks/artifact-evaluation/plot.ipynb, the panels for OPT-175B of figures 11
 # and 12): seconds a token over jobs/s. A curve ends where they let it go on as a flat line.
@@ -113,30 +116,61 @@ def paper_rate(workload: str, measure: str, system: str) -> float | None:
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-def _lengths(scale: Scale) -> tuple[int, int]:
-    short, long = scale.pick((SHORT, LONG), (SHORT // 10, LONG // 10))
-    return short, long
+@dataclass(frozen=True)
+class Length:
+    """How many jobs: so many, or as many as come in some seconds if that is more."""
+
+    jobs: int
+    seconds: float = 0.0
 
 
-def _searches(scale: Scale) -> Iterator[tuple[str, int, str, str, range]]:
-    """(workload, jobs, contender, measure, seeds) of every rate that is searched; what takes longest comes last."""
-    short, long = _lengths(scale)
-    for name in (*(each for each in CONTENDERS if each != _PAPER_ALPHA), _PAPER_ALPHA):
-        for workload, measure in reversed(PANELS):
-            yield workload, short, name, measure, scale.seeds(ALPHA_SEEDS if name == _PAPER_ALPHA else SEEDS)
+def _short(scale: Scale, workload: str) -> Length:
+    shrink = scale.pick(1, 10)
+    return Length(SHORT[workload] // shrink, SECONDS[workload] / shrink)
+
+
+def _long(scale: Scale) -> Length:
+    return Length(scale.pick(LONG, LONG // 10))
+
+
+def _searches(scale: Scale) -> Iterator[tuple[str, Length, str, str, range]]:
+    """(workload, length, contender, measure, seeds) of the rates that are searched."""
+    for workload, measure in PANELS:
+        for name in CONTENDERS:
+            if name != _PAPER_ALPHA:
+                yield workload, _short(scale, workload), name, measure, scale.seeds(SEEDS)
+
+
+def _slow_searches(scale: Scale) -> Iterator[tuple[str, Length, str, str, range]]:
+    for workload, measure in PANELS:
+        yield workload, _short(scale, workload), _PAPER_ALPHA, measure, scale.seeds(ALPHA_SEEDS)
     for workload in reversed(WORKLOADS):
         for name in LONG_CONTENDERS:
-            yield workload, long, name, MEAN, scale.seeds(LONG_SEEDS)
+            yield workload, _long(scale), name, MEAN, scale.seeds(LONG_SEEDS)
 
 
 def measure(lab: Lab, scale: Scale) -> None:
-    searches = list(_searches(scale))
-    short, long = _lengths(scale)
-    own = {(workload, name): case(workload, long, name) for workload in WORKLOADS for name in CONTENDERS}
+    own = {(workload, name): _capacity_case(scale, workload, name) for workload in WORKLOADS for name in CONTENDERS}
     known = capacities(lab, own.values(), scale.seeds(CAPACITY_SEEDS), scale)
+
+    def search(workload: str, length: Length, name: str, limited: str, seeds: range) -> None:
+        rate = rounded(known[own[workload, name], 0])
+        which, policy = case(workload, length.jobs, name), CONTENDERS[name].policy
+        tasks = [
+            Task(
+                {**_what(workload, length, name, limited), "seed": seed},
+                sustained,
+                (which, policy, seed, rate, rounded(MOST * rate), limited, length.seconds),
+            )
+            for seed in seeds
+        ]
+        lab.run(tasks, f"{workload}, {length.jobs} jobs, {MEASURES[limited]}, {name}")
+
+    for each in _searches(scale):
+        search(*each)
     lab.run(
         [
-            point(case(workload, short, name), CONTENDERS[name].policy, seed, rate, scale)
+            point(_curve_case(scale, workload, name, rate), CONTENDERS[name].policy, seed, rate, scale)
             for workload in WORKLOADS
             for rate in _curve_rates(scale, workload)
             for name in CURVES
@@ -144,18 +178,27 @@ def measure(lab: Lab, scale: Scale) -> None:
         ],
         "curves",
     )
-    for workload, jobs, name, limited, seeds in searches:
-        which, policy = case(workload, jobs, name), CONTENDERS[name].policy
-        rate = rounded(known[own[workload, name], 0])
-        tasks = [
-            Task(
-                {"sustained": which.as_dict(), "policy": policy, "measure": limited, "seed": seed},
-                sustained,
-                (which, policy, seed, rate, rounded(MOST * rate), limited),
-            )
-            for seed in seeds
-        ]
-        lab.run(tasks, f"{workload}, {jobs} jobs, {MEASURES[limited]}, {name}")
+    for each in _slow_searches(scale):
+        search(*each)
+
+
+def _what(workload: str, length: Length, name: str, limited: str) -> dict[str, Any]:
+    """Of which search a result is, but for the seed."""
+    what = {
+        "sustained": case(workload, length.jobs, name).as_dict(),
+        "policy": CONTENDERS[name].policy,
+        "measure": limited,
+    }
+    return what | ({"seconds": length.seconds} if length.seconds else {})
+
+
+def _capacity_case(scale: Scale, workload: str, name: str) -> Case:
+    return case(workload, _long(scale).jobs, name)
+
+
+def _curve_case(scale: Scale, workload: str, name: str, rate: float) -> Case:
+    length = _short(scale, workload)
+    return lasting(case(workload, length.jobs, name), rate, length.seconds)
 
 
 def _curve_rates(scale: Scale, workload: str) -> tuple[float, ...]:
@@ -166,24 +209,27 @@ def _curve_rates(scale: Scale, workload: str) -> tuple[float, ...]:
 # --- telling ---------------------------------------------------------------------------------------------------------
 
 
-def _rates(data: Data, workload: str, jobs: int, name: str, limited: str) -> list[float]:
+def _rates(data: Data, workload: str, length: Length, name: str, limited: str) -> list[float]:
     """Sustained rates by seed, infinite where the limit is never reached; none where they were not measured yet."""
-    wanted = {"sustained": case(workload, jobs, name).as_dict(), "policy": CONTENDERS[name].policy, "measure": limited}
-    found = sorted(data.select(**wanted), key=lambda pair: pair[0]["seed"])
+    found = sorted(data.select(**_what(workload, length, name, limited)), key=lambda pair: pair[0]["seed"])
     return [float("inf") if result["rate"] is None else result["rate"] for _, result in found]
 
 
+def _latencies(data: Data, workload: str, name: str, rate: float, limited: str) -> list[float]:
+    """Normalized latencies at one rate of the curves, by seed."""
+    which = _curve_case(Scale(data.quick), workload, name, rate)
+    return values(data, limited, which, CONTENDERS[name].policy, rate=rate)
+
+
 def draw(data: Data, folder: Path) -> None:
-    scale = Scale(data.quick)
-    short, _ = _lengths(scale)
-    title = f"OPT-175B on 16 A100-40G (TP 8 × PP 2), {short} jobs, batch 16; dashed: the paper's"
+    title = "OPT-175B on 16 A100-40G (TP 8 × PP 2), batch 16; dashed: the paper's"
     with figures.canvas(folder / "opt175b.svg", title, (13.2, 4.4)) as figure:
         for axes, (workload, limited) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-            rates = _curve_rates(scale, workload)
+            rates = _curve_rates(Scale(data.quick), workload)
             for name in CURVES:
                 contender = CONTENDERS[name]
-                which, colour = case(workload, short, name), INK if name == _VLLM else COLOURS[contender.policy]
-                found = [estimate(values(data, limited, which, contender.policy, rate=rate)) for rate in rates]
+                colour = INK if name == _VLLM else COLOURS[contender.policy]
+                found = [estimate(_latencies(data, workload, name, rate, limited)) for rate in rates]
                 figures.line(axes, contender.policy, rates, found, label=name, color=colour)
                 if curve := PAPER_CURVES[workload, limited].get(contender.paper):
                     style: dict[str, Any] = {"color": colour, "linestyle": (0, (2, 2)), "linewidth": 1.2}
@@ -201,21 +247,23 @@ def draw(data: Data, folder: Path) -> None:
 
 def section(data: Data) -> str:
     scale = Scale(data.quick)
-    short, long = _lengths(scale)
     low = {workload: min(_curve_rates(scale, workload)) for workload in WORKLOADS}
-    ours = {each: values(data, MEAN, case(each, short), "fcfs", rate=low[each]) for each in WORKLOADS}
+    ours = {each: text(_latencies(data, each, _FCFS, low[each], MEAN)) for each in WORKLOADS}
+    seeds, length = len(scale.seeds(SEEDS)), _short(scale, "alpaca")
+    sharegpt = case("sharegpt", _short(scale, "sharegpt").jobs)
     return f"""OPT-175B on 16 A100-40G, TP 8 inside each of two nodes and a pipeline stage on each, as much KV as the
 weights leave (3,551 blocks), batch 16, 2048 tokens a batch, blocks of 16, Gamma arrivals (CV 1). With pipelined
 scheduling each of the two stages has a batch, so 32 jobs run at a time; *one batch at a time* is the same machine
 without (`--no-pipelining`): a batch of 16 goes through both stages before the next enters, and half of the machine
 stands idle. The rate is found by bisection, to {100 * PRECISION:.0f} %, for each seed: the highest at which the
-normalized latency (JCT ÷ output tokens) stays within {SLO} s, in the mean over jobs or at P95. {short} jobs is the
-trace length of the authors' scripts for OPT-13B (for 175B they published none), {len(scale.seeds(SEEDS))} seeds,
-{len(scale.seeds(ALPHA_SEEDS))} with the authors' α.
+normalized latency (JCT ÷ output tokens) stays within {SLO} s, in the mean over jobs or at P95. Traces are as long as in
+the authors' scripts for OPT-13B (for 175B they published none): {sharegpt.jobs} jobs of ShareGPT; of Alpaca
+{length.jobs}, or what comes in {length.seconds:g} s if that is more. {seeds} seeds, {len(scale.seeds(ALPHA_SEEDS))}
+with the authors' α.
 
-    {case("sharegpt", short).command("fcfs skip-join-mlfq gittins", "--rate 4", len(scale.seeds(SEEDS)))}
+    {sharegpt.command("fcfs skip-join-mlfq gittins", "--rate 4", seeds)}
 
-    {case("sharegpt", short, _VLLM).command("fcfs skip-join-mlfq", "--rate 2", len(scale.seeds(SEEDS)))}
+    {case("sharegpt", sharegpt.jobs, _VLLM).command("fcfs skip-join-mlfq", "--rate 2", seeds)}
 
 What is whose: the paper's FCFS is our fcfs and its FastServe our skip-join, both pipelined, once with the authors' α
 of 300 ms and once with our 60 s. Its vLLM is set beside fcfs of one batch at a time: that is a guess, from its rates,
@@ -225,41 +273,47 @@ headline](#the-headline-gpt-3-175b-on-16-a100)).
 
 Jobs/s sustained at {SLO} s/token; × is the gain over fcfs, seed by seed:
 
-{_table(data, short, PANELS)}
-{_differences(data, short)}
+{_table(data, PANELS)}
+{_differences(data)}
 ![Normalized latency over rate](opt175b.svg)
 
-**What pipelining is worth.** {_capacities(data, long)}
-**What is left of it in a steady state.** {short} jobs are over before anything is steady, so a rate far above capacity
-can be "sustained". With {long} jobs ({len(scale.seeds(LONG_SEEDS))} seeds), at the mean:
+**What pipelining is worth.** {_capacities(data, scale)}
+**What is left of it in a steady state.** Such traces are over before anything is steady, so a rate far above capacity
+can be "sustained". With {_long(scale).jobs} jobs ({len(scale.seeds(LONG_SEEDS))} seeds), at the mean:
 
-{_table(data, long, [(workload, MEAN) for workload in WORKLOADS], LONG_CONTENDERS)}
-Seconds a token over the rate, {short} jobs, {len(scale.seeds(CURVE_SEEDS))} seeds. At the lowest rates, where nobody
-waits, fcfs takes {text(ours["sharegpt"])} and {text(ours["alpaca"])} where the paper's takes 0.07 and 0.064: the
-modelled machine is that much faster than theirs, so its rates are higher throughout; gains compare, rates do not.
+{_long_table(data, scale)}
+Seconds a token over the rate, {len(scale.seeds(CURVE_SEEDS))} seeds. At the lowest rates, where nobody waits, fcfs
+takes {ours["sharegpt"]} and {ours["alpaca"]} where the paper's takes 0.07 and 0.064: the modelled machine is that much
+faster than theirs, so its rates are higher throughout; gains compare, rates do not.
 
-{_curve_table(data, scale, short)}"""
+{_curve_table(data, scale)}"""
 
 
-def _table(data: Data, jobs: int, panels: Sequence[tuple[str, str]], names: Sequence[str] = tuple(CONTENDERS)) -> str:
+def _table(data: Data, panels: Sequence[tuple[str, str]]) -> str:
     rows = []
-    short, long = _lengths(Scale(data.quick))
-    published = jobs == short
     for workload, limited in panels:
-        most = MOST * capacities_of(data, case(workload, long))[0]
-        base = _rates(data, workload, jobs, _FCFS, limited)
-        for name in names:
-            own = _rates(data, workload, jobs, name, limited)
-            cells = [workload, MEASURES[limited], name, rate_text(own, most), gain_text(own, base, most)]
-            if published:
-                cells += _paper_cells(workload, limited, CONTENDERS[name].paper, own)
-            rows.append(cells)
-        if published:
-            rows.append(
-                [workload, MEASURES[limited], "–", "", "", *_paper_cells(workload, limited, "FasterTransformer")]
+        length = _short(Scale(data.quick), workload)
+        for name in CONTENDERS:
+            paper = _paper_cells(
+                workload, limited, CONTENDERS[name].paper, _rates(data, workload, length, name, limited)
             )
-    head = ["workload", "limit on", "policy", "ours", "×"]
-    return table(head + (["paper", "jobs/s", "×", "ours ÷ paper"] if published else []), rows, left=3)
+            rows.append([*_row(data, workload, length, name, limited), *paper])
+        rows.append([workload, MEASURES[limited], "–", "", "", *_paper_cells(workload, limited, "FasterTransformer")])
+    return table((*_HEAD, "paper", "jobs/s", "×", "ours ÷ paper"), rows, left=3)
+
+
+def _long_table(data: Data, scale: Scale) -> str:
+    cells = ((workload, _long(scale), name, MEAN) for workload in WORKLOADS for name in LONG_CONTENDERS)
+    return table(_HEAD, (_row(data, *each) for each in cells), left=3)
+
+
+_HEAD: Final = ("workload", "limit on", "policy", "ours", "×")
+
+
+def _row(data: Data, workload: str, length: Length, name: str, limited: str) -> list[str]:
+    own, base = (_rates(data, workload, length, each, limited) for each in (name, _FCFS))
+    most = MOST * capacities_of(data, _capacity_case(Scale(data.quick), workload, name))[0]
+    return [workload, MEASURES[limited], name, rate_text(own, most), gain_text(own, base, most)]
 
 
 def _paper_cells(workload: str, limited: str, system: str, own: Sequence[float] = ()) -> list[str]:
@@ -271,13 +325,14 @@ def _paper_cells(workload: str, limited: str, system: str, own: Sequence[float] 
     return [system, f"{rate:.3g}", f"{rate / base:.2f} ×", ratio]
 
 
-def _differences(data: Data, jobs: int) -> str:
+def _differences(data: Data) -> str:
     """Ours and the paper's gain of pipelined skip-join over both kinds of fcfs."""
 
     def told(workload: str, limited: str) -> str:
         parts = []
         for name, system in ((_FCFS, "FCFS"), (_VLLM, "vLLM")):
-            own, base = (_rates(data, workload, jobs, each, limited) for each in (_SKIP_JOIN, name))
+            length = _short(Scale(data.quick), workload)
+            own, base = (_rates(data, workload, length, each, limited) for each in (_SKIP_JOIN, name))
             theirs = (paper_rate(workload, limited, each) for each in ("FastServe", system))
             best, other = theirs
             if best is not None and other is not None:
@@ -287,10 +342,10 @@ def _differences(data: Data, jobs: int) -> str:
     return f"Skip-join's gain. {'; '.join(told(*panel) for panel in PANELS)}.\n"
 
 
-def _capacities(data: Data, jobs: int) -> str:
+def _capacities(data: Data, scale: Scale) -> str:
     def told(workload: str) -> str:
         piped, alone, wide = (
-            capacities_of(data, case(workload, jobs, name))
+            capacities_of(data, _capacity_case(scale, workload, name))
             for name in (_SKIP_JOIN, "skip-join, one batch at a time", "skip-join, one batch of 32 at a time")
         )
         gains = [[own / base for own, base in zip(piped, others, strict=True)] for others in (alone, wide)]
@@ -307,13 +362,13 @@ def _capacities(data: Data, jobs: int) -> str:
     )
 
 
-def _curve_table(data: Data, scale: Scale, jobs: int) -> str:
+def _curve_table(data: Data, scale: Scale) -> str:
     rows = []
     for workload, limited in PANELS:
         for rate in _curve_rates(scale, workload):
             row = [workload, MEASURES[limited], f"{rate:g}"]
             for name in CURVES:
-                row.append(text(values(data, limited, case(workload, jobs, name), CONTENDERS[name].policy, rate=rate)))
+                row.append(text(_latencies(data, workload, name, rate, limited)))
             for system in ("vLLM", "FCFS", "FastServe"):
                 curve = PAPER_CURVES[workload, limited][system]
                 row.append(str(dict(zip(PAPER_RATES[workload], curve, strict=False)).get(rate, "–")))
