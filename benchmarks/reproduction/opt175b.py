@@ -27,6 +27,7 @@ SHORT: Final = {"sharegpt": 400, "alpaca": 300}
 SECONDS: Final = {"sharegpt": 0.0, "alpaca": 20.0}
 LONG = 3_000
 SEEDS, LONG_SEEDS, CURVE_SEEDS, CAPACITY_SEEDS = 10, 2, 5, 3
+GITTINS_SEEDS = 5
 ALPHA_SEEDS = 4  # with the paper's α, which preempts (and simulates) many times as much
 MEASURES: Final = {MEAN: "mean", TAIL: "P95"}
 
@@ -53,6 +54,7 @@ CONTENDERS: Final[dict[str, Contender]] = {
     _SKIP_JOIN: Contender("skip-join-mlfq", {}, "FastServe"),
     "gittins": Contender("gittins"),
 }
+_LATER: Final = {"gittins": GITTINS_SEEDS, _PAPER_ALPHA: ALPHA_SEEDS}  # seeds of those that are searched last
 LONG_CONTENDERS: Final = (_VLLM, _FCFS, _SKIP_JOIN)
 CURVES: Final = (*LONG_CONTENDERS, "gittins")
 
@@ -137,16 +139,17 @@ def _searches(scale: Scale) -> Iterator[tuple[str, Length, str, str, range]]:
     """(workload, length, contender, measure, seeds) of the rates that are searched."""
     for workload, measure in PANELS:
         for name in CONTENDERS:
-            if name != _PAPER_ALPHA:
+            if name not in _LATER:
                 yield workload, _short(scale, workload), name, measure, scale.seeds(SEEDS)
 
 
-def _slow_searches(scale: Scale) -> Iterator[tuple[str, Length, str, str, range]]:
-    for workload, measure in PANELS:
-        yield workload, _short(scale, workload), _PAPER_ALPHA, measure, scale.seeds(ALPHA_SEEDS)
+def _later_searches(scale: Scale) -> Iterator[tuple[str, Length, str, str, range]]:
     for workload in reversed(WORKLOADS):
         for name in LONG_CONTENDERS:
             yield workload, _long(scale), name, MEAN, scale.seeds(LONG_SEEDS)
+    for name, seeds in _LATER.items():
+        for workload, measure in PANELS:
+            yield workload, _short(scale, workload), name, measure, scale.seeds(seeds)
 
 
 def measure(lab: Lab, scale: Scale) -> None:
@@ -178,7 +181,7 @@ def measure(lab: Lab, scale: Scale) -> None:
         ],
         "curves",
     )
-    for each in _slow_searches(scale):
+    for each in _later_searches(scale):
         search(*each)
 
 
@@ -259,7 +262,7 @@ stands idle. The rate is found by bisection, to {100 * PRECISION:.0f} %, for eac
 normalized latency (JCT ÷ output tokens) stays within {SLO} s, in the mean over jobs or at P95. Traces are as long as in
 the authors' scripts for OPT-13B (for 175B they published none): {sharegpt.jobs} jobs of ShareGPT; of Alpaca
 {length.jobs}, or what comes in {length.seconds:g} s if that is more. {seeds} seeds, {len(scale.seeds(ALPHA_SEEDS))}
-with the authors' α.
+with the authors' α and {len(scale.seeds(GITTINS_SEEDS))} of gittins.
 
     {sharegpt.command("fcfs skip-join-mlfq gittins", "--rate 4", seeds)}
 
@@ -274,7 +277,18 @@ headline](#the-headline-gpt-3-175b-on-16-a100)).
 Jobs/s sustained at {SLO} s/token; × is the gain over fcfs, seed by seed:
 
 {_table(data, PANELS)}
-{_differences(data)}
+{_gains(data)}
+
+**Where ours differ, and why.** At the lowest rates, where nobody waits, fcfs takes {ours["sharegpt"]} s a token on
+ShareGPT and {ours["alpaca"]} on Alpaca, the paper's 0.07 and 0.064: the modelled machine is half as fast again as
+theirs (presets.py has what is assumed of it; nothing was fitted), and its rates are higher by as much or more. So gains
+compare, and rates do not. In ShareGPT's mean the gain over fcfs is smaller than the paper's, because our fcfs does
+better, not because skip-join does worse: as with OPT-13B, waiting is divided by output tokens, and a log-normal has
+fewer outputs of very few tokens than people's conversations. P95 does not see how few the fewest are. How long a trace
+is decides as much: the Alpaca rows of [OPT-13B](#sustained-rates-opt-13b-on-one-a100), 400 jobs whatever the rate, are
+of jobs that are all there after a second or two. The paper's α costs little at these lengths. Orca reserves 128 blocks
+a job, so that only 27 of the 32 rows are ever used.
+
 ![Normalized latency over rate](opt175b.svg)
 
 **What pipelining is worth.** {_capacities(data, scale)}
@@ -282,9 +296,7 @@ Jobs/s sustained at {SLO} s/token; × is the gain over fcfs, seed by seed:
 can be "sustained". With {_long(scale).jobs} jobs ({len(scale.seeds(LONG_SEEDS))} seeds), at the mean:
 
 {_long_table(data, scale)}
-Seconds a token over the rate, {len(scale.seeds(CURVE_SEEDS))} seeds. At the lowest rates, where nobody waits, fcfs
-takes {ours["sharegpt"]} and {ours["alpaca"]} where the paper's takes 0.07 and 0.064: the modelled machine is that much
-faster than theirs, so its rates are higher throughout; gains compare, rates do not.
+Seconds a token over the rate, {len(scale.seeds(CURVE_SEEDS))} seeds:
 
 {_curve_table(data, scale)}"""
 
@@ -325,21 +337,30 @@ def _paper_cells(workload: str, limited: str, system: str, own: Sequence[float] 
     return [system, f"{rate:.3g}", f"{rate / base:.2f} ×", ratio]
 
 
-def _differences(data: Data) -> str:
+def _gains(data: Data) -> str:
     """Ours and the paper's gain of pipelined skip-join over both kinds of fcfs."""
-
-    def told(workload: str, limited: str) -> str:
-        parts = []
-        for name, system in ((_FCFS, "FCFS"), (_VLLM, "vLLM")):
-            length = _short(Scale(data.quick), workload)
-            own, base = (_rates(data, workload, length, each, limited) for each in (_SKIP_JOIN, name))
-            theirs = (paper_rate(workload, limited, each) for each in ("FastServe", system))
-            best, other = theirs
+    rows = []
+    for workload, limited in PANELS:
+        best, length = paper_rate(workload, limited, "FastServe"), _short(Scale(data.quick), workload)
+        own = _rates(data, workload, length, _SKIP_JOIN, limited)
+        for name in (_FCFS, _VLLM):
+            base, theirs = _rates(data, workload, length, name, limited), CONTENDERS[name].paper
+            other = paper_rate(workload, limited, theirs)
             if best is not None and other is not None:
-                parts.append(f"{gain_text(own, base, 0.0)} over {name} (paper: {best / other:.2f} × over {system})")
-        return f"{workload}, {MEASURES[limited]}: {' and '.join(parts)}"
-
-    return f"Skip-join's gain. {'; '.join(told(*panel) for panel in PANELS)}.\n"
+                gains = [each / rate for each, rate in zip(own, base, strict=False)]
+                versus = text([gain * other / best for gain in gains]) if gains else "–"
+                rows.append(
+                    (
+                        workload,
+                        MEASURES[limited],
+                        name,
+                        gain_text(own, base, 0.0),
+                        f"{theirs}: {best / other:.2f} ×",
+                        versus,
+                    )
+                )
+    head = ("workload", "limit on", "skip-join over", "ours", "the paper's FastServe over", "ours ÷ paper")
+    return table(head, rows, left=3)
 
 
 def _capacities(data: Data, scale: Scale) -> str:
