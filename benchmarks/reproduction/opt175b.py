@@ -259,8 +259,8 @@ without (`--no-pipelining`): a batch of 16 goes through both stages before the n
 stands idle. The rate is found by bisection, to {100 * PRECISION:.0f} %, for each seed: the highest at which the
 normalized latency (JCT ÷ output tokens) stays within {SLO} s, in the mean over jobs or at P95. Traces are as long as in
 the authors' scripts for OPT-13B (for 175B they published none): {sharegpt.jobs} jobs of ShareGPT; of Alpaca
-{length.jobs}, or what comes in {length.seconds:g} s if that is more. {seeds} seeds, {len(scale.seeds(ALPHA_SEEDS))} with the
-authors' α.
+{length.jobs}, or what comes in {length.seconds:g} s if that is more. {seeds} seeds; {len(scale.seeds(ALPHA_SEEDS))}
+with the authors' α.
 
     {sharegpt.command("fcfs skip-join-mlfq gittins", "--rate 4", seeds)}
 
