@@ -54,6 +54,38 @@ class Cost(Protocol):
         """Time of one iteration of rows (starts[i], tokens[i]), which share the reading of the weights."""
 
 
+def stage_cost(cost: Cost, stages: int) -> Cost:
+    """What iterations take of one pipeline stage, where `cost` says how long they take through all `stages`.
+
+    Every stage has an equal part of the layers, and a batch of its own: what a job takes from the others is its time in
+    a stage, not its way through the pipeline, in which `stages` iterations end.
+    """
+    return cost if stages == 1 else _StageCost(cost, 1 / stages)
+
+
+@dataclass(frozen=True)
+class _StageCost:
+    """Satisfies Cost: a share of another's."""
+
+    whole: Cost
+    share: float
+
+    def prefill_seconds(self, start: int, tokens: int) -> float:
+        return self.share * self.whole.prefill_seconds(start, tokens)
+
+    def prefill_charge(self, start: int, end: int) -> float:
+        return self.share * self.whole.prefill_charge(start, end)
+
+    def decode_seconds(self, context: int) -> float:
+        return self.share * self.whole.decode_seconds(context)
+
+    def decode_each(self, contexts: Ints) -> Floats:
+        return self.share * self.whole.decode_each(contexts)
+
+    def plan_seconds(self, starts: Ints, tokens: Ints) -> float:
+        return self.share * self.whole.plan_seconds(starts, tokens)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Link:
     """How fast KV blocks move between device and host: seconds a block each way, and seconds a copy before its first.
