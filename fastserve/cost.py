@@ -17,7 +17,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from pathlib import Path
 from typing import Protocol
@@ -140,15 +140,6 @@ class CostModel:
                 raise InvalidRequest("cost", f"{name} must be a finite number of at least 0, got {value!r}")
         if not self.decode_seconds(1) > 0:
             raise InvalidRequest("cost", "one decode must take more than 0 seconds")
-
-    def of_stage(self, stages: int) -> CostModel:
-        """Of one stage of a pipeline whose stages take equally long, where this is of the whole pipeline.
-
-        That is what a job occupies at a time, and what it is charged.
-        """
-        if stages == 1:
-            return self
-        return replace(self, **{name: getattr(self, name) / stages for name in _COEFFICIENTS})
 
     def prefill_seconds(self, start: int, tokens: int) -> float:
         """Solo time of computing positions start … start + tokens - 1 in one iteration; 0 for no tokens."""

@@ -243,11 +243,16 @@ class Scheduler:
             growers,
             self._mark,
             now,
+            limit=self._rows(),
             config=self.config,
             policy=self.policy,
             residency=self.residency,
             available=self._available,
         )
+
+    def _rows(self) -> int:
+        """Jobs of one iteration at most. With a pipeline, each stage has its share of them, or some would have none."""
+        return max(1, min(self.config.max_num_seqs, -(-len(self.jobs) // len(self.batches))))
 
     def _available(self, job: Job) -> bool:
         """Whether a job that is not in the batch could be: not with its last token being sampled, or in another."""
