@@ -101,6 +101,14 @@ class Grid:
         return range(rank % self.tensor_parallel_size, self.size, self.tensor_parallel_size)
 
 
+def line_of(error: BaseException, world: _C.Communicator) -> str:
+    """What the other ranks are told of an error of this one. A GroupError says already whose it is."""
+    if isinstance(error, _C.GroupError):
+        return str(error)
+    rank, process, host = world.members[world.rank]
+    return f"rank {rank} on {host} (process {process}): {type(error).__name__}: {error}"
+
+
 class Group:
     """This process's place in a group, and its three communicators.
 
@@ -156,8 +164,7 @@ class Group:
         if error is None:
             self.close()
         else:
-            rank, process, host = self.world.members[self.rank]
-            self.abort(f"rank {rank} on {host} (process {process}): {type(error).__name__}: {error}")
+            self.abort(line_of(error, self.world))
 
 
 def connect(grid: Grid, *, host: str = "", timeout: float = math.inf) -> Group:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import _C
-from .distributed import Group
+from .distributed import Group, line_of
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,13 @@ class Links:
     tensor: _C.Communicator | None  # of this stage
     receives: _C.Communicator | None  # of the pipeline: from the stage before ...
     sends: _C.Communicator | None  # ... and to the next one, by another thread of that one
+
+    def abort(self, error: BaseException) -> None:
+        """End every wait of every rank's runtime with a GroupError that says what this rank has come to."""
+        reason = line_of(error, self.plans)
+        for way in (self.tensor, self.receives, self.sends, self.answers, self.plans):
+            if way is not None:
+                way.abort(reason)
 
     def close(self) -> None:
         """Leave those that are not the group's own."""

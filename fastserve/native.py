@@ -35,8 +35,8 @@ class NativeRuntime:
 
     Copies run beside them on two more threads, one a direction.
 
-    Raises ModelError when a tensor is missing, unknown or of the wrong shape, and InvalidRequest when the system does
-    not give what the configuration asks for.
+    Raises ModelError when a tensor is missing, unknown or of the wrong shape, InvalidRequest when the system does not
+    give what the configuration asks for, and _C.GroupError when another rank is gone or has failed to do the same.
     """
 
     def __init__(
@@ -50,7 +50,16 @@ class NativeRuntime:
         self._shapes = dict(tensor_shapes(source.spec))
         self._shard = shard or whole(source.spec)
         try:
-            self._runtime = _C.Runtime(
+            self._runtime = self._allocated(source, config, links)
+            self._load_all(source)
+        except BaseException as error:
+            if links is not None:  # the others may be waiting for this rank, and are not to guess what it had
+                links.abort(error)
+            raise
+
+    def _allocated(self, source: ModelSource, config: RuntimeConfig, links: Links | None) -> _C.Runtime:
+        try:
+            return _C.Runtime(
                 self._shard.local(source.spec),
                 config.dtype,
                 config.kv_dtype,
@@ -66,8 +75,12 @@ class NativeRuntime:
                 shard=self._shard,
                 links=links,
             )
+        except _C.GroupError:
+            raise
         except _C.Error as error:  # too many threads, or an instruction set this machine lacks
             raise InvalidRequest("runtime", str(error)) from error
+
+    def _load_all(self, source: ModelSource) -> None:
         try:
             for tensor in source.tensors():
                 self._load(tensor)
@@ -112,7 +125,7 @@ class NativeRuntime:
         return None if part is None else (self._shard.local_name(tensor.name), *part)
 
     def follow(self) -> None:
-        """For ranks other than 0: runs what rank 0 submits, until it closes. Raises _C.Error when a rank is gone."""
+        """For ranks other than 0: runs what rank 0 submits, until it closes. Raises _C.GroupError as `poll` does."""
         self._runtime.follow()
 
     def close(self) -> None:
@@ -135,13 +148,19 @@ class NativeRuntime:
     def submit(self, plan: BatchPlan) -> None:
         """Queues a plan and starts its copies.
 
-        Raises _C.Error, doing neither, when a copy is illegal: outside the pools, or with the id or a block of another
-        that no result has acknowledged. Whatever else does not fit the runtime's state is raised at `poll`.
+        Raises _C.Error, doing neither on any rank, when a copy is illegal: outside the pools, or with the id or a block
+        of another that no result has acknowledged. Whatever else does not fit the runtime's state is raised at `poll`.
+        Raises _C.GroupError as `poll` does.
         """
         self._runtime.submit(plan)
 
     def poll(self, timeout: float | None = None) -> StepResult | None:
-        """The oldest result not yet returned, or None after `timeout` seconds. The GIL is released meanwhile."""
+        """The oldest result not yet returned, or None after `timeout` seconds. The GIL is released meanwhile.
+
+        Raises _C.Error when the plan has failed. Without other ranks the next plan may be a better one. With others it
+        is a _C.GroupError, raised on all of them from then on, with one line that says which rank it was, where and
+        why: the plan has failed on one of them, be it on all in the same way, or a rank is gone.
+        """
         answer = self._runtime.poll(_FOREVER if timeout is None else max(0.0, timeout))
         return None if answer is None else _step_result(answer)[0]
 
