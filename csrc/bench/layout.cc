@@ -14,8 +14,7 @@ namespace fastserve::bench {
 
 namespace {
 
-constexpr int64_t kInnerGroup = 64;   // of inner outputs that stay together
-constexpr double kMostSeconds = 600;  // of one wait between ranks, loading included
+constexpr int64_t kInnerGroup = 64;  // of inner outputs that stay together
 
 // Layers of each stage: the next one always to the stage that is soonest done with it, by the weights it reads. The
 // last stage has the head as well.
@@ -113,7 +112,7 @@ Processes::~Processes() {
 }
 
 std::unique_ptr<Communicator> Processes::join(int rank) const {
-  return join_shared_memory(memory_->path(), rank, layout_.ranks(), this_member(rank, ""), {kMostSeconds, {}});
+  return join_shared_memory(memory_->path(), rank, layout_.ranks(), this_member(rank, ""), {});
 }
 
 // In a process of its own, which ends here.
@@ -134,9 +133,12 @@ void Processes::follow(int rank) {
   _exit(status);
 }
 
-void Processes::load() {
+void Processes::connect() {
   world_ = join(0);
   links_.emplace(*world_, layout_);
+}
+
+void Processes::load() {
   const Part part = part_of(model_, layout_, 0);
   runtime_ = random_model(model_, size_, part.spec, part.shard, links_->neighbours());
   leader_.emplace(*runtime_, links_->group());

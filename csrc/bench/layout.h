@@ -53,7 +53,8 @@ class Processes {
   Processes(const Processes&) = delete;
   Processes& operator=(const Processes&) = delete;
 
-  // Every rank makes its part of the model.
+  // First this, of all groups that there will be: no process may begin after it. Then every rank makes its part.
+  void connect();
   void load();
   void submit(BatchPlan plan) { leader_->submit(std::move(plan)); }
   std::optional<StepResult> poll(double seconds) { return leader_->poll(seconds); }
