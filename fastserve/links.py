@@ -18,18 +18,19 @@ class Links:
     tensor: _C.Communicator | None  # of this stage
     receives: _C.Communicator | None  # of the pipeline: from the stage before ...
     sends: _C.Communicator | None  # ... and to the next one, by another thread of that one
+    ways: tuple[_C.Communicator, ...] = ()  # these two, and what only other stages use: without this rank it would end
 
     def abort(self, error: BaseException) -> None:
         """End every wait of every rank's runtime with a GroupError that says what this rank has come to."""
         reason = line_of(error, self.plans)
-        for way in (self.tensor, self.receives, self.sends, self.answers, self.plans):
+        for way in (self.tensor, *self.ways, self.answers, self.plans):
             if way is not None:
                 way.abort(reason)
 
     def close(self) -> None:
         """Leave those that are not the group's own."""
         self.answers.close()
-        for way in {id(way): way for way in (self.receives, self.sends) if way is not None}.values():
+        for way in self.ways:
             way.close()
 
 
@@ -38,7 +39,7 @@ def connect_runtime(group: Group) -> Links:
     stage, stages = group.pipeline_rank, group.grid.pipeline_parallel_size
     answers = group.world.split(0, group.rank)
     # What goes from stage i to the next is on way i % 2 for both, so none is both received from and sent on.
-    ways = [group.pipeline.split(0, stage), group.pipeline.split(0, stage)] if stages > 1 else [None, None]
+    ways = [way for _ in range(2) if stages > 1 and (way := group.pipeline.split(0, stage)) is not None]
     assert answers is not None
     return Links(
         plans=group.world,
@@ -47,4 +48,5 @@ def connect_runtime(group: Group) -> Links:
         tensor=group.tensor if group.grid.tensor_parallel_size > 1 else None,
         receives=ways[(stage - 1) % 2] if stage > 0 else None,
         sends=ways[stage % 2] if stage < stages - 1 else None,
+        ways=tuple(ways),
     )

@@ -243,7 +243,7 @@ class Mpi final : public Communicator {
   }
 
   MPI_Comm comm_;
-  int64_t open_ = 0;  // messages
+  int64_t open_ = 0;                                        // messages
   Clock::time_point next_look_ = Clock::now() + kLookTime;  // of any wait: short ones, too, must find out in the end
 };
 

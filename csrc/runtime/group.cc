@@ -28,8 +28,7 @@ auto or_end_group(Runtime& runtime, const GroupLinks& links, Body&& body) {
     return body();
   } catch (...) {
     const std::exception_ptr error = std::current_exception();
-    const std::string reason = line_of(error, links.plans.members()[links.plans.rank()]);
-    runtime.abort(reason);
+    const std::string reason = runtime.abort(line_of(error, links.plans.members()[links.plans.rank()]));
     links.answers.abort(reason);
     links.plans.abort(reason);
     try {
@@ -141,8 +140,8 @@ void Leader::note_samples(const StepResult& result) {
   std::lock_guard lock(mutex_);
   const std::vector<int32_t> sampling = std::move(sampling_.front());
   sampling_.pop_front();
-  FS_CHECK(sampling.size() == result.sampled.size(), "plan ", result.plan_id, " came back with ",
-           result.sampled.size(), " samples of ", sampling.size());
+  FS_CHECK(sampling.size() == result.sampled.size(), "plan ", result.plan_id, " came back with ", result.sampled.size(),
+           " samples of ", sampling.size());
   for (size_t i = 0; i < sampling.size(); ++i) last_sampled_[sampling[i]] = std::max(0, result.sampled[i].token);
 }
 

@@ -50,7 +50,8 @@ Runtime::~Runtime() {
   }
   submitted_.notify_all();
   if (unfinished || !transformer_.flushed()) {
-    fail(std::make_exception_ptr(Error("ends before the plans it was given")));  // or wait for neighbours, and they for it
+    fail(std::make_exception_ptr(
+        Error("ends before the plans it was given")));  // or wait for neighbours, and they for it
   }
   copies_.stop();  // the worker may be waiting for one
   worker_.join();
@@ -71,7 +72,7 @@ void Runtime::check(const BatchPlan& plan) {
   FS_CHECK(loaded_, "a plan was submitted before the weights were loaded");
   {
     std::lock_guard lock(mutex_);
-    if (failure_) std::rethrow_exception(failure_);
+    if (failure_) throw GroupError(*failure_);
   }
   copies_.check(plan.copies);
 }
@@ -96,7 +97,7 @@ std::optional<StepResult> Runtime::poll(double seconds) {
   }
   StepResult result;
   if (results_.empty()) {
-    result.error = failure_;
+    result.error = std::make_exception_ptr(GroupError(*failure_));
   } else {
     result = std::move(results_.front());
     results_.pop_front();
@@ -111,17 +112,18 @@ const Communicator* Runtime::any_neighbour() const {
   return nullptr;
 }
 
-void Runtime::abort(const std::string& reason) {
+std::string Runtime::abort(const std::string& reason) {
   {
     std::lock_guard lock(mutex_);
-    if (failure_) return;
-    failure_ = std::make_exception_ptr(GroupError(reason));
+    if (failure_) return *failure_;
+    failure_ = reason;
   }
   submitted_.notify_all();
   finished_.notify_all();
   for (Communicator* each : {neighbours_.tensor, neighbours_.receives, neighbours_.sends}) {
     if (each != nullptr) each->abort(reason);
   }
+  return reason;
 }
 
 // Alone, a rank fails one plan at a time.

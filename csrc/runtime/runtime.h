@@ -40,8 +40,8 @@ struct RuntimeOptions {
 class Runtime {
  public:
   // `spec` is the shape of what `shard` is. The ranks that hold the rest, if any, run the same plans in the same order.
-  // Tokens are sampled in the last stage, so only there, on all its ranks, results hold them. Throws a GroupError when a
-  // neighbour is gone, and plain Errors for what is wrong here.
+  // Tokens are sampled in the last stage, so only there, on all its ranks, results hold them. Throws a GroupError when
+  // a neighbour is gone, and plain Errors for what is wrong here.
   Runtime(const ModelSpec& spec, const Shard& shard, const RuntimeOptions& options, const Neighbours& neighbours = {});
   ~Runtime();
   Runtime(const Runtime&) = delete;
@@ -53,8 +53,8 @@ class Runtime {
                    const void* data, int64_t bytes);
   void finish_loading();
 
-  // Queues a plan and starts its copies. Throws, doing neither, when loading is not finished, the runtime has failed or a
-  // copy is illegal (see CopyEngine::submit): copies run before the plan's turn to be checked comes.
+  // Queues a plan and starts its copies. Throws, doing neither, when loading is not finished, the runtime has failed or
+  // a copy is illegal (see CopyEngine::submit): copies run before the plan's turn to be checked comes.
   void submit(BatchPlan plan);
   // Throws where submit() would. What has passed here passes there, unless the runtime fails meanwhile.
   void check(const BatchPlan& plan);
@@ -65,9 +65,9 @@ class Runtime {
   // changed nothing, though its copies are made, and others may follow. With neighbours, who cannot go on without this
   // rank, any failure is the runtime's last: they are told, and all further results are this error.
   std::optional<StepResult> poll(double seconds);
-  // Fails with a GroupError that says this, unless it has failed already: ends what waits, here and, where they wait for
-  // this rank, at its neighbours'. From any thread.
-  void abort(const std::string& reason);
+  // Fails with a GroupError that says this, unless it has failed already: ends what waits, here and, where they wait
+  // for this rank, at its neighbours'. Returns what it has failed with. From any thread.
+  std::string abort(const std::string& reason);
   // Waits until the next stage has all it was to get from the plans whose results are there. Throws when it cannot.
   void flush() { transformer_.flush(); }
 
@@ -97,7 +97,7 @@ class Runtime {
   std::condition_variable submitted_, finished_;
   std::deque<BatchPlan> plans_;
   std::deque<StepResult> results_;
-  std::exception_ptr failure_;  // the runtime's own, and its last
+  std::optional<std::string> failure_;  // the runtime's own, and its last
   bool executing_ = false;
   bool stop_ = false;
 
@@ -105,7 +105,7 @@ class Runtime {
   Weights weights_;
   KvPool pool_;
   CopyEngine copies_;
-  Transformer transformer_;  // has a thread that calls fail()
+  Transformer transformer_;                        // has a thread that calls fail()
   std::optional<SharedSampling> shared_sampling_;  // where the stage has other ranks
   bool loaded_ = false;
 
