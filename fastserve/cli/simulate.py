@@ -75,15 +75,14 @@ def simulate(
     ] = None,
     tensor_parallel_size: Annotated[int, _in(_MACHINE, "Devices that share every layer.", default=True)] = 1,
     pipeline_parallel_size: Annotated[int, _in(_MACHINE, "Stages that share the layers.", default=True)] = 1,
-    pipelining: Annotated[
+    no_pipelining: Annotated[
         bool,
         _in(
             _MACHINE,
-            "Every stage has a batch of its own; without, one batch at a time goes through all stages.",
-            "--pipelining/--no-pipelining",
-            default=True,
+            "One batch at a time goes through all stages; otherwise each stage has a batch of its own.",
+            "--no-pipelining",
         ),
-    ] = True,
+    ] = False,
     cost: Annotated[
         str | None,
         _in(
@@ -226,7 +225,7 @@ def simulate(
         hardware=hardware,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
-        pipelining=pipelining,
+        pipelining=not no_pipelining,
         cost=cost,
         kv_blocks=kv_blocks,
         swap_space=swap_space,
