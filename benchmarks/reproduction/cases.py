@@ -106,8 +106,8 @@ class Case:
         for name, value in self.as_dict().items():
             if _DEFAULTS.get(name) == value:
                 continue
-            if isinstance(value, bool):
-                words.append(f"--{'' if value else 'no-'}{name}")
+            if name == "pipelining":
+                words += [] if value else ["--no-pipelining"]
                 continue
             option = "trace" if name == "workload" and value == AZURE else name.replace("_", "-")
             words.append(f"--{option} {'azure_llm_2023_conv.csv' if option == 'trace' else value}")

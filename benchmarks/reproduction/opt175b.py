@@ -276,7 +276,6 @@ Jobs/s sustained at {SLO} s/token; × is the gain over fcfs, seed by seed:
 
 {_table(data, PANELS)}
 {_gains(data)}
-
 **Where ours differ, and why.** At the lowest rates, where nobody waits, fcfs takes {ours["sharegpt"]} s a token on
 ShareGPT and {ours["alpaca"]} on Alpaca, the paper's 0.07 and 0.064: the modelled machine is half as fast again as
 theirs (presets.py has what is assumed of it; nothing was fitted), and its rates are higher by as much or more. So gains
@@ -284,15 +283,16 @@ compare, and rates do not. In ShareGPT's mean the gain over fcfs is smaller than
 better, not because skip-join does worse, probably as with OPT-13B: waiting is divided by output tokens, and a
 log-normal has fewer outputs of very few tokens than people's conversations. (Where nobody waits, the paper's P95 is
 twice its mean, 0.130 to 0.065; ours is hardly above it.) P95 does not see how few the fewest are. How long a trace
-is decides as much: the Alpaca rows of [OPT-13B](#sustained-rates-opt-13b-on-one-a100), 400 jobs whatever the rate, are
-of jobs that are all there after a second or two. The paper's α costs little at these lengths. Orca reserves 128 blocks
-a job, so that only 27 of the 32 rows are ever used.
+is decides as much: in the Alpaca rows of [OPT-13B](#sustained-rates-opt-13b-on-one-a100), 400 jobs whatever the rate,
+skip-join gains several times as much, of jobs that are all there after a second or two. The paper's α costs about a
+tenth of the rate. Orca reserves 128 blocks a job, so that only 27 of the 32 rows are ever used.
 
 ![Normalized latency over rate](opt175b.svg)
 
 **What pipelining is worth.** {_capacities(data, scale)}
 **What is left of it in a steady state.** Such traces are over before anything is steady, so a rate far above capacity
-can be "sustained". With {_long(scale).jobs} jobs ({len(scale.seeds(LONG_SEEDS))} seeds), at the mean:
+can be "sustained". With {_long(scale).jobs} jobs ({len(scale.seeds(LONG_SEEDS))} seeds), at the mean, pipelining is
+still worth its factor of 2, and preemption what there is to gain near capacity:
 
 {_long_table(data, scale)}
 Seconds a token over the rate, {len(scale.seeds(CURVE_SEEDS))} seeds:
