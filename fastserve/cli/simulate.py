@@ -76,12 +76,7 @@ def simulate(
     tensor_parallel_size: Annotated[int, _in(_MACHINE, "Devices that share every layer.", default=True)] = 1,
     pipeline_parallel_size: Annotated[int, _in(_MACHINE, "Stages that share the layers.", default=True)] = 1,
     no_pipelining: Annotated[
-        bool,
-        _in(
-            _MACHINE,
-            "One batch at a time goes through all stages; otherwise each stage has a batch of its own.",
-            "--no-pipelining",
-        ),
+        bool, _in(_MACHINE, "One batch at a time goes through all stages, not one a stage.", "--no-pipelining")
     ] = False,
     cost: Annotated[
         str | None,

@@ -107,7 +107,8 @@ def test_the_defaults_that_help_shows_are_the_apis() -> None:
 
 def test_every_engine_option_of_the_api_is_an_option() -> None:
     missing = inspect.signature(LLM).parameters.keys() - {*ENGINE, *SEED}
-    absent = {"model", "max_in_flight", "data_parallel_size", "skip_tokenizer", "tokenizer", "on_iteration"}
+    absent = {"model", "max_in_flight", "data_parallel_size", "rank_timeout"}
+    absent |= {"skip_tokenizer", "tokenizer", "on_iteration"}
     assert missing == absent
 
 
