@@ -19,7 +19,7 @@ import tiny_model
 
 from fastserve import LLM, EngineError, InvalidRequest, SamplingParams, distributed
 from fastserve.distributed import Grid, GroupError
-from fastserve.placement import place
+from fastserve.placement import ended_by_others, place
 
 MPIEXEC = Path(sys.prefix) / "bin" / "mpiexec"
 SCRIPT = str(Path(__file__).parent / "programs" / "script.py")
@@ -69,7 +69,7 @@ def test_tokens_are_those_of_one_process(model: str) -> None:
 
 def test_one_plan_a_stage_is_in_flight(model: str) -> None:
     with load(model, 1, 2) as llm:
-        assert llm.info["max_in_flight"] == 2
+        assert llm.info["max_in_flight"] == 2 and llm.info["stages"] == [1, 1]
     with pytest.raises(InvalidRequest, match=r"^max_in_flight: must be at most the 2 stages, got 3"):
         load(model, 1, 2, max_in_flight=3)
 
@@ -109,6 +109,9 @@ def test_a_grid_that_does_not_fit_is_refused_before_anything_starts(model: str) 
         load(model, 5, 1)
     with pytest.raises(InvalidRequest, match=r"^pipeline_parallel_size: must be at most 2"):
         load(model, 1, 3)
+    for timeout in (0, -1, float("nan"), "3"):
+        with pytest.raises(InvalidRequest, match=r"^rank_timeout: must be seconds, above 0"):
+            load(model, 2, 1, rank_timeout=timeout)
     with pytest.raises(InvalidRequest, match=r"must be 1 for a module in memory"):
         place(Grid(2), None)
 
@@ -118,6 +121,21 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     with pytest.raises(GroupError, match=r"rank 1 on .* \(process \d+\) exited with status 3"):
         place(Grid(2), [sys.executable, "-c", "raise SystemExit(3)"])
     assert time.monotonic() - began < 10
+
+
+def test_whose_fault_the_end_of_a_rank_is() -> None:
+    """A job that was computed when somebody killed a rank did not bring it down (server/ledger.py)."""
+    rank = "rank 1 on here (process 7)"
+    for said, by_others in (
+        (f"{rank} is gone", True),
+        (f"{rank} was ended by SIGKILL; the group was ended", True),
+        (f"{rank} has not been heard of for 3.0 seconds", True),
+        (f"{rank} was ended by SIGSEGV; the group was ended", False),
+        (f"{rank} exited with status 1; the group was ended", False),
+        (f"{rank}: RuntimeError: the disk is gone, says the kernel", False),
+        (f"rank 0 on here (process 6) has waited 3 seconds for {rank}", False),
+    ):
+        assert ended_by_others(GroupError(said)) is by_others, said
 
 
 def mpiexec(size: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -133,6 +151,23 @@ def test_a_script_under_mpiexec(model: str) -> None:
     done = mpiexec(4, model, "2", "2")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{alone}\n"
+
+
+@with_mpi
+def test_what_one_rank_lacks_is_told_by_rank_0(model: str, tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = mpiexec(2, model, "2", "1", str(tmp_path / "nothing"))
+    assert done.returncode != 0 and time.monotonic() - began < 20
+    assert "GroupError: rank 1 on " in done.stderr and "nothing" in done.stderr
+
+
+@with_mpi
+def test_the_command_gets_its_prompt_on_rank_0(model: str) -> None:
+    command = [str(MPIEXEC), "-n", "2", sys.executable, "-m", "fastserve", "generate", "--model", model]
+    sizes = ["--tensor-parallel-size", "2", "--max-tokens", "5", "--temperature", "0", "--ignore-eos"]
+    done = subprocess.run([*command, *sizes], input="abc", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip()) == 5
 
 
 @with_mpi

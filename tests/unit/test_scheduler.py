@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from toy import Toy
 
+from fastserve.config import SchedulerConfig
 from fastserve.cost import CostModel
+from fastserve.scheduler import Scheduler
 from fastserve.types import InvalidRequest, Job, SamplingParams, StepResult
 
 
@@ -20,6 +22,18 @@ def rows(toy: Toy) -> list[list[tuple[int, int]]]:
 
 
 # --- the token budget -------------------------------------------------------------------------------------------------
+
+
+def test_each_stage_of_a_pipeline_has_its_share_of_the_jobs() -> None:
+    """Else all were in one plan, and the other stages had nothing to do."""
+    config = SchedulerConfig(max_num_seqs=8, pipeline_parallel_size=2, max_in_flight=2, num_blocks=64)
+    scheduler = Scheduler(config, CostModel(per_iteration=1.0))
+    for number in range(5):
+        params = SamplingParams(max_tokens=4)
+        scheduler.add(Job(str(number), [1, 2], params, 0, 0.0, 4, frozenset(), number), 0.0)
+    plans = [scheduler.schedule(0.0) for _ in range(2)]
+    slots = [plan.rows[:, 0].tolist() for plan in plans if plan is not None]
+    assert sorted(map(len, slots)) == [2, 3] and len({*slots[0], *slots[1]}) == 5
 
 
 def test_a_long_prefill_does_not_stall_its_neighbours() -> None:
