@@ -150,6 +150,7 @@ def test_the_next_stage_gets_its_input_while_this_one_computes() -> None:
             if group.rank == 2:
                 arrived.set()
             links.receives.receive(residuals[1], 0).wait()
+            group.world.barrier()
             return residuals
         runtime = by_itself(group, links, WIDE, WIDE_CONFIG)
         runtime.submit(wide_plan(1))
@@ -157,6 +158,7 @@ def test_the_next_stage_gets_its_input_while_this_one_computes() -> None:
             arrived.wait(20.0)
         runtime.submit(wide_plan(2))
         results = [runtime.poll() for _ in range(2)]
+        group.world.barrier()  # until all that it sends has come
         return [result.plan_id for result in results if result is not None]
 
     results = each_of(2, 2, body, timeout=10.0)
