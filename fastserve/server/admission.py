@@ -12,6 +12,7 @@ from ..cost import CostModel
 from ..types import SamplingParams
 from .engine_api import EngineClient
 from .errors import ApiError, refused
+from .load import rows_of
 
 _MAX_RETRY = 3600  # seconds
 _RECLAIM_EVERY = 0.05  # seconds: a look at all jobs, while requests are being refused
@@ -56,13 +57,12 @@ class Admission:
     @property
     def capacity(self) -> int:
         """Jobs that may be open when all are one user's."""
-        return int(self._engine.info.get("max_num_seqs", 1)) + self._max_queue
+        return rows_of(self._engine.info) + self._max_queue
 
     @property
     def most(self) -> int:
         """The same when all engines are up."""
-        info = self._engine.info
-        return int(info.get("max_num_seqs_of_all", info.get("max_num_seqs", 1))) + self._max_queue
+        return rows_of(self._engine.info, "max_num_seqs_of_all") + self._max_queue
 
     def enter(self, user: str, jobs: int) -> None:
         """Take `jobs` places for a user, to be given back with `leave`. Raises ApiError: 400, 429 or 503."""
@@ -135,7 +135,7 @@ class Admission:
 
     def queue_seconds(self) -> float:
         """Until the last job to enter has a place, where nobody overtakes."""
-        return self._seconds_for(self.open_jobs - int(self._engine.info.get("max_num_seqs", 1)))
+        return self._seconds_for(self.open_jobs - rows_of(self._engine.info))
 
     def retry_after(self, places: int) -> int:
         """Whole seconds after which so many jobs will have ended."""

@@ -13,6 +13,15 @@ _HALF_LIFE: Final = 10.0  # seconds in iterations, after which what was measured
 _TELLING: Final = 0.5  # seconds in iterations, before which it says nothing
 
 
+def rows_of(info: Mapping[str, Any], limit: str = "max_num_seqs") -> int:
+    """Jobs that can run at a time, by what an engine or several say of themselves: every stage has a batch."""
+    return int(info.get(limit, info.get("max_num_seqs", 1))) * _stages(info)
+
+
+def _stages(info: Mapping[str, Any]) -> int:
+    return int(info.get("pipeline_parallel_size", 1))
+
+
 class Work(NamedTuple):
     """What is left to do of a job, whoever does it."""
 
@@ -30,7 +39,8 @@ class Load:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._cost = CostModel.constant(1.0)  # of an engine that tells none: jobs are counted
-        self.rows = 1  # of an iteration
+        self.rows = 1  # of the iterations under way at a time
+        self._stages = 1  # of a pipeline: so many of those
         self._live = 0
         self._backlog = 0.0
         self._heard = clock()  # when it was so
@@ -49,7 +59,8 @@ class Load:
         cost = info.get("cost")
         if isinstance(cost, Mapping):
             self._cost = CostModel(**cost)
-        self.rows = int(info.get("max_num_seqs", 1))
+        self._stages = _stages(info)
+        self.rows = rows_of(info)
         now = self._clock()
         self._up, self._loading, self._since, self._heard = True, now - self._since, now, now
         self._told = (0.0, 0.0)
@@ -109,8 +120,11 @@ class Load:
         return (max(0.0, self._backlog - (now - self._heard) * self.speed) + todo) / self.speed
 
     def _seconds(self, work: Work) -> float:
-        """What a job adds, by the model: of what iterations cost whatever is in them it pays a part."""
-        cost = self._cost
-        rows = min(self.rows, self._live + len(self._given) + 1)
+        """What a job adds, by the model: of what iterations cost whatever is in them it pays a part.
+
+        Of a pipeline it takes one stage at a time.
+        """
+        cost, stages = self._cost, self._stages
+        rows = -(-min(self.rows, self._live + len(self._given) + 1) // stages)
         alone = cost.prefill_seconds(0, work.known) + work.left * cost.decode_seconds(work.known)
-        return alone - (1 + work.left) * cost.per_iteration * (1 - 1 / rows)
+        return (alone - (1 + work.left) * cost.per_iteration * (1 - 1 / rows)) / stages
