@@ -50,9 +50,9 @@ SERVER: dict[str, Any] = {
     "data_parallel_size": _server(
         int | None,
         "1",
-        "Engines, each with the whole model, in a process or ranks of its own. A job goes to the one that is expected to "
-        "finish it first, and goes on in another when that dies. --max-num-seqs, --kv-cache-memory and --swap-space "
-        "are of each; --threads 0 is an equal share of the cores.",
+        "Engines, each with the whole model, in a process or ranks of its own. A job goes to the one that is "
+        "expected to finish it first, and goes on in another when that dies. --max-num-seqs, --kv-cache-memory and "
+        "--swap-space are of each; --threads 0 is an equal share of the cores.",
     ),
     "launcher": _server(
         str | None,
