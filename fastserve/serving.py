@@ -121,8 +121,9 @@ class ServingCore:
                          plans, or one a stage
         tensor_parallel_size    ranks that share every matrix of a stage ...
         pipeline_parallel_size  ... and stages that share the layers. With more than one rank in all, the program is
-                         either launched (mpiexec -n 4 python script.py): then this returns on rank 0 only, and the
-                         others work for it until it closes, and end. Or it is not, and starts the others on this host.
+                         either launched (mpiexec -n 4 python script.py): then this returns on rank 0 only, and in the
+                         others, which work for it until it closes, SystemExit follows; a launched group has one model.
+                         Or it is not, and starts the others on this host.
                          threads, kv_cache_memory and swap_space are of each rank
         rank_timeout     seconds that ranks of one iteration wait for each other; then the engine stops, naming one
         data_parallel_size  1: several engines are `fastserve serve --data-parallel-size N`, or as many processes with
