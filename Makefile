@@ -59,7 +59,7 @@ build-bench: build  ## Compile the benchmark binaries of csrc/bench/ into build/
 	  > $(STAMPS)/build.log 2>&1 || { cat $(STAMPS)/build.log; exit 1; }
 
 bench: setup build-bench  ## Kernels, runtime and demo model beside this machine's limits (minutes); JSON in build/bench
-	@for name in gemm attention decode prefill swap comm; do \
+	@for name in gemm attention decode prefill swap comm layouts; do \
 	  echo; echo "$$name"; build/bench/$$name --json build/bench/$$name.json || exit 1; \
 	done
 	$(BIN)/fastserve bench latency --model smollm2 --batch-size 1 --batch-size 8 --batch-size 32

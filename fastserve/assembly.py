@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,12 +18,13 @@ from .loaders import open_model
 from .loaders.module import ModuleModel, is_module
 from .loaders.spec import ModelSource, ModelSpec
 from .native import NativeRuntime, block_bytes
-from .placement import Placement, check_fits, place
+from .placement import Placement, check_fits, is_launched, place
 from .policies import ONLINE_POLICIES, create_policy
 from .sizing import host_blocks, link_bandwidth, pool_blocks
 from .tokenizer import Tokenizer
 from .tokenizer_choice import read_given_tokenizer
 from .types import InvalidRequest
+from .version import __version__
 
 _ALONE = Grid()
 _IN_FLIGHT = 2  # plans handed to the runtime ahead of their results, where nobody says and there are no more stages
@@ -58,6 +60,7 @@ def assemble(
     max_in_flight: int | None = None,
     host_share: int = 1,
     grid: Grid = _ALONE,
+    stages: Sequence[int] | None = None,
     rank_command: Sequence[str] | None = None,
     rank_timeout: float = math.inf,
 ) -> Assembly:
@@ -65,47 +68,67 @@ def assemble(
 
     `model` is a name, a path, or a module of `transformers`; `tokenizer` takes the place of the model's own.
     `host_share` engines share the host's memory and cores, where sizes are left to be found. `rank_command` starts
-    another rank of the `grid` on this host, where no launcher did. Every option is checked before the weights are
-    loaded. Returns on rank 0 only: the others work for it until it closes, and end then (SystemExit). Raises
-    InvalidRequest, naming the option, ModelError, and GroupError when ranks do not get on together.
+    another rank of the `grid` on this host, where no launcher did; `stages` are the layers of each stage, where they
+    are known. Every option is checked before the weights are loaded, and before ranks are started. Returns on rank 0
+    only: the others work for it until it closes, and end then (SystemExit). Raises InvalidRequest, naming the option,
+    ModelError, and GroupError when ranks do not get on together.
     """
     check_integer("host_share", host_share, 1, 2**16)
-    name, source = _open(model)
-    if tokenizer is not None and skip_tokenizer:
-        raise InvalidRequest("tokenizer", "cannot be given with skip_tokenizer")
-    spec, stages = source.spec, grid.pipeline_parallel_size
-    check_fits(grid, spec)
-    scheduling = SchedulerConfig(
-        max_model_len=_context_length(max_model_len, spec.max_position),
-        max_in_flight=max(_IN_FLIGHT, stages) if max_in_flight is None else max_in_flight,
-        pipeline_parallel_size=stages,
-        **scheduler,
-    )
-    _check_policy(scheduling)
-    running = RuntimeConfig(
-        block_size=scheduling.block_size,
-        max_num_batched_tokens=scheduling.max_num_batched_tokens,
-        swap_bandwidth=link_bandwidth(swap_bandwidth),
-        **runtime,
-    )
-    with place(grid, rank_command, rank_timeout) as placement:
+    if isinstance(rank_timeout, bool) or not isinstance(rank_timeout, (int, float)) or not rank_timeout > 0:
+        raise InvalidRequest("rank_timeout", f"must be seconds, above 0, got {rank_timeout!r}")
+    with ExitStack() as stack:
+
+        def join() -> Placement:
+            return stack.enter_context(place(grid, rank_command, rank_timeout))
+
+        # Where others are waiting already, they are told of what is wrong here.
+        joined = join() if is_launched() else None
+        name, source = _open(model)
+        if tokenizer is not None and skip_tokenizer:
+            raise InvalidRequest("tokenizer", "cannot be given with skip_tokenizer")
+        spec = source.spec
+        check_fits(grid, spec)
+        scheduling = SchedulerConfig(
+            max_model_len=_context_length(max_model_len, spec.max_position),
+            max_in_flight=max(_IN_FLIGHT, grid.pipeline_parallel_size) if max_in_flight is None else max_in_flight,
+            pipeline_parallel_size=grid.pipeline_parallel_size,
+            **scheduler,
+        )
+        _check_policy(scheduling)
+        running = RuntimeConfig(
+            block_size=scheduling.block_size,
+            max_num_batched_tokens=scheduling.max_num_batched_tokens,
+            swap_bandwidth=link_bandwidth(swap_bandwidth),
+            **runtime,
+        )
+        if isinstance(cost, (str, os.PathLike)):
+            cost = CostModel.load(cost)
+        placement = joined or join()
+        placement.check_same("version", __version__)
         placement.check_same("model", _digest(spec, source.num_parameters, source.weights_dtype))
         placement.check_same("options", _digest(scheduling, replace(running, threads=0)))
         ranks_here, threads = placement.share_of_host(host_share)
         running = replace(running, threads=running.threads or threads)
-        shard = placement.shard(source, running, scheduling.max_num_seqs)
+        layers = placement.stages(source, running, scheduling.max_num_seqs, stages)
+        shard = placement.shard(source, layers)
         bytes_each = block_bytes(spec if shard is None else shard.local(spec), running.kv_dtype, running.block_size)
         num_blocks = pool_blocks(
             kv_cache_memory,
             bytes_each,
             block_size=scheduling.block_size,
-            max_num_seqs=scheduling.max_num_seqs * stages,
+            max_num_seqs=scheduling.max_num_seqs * grid.pipeline_parallel_size,
             max_model_len=scheduling.max_model_len,
             host_share=host_share * ranks_here,
+            ranks=ranks_here,
         )
         # On a CPU the two pools are one memory.
-        promised, sharers = num_blocks * bytes_each, host_share * ranks_here
-        num_host_blocks = host_blocks(swap_space, bytes_each, promised=promised, host_share=sharers)
+        num_host_blocks = host_blocks(
+            swap_space,
+            bytes_each,
+            promised=num_blocks * bytes_each,
+            host_share=host_share * ranks_here,
+            ranks=ranks_here,
+        )
         pools = placement.gather([num_blocks, num_host_blocks if scheduling.swaps else 0, bytes_each])
         num_blocks, num_host_blocks = (min(pool[tier] for pool in pools) for tier in range(2))
         scheduling = replace(scheduling, num_blocks=num_blocks, num_host_blocks=num_host_blocks)
@@ -121,16 +144,18 @@ def assemble(
             scheduling,
             vocab_size=spec.vocab_size,
             model=f"{name} {source.num_parameters} {source.weights_dtype}",
-            device=device_name(running.device, f"{arithmetic}{_layout(grid)}", native.instruction_set, native.threads),
+            device=device_name(
+                running.device, f"{arithmetic}{_layout(grid, layers)}", native.instruction_set, native.threads
+            ),
         )
-        costs, link = calibration.cost_model(cost).of_stage(stages), calibration.link()
+        costs, link = calibration.cost_model(cost), calibration.link()
     block = sum(pool[2] for pool in pools)
     info = {
         "model": name,
         "family": spec.family,
         "parameters": source.num_parameters,
         "weights_dtype": source.weights_dtype,
-        "weight_bytes": native.weight_bytes,
+        "weight_bytes": placement.weight_bytes,
         "dtype": running.dtype,
         "kv_cache_dtype": running.kv_dtype,
         "quantization": running.quantization,
@@ -138,7 +163,8 @@ def assemble(
         "instruction_set": native.instruction_set,
         "threads": native.threads,
         "tensor_parallel_size": grid.tensor_parallel_size,
-        "pipeline_parallel_size": stages,
+        "pipeline_parallel_size": grid.pipeline_parallel_size,
+        "stages": layers,
         "ranks": placement.members,
         **_limits(scheduling),
         "kv_cache_bytes": num_blocks * block,
@@ -167,10 +193,8 @@ def _digest(*values: Any) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
-def _layout(grid: Grid) -> str:
-    if grid.size == 1:
-        return ""
-    return f", {grid.tensor_parallel_size} tensor × {grid.pipeline_parallel_size} pipeline"
+def _layout(grid: Grid, layers: Sequence[int]) -> str:
+    return "" if grid.size == 1 else f", {grid.tensor_parallel_size} ranks a stage of {list(layers)} layers"
 
 
 def _limits(config: SchedulerConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import SchedulerConfig
-from .cost import Cost
+from .cost import Cost, stage_cost
 from .types import Job
 
 # Outputs that are remembered: enough to tell how long they are, few enough to follow what users do today.
@@ -56,7 +56,7 @@ class Backlog:
 
     def __init__(self, config: SchedulerConfig, cost: Cost) -> None:
         self._rows = config.max_num_seqs
-        self._cost = cost
+        self._cost = stage_cost(cost, config.pipeline_parallel_size)  # every stage has a batch of its own
         self._lengths = OutputLengths()
 
     def ended(self, output_tokens: int) -> None:

@@ -1,7 +1,8 @@
 """What jobs are charged for the service they get, and when the policy hears of it.
 
-Charged is the modelled solo time of what is new: neighbours, waiting, swapping and recomputation never are. The policy
-hears of it in lumps, when it can change a job's place, so methods return how often they told it.
+Charged is the modelled solo time of what is new: neighbours, waiting, swapping and recomputation never are, and of a
+pipeline one stage (see cost.stage_cost). The policy hears of it in lumps, when it can change a job's place, so methods
+return how often they told it.
 """
 
 from __future__ import annotations

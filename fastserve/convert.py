@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -27,6 +28,7 @@ FAMILIES = ("gpt2", "opt")
 _MAX_RANKS = 1024
 _SLICE_BYTES = 16 * 2**20  # of a tensor, converted at a time
 _WEIGHT_FILES = "model.*.bin"
+_STAGING = ".convert-"
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,10 @@ def convert(
     _check_ranks(target, ranks)
     data_type = _data_type(dtype, source)
     _prepare(directory, origin, force)
-    staging = Path(tempfile.mkdtemp(prefix=".convert-", dir=directory))
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=directory))
+    claim = os.open(staging, os.O_RDONLY)
     try:
+        fcntl.flock(claim, fcntl.LOCK_EX)
         weights = _Files(staging, target, ranks, DATA_TYPES[data_type])
         weights.create()
         written = 0
@@ -88,6 +92,7 @@ def convert(
         (staging / CONFIG).write_text(config_text(target, data_type, ranks), encoding="utf-8")
         _replace(directory, staging)
     finally:
+        os.close(claim)
         shutil.rmtree(staging, ignore_errors=True)
     return Conversion(
         model=source.name,
@@ -149,6 +154,8 @@ def _prepare(directory: Path, origin: Path, force: bool) -> None:
     """Make the directory. Raises InvalidRequest for one that holds what must not be lost."""
     if directory.exists() and not directory.is_dir():
         raise InvalidRequest("directory", f"{directory} is a file; name a directory to be made")
+    if directory.is_dir():
+        _remove_abandoned(directory)
     if directory.is_dir() and any(directory.iterdir()):
         if directory.samefile(origin):
             raise InvalidRequest("directory", f"{directory} is the model that is read; name another")
@@ -161,6 +168,19 @@ def _prepare(directory: Path, origin: Path, force: bool) -> None:
                 "directory", f"{directory} holds {name}, and no checkpoint that it belongs to; name another"
             )
     directory.mkdir(parents=True, exist_ok=True)
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """What runs that were killed have left behind. Those under way hold their folders."""
+    for folder in directory.glob(f"{_STAGING}*"):
+        claim = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(claim)
 
 
 def _of_others(directory: Path) -> str | None:

@@ -17,7 +17,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from pathlib import Path
 from typing import Protocol
@@ -52,6 +52,38 @@ class Cost(Protocol):
 
     def plan_seconds(self, starts: Ints, tokens: Ints) -> float:
         """Time of one iteration of rows (starts[i], tokens[i]), which share the reading of the weights."""
+
+
+def stage_cost(cost: Cost, stages: int) -> Cost:
+    """What iterations take of one pipeline stage, where `cost` says how long they take through all `stages`.
+
+    Every stage has an equal part of the layers, and a batch of its own: what a job takes from the others is its time in
+    a stage, not its way through the pipeline, in which `stages` iterations end.
+    """
+    return cost if stages == 1 else _StageCost(cost, 1 / stages)
+
+
+@dataclass(frozen=True)
+class _StageCost:
+    """Satisfies Cost: a share of another's."""
+
+    whole: Cost
+    share: float
+
+    def prefill_seconds(self, start: int, tokens: int) -> float:
+        return self.share * self.whole.prefill_seconds(start, tokens)
+
+    def prefill_charge(self, start: int, end: int) -> float:
+        return self.share * self.whole.prefill_charge(start, end)
+
+    def decode_seconds(self, context: int) -> float:
+        return self.share * self.whole.decode_seconds(context)
+
+    def decode_each(self, contexts: Ints) -> Floats:
+        return self.share * self.whole.decode_each(contexts)
+
+    def plan_seconds(self, starts: Ints, tokens: Ints) -> float:
+        return self.share * self.whole.plan_seconds(starts, tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,15 +140,6 @@ class CostModel:
                 raise InvalidRequest("cost", f"{name} must be a finite number of at least 0, got {value!r}")
         if not self.decode_seconds(1) > 0:
             raise InvalidRequest("cost", "one decode must take more than 0 seconds")
-
-    def of_stage(self, stages: int) -> CostModel:
-        """Of one stage of a pipeline whose stages take equally long, where this is of the whole pipeline.
-
-        That is what a job occupies at a time, and what it is charged.
-        """
-        if stages == 1:
-            return self
-        return replace(self, **{name: getattr(self, name) / stages for name in _COEFFICIENTS})
 
     def prefill_seconds(self, start: int, tokens: int) -> float:
         """Solo time of computing positions start … start + tokens - 1 in one iteration; 0 for no tokens."""

@@ -112,6 +112,23 @@ class Grid:
         return range(rank % self.tensor_parallel_size, self.size, self.tensor_parallel_size)
 
 
+class GroupError(_C.GroupError):
+    """A rank is gone or could not go on. The message says which one, where, and why."""
+
+    @classmethod
+    def of(cls, error: Exception) -> GroupError:
+        """Without the places in the source that the runtime's errors end with."""
+        return cls(_PLACES.sub("", str(error)))
+
+
+def line_of(error: BaseException, world: _C.Communicator) -> str:
+    """What the other ranks are told of an error of this one. A GroupError says already whose it is."""
+    if isinstance(error, _C.GroupError):
+        return str(GroupError.of(error))
+    rank, process, host = world.members[world.rank]
+    return f"rank {rank} on {host} (process {process}): {type(error).__name__}: {_PLACES.sub('', str(error))}"
+
+
 class Group:
     """This process's place in a group, and its three communicators.
 
@@ -175,8 +192,7 @@ class Group:
         if error is None:
             self.close()
         else:
-            rank, process, host = self.world.members[self.rank]
-            self.abort(f"rank {rank} on {host} (process {process}): {type(error).__name__}: {error}")
+            self.abort(line_of(error, self.world))
 
 
 def connect(grid: Grid, *, host: str = "", timeout: float = math.inf) -> Group:
@@ -229,15 +245,6 @@ def _ends_unless_done(seconds: float, who: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-class GroupError(_C.Error):
-    """A rank is gone or could not go on. The message says which one, where, and why."""
-
-    @classmethod
-    def of(cls, error: Exception) -> GroupError:
-        """Without the places in the source that the runtime's errors end with."""
-        return cls(_PLACES.sub("", str(error)))
 
 
 def mpi_library() -> str | None:

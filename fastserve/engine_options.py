@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import msgspec
@@ -11,7 +12,7 @@ from .types import InvalidRequest
 
 
 class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
-    """Names, defaults and meanings are LLM's, `host_share` aside; see there. Values are checked by who uses them."""
+    """Names, defaults and meanings are LLM's, the last two aside; see there. Values are checked by who uses them."""
 
     model: str
     policy: str = "skip-join-mlfq"
@@ -38,10 +39,11 @@ class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
     pipeline_parallel_size: int = 1
     rank_timeout: float = 300.0
     cost: str | None = None  # the file of a profile
+    stages: list[int] | None = None  # layers of each, as an engine before this one has measured it
     host_share: int = 1  # of the host's memory, one part in so many is this engine's: others run beside it
 
     def to_json(self) -> str:
-        return msgspec.json.encode(self).decode()
+        return msgspec.json.encode(self, enc_hook=_plain).decode()
 
     @classmethod
     def from_json(cls, *texts: str) -> EngineOptions:
@@ -58,6 +60,13 @@ class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
         if "model" not in given:
             raise InvalidRequest("model", "must be given")
         return cls(**given)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's."""
+    if isinstance(value, (Integral, Real)):
+        return int(value) if isinstance(value, Integral) else float(value)
+    raise TypeError(f"{value!r:.80} is no option")
 
 
 def _object(text: str) -> dict[str, Any]:

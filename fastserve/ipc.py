@@ -84,6 +84,7 @@ class Failed(Message):
 
     message: str
     field: str | None  # the option at fault, where it is one
+    outside: bool = False  # somebody outside may have ended a rank of it
 
 
 class Update(msgspec.Struct, array_like=True, gc=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import _C
-from .distributed import Group
+from .distributed import Group, line_of
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,14 @@ class Links:
     tensor: _C.Communicator | None  # of this stage
     receives: _C.Communicator | None  # of the pipeline: from the stage before ...
     sends: _C.Communicator | None  # ... and to the next one, by another thread of that one
-    ways: tuple[_C.Communicator, ...]  # both of the pipeline: whoever lets go of one is gone for those who use it
+    ways: tuple[_C.Communicator, ...] = ()  # these two, and what only other stages use: without this rank it would end
 
-    def abort(self, reason: str) -> None:
-        """End every wait on those that are not the group's own, of every rank, with an error that says this."""
-        for way in (self.answers, *self.ways):
-            way.abort(reason)
+    def abort(self, error: BaseException) -> None:
+        """End every wait of every rank's runtime with a GroupError that says what this rank has come to."""
+        reason = line_of(error, self.plans)
+        for way in (self.tensor, *self.ways, self.answers, self.plans):
+            if way is not None:
+                way.abort(reason)
 
     def close(self) -> None:
         """Leave those that are not the group's own."""
@@ -37,7 +39,7 @@ def connect_runtime(group: Group) -> Links:
     stage, stages = group.pipeline_rank, group.grid.pipeline_parallel_size
     answers = group.world.split(0, group.rank)
     # What goes from stage i to the next is on way i % 2 for both, so none is both received from and sent on.
-    ways = [way for _ in range(2) if stages > 1 and (way := group.pipeline.split(0, stage))]
+    ways = [way for _ in range(2) if stages > 1 and (way := group.pipeline.split(0, stage)) is not None]
     assert answers is not None
     return Links(
         plans=group.world,

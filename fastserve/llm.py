@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 from .calibration import Calibration
 from .cost import CostModel
+from .distributed import GroupError
 from .outputs import LiveRequest, Request, RequestOutput
 from .serving import EngineError, Message, Prompt, ServingCore
 from .types import InvalidRequest, SamplingParams
@@ -241,7 +243,7 @@ class _Run:
         """Whatever happened, leave nothing in the engine."""
         if self._llm._inherited:  # nothing runs in a fork, and its requests are still the other process's
             return
-        with _uninterrupted():
+        with _uninterrupted(), contextlib.suppress(GroupError):  # a group that has ended holds nothing
             for live in self.requests:
                 if not live.finished:
                     self._llm._abort(live.request.request_id)

@@ -36,8 +36,8 @@ class NativeRuntime:
 
     Copies run beside them on two more threads, one a direction.
 
-    Raises ModelError when a tensor is missing, unknown or of the wrong shape, and InvalidRequest when the system does
-    not give what the configuration asks for.
+    Raises ModelError when a tensor is missing, unknown or of the wrong shape, InvalidRequest when the system does not
+    give what the configuration asks for, and GroupError when another rank is gone or has failed to do the same.
     """
 
     def __init__(
@@ -50,11 +50,19 @@ class NativeRuntime:
         self._spec = source.spec
         self._shapes = dict(tensor_shapes(source.spec))
         self._shard = shard or whole(source.spec)
-        self._in_group = links is not None
         self._under_way = 0  # plans
-        self._failure: _C.Error | None = None  # what ended it
+        self._failure: GroupError | None = None  # what ended it
         try:
-            self._runtime = _C.Runtime(
+            self._runtime = self._allocated(source, config, links)
+            self._load_all(source)
+        except BaseException as error:
+            if links is not None:  # the others may be waiting for this rank, and are not to guess what it had
+                links.abort(error)
+            raise
+
+    def _allocated(self, source: ModelSource, config: RuntimeConfig, links: Links | None) -> _C.Runtime:
+        try:
+            return _C.Runtime(
                 self._shard.local(source.spec),
                 config.dtype,
                 config.kv_dtype,
@@ -70,8 +78,12 @@ class NativeRuntime:
                 shard=self._shard,
                 links=links,
             )
+        except _C.GroupError as error:
+            raise GroupError.of(error) from error
         except _C.Error as error:  # too many threads, or an instruction set this machine lacks
             raise InvalidRequest("runtime", str(error)) from error
+
+    def _load_all(self, source: ModelSource) -> None:
         try:
             for tensor in source.tensors():
                 self._load(tensor)
@@ -106,20 +118,31 @@ class NativeRuntime:
                 tensor.release(end)
 
     def _part_of(self, tensor: WeightTensor) -> tuple[str, range, range] | None:
-        """Its name here, and the rows and columns held here; None for none. What is no tensor of this model, or not as
-        large as it should be, is passed on as it is: the runtime says what is wrong."""
+        """Its name here, and the rows and columns of it that are held here; None for none.
+
+        It is the whole tensor, or this rank's part of it. What is no tensor of this model, or not as large as it should
+        be, is passed on as it is: the runtime says what is wrong.
+        """
         shape = self._shapes.get(tensor.name)
+        as_it_is = tensor.name, range(tensor.shape[0]), range(tensor.shape[-1] if len(tensor.shape) == 2 else 1)
         elements, block = BLOCKS.get(tensor.dtype, (1, 0))
-        if shape != tensor.shape or tensor.data.nbytes != math.prod(shape) // elements * block:
-            return tensor.name, range(tensor.shape[0]), range(tensor.shape[-1] if len(tensor.shape) == 2 else 1)
+        if shape is None or tensor.data.nbytes != math.prod(tensor.shape) // elements * block:
+            return as_it_is
         part = self._shard.part_of(tensor.name, shape, self._spec)
-        return None if part is None else (self._shard.local_name(tensor.name), *part)
+        if part is None:
+            return None
+        rows, columns = part
+        if tensor.shape == shape:
+            return self._shard.local_name(tensor.name), rows, columns
+        if tensor.shape == (len(rows), len(columns))[: len(shape)]:
+            return self._shard.local_name(tensor.name), range(len(rows)), range(len(columns))
+        return as_it_is
 
     def follow(self) -> None:
-        """For ranks other than 0: runs what rank 0 submits, until it closes. Raises GroupError when a rank is gone."""
+        """For ranks other than 0: runs what rank 0 submits, until it closes. Raises GroupError as `poll` does."""
         try:
             self._runtime.follow()
-        except _C.Error as error:
+        except _C.GroupError as error:
             raise GroupError.of(error) from error
 
     def close(self) -> None:
@@ -149,26 +172,38 @@ class NativeRuntime:
     def submit(self, plan: BatchPlan) -> None:
         """Queues a plan and starts its copies.
 
-        Raises _C.Error, doing neither, when a copy is illegal: outside the pools, or with the id or a block of another
-        that no result has acknowledged. Whatever else does not fit the runtime's state is raised at `poll`.
+        Raises _C.Error, doing neither on any rank, when a copy is illegal: outside the pools, or with the id or a block
+        of another that no result has acknowledged. Whatever else does not fit the runtime's state is raised at `poll`.
+        Raises GroupError as `poll` does.
         """
         try:
             self._runtime.submit(plan)
-        except _C.Error as error:
-            raise (GroupError.of(error) if self._in_group else error) from error
+        except _C.GroupError as error:
+            raise self._failed(error) from error
         self._under_way += 1
 
     def poll(self, timeout: float | None = None) -> StepResult | None:
-        """The oldest result not yet returned, or None after `timeout` seconds. The GIL is released meanwhile."""
+        """The oldest result not yet returned, or None after `timeout` seconds. The GIL is released meanwhile.
+
+        Raises _C.Error when the plan has failed. Without other ranks the next plan may be a better one. With others it
+        is a GroupError, raised on all of them from then on, with one line that says which rank it was, where and why:
+        the plan has failed on one of them, be it on all in the same way, or a rank is gone.
+        """
         try:
             answer = self._runtime.poll(_FOREVER if timeout is None else max(0.0, timeout))
-        except _C.Error as error:
-            self._failure = GroupError.of(error) if self._in_group else error
-            raise self._failure from error
+        except _C.GroupError as error:
+            raise self._failed(error) from error
+        except _C.Error:
+            self._under_way -= 1
+            raise
         if answer is None:
             return None
         self._under_way -= 1
         return _step_result(answer)[0]
+
+    def _failed(self, error: _C.GroupError) -> GroupError:
+        self._failure = GroupError.of(error)
+        return self._failure
 
     def logits(self, plan: BatchPlan) -> tuple[StepResult, Float32Array]:
         """Runs one plan, nothing else being in flight, and returns its logits too: [sum of the rows' logits, vocab]."""

@@ -10,15 +10,22 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
+import signal
+import socket
 import sys
 import time
+import traceback
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Final, NoReturn
 
 from . import _C
 from .config import RuntimeConfig
-from .distributed import Grid, Group, GroupError, connect, launched
+from .distributed import Grid, Group, GroupError, connect, launched, line_of
 from .links import Links, connect_runtime
+from .loaders.fastertransformer import FasterTransformerModel
+from .loaders.ft_layout import places
 from .loaders.spec import ModelSource, ModelSpec
 from .native import NativeRuntime
 from .pulse import Pulse
@@ -30,7 +37,11 @@ from .types import InvalidRequest
 _GOODBYE: Final = 10.0  # seconds that the others get to end by themselves
 _RANK_0_FIRST: Final = 1.5  # seconds that others stay after an error: an idle engine looks once a second
 
-_closed = False  # whether a launched group of this process has ended: there is no second one
+_FAILED: Final = 2  # exit code of the others
+# What is said of a rank that somebody outside may have ended: it did not fail by what it was doing.
+_ENDED: Final = re.compile(r"( is gone|has not been heard of for .*|was ended by SIG(KILL|TERM|INT|HUP).*)$")
+
+_in_group = False  # whether this process is, or was, in a launched group: that is for one model
 
 
 class Placement:
@@ -41,6 +52,7 @@ class Placement:
 
     def __init__(self, grid: Grid, group: Group | None = None, ranks: Ranks | None = None) -> None:
         self.grid = grid
+        self.rank = group.rank if group is not None else 0
         self._process = os.getpid()
         self._group = group
         self._ranks = ranks
@@ -48,6 +60,7 @@ class Placement:
         self._runtime: NativeRuntime | None = None
         self._pulse: Pulse | None = None
         self._failure: str | None = None  # why the group was aborted
+        self.weight_bytes = 0
         self.members: list[dict[str, Any]] = []  # of each rank: rank, process, host
         if group is not None:
             self.members = [
@@ -66,10 +79,6 @@ class Placement:
         """Raise GroupError if the group has ended by what this rank was not waiting for."""
         if self._failure is not None:
             raise GroupError(self._failure)
-
-    @property
-    def rank(self) -> int:
-        return self._group.rank if self._group is not None else 0
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank says, by rank; ready for JSON."""
@@ -96,38 +105,42 @@ class Placement:
                     what, f"must be the same on all ranks: rank {rank} on {self.members[rank]['host']} has other {what}"
                 )
 
-    def shard(self, source: ModelSource, running: RuntimeConfig, rows: int) -> Shard | None:
-        """What this rank holds; None: everything. Stages are cut by the time that layers and the rest take here.
+    def stages(self, source: ModelSource, running: RuntimeConfig, rows: int, given: Sequence[int] | None) -> list[int]:
+        """Layers of each stage: as given, or cut by the time that layers and the rest take on rank 0's host.
 
-        `rows` are those of an iteration.
+        `rows` are those of an iteration. Raises InvalidRequest for other layers than the model has.
         """
+        stages, layers = self.grid.pipeline_parallel_size, source.spec.num_layers
+        if given is not None:
+            if len(given) != stages or sum(given) != layers or min(given) < 1:
+                raise InvalidRequest("stages", f"must be {stages} numbers of layers, {layers} in all, got {given}")
+            return list(given)
+        counts: list[int] = []
+        if self.rank == 0:
+            layer, rest = measure_stages(source, running, rows) if stages > 1 else (1.0, 0.0)
+            counts = [len(each) for each in stages_by_cost(layers, stages, layer=layer, first=0.0, last=rest)]
+        return list(self.gather(counts)[0])
+
+    def shard(self, source: ModelSource, stages: Sequence[int]) -> Shard | None:
+        """What this rank holds, with so many layers in each stage; None: everything."""
         if self._group is None:
             return None
-        layers: list[tuple[int, int]] = []
-        if self.rank == 0:
-            costs = (1.0, 0.0)
-            if self.grid.pipeline_parallel_size > 1:
-                costs = measure_stages(source, running, rows)
-            stages = stages_by_cost(
-                source.spec.num_layers, self.grid.pipeline_parallel_size, layer=costs[0], first=0.0, last=costs[1]
-            )
-            layers = [(stage.start, stage.stop) for stage in stages]
-        agreed = [range(*each) for each in self.gather(layers)[0]]
-        return _cut(source.spec, self.grid, self.rank, agreed)
+        ends = list(accumulate(stages))
+        return _cut(
+            source.spec, self.grid, self.rank, [range(end - n, end) for end, n in zip(ends, stages, strict=True)]
+        )
 
     def load(self, source: ModelSource, running: RuntimeConfig, shard: Shard | None) -> NativeRuntime:
-        """Raises ModelError and InvalidRequest."""
+        """Raises ModelError and InvalidRequest. Afterwards `weight_bytes` are those of all ranks."""
         if self._group is not None:
             self._links = connect_runtime(self._group)
-        self._runtime = NativeRuntime(source, running, shard, self._links)
-        self.gather(None)  # all are ready
+        own = source if shard is None else own_files(source, shard)
+        self._runtime = NativeRuntime(own, running, shard, self._links)
+        self.weight_bytes = sum(self.gather(self._runtime.weight_bytes))
         return self._runtime
 
     def follow(self) -> NoReturn:
-        """On ranks other than 0: work for it until it closes, and end the process.
-
-        Raises GroupError when a rank is gone.
-        """
+        """On ranks other than 0: work for it until it closes, and end the process."""
         assert self._runtime is not None
         self._runtime.follow()
         self.close()
@@ -135,14 +148,13 @@ class Placement:
 
     def close(self) -> None:
         """Leave. Rank 0 lets the others go; when it cannot, they end with an error. Idempotent."""
-        global _closed
         if os.getpid() != self._process:  # a fork, which is no rank
             return
         group, self._group = self._group, None
         runtime, self._runtime = self._runtime, None
         if group is None:
             return
-        _closed = self._ranks is None
+        grace = _GOODBYE
         try:
             if runtime is not None and group.rank == 0:
                 runtime.close()
@@ -152,19 +164,21 @@ class Placement:
                 self._links.close()
             group.close()
         except _C.Error as error:
-            self._abort(group, f"rank {group.rank} has ended: {error}")
-        self._end_ranks(_GOODBYE)
+            self._abort(group, error)
+            grace = 0.0
+        self._end_ranks(grace)
 
     def _found_gone(self, reason: str) -> None:
         if (group := self._group) is not None:
-            self._abort(group, reason)
+            self._abort(group, GroupError(reason))
 
-    def _abort(self, group: Group, reason: str) -> None:
+    def _abort(self, group: Group, error: BaseException) -> None:
+        reason = line_of(error, group.world)
         self._failure = self._failure or reason
         with contextlib.suppress(_C.Error):  # what is closed has nobody waiting
             group.abort(reason)
             if self._links is not None:
-                self._links.abort(reason)
+                self._links.abort(error)
         if self._pulse is not None:
             self._pulse.abort(reason)
 
@@ -183,9 +197,10 @@ class Placement:
         group, self._group = self._group, None
         self._runtime = None
         if group is not None:
-            me = self.members[group.rank]
-            self._abort(group, f"rank {me['rank']} on {me['host']} (process {me['process']}): {_said(error)}")
+            self._abort(group, error)
         self._end_ranks(0.0)
+        if self.rank > 0:
+            _leave_it_to_rank_0(error)
         if isinstance(error, _C.Error):
             raise GroupError.of(error) from error
 
@@ -197,13 +212,14 @@ def place(grid: Grid, command: Sequence[str] | None, timeout: float = math.inf) 
     wait for each other. Raises InvalidRequest where there are not as many ranks as places, and GroupError where they do
     not come together.
     """
+    global _in_group
     if grid.size == 1:
         return Placement(grid)
-    here = launched()
     try:
-        if here is not None and here.size > 1:
-            if _closed:
-                raise GroupError("the group of this process has ended; launch another one for another model")
+        if is_launched():
+            if _in_group:
+                raise GroupError("the ranks of this process's launcher are for one model, and have or had one")
+            _in_group = True
             placement = Placement(grid, connect(grid, timeout=timeout))
             placement.watch(timeout)
             return placement
@@ -217,21 +233,55 @@ def place(grid: Grid, command: Sequence[str] | None, timeout: float = math.inf) 
         raise GroupError.of(error) from error
 
 
+def is_launched() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    here = launched()
+    return here is not None and here.size > 1
+
+
+def ended_by_others(error: GroupError) -> bool:
+    """Whether it is of a rank that somebody outside may have ended, as far as can be told."""
+    return _ENDED.search(str(error)) is not None
+
+
 def check_fits(grid: Grid, spec: ModelSpec) -> None:
     """Raise InvalidRequest for a grid that a model of this shape cannot be spread over."""
     stages = stages_by_cost(spec.num_layers, grid.pipeline_parallel_size, layer=1.0, first=0.0, last=0.0)
     _cut(spec, grid, 0, stages)
 
 
-def report(error: Exception) -> None:
-    """Say on stderr why this rank, which is not rank 0, ends; where it was started by rank 0, that one says it.
+def own_files(source: ModelSource, shard: Shard) -> ModelSource:
+    """The source that reads what a rank holds from the files that were cut for it, where there are such; else `source`.
 
-    A launcher ends all ranks when the first ends, so rank 0 gets a moment to do with the error what it has to.
+    A FasterTransformer checkpoint for as many ranks as the tensor-parallel group has is cut where we cut.
     """
+    if not isinstance(source, FasterTransformerModel) or source.rank is not None:
+        return source
+    for name, place in places(source.spec, source.tensor_parallel_size):
+        part = shard.part_of(name, place.shape, source.spec)
+        if place.axis is None or part is None:
+            continue
+        cut_there = range(*place.index(shard.tensor_rank)[place.axis].indices(place.shape[place.axis]))
+        if part[place.axis] != cut_there:
+            return source
+    return FasterTransformerModel(source.directory, rank=shard.tensor_rank)
+
+
+def report(error: Exception) -> None:
+    """Say on stderr why this rank does not come to its group. Who is in one tells the others, and rank 0 says it."""
+    here = launched()
+    who = "a rank" if here is None else f"rank {here.rank} of {here.size}"
+    print(f"fastserve: {who} on {socket.gethostname()}: {_said(error)}", file=sys.stderr, flush=True)
+
+
+def _leave_it_to_rank_0(error: BaseException) -> NoReturn:
+    """Which has been told. A launcher ends all ranks when the first ends, so rank 0 gets a moment to say it."""
+    if os.environ.get("FASTSERVE_DEBUG"):
+        traceback.print_exception(error)
     here = launched()
     if here is not None and here.launcher != "fastserve":
-        print(f"fastserve: rank {here.rank}: {_said(error)}", file=sys.stderr, flush=True)
         time.sleep(_RANK_0_FIRST)
+    raise SystemExit(_FAILED) from error
 
 
 def _cut(spec: ModelSpec, grid: Grid, rank: int, stages: Sequence[range]) -> Shard:
@@ -241,7 +291,7 @@ def _cut(spec: ModelSpec, grid: Grid, rank: int, stages: Sequence[range]) -> Sha
 
 def _started(grid: Grid, command: Sequence[str], timeout: float) -> Placement:
     """As rank 0 of processes that are started here. Raises _C.Error when one ends instead of coming."""
-    ranks = Ranks(command, grid.size, first=1)
+    ranks = Ranks(command, grid.size, first=1, ended_by=signal.SIGKILL)  # they have nothing to clean up
     placed: list[Placement] = []
 
     def failed(failure: RankFailed) -> None:

@@ -16,8 +16,10 @@ _GIB: Final = 2.0**30
 
 # NVIDIA A100 Tensor Core GPU data sheet (2021), SXM: 312 TFLOPS dense bf16 and fp16; 1,555 GB/s (40 GB) and 2,039 GB/s
 # (80 GB); NVLink 600 GB/s and PCIe 4 ×16 64 GB/s, both directions together, hence half of each, and of PCIe 31.5 GB/s
-# after its 128b/130b code. Network: one 200 Gb/s port a GPU. The efficiencies and latencies are not of the data sheet:
-# they are what well-made kernels and NCCL commonly reach, and are to be taken as assumptions.
+# after its 128b/130b code. Network: one 200 Gb/s port a GPU, over which each sends all of a hop's activations; an AWS
+# p4d.24xlarge (eight of 40 GB) has 400 Gb/s for all, which carry them in half the time if each sends an eighth. The
+# efficiencies and latencies are not of the data sheet: they are what well-made kernels and NCCL commonly reach, and are
+# to be taken as assumptions.
 _A100: Final = Device(
     name="a100-40g",
     memory=40 * _GIB,

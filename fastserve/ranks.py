@@ -29,8 +29,15 @@ class RankFailed(RuntimeError):
     def __init__(self, rank: int, process: int, status: int) -> None:
         self.rank = rank
         self.status = status
-        why = f"exited with status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
+        why = f"exited with status {status}" if status >= 0 else f"was ended by {_signal_name(-status)}"
         super().__init__(f"rank {rank} on {socket.gethostname()} (process {process}) {why}; the group was ended")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 class Ranks:
@@ -40,14 +47,23 @@ class Ranks:
     """
 
     def __init__(
-        self, argv: Sequence[str], size: int, *, first: int = 0, environment: Mapping[str, str] | None = None
+        self,
+        argv: Sequence[str],
+        size: int,
+        *,
+        first: int = 0,
+        environment: Mapping[str, str] | None = None,
+        ended_by: signal.Signals = signal.SIGTERM,
     ) -> None:
-        """Start them, each with the same arguments. They join in `distributed.connect`.
+        """Start them, each with the same arguments. They join in `distributed.connect`. `ended_by` asks them to end.
+
+        Where ranks below `first` are the caller's, the others do not hear of Ctrl-C: it is for the caller to end them.
 
         Raises OSError when the program cannot be started, and _C.Error when there is no memory to share.
         """
         self._memory = _C.SharedMemory(size)
         self._size = size
+        self._ended_by = ended_by
         self._first = first
         self._watching: threading.Thread | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -60,6 +76,8 @@ class Ranks:
             PATH_VARIABLE: self._memory.path,
             _LAUNCHER_VARIABLE: str(ours),
         }
+        # What a child inherits as blocked stays so, from its first instruction on.
+        deaf = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT} if first > 0 else set())
         try:
             for rank in range(first, size):
                 own = {**common, "FASTSERVE_RANK": str(rank)}
@@ -67,6 +85,8 @@ class Ranks:
         except BaseException:
             self.end()
             raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, deaf)
 
     @property
     def path(self) -> str:
@@ -137,7 +157,7 @@ class Ranks:
             self._watching.join(grace)
         for process in self._processes:
             if process.poll() is None:
-                process.terminate()
+                process.send_signal(self._ended_by)
         deadline = time.monotonic() + _GRACE
         for process in self._processes:
             try:
@@ -181,6 +201,8 @@ def end_with_launcher() -> None:
 
     def watch() -> None:
         os.read(int(descriptor), 1)  # nobody writes: it returns when the last writer is gone
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
+            os._exit(1)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="fastserve-launcher", daemon=True).start()

@@ -22,7 +22,7 @@ import numpy as np
 from .charges import Charges
 from .chunking import Chunks
 from .config import SchedulerConfig
-from .cost import Cost, Link
+from .cost import Cost, Link, stage_cost
 from .decode_rows import DecodeRows
 from .planning import Iteration, PlanBuilder, Row
 from .policies import create_policy
@@ -49,9 +49,12 @@ class Scheduler:
     """Owns the live jobs, their blocks and their slots. Every method is valid in every state."""
 
     def __init__(self, config: SchedulerConfig, cost: Cost, link: Link | None = None) -> None:
-        """`link`: a first guess of how fast KV moves. Raises InvalidRequest for an unknown policy."""
+        """`cost`: seconds through all stages of the pipeline. `link`: a first guess of how fast KV moves.
+
+        Raises InvalidRequest for an unknown policy.
+        """
         self.config = config
-        self.cost = cost
+        self.cost = cost = stage_cost(cost, config.pipeline_parallel_size)
         self.policy = create_policy(config, cost)
         self.residency = Residency(config, self.policy, cost, link)
         self.blocks = self.residency.blocks
@@ -240,11 +243,16 @@ class Scheduler:
             growers,
             self._mark,
             now,
+            limit=self._rows(),
             config=self.config,
             policy=self.policy,
             residency=self.residency,
             available=self._available,
         )
+
+    def _rows(self) -> int:
+        """Jobs of one iteration at most. With a pipeline, each stage has its share of them, or some would have none."""
+        return max(1, min(self.config.max_num_seqs, -(-len(self.jobs) // len(self.batches))))
 
     def _available(self, job: Job) -> bool:
         """Whether a job that is not in the batch could be: not with its last token being sampled, or in another."""

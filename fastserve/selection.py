@@ -32,12 +32,15 @@ def select(
     mark: int,
     now: float,
     *,
+    limit: int,
     config: SchedulerConfig,
     policy: Policy,
     residency: Residency,
     available: Callable[[Job], bool],
 ) -> Selection:
-    """Choose, best first. `growers` decode in the batch and need another block; `available`: may a job be in it?
+    """Choose up to `limit` jobs, best first.
+
+    `growers` decode in the batch and need another block; `available`: may a job be in it?
 
     Every decode chosen has its token set aside, so a prefill, however long and however important, never stalls the jobs
     it shares the iteration with; one for which nothing is left gives up its row. A job whose KV is not on the device,
@@ -45,7 +48,7 @@ def select(
     behind it starts, so small jobs do not keep a large one out; only jobs whose KV is there follow.
     """
     residency.begin(len(batch.jobs))
-    limit, budget = config.max_num_seqs, config.max_num_batched_tokens
+    budget = config.max_num_batched_tokens
     chosen = Selection()
     prefills = chosen.prefills
     rows = wanted = 0  # rows taken, and the tokens that the prefills among them have to compute ...

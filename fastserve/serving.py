@@ -181,10 +181,11 @@ class ServingCore:
             "swap_bandwidth": swap_bandwidth,
         }
         rank_command = None
-        if isinstance(model, (str, os.PathLike)):
-            layout = asdict(grid)
-            options = EngineOptions(model=os.fspath(model), **scheduler, **runtime, **sizes, **layout)
-            rank_command = worker_command(options)
+        if grid.size > 1 and isinstance(model, (str, os.PathLike)):
+            more = {**asdict(grid), "rank_timeout": rank_timeout}
+            rank_command = worker_command(
+                EngineOptions(model=os.fspath(model), **scheduler, **runtime, **sizes, **more)
+            )
         assembly = assemble(
             model,
             scheduler=scheduler,

@@ -21,11 +21,13 @@ def pool_blocks(
     max_num_seqs: int,
     max_model_len: int,
     host_share: int = 1,
+    ranks: int = 1,
 ) -> int:
     """Blocks of a KV pool of `kv_cache_memory` bytes (or `512M`, `4G`), rounded down to whole blocks.
 
     None: as many as `max_num_seqs` jobs of `max_model_len` tokens can fill, within a quarter of the memory available,
-    though at least one; where so many engines share the host (`host_share`), within each one's part of that. Raises
+    though at least one; where so many share the host (`host_share`), within each one's part of that. A size that is
+    given is that of each of the `ranks` of an engine on this host, which come together. Raises
     InvalidRequest when not even one block fits in the size given or in the memory available, or when the size is more
     than the memory available or than MAX_BLOCKS.
     """
@@ -41,10 +43,10 @@ def pool_blocks(
             raise InvalidRequest(
                 "kv_cache_memory", f"must hold at least one KV block of {block_bytes} bytes, got {kv_cache_memory!r}"
             )
-        if available is not None and size > available:
+        if available is not None and size * ranks > available:
             raise InvalidRequest(
                 "kv_cache_memory",
-                f"must fit in the memory available, {available // 2**20}M, got {kv_cache_memory!r}",
+                f"must fit in the memory available, {available // 2**20}M{_each(ranks)}, got {kv_cache_memory!r}",
             )
         return _checked_blocks("kv_cache_memory", size, block_bytes)
     useful = min(max_num_seqs * -(-max_model_len // block_size), MAX_BLOCKS)
@@ -53,7 +55,13 @@ def pool_blocks(
     return max(1, min(useful, available // _MEMORY_SHARE // host_share // block_bytes))
 
 
-def host_blocks(swap_space: str | int | None, block_bytes: int, *, promised: int = 0, host_share: int = 1) -> int:
+def _each(ranks: int) -> str:
+    return f" for {ranks} ranks" if ranks > 1 else ""
+
+
+def host_blocks(
+    swap_space: str | int | None, block_bytes: int, *, promised: int = 0, host_share: int = 1, ranks: int = 1
+) -> int:
     """Blocks of a host pool of `swap_space` bytes (or `512M`, `4G`), rounded down to whole blocks; 0 for no such pool.
 
     None: 4 GiB, within a quarter of the memory available. `promised` bytes of that memory are somebody else's, though
@@ -62,7 +70,7 @@ def host_blocks(swap_space: str | int | None, block_bytes: int, *, promised: int
     MAX_BLOCKS, or neither 0 nor enough for one block.
     """
     available = available_memory()
-    left = None if available is None else max(0, available - promised)
+    left = None if available is None else max(0, available - promised * ranks)
     if swap_space is None:
         shared = None if available is None else max(0, available - promised * host_share)
         size = _SWAP_SPACE if shared is None else min(_SWAP_SPACE, shared // _MEMORY_SHARE // host_share)
@@ -72,10 +80,11 @@ def host_blocks(swap_space: str | int | None, block_bytes: int, *, promised: int
         raise InvalidRequest(
             "swap_space", f"must be 0 or hold at least one KV block of {block_bytes} bytes, got {swap_space!r}"
         )
-    if left is not None and size > left:
+    if left is not None and size * ranks > left:
         beside = f", beside the KV pool of {promised // 2**20}M" if promised else ""
         raise InvalidRequest(
-            "swap_space", f"must fit in the memory available, {left // 2**20}M{beside}, got {swap_space!r}"
+            "swap_space",
+            f"must fit in the memory available, {left // 2**20}M{_each(ranks)}{beside}, got {swap_space!r}",
         )
     return _checked_blocks("swap_space", size, block_bytes)
 

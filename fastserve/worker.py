@@ -37,7 +37,7 @@ from .engine_options import EngineOptions, worker_command
 from .ipc import SERVER_PID, Abort, Add, Failed, FromEngine, Here, ListJobs, Ready, Refused, Step, ToEngine, Update
 from .loaders.spec import ModelError
 from .monitor import Monitor
-from .placement import report
+from .placement import ended_by_others, report
 from .types import BatchPlan, Executor, FinishReason, InvalidRequest, Job, StepResult
 
 Socket = zmq.Socket[bytes]
@@ -260,6 +260,7 @@ def load(options: EngineOptions) -> Assembly:
         skip_tokenizer=True,
         cost=options.cost,
         host_share=options.host_share,
+        stages=options.stages,
         grid=Grid(options.tensor_parallel_size, options.pipeline_parallel_size),
         rank_command=worker_command(options),
         rank_timeout=options.rank_timeout,
@@ -272,16 +273,16 @@ def load(options: EngineOptions) -> Assembly:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the engine's process; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m fastserve.worker", description="FastServe's engine process.")
-    parser.add_argument("--address", help="where the API server's socket is: ipc://PATH; for rank 0 only")
+    parser.add_argument("--address", help="where the API server's socket is: ipc://PATH")
     parser.add_argument(
         "--options", required=True, action="append", help="JSON object of LLM's options; repeatable, and the last holds"
     )
     given = parser.parse_args(arguments)
-    rank, ranks = _rank()
-    if rank > 0:
-        return follow(ranks, *given.options)
-    if given.address is None:
+    here = launched()
+    if given.address is None and (here is None or here.launcher != "fastserve"):
         parser.error("the following arguments are required: --address")
+    if here is not None and here.rank > 0:
+        return follow(here.size, *given.options)
     # Ctrl-C reaches the whole process group, systemd's SIGTERM too, and what becomes of the jobs is the API server's
     # decision: it has Stop and SIGKILL, and this process ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -291,12 +292,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(socket, *given.options)
 
 
-def _rank() -> tuple[int, int]:
-    """(rank, ranks) of this process, as its launcher says."""
-    here = launched()
-    return (0, 1) if here is None else (here.rank, here.size)
-
-
 def follow(ranks: int, *options: str) -> int:
     """Work for rank 0 until it ends; returns the exit code. What goes wrong is told to the other ranks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -304,8 +299,8 @@ def follow(ranks: int, *options: str) -> int:
         said = EngineOptions.from_json(*options)
         Grid(said.tensor_parallel_size, said.pipeline_parallel_size).check(ranks)
         load(said)
-    except SystemExit:
-        return 0
+    except SystemExit as done:
+        return int(done.code or 0)
     except Exception as error:
         expected = isinstance(error, (InvalidRequest, ModelError, GroupError, OSError))
         if not expected or os.environ.get("FASTSERVE_DEBUG"):
@@ -345,7 +340,8 @@ def run(socket: Socket, *options: str) -> int:
         field = error.field if isinstance(error, InvalidRequest) else None
         known = isinstance(error, (InvalidRequest, ModelError, GroupError))
         said = _message(error) if known else f"{type(error).__name__}: {error}"
-        socket.send(msgspec.msgpack.encode(Failed(" ".join(said.split()), field)))
+        outside = isinstance(error, GroupError) and ended_by_others(error)
+        socket.send(msgspec.msgpack.encode(Failed(" ".join(said.split()), field, outside)))
         return code
     finally:
         if worker is not None:

@@ -50,6 +50,7 @@ class Case:
     hardware: str = "a100-80g"
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    pipelining: bool | None = None
     max_num_seqs: int = 16
     kv_blocks: int | None = None
     swap_blocks: int | None = None
@@ -93,6 +94,7 @@ class Case:
             hardware=self.hardware,
             tensor_parallel_size=self.tensor_parallel_size,
             pipeline_parallel_size=self.pipeline_parallel_size,
+            pipelining=self.pipelining is not False,
             kv_blocks=self.kv_blocks,
             swap_blocks=self.swap_blocks,
             scheduler=scheduler,
@@ -103,6 +105,9 @@ class Case:
         words = []
         for name, value in self.as_dict().items():
             if _DEFAULTS.get(name) == value:
+                continue
+            if name == "pipelining":
+                words += [] if value else ["--no-pipelining"]
                 continue
             option = "trace" if name == "workload" and value == AZURE else name.replace("_", "-")
             words.append(f"--{option} {'azure_llm_2023_conv.csv' if option == 'trace' else value}")

@@ -9,13 +9,13 @@ from typing import Annotated, Final
 
 import typer
 
-from . import grid, headline, opt13b, slowdown, swapping
+from . import grid, headline, opt13b, opt175b, slowdown, swapping
 from .common import Scale
 from .lab import Data, Lab
 from .page import data_path, render
 
 EXPERIMENTS: Final[dict[str, ModuleType]] = {
-    module.NAME: module for module in (headline, opt13b, swapping, grid, slowdown)
+    module.NAME: module for module in (headline, opt175b, opt13b, swapping, grid, slowdown)
 }
 _FOLDER: Final = Path(__file__).resolve().parents[2] / "docs" / "results"
 

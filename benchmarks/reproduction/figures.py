@@ -54,15 +54,9 @@ def line(axes: Axes, policy: str, xs: Sequence[float], values: Sequence[Estimate
     means = [value.mean for value in values]
     widths = [value.half_width or 0.0 for value in values]
     below = [min(width, 0.9 * mean) for width, mean in zip(widths, means, strict=True)]
-    style: dict[str, Any] = {"label": policy, "linewidth": 1.8, "markersize": 4.5, "capsize": 2.5} | more
-    axes.errorbar(
-        xs,
-        means,
-        yerr=(below, widths),
-        color=COLOURS.get(policy, INK),
-        marker=_MARKERS.get(policy, "o"),
-        **style,
-    )
+    style: dict[str, Any] = {"label": policy, "linewidth": 1.8, "markersize": 4.5, "capsize": 2.5}
+    style |= {"color": COLOURS.get(policy, INK), "marker": _MARKERS.get(policy, "o")}
+    axes.errorbar(xs, means, yerr=(below, widths), **style | more)
 
 
 def over_loads(

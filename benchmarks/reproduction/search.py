@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from .cases import Case, rounded, simulate
 
-SLO: Final = 0.3  # seconds a token, mean: what the paper calls sustained
+SLO: Final = 0.3  # seconds a token: what the paper calls sustained
+MEAN: Final = "mean_normalized_latency"
+TAIL: Final = "p95_normalized_latency"
 PRECISION: Final = 0.03  # of a sustained rate
 
 
@@ -50,16 +53,23 @@ def crossing(
     return Crossing(rounded((low * high) ** 0.5), tried)
 
 
-def sustained(case: Case, policy: str, seed: int, start: float, most: float) -> dict[str, Any]:
-    """The rate up to which the mean normalized latency of one seed's jobs stays within SLO; None: at any up to most.
+def lasting(case: Case, rate: float, seconds: float) -> Case:
+    """The case with as many jobs as come in that time, if it has fewer."""
+    return replace(case, jobs=max(case.jobs, math.ceil(rate * seconds)))
 
-    With it, what the last run within the SLO was like.
+
+def sustained(
+    case: Case, policy: str, seed: int, start: float, most: float, measure: str = MEAN, seconds: float = 0.0
+) -> dict[str, Any]:
+    """The rate up to which the normalized latency of one seed's jobs stays within SLO; None: at any up to most.
+
+    With it, what the last run within the SLO was like. Jobs come for `seconds` at least.
     """
     runs: dict[float, dict[str, Any]] = {}
 
     def latency(rate: float) -> float:
-        runs[rounded(rate)] = simulate(case, policy, rate, seed)
-        value: float = runs[rounded(rate)]["mean_normalized_latency"]
+        runs[rounded(rate)] = simulate(lasting(case, rate, seconds), policy, rate, seed)
+        value: float = runs[rounded(rate)][measure]
         return value
 
     found = crossing(latency, SLO, start, most=most)

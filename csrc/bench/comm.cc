@@ -79,7 +79,7 @@ class Cases {
   void iterate(const BatchPlan& plan) {
     BatchPlan received;
     broadcast_plan(world_, world_.rank() == 0 ? const_cast<BatchPlan&>(plan) : received, 0);
-    const Acknowledgement own{world_.rank() == 0 ? plan.plan_id : received.plan_id, 0.01, {}, {}};
+    const Acknowledgement own{world_.rank() == 0 ? plan.plan_id : received.plan_id, 0.01, {}};
     if (world_.rank() == 0) {
       acknowledgements_.gather(world_, own);
     } else {

@@ -10,30 +10,6 @@ using namespace fastserve;
 using namespace fastserve::bench;
 
 constexpr int64_t kBlockSize = 16;
-constexpr int64_t kPromptTokens = 512;  // of a plan that fills the context
-
-// One job a slot, all with the same context.
-std::vector<BatchPlan> prompts(const ModelSpec& spec, int64_t jobs, int64_t context, int64_t blocks) {
-  std::vector<BatchPlan> plans;
-  const int64_t per_plan = std::max<int64_t>(1, kPromptTokens / context);
-  const auto tokens = random_tokens(jobs * context, spec.vocab_size);
-  for (int64_t first = 0; first < jobs; first += per_plan) {
-    const int64_t last = std::min(jobs, first + per_plan);
-    for (int64_t start = 0; start < context; start += kPromptTokens) {
-      BatchPlan plan;
-      const int64_t end = std::min(context, start + kPromptTokens);
-      for (int64_t job = first; job < last; ++job) {
-        const auto slot = static_cast<int32_t>(job);
-        if (start == 0) open_slot(plan, slot, context, job * blocks, blocks);
-        plan.rows.push_back({slot, static_cast<int32_t>(start), static_cast<int32_t>(end - start), end == context});
-        plan.tokens.insert(plan.tokens.end(), tokens.begin() + job * context + start,
-                           tokens.begin() + job * context + end);
-      }
-      plans.push_back(std::move(plan));
-    }
-  }
-  return plans;
-}
 
 // Seconds of an iteration, over `steps` of them that start at the same position every time.
 double decode(Runtime& runtime, int64_t jobs, int64_t context, int64_t steps) {
@@ -61,7 +37,7 @@ void run(const Options& options, Report& report) {
                                             .num_blocks = most_rows * blocks,
                                             .max_tokens = std::max(kPromptTokens, most_rows),
                                             .threads = options.threads()}));
-    run_plans(*runtimes.back(), prompts(model.spec, most_rows, context, blocks));
+    run_plans(*runtimes.back(), prompt_plans(model.spec, most_rows, context, blocks));
   }
   Limits limits(options, report.isa());
   std::vector<Measured> measured;

@@ -45,8 +45,8 @@ Arithmetic arithmetic_of(KvFormat format) {
   return format == KvFormat::kBFloat16 ? Arithmetic::kBFloat16 : Arithmetic::kInt8;
 }
 
-Limits::Limits(const Options& options, const std::string& isa)
-    : pool_(options.threads()), peak_(find_peak(isa)), buffer_(options.cold_bytes()) {
+Limits::Limits(const Options& options, const std::string& isa, int threads)
+    : pool_(threads), peak_(find_peak(isa)), buffer_(options.cold_bytes()) {
   std::memset(buffer_.as<char>(), 1, buffer_.bytes());  // pages nobody wrote to are all the same one
 }
 

@@ -26,7 +26,8 @@ struct Work {
 
 class Limits {
  public:
-  Limits(const Options& options, const std::string& isa);
+  Limits(const Options& options, const std::string& isa) : Limits(options, isa, options.threads()) {}
+  Limits(const Options& options, const std::string& isa, int threads);
 
   int threads() const { return pool_.size(); }
   // Measures one sample, in bytes or operations a second. NaN for an instruction set without loops of its own.

@@ -165,16 +165,16 @@ Cost cost_of(const ModelSpec& spec, WeightFormat weights, KvFormat kv) {
           4 * layers * heads};
 }
 
-void add_model_options(Options& options) {
-  options.add("preset", "NAME,...", "smollm2", "shapes of: smollm2, llama-1b");
-  options.add("weights", "NAME,...", "bfloat16,q8_0,q4_0",
+void add_model_options(Options& options, const ModelDefaults& defaults) {
+  options.add("preset", "NAME,...", defaults.presets, "shapes of: smollm2, llama-1b");
+  options.add("weights", "NAME,...", defaults.weights,
               "how weights are held: float32, bfloat16, int8, q8_0, q4_0, q4_1");
   options.add("dtype", "NAME", "auto",
               "of keys and values: float32, bfloat16, int8; auto: float32 with float32 weights, else bfloat16");
-  options.add("memory", "GB", "6", "refuse what takes more");
+  options.add("memory", "GB", defaults.gigabytes, "refuse what takes more");
 }
 
-std::vector<Candidate> candidates(const Options& options, int64_t kv_tokens) {
+std::vector<Candidate> candidates(const Options& options, int64_t kv_tokens, int copies) {
   const auto presets = options.choices("preset", preset_names());
   const auto weights = options.choices("weights", weight_names());
   const std::string& dtype = options.text("dtype");
@@ -188,7 +188,8 @@ std::vector<Candidate> candidates(const Options& options, int64_t kv_tokens) {
       const std::string held = dtype != "auto" ? dtype : format == WeightFormat::kFloat32 ? "float32" : "bfloat16";
       const KvFormat kv = parse_kv_format(held);
       made.push_back({name, format_name, held, format, kv, preset(name), cost_of(preset(name), format, kv)});
-      bytes += made.back().cost.weight_bytes + static_cast<double>(kv_tokens) * made.back().cost.kv_bytes_per_token;
+      const Cost& cost = made.back().cost;
+      bytes += copies * (cost.weight_bytes + static_cast<double>(kv_tokens) * cost.kv_bytes_per_token);
     }
   }
   if (bytes > 1e9 * most) {
@@ -201,11 +202,16 @@ std::vector<Candidate> candidates(const Options& options, int64_t kv_tokens) {
 }
 
 std::unique_ptr<Runtime> random_model(const Candidate& candidate, const RuntimeSize& size) {
-  const ModelSpec& spec = candidate.spec;
-  std::vector<std::pair<std::string, std::pair<int64_t, int64_t>>> matrices = {
-      {"token_embedding.weight", {spec.vocab_size, spec.hidden_size}}};
-  std::vector<std::string> norms = {"final_norm.weight"};
+  return random_model(candidate, size, candidate.spec, Shard::whole(candidate.spec), {});
+}
+
+std::unique_ptr<Runtime> random_model(const Candidate& candidate, const RuntimeSize& size, const ModelSpec& spec,
+                                      const Shard& shard, const Neighbours& neighbours) {
+  std::vector<std::pair<std::string, std::pair<int64_t, int64_t>>> matrices;
+  std::vector<std::string> norms;
   const int64_t hidden = spec.hidden_size, q = spec.num_heads * spec.head_dim, kv = spec.num_kv_heads * spec.head_dim;
+  if (shard.has_embedding(spec)) matrices.push_back({"token_embedding.weight", {shard.num_tokens, hidden}});
+  if (shard.last_stage) norms.push_back("final_norm.weight");
   for (int64_t i = 0; i < spec.num_layers; ++i) {
     const std::string prefix = "layers." + std::to_string(i) + ".";
     norms.push_back(prefix + "attn_norm.weight");
@@ -225,7 +231,7 @@ std::unique_ptr<Runtime> random_model(const Candidate& candidate, const RuntimeS
                        .max_tokens = size.max_tokens,
                        .threads = size.threads};
   for (const auto& [name, shape] : matrices) given.formats[name] = candidate.format;
-  auto runtime = std::make_unique<Runtime>(spec, Shard::whole(spec), given);
+  auto runtime = std::make_unique<Runtime>(spec, shard, given, neighbours);
   const std::vector<float> ones(hidden, 1.0f);
   for (const std::string& name : norms) {
     runtime->load_tensor(name, SourceType::kF32, {hidden}, 0, ones.data(), hidden * 4);
@@ -243,21 +249,44 @@ std::unique_ptr<Runtime> random_model(const Candidate& candidate, const RuntimeS
   return runtime;
 }
 
+// One job a slot, all with the same context.
+std::vector<BatchPlan> prompt_plans(const ModelSpec& spec, int64_t jobs, int64_t context, int64_t blocks) {
+  std::vector<BatchPlan> plans;
+  const int64_t per_plan = std::max<int64_t>(1, kPromptTokens / context);
+  const auto tokens = random_tokens(jobs * context, spec.vocab_size);
+  for (int64_t first = 0; first < jobs; first += per_plan) {
+    const int64_t last = std::min(jobs, first + per_plan);
+    for (int64_t start = 0; start < context; start += kPromptTokens) {
+      BatchPlan plan;
+      const int64_t end = std::min(context, start + kPromptTokens);
+      for (int64_t job = first; job < last; ++job) {
+        const auto slot = static_cast<int32_t>(job);
+        if (start == 0) open_slot(plan, slot, context, job * blocks, blocks);
+        plan.rows.push_back({slot, static_cast<int32_t>(start), static_cast<int32_t>(end - start), end == context});
+        plan.tokens.insert(plan.tokens.end(), tokens.begin() + job * context + start,
+                           tokens.begin() + job * context + end);
+      }
+      plans.push_back(std::move(plan));
+    }
+  }
+  return plans;
+}
+
+void check_result(const StepResult& result) {
+  if (result.error) std::rethrow_exception(result.error);
+  for (const Sampled& sampled : result.sampled) FS_CHECK(sampled.error.empty(), sampled.error);
+}
+
 void run_plans(Runtime& runtime, std::vector<BatchPlan> plans) {
-  const auto take = [&] {
-    const StepResult result = *runtime.poll(-1);
-    if (result.error) std::rethrow_exception(result.error);
-    for (const Sampled& sampled : result.sampled) FS_CHECK(sampled.error.empty(), sampled.error);
-  };
   int64_t queued = 0;
   for (BatchPlan& plan : plans) {
     runtime.submit(std::move(plan));
     if (++queued == 2) {
-      take();
+      check_result(*runtime.poll(-1));
       --queued;
     }
   }
-  for (; queued > 0; --queued) take();
+  for (; queued > 0; --queued) check_result(*runtime.poll(-1));
 }
 
 void open_slot(BatchPlan& plan, int32_t slot, int64_t prompt_length, int64_t first_block, int64_t blocks) {

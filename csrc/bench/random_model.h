@@ -54,11 +54,15 @@ struct Candidate {
   ModelSpec spec;
   Cost cost;
 };
+// What --preset, --weights and --memory are when not given.
+struct ModelDefaults {
+  std::string presets = "smollm2", weights = "bfloat16,q8_0,q4_0", gigabytes = "6";
+};
 // Adds --preset, --weights, --dtype and --memory.
-void add_model_options(Options& options);
-// Every preset with every weight format. Throws UsageError when they take more than --memory side by side, each with
-// the keys and values of `kv_tokens` tokens.
-std::vector<Candidate> candidates(const Options& options, int64_t kv_tokens);
+void add_model_options(Options& options, const ModelDefaults& defaults = {});
+// Every preset with every weight format. Throws UsageError when `copies` of them take more than --memory side by side,
+// each with the keys and values of `kv_tokens` tokens.
+std::vector<Candidate> candidates(const Options& options, int64_t kv_tokens, int copies = 1);
 
 struct RuntimeSize {
   int64_t block_size;
@@ -67,7 +71,15 @@ struct RuntimeSize {
   int threads;
 };
 std::unique_ptr<Runtime> random_model(const Candidate& candidate, const RuntimeSize& size);
+// A part of it.
+std::unique_ptr<Runtime> random_model(const Candidate& candidate, const RuntimeSize& size, const ModelSpec& spec,
+                                      const Shard& shard, const Neighbours& neighbours);
 
+inline constexpr int64_t kPromptTokens = 512;  // of a plan that fills the context
+// Opens slots 0 … jobs - 1, each with `blocks` blocks of its own, and fills `context` positions of each.
+std::vector<BatchPlan> prompt_plans(const ModelSpec& spec, int64_t jobs, int64_t context, int64_t blocks);
+// Throws for a plan or a sample that failed.
+void check_result(const StepResult& result);
 // Runs plans one after another, keeping one queued behind the running one, as the engine does; throws for a plan or a
 // sample that failed.
 void run_plans(Runtime& runtime, std::vector<BatchPlan> plans);

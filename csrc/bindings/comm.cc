@@ -88,13 +88,13 @@ py::array_t<uint8_t> all_gather(PyCommunicator& self, const py::buffer& mine, st
 }
 
 py::tuple gather_acknowledgements(PyCommunicator& self, int64_t plan_id, double seconds,
-                                  const std::vector<std::pair<int32_t, double>>& copies, const std::string& error) {
-  Acknowledgement own{plan_id, seconds, {}, error};
+                                  const std::vector<std::pair<int32_t, double>>& copies) {
+  Acknowledgement own{plan_id, seconds, {}};
   for (const auto& [copy, time] : copies) own.copies.push_back({copy, time});
   {
     py::gil_scoped_release release;
     if (self.communicator->rank() == 0) {
-      own = self.acknowledgements.gather(*self.communicator, own);
+      own = *self.acknowledgements.gather(*self.communicator, own);
     } else {
       send_acknowledgement(*self.communicator, own);
     }
@@ -196,7 +196,7 @@ void register_comm(py::module_& module) {
           },
           py::arg("plan") = py::none(), py::arg("root") = 0, "The root's plan, on every rank.")
       .def("gather_acknowledgements", &gather_acknowledgements, py::arg("plan_id"), py::arg("seconds") = 0.0,
-           py::arg("copies") = std::vector<std::pair<int32_t, double>>(), py::arg("error") = "",
+           py::arg("copies") = std::vector<std::pair<int32_t, double>>(),
            "On rank 0: the plan, the longest time, and the copies that all ranks have finished; elsewhere what was "
            "given.")
       .def(
@@ -205,7 +205,7 @@ void register_comm(py::module_& module) {
             py::gil_scoped_release release;
             self.communicator->abort(reason);
           },
-          py::arg("reason"), "Ends every wait of every rank with an Error that says this.")
+          py::arg("reason"), "Ends every wait of every rank with a GroupError that says this.")
       .def("close", [](PyCommunicator& self) {
         py::gil_scoped_release release;
         self.communicator->close();

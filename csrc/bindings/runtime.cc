@@ -145,7 +145,7 @@ struct PyRuntime {
     if (links.is_none()) return;
     group.emplace(
         GroupLinks{*read_link(links, "plans"), *read_link(links, "answers"), links.attr("sampler").cast<int>()});
-    if (group->plans.rank() == 0) leader.emplace(*runtime, *group);
+    if (group->plans.rank() == 0 && group->plans.size() > 1) leader.emplace(*runtime, *group);
   }
   ~PyRuntime() {
     if (getpid() != process) {  // after a fork: the threads are the parent's, and cannot be joined here
@@ -212,7 +212,7 @@ void register_runtime(py::module_& module) {
       .def(
           "follow",
           [](PyRuntime& self) {
-            FS_CHECK(self.group && !self.leader, "only ranks other than 0 follow");
+            FS_CHECK(self.group && self.group->plans.rank() != 0, "only ranks other than 0 follow");
             py::gil_scoped_release release;
             follow(*self.runtime, *self.group);
           },

@@ -49,7 +49,7 @@ class AcrossHosts final : public Communicator {
   Request do_send(ConstBytes data, int to) override;
   Request do_receive(Bytes data, int from) override;
   bool do_test(Message& message) override;
-  void do_wait(Message& message) override;
+  bool do_wait_until(Message& message, TimePoint until) override;
   bool do_advance() override {
     const bool local_open = local_->advance();
     return flat_->advance() || local_open;
@@ -199,11 +199,10 @@ bool AcrossHosts::do_test(Message& message) {
   return routed.done = routed.way.test(*routed.inner);
 }
 
-void AcrossHosts::do_wait(Message& message) {
+bool AcrossHosts::do_wait_until(Message& message, TimePoint until) {
   pass_patience();
   auto& routed = static_cast<Routed&>(message);
-  routed.way.wait(*routed.inner);
-  routed.done = true;
+  return routed.done = routed.way.wait_until(*routed.inner, until);
 }
 
 std::unique_ptr<Communicator> AcrossHosts::do_split(int color, int key) {

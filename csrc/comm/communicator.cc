@@ -32,6 +32,19 @@ Member this_member(int world_rank, const std::string& host) {
   return member;
 }
 
+std::string line_of(const std::exception_ptr& error, const Member& self) {
+  std::string text = "an error of an unknown kind";
+  try {
+    std::rethrow_exception(error);
+  } catch (const GroupError& caught) {
+    return caught.what();
+  } catch (const std::exception& caught) {
+    text = caught.what();
+  } catch (...) {  // has no text
+  }
+  return self.text() + ": " + text.substr(0, text.find('\n'));
+}
+
 template <class Body>
 auto Communicator::guarded(Body&& body) {
   FS_CHECK(!busy_.exchange(true, std::memory_order_acquire), "two threads use one communicator at a time");
@@ -42,8 +55,11 @@ auto Communicator::guarded(Body&& body) {
   FS_CHECK(!closed_, "the communicator is closed");
   try {
     return body();
-  } catch (const std::exception& error) {
+  } catch (const Error& error) {
     abort(error.what());
+    throw GroupError(error.what());
+  } catch (...) {  // by what Patience asked, or for want of memory
+    abort(line_of(std::current_exception(), members_[rank_]));
     throw;
   }
 }
@@ -96,8 +112,10 @@ bool Communicator::test(Message& message) {
   return message.done || guarded([&] { return do_test(message); });
 }
 
-void Communicator::wait(Message& message) {
-  if (!message.done) guarded([&] { do_wait(message); });
+void Communicator::wait(Message& message) { wait_until(message, kForever); }
+
+bool Communicator::wait_until(Message& message, TimePoint until) {
+  return message.done || guarded([&] { return do_wait_until(message, until); });
 }
 
 bool Communicator::advance() {

@@ -4,15 +4,17 @@
 // Sums are exact to the bit: float32, added in rank order, the same on every rank and over every kind of communicator.
 //
 // A wait spins briefly and then parks, and it ends: when the peer is gone, when any rank has given up, when it takes
-// longer than `Patience` has. Each is an Error that names the rank and its host, is told to all other ranks, and is the
-// last thing the communicator does.
+// longer than `Patience` has. Each is a GroupError that names the rank and its host, is told to all other ranks, and is
+// the last thing the communicator does.
 //
 // One thread at a time; communicators do not depend on each other.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -20,7 +22,15 @@
 #include <string>
 #include <vector>
 
+#include "common/check.h"
+
 namespace fastserve {
+
+// Ranks cannot go on together. It is the same line on all of them, and says whose fault it is.
+class GroupError : public Error {
+ public:
+  using Error::Error;
+};
 
 // Where a rank runs. Ranks tell each other, so the layout is fixed.
 struct Member {
@@ -35,6 +45,9 @@ struct Member {
 // This process, on a host of that name; empty: the system's.
 Member this_member(int world_rank, const std::string& host);
 
+// What all ranks are told of an error of this one. A GroupError says already whose it is.
+std::string line_of(const std::exception_ptr& error, const Member& self);
+
 struct Patience {
   double seconds = std::numeric_limits<double>::infinity();  // of one wait
   std::function<void()> ask;  // called some times a second while parked; what it throws ends the wait
@@ -48,6 +61,9 @@ struct Message {
   bool done = false;
 };
 using Request = std::shared_ptr<Message>;
+
+using TimePoint = std::chrono::steady_clock::time_point;
+inline constexpr TimePoint kForever = TimePoint::max();
 
 class Communicator {
  public:
@@ -85,12 +101,14 @@ class Communicator {
   Request receive(Bytes data, int from);
   bool test(Message& message);
   void wait(Message& message);
+  // The same, no longer than until then; whether the message is done.
+  bool wait_until(Message& message, TimePoint until);
   // Moves what can be moved of the messages that were begun; whether some are not done.
   bool advance();
   // Waits of this communicator advance the other as well, which must not be gone before.
   void advance_meanwhile(Communicator& other) { meanwhile_ = &other; }
 
-  // Ends every wait of every rank with an Error that says this. From any thread.
+  // Ends every wait of every rank with a GroupError that says this. From any thread.
   void abort(const std::string& reason);
   // Leaves in order: no message is open, unless a rank has given up. Others may still wait for each other.
   void close();
@@ -116,7 +134,7 @@ class Communicator {
   virtual Request do_send(ConstBytes data, int to) = 0;
   virtual Request do_receive(Bytes data, int from) = 0;
   virtual bool do_test(Message& message) = 0;
-  virtual void do_wait(Message& message) = 0;
+  virtual bool do_wait_until(Message& message, TimePoint until) = 0;
   virtual bool do_advance() = 0;
   virtual std::unique_ptr<Communicator> do_split(int color, int key) = 0;
   virtual void do_abort(const std::string& reason) = 0;
@@ -126,6 +144,7 @@ class Communicator {
   template <class Body>
   auto guarded(Body&& body);
   void check_peer(int peer) const;
+  void do_wait(Message& message) { do_wait_until(message, kForever); }
 
   const int rank_;
   const std::vector<Member> members_;

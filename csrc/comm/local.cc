@@ -14,7 +14,7 @@ class Local final : public Communicator {
   Request do_send(ConstBytes, int) override { return nullptr; }
   Request do_receive(Bytes, int) override { return nullptr; }
   bool do_test(Message&) override { return true; }
-  void do_wait(Message&) override {}
+  bool do_wait_until(Message&, TimePoint) override { return true; }
   bool do_advance() override { return false; }
   std::unique_ptr<Communicator> do_split(int color, int) override {
     return color < 0 ? nullptr : std::make_unique<Local>(members()[0], patience());

@@ -198,23 +198,28 @@ class Mpi final : public Communicator {
     return open_ > 0;
   }
 
-  void do_wait(Message& message) override {
+  bool do_wait_until(Message& message, TimePoint until) override {
     const auto begin = Clock::now();
-    while (Clock::now() - begin < kSpinTime) {
-      if (do_test(message)) return;
+    const auto spin_until = std::min(begin + kSpinTime, until);
+    while (Clock::now() < spin_until) {
+      if (do_test(message)) return true;
       pause();
     }
-    auto next_look = begin + kLookTime;
     for (auto sleep = kShortestSleep; !do_test(message); sleep = std::min(sleep * 2, kLongestSleep)) {
-      std::this_thread::sleep_for(advance_others() ? kShortestSleep : sleep);
-      if (Clock::now() < next_look) continue;
-      next_look += kLookTime;
+      const auto now = Clock::now();
+      if (now < next_look_) {
+        if (now >= until) return false;
+        std::this_thread::sleep_for(advance_others() ? kShortestSleep : sleep);
+        continue;
+      }
+      next_look_ = now + kLookTime;
       World::get().check_aborted(true);
       const double seconds = Seconds(Clock::now() - begin).count();
       FS_CHECK(seconds < patience().seconds, members()[rank()].text(), " has waited ", seconds, " seconds for ",
                members()[message.peer].text());
       if (patience().ask) patience().ask();
     }
+    return true;
   }
 
   std::unique_ptr<Communicator> do_split(int color, int key) override {
@@ -238,7 +243,8 @@ class Mpi final : public Communicator {
   }
 
   MPI_Comm comm_;
-  int64_t open_ = 0;  // messages
+  int64_t open_ = 0;                                        // messages
+  Clock::time_point next_look_ = Clock::now() + kLookTime;  // of any wait: short ones, too, must find out in the end
 };
 
 }  // namespace

@@ -48,7 +48,7 @@ class SharedMemory final : public Communicator {
   Request do_send(ConstBytes data, int to) override;
   Request do_receive(Bytes data, int from) override;
   bool do_test(Message& message) override;
-  void do_wait(Message& message) override;
+  bool do_wait_until(Message& message, TimePoint until) override;
   bool do_advance() override { return progress(), open_ > 0; }
   std::unique_ptr<Communicator> do_split(int color, int key) override {
     return share_memory(*this, ranks_of(color, key));
@@ -70,7 +70,7 @@ class SharedMemory final : public Communicator {
   void progress();
 
   template <class Ready>
-  void wait_for(int peer, Ready&& ready);
+  bool wait_for(int peer, Ready&& ready, TimePoint until = kForever);
   bool look_after(int peer, Clock::time_point begin);
   void check_aborted() const;
   void ring(int peer);
@@ -89,6 +89,7 @@ class SharedMemory final : public Communicator {
   uint64_t round_ = 0;
   std::vector<std::deque<std::shared_ptr<Transfer>>> sends_, receives_;  // by peer, oldest first
   int64_t open_ = 0;                                                     // messages in those
+  TimePoint next_look_ = Clock::now() + kLookTime;  // of any wait: short ones, too, must find out in the end
 };
 
 SharedMemory::SharedMemory(std::unique_ptr<Segment> segment, int rank, std::vector<Member> members, Patience patience)
@@ -128,14 +129,15 @@ bool SharedMemory::look_after(int peer, Clock::time_point begin) {
   return desk(peer).state.load() == kLeft;
 }
 
+// Whether it is ready; false when the time is up.
 template <class Ready>
-void SharedMemory::wait_for(int peer, Ready&& ready) {
-  if (ready()) return;
+bool SharedMemory::wait_for(int peer, Ready&& ready, TimePoint until) {
+  if (ready()) return true;
   const auto begin = Clock::now();
-  const auto spin_until = begin + kSpinTime;
+  const auto spin_until = std::min(begin + kSpinTime, until);
   while (!crowded_ && Clock::now() < spin_until) {
     for (int i = 0; i < kSpinsPerClockRead; ++i) {
-      if (ready()) return;
+      if (ready()) return true;
       pause();
     }
     advance_others();
@@ -146,17 +148,20 @@ void SharedMemory::wait_for(int peer, Ready&& ready) {
     ~Parked() { flag.store(0); }
     std::atomic<uint32_t>& flag;
   } parked(own.parked);
-  for (auto next_look = begin + kLookTime;;) {
+  for (;;) {
     const uint32_t bell = own.bell.load();
-    if (ready()) return;
+    if (ready()) return true;
     check_aborted();
-    if (Clock::now() >= next_look) {
+    const auto now = Clock::now();
+    if (now >= next_look_) {
+      next_look_ = now + kLookTime;
       const bool left = look_after(peer, begin);
-      if (left && ready()) return;  // what it did last
+      if (left && ready()) return true;  // what it did last
       FS_CHECK(!left, members()[peer].text(), " has left");
-      next_look = Clock::now() + kLookTime;
     }
-    futex_wait(own.bell, bell, advance_others() ? std::chrono::nanoseconds(kSoon) : kLookTime);
+    if (now >= until) return false;
+    const std::chrono::nanoseconds longest = advance_others() ? std::chrono::nanoseconds(kSoon) : kLookTime;
+    futex_wait(own.bell, bell, std::min(longest, until - now));
   }
 }
 
@@ -293,9 +298,9 @@ bool SharedMemory::do_test(Message& message) {
   return message.done;
 }
 
-void SharedMemory::do_wait(Message& message) {
+bool SharedMemory::do_wait_until(Message& message, TimePoint until) {
   check_aborted();
-  wait_for(message.peer, [&] { return progress(), message.done; });
+  return wait_for(message.peer, [&] { return progress(), message.done; }, until);
 }
 
 void SharedMemory::progress() {

@@ -2,6 +2,9 @@
 
 #include <cmath>
 #include <cstring>
+#include <utility>
+
+#include "common/check.h"
 
 namespace fastserve {
 
@@ -10,7 +13,8 @@ Buffer floats(int64_t count) { return Buffer(count * sizeof(float)); }
 }  // namespace
 
 Transformer::Transformer(const ModelSpec& spec, const Shard& shard, const Weights& weights, Backend& backend,
-                         int64_t max_tokens, const Neighbours& neighbours)
+                         int64_t max_tokens, const Neighbours& neighbours,
+                         std::function<void(std::exception_ptr)> failed)
     : spec_(spec),
       shard_(shard),
       weights_(weights),
@@ -27,15 +31,21 @@ Transformer::Transformer(const ModelSpec& spec, const Shard& shard, const Weight
       qkv_(floats(max_tokens * ld_qkv_)),
       heads_(floats(max_tokens * ld_heads_)),
       inner_(floats(max_tokens * ld_inner_)),
-      cos_sin_(floats(max_tokens * 2 * static_cast<int64_t>(spec.rope_inv_freq.size()))) {}
+      cos_sin_(floats(max_tokens * 2 * static_cast<int64_t>(spec.rope_inv_freq.size()))) {
+  FS_CHECK(shard.first_stage == (neighbours.receives == nullptr) && shard.last_stage == (neighbours.sends == nullptr),
+           "a stage receives unless it is the first, and sends unless it is the last");
+  if (neighbours.sends != nullptr) {
+    sender_.emplace(*neighbours.sends, neighbours.sends->rank() + 1, std::move(failed));
+  }
+}
 
 float* Transformer::forward(std::span<const Row> rows, std::span<const int32_t> token_ids,
                             std::span<const int32_t> positions, std::span<const int32_t> logit_tokens) {
   const auto tokens = static_cast<int64_t>(token_ids.size());
-  if (!shard_.last_stage) {
+  if (sender_) {
+    sender_->wait(1);  // then the one before the last is sent, and its buffer free
     turn_ = 1 - turn_;
     residual_ = &residuals_[turn_];
-    if (sent_[turn_]) neighbours_.sends->wait(*sent_[turn_]);
   }
   if (shard_.first_stage) {
     embed(token_ids, positions);
@@ -60,15 +70,12 @@ float* Transformer::forward(std::span<const Row> rows, std::span<const int32_t> 
     }
   }
   if (shard_.last_stage) return logits(logit_tokens);
-  sent_[turn_] = neighbours_.sends->send(residual_bytes(tokens), neighbours_.sends->rank() + 1);
+  sender_->send(residual_bytes(tokens));
   return nullptr;
 }
 
 void Transformer::flush() {
-  for (Request& sent : sent_) {
-    if (sent) neighbours_.sends->wait(*sent);
-    sent.reset();
-  }
+  if (sender_) sender_->wait(0);
 }
 
 // A token's embedding is with the rank that has its row; the others add zeros.

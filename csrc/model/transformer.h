@@ -2,11 +2,15 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
+#include <functional>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "backend/backend.h"
 #include "comm/communicator.h"
+#include "comm/sender.h"
 #include "common/buffer.h"
 #include "model/shard.h"
 #include "model/spec.h"
@@ -18,23 +22,27 @@ namespace fastserve {
 struct Neighbours {
   Communicator* tensor = nullptr;    // of this stage, by the part of its matrices that they hold
   Communicator* receives = nullptr;  // of the pipeline, by stage: from the stage before comes the residual, ...
-  Communicator* sends = nullptr;     // ... and to the next one it goes; over another one, so that two threads may
+  Communicator* sends = nullptr;     // ... and to the next one it goes; over another one, which a thread has to itself
 };
 
 class Transformer {
  public:
-  // max_tokens: the most tokens of one batch.
+  // max_tokens: the most tokens of one batch. `failed` is called on another thread, once, when the next stage cannot be
+  // sent what forward() had for it.
   Transformer(const ModelSpec& spec, const Shard& shard, const Weights& weights, Backend& backend, int64_t max_tokens,
-              const Neighbours& neighbours);
+              const Neighbours& neighbours, std::function<void(std::exception_ptr)> failed);
 
   // Runs a ragged batch. rows: the jobs' tokens, back to back; token_ids and positions: [tokens]; logit_tokens: batch
   // indices of the tokens whose logits are wanted. Returns logits [logit_tokens, shard.num_tokens], row stride
-  // ld_logits(), valid until the next call; null where this is not the last stage. All ranks take part.
+  // ld_logits(), valid until the next call; null where this is not the last stage, and the next one gets the residual
+  // while this one goes on. All ranks take part.
   float* forward(std::span<const Row> rows, std::span<const int32_t> token_ids, std::span<const int32_t> positions,
                  std::span<const int32_t> logit_tokens);
 
-  // Waits until the next stage has taken what forward() had for it. Nothing to do in the last stage.
+  // Waits until the next stage has been sent all that forward() had for it; `flushed` is whether it has. Throws when it
+  // cannot be. From any thread; nothing to do in the last stage.
   void flush();
+  bool flushed() const { return !sender_ || sender_->idle(); }
 
   int64_t ld_logits() const { return round_up(shard_.num_tokens, kPad); }
 
@@ -61,9 +69,8 @@ class Transformer {
   const Neighbours neighbours_;
   const int64_t ld_hidden_, ld_qkv_, ld_heads_, ld_inner_;
 
-  // [max_tokens, ld_hidden]. Two where there is a next stage, which may still be taking the one while the other fills.
+  // [max_tokens, ld_hidden]. Two where there is a next stage, which may still be sent the one while the other fills.
   Buffer residuals_[2];
-  Request sent_[2];
   int turn_ = 0;
   Buffer* residual_ = &residuals_[0];
   Buffer partial_;  // [max_tokens, ld_hidden], with other ranks in the stage only: their sums' shares
@@ -75,6 +82,7 @@ class Transformer {
   Buffer inner_;    // [max_tokens, ld_inner]
   Buffer cos_sin_;  // [max_tokens, 2, rotary_half]
   Buffer logits_;   // grows with the number of logit rows
+  std::optional<Sender> sender_;
 };
 
 }  // namespace fastserve

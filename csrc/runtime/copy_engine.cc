@@ -75,6 +75,12 @@ void CopyEngine::stop() {
   for (Stream& stream : streams_) stream.wake.notify_all();
 }
 
+void CopyEngine::check(std::span<const CopyRow> rows) {
+  std::lock_guard lock(mutex_);
+  Claims claims;
+  checked(rows, claims);
+}
+
 void CopyEngine::submit(std::span<const CopyRow> rows) {
   if (rows.empty()) return;
   {

@@ -36,6 +36,8 @@ class CopyEngine {
   CopyEngine(const CopyEngine&) = delete;
   CopyEngine& operator=(const CopyEngine&) = delete;
 
+  // Throws where submit() would.
+  void check(std::span<const CopyRow> rows);
   // Starts copies. Throws, and starts none, when one has the id or a block of another that is under way, is not of one
   // direction, has rows apart from each other, or a block outside its pool.
   void submit(std::span<const CopyRow> rows);

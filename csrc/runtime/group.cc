@@ -1,7 +1,9 @@
 #include "runtime/group.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <exception>
 #include <thread>
 #include <utility>
@@ -13,22 +15,38 @@ namespace fastserve {
 
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr int64_t kGoodbye = -1;  // plan_id of the last plan, which holds nothing
 constexpr double kLookSeconds = 0.05;
+constexpr double kLongestSeconds = 1e9;  // what the clock can count ends at nine times as many
 
-std::string text_of(const std::exception_ptr& error) {
+// What it returns; when it throws, the group ends on all ranks.
+template <class Body>
+auto or_end_group(Runtime& runtime, const GroupLinks& links, Body&& body) {
   try {
-    std::rethrow_exception(error);
-  } catch (const std::exception& caught) {
-    return caught.what();
+    return body();
   } catch (...) {
-    return "an error of an unknown kind";
+    const std::exception_ptr error = std::current_exception();
+    const std::string reason = runtime.abort(line_of(error, links.plans.members()[links.plans.rank()]));
+    links.answers.abort(reason);
+    links.plans.abort(reason);
+    try {
+      std::rethrow_exception(error);
+    } catch (const Error&) {
+      throw GroupError(reason);
+    }
   }
 }
 
 template <class T>
 std::span<std::byte> bytes_of(T& values) {
   return std::as_writable_bytes(std::span(values));
+}
+
+TimePoint after(double seconds) {
+  if (seconds < 0 || seconds > kLongestSeconds) return kForever;
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
 }
 
 struct SamplesHead {
@@ -60,10 +78,9 @@ void answer(Runtime& runtime, const GroupLinks& links, const std::atomic<int64_t
   for (int64_t answered = 0; !closing || answered < submitted;) {
     std::optional<StepResult> result = runtime.poll(kLookSeconds);
     if (!result) continue;
-    Acknowledgement own{result->plan_id, result->seconds, result->copies, {}};
-    if (result->error) own.error = text_of(result->error);
-    send_acknowledgement(links.answers, own);
-    if (links.answers.rank() == links.sampler && !result->error) send_samples(links.answers, *result);
+    if (result->error) std::rethrow_exception(result->error);
+    send_acknowledgement(links.answers, {result->plan_id, result->seconds, result->copies});
+    if (links.answers.rank() == links.sampler) send_samples(links.answers, *result);
     ++answered;
   }
 }
@@ -71,49 +88,70 @@ void answer(Runtime& runtime, const GroupLinks& links, const std::atomic<int64_t
 }  // namespace
 
 void Leader::submit(BatchPlan plan) {
-  if (links_.sampler != 0) {
-    std::lock_guard lock(mutex_);
-    std::vector<int32_t> sampling;
-    size_t token = 0;
-    for (const PlanRow& row : plan.rows) {
-      for (int32_t i = 0; i < row.tokens; ++i, ++token) {
-        if (plan.tokens[token] != -1) continue;
-        const auto known = last_sampled_.find(row.slot);
-        FS_CHECK(known != last_sampled_.end(), "slot ", row.slot, " has not sampled a token");
-        plan.tokens[token] = known->second;
-      }
-      if (row.logits > 0) sampling.push_back(row.slot);
+  FS_CHECK(plan.plan_id != kGoodbye, "no plan may have the number ", kGoodbye);
+  runtime_.check(plan);
+  if (links_.sampler != 0) fill_in(plan);
+  or_end_group(runtime_, links_, [&] {
+    broadcast_plan(links_.plans, plan, 0);
+    runtime_.submit(std::move(plan));
+  });
+}
+
+// Writes the tokens that are known, and remembers who will have sampled.
+void Leader::fill_in(BatchPlan& plan) {
+  std::lock_guard lock(mutex_);
+  std::vector<int32_t> sampling;
+  size_t token = 0;
+  for (const PlanRow& row : plan.rows) {
+    for (int32_t i = 0; i < row.tokens && token < plan.tokens.size(); ++i, ++token) {
+      if (plan.tokens[token] != -1) continue;
+      const auto known = last_sampled_.find(row.slot);
+      FS_CHECK(known != last_sampled_.end(), "slot ", row.slot, " has not sampled a token");
+      plan.tokens[token] = known->second;
     }
-    for (const int32_t slot : plan.closed) last_sampled_.erase(slot);
-    sampling_.push_back(std::move(sampling));
+    if (row.logits > 0) sampling.push_back(row.slot);
   }
-  broadcast_plan(links_.plans, plan, 0);
-  runtime_.submit(std::move(plan));
+  for (const int32_t slot : plan.closed) last_sampled_.erase(slot);
+  sampling_.push_back(std::move(sampling));
 }
 
 std::optional<StepResult> Leader::poll(double seconds) {
-  std::optional<StepResult> result = runtime_.poll(seconds);
-  if (!result) return result;
-  const std::string error = result->error ? text_of(result->error) : "";
-  const Acknowledgement all =
-      acknowledgements_.gather(links_.answers, {result->plan_id, result->seconds, result->copies, error});
-  result->seconds = all.seconds;
-  result->copies = all.copies;
-  if (links_.sampler == 0) return result;
-  receive_samples(links_.answers, links_.sampler, *result);
+  const TimePoint until = after(seconds);
+  return or_end_group(runtime_, links_, [&]() -> std::optional<StepResult> {
+    if (!own_) own_ = runtime_.poll(seconds);
+    if (!own_) return std::nullopt;
+    if (own_->error) std::rethrow_exception(own_->error);
+    std::optional<Acknowledgement> all =
+        acknowledgements_.gather(links_.answers, {own_->plan_id, own_->seconds, own_->copies}, until);
+    if (!all) return std::nullopt;
+    StepResult result = std::move(*own_);
+    own_.reset();
+    result.seconds = all->seconds;
+    result.copies = std::move(all->copies);
+    if (links_.sampler != 0) {
+      receive_samples(links_.answers, links_.sampler, result);
+      note_samples(result);
+    }
+    return result;
+  });
+}
+
+void Leader::note_samples(const StepResult& result) {
   std::lock_guard lock(mutex_);
   const std::vector<int32_t> sampling = std::move(sampling_.front());
   sampling_.pop_front();
-  FS_CHECK(sampling.size() == result->sampled.size(), "plan ", result->plan_id, " came back with ",
-           result->sampled.size(), " samples of ", sampling.size());
-  for (size_t i = 0; i < sampling.size(); ++i) last_sampled_[sampling[i]] = std::max(0, result->sampled[i].token);
-  return result;
+  FS_CHECK(sampling.size() == result.sampled.size(), "plan ", result.plan_id, " came back with ", result.sampled.size(),
+           " samples of ", sampling.size());
+  for (size_t i = 0; i < sampling.size(); ++i) last_sampled_[sampling[i]] = std::max(0, result.sampled[i].token);
 }
 
 void Leader::close() {
-  BatchPlan goodbye;
-  goodbye.plan_id = kGoodbye;
-  broadcast_plan(links_.plans, goodbye, 0);
+  or_end_group(runtime_, links_, [&] {
+    runtime_.flush();
+    BatchPlan goodbye;
+    goodbye.plan_id = kGoodbye;
+    broadcast_plan(links_.plans, goodbye, 0);
+  });
 }
 
 void follow(Runtime& runtime, const GroupLinks& links) {
@@ -122,29 +160,30 @@ void follow(Runtime& runtime, const GroupLinks& links) {
   std::exception_ptr failure;
   std::thread answering([&] {
     try {
-      answer(runtime, links, submitted, closing);
-    } catch (const std::exception& error) {
+      or_end_group(runtime, links, [&] { answer(runtime, links, submitted, closing); });
+    } catch (...) {
       failure = std::current_exception();
-      links.plans.abort(error.what());  // the thread below waits for the next plan
     }
   });
   std::exception_ptr ended;
   try {
-    for (;;) {
-      BatchPlan plan;
-      broadcast_plan(links.plans, plan, 0);
-      if (plan.plan_id == kGoodbye) break;
-      runtime.submit(std::move(plan));
-      ++submitted;
-    }
-  } catch (const std::exception& error) {
+    or_end_group(runtime, links, [&] {
+      for (;;) {
+        BatchPlan plan;
+        broadcast_plan(links.plans, plan, 0);
+        if (plan.plan_id == kGoodbye) break;
+        runtime.submit(std::move(plan));
+        ++submitted;
+      }
+    });
+  } catch (...) {
     ended = std::current_exception();
-    links.answers.abort(error.what());
   }
   closing = true;
   answering.join();
-  if (failure) std::rethrow_exception(failure);
   if (ended) std::rethrow_exception(ended);
+  if (failure) std::rethrow_exception(failure);
+  runtime.flush();
 }
 
 }  // namespace fastserve

@@ -4,9 +4,15 @@
 //   others:              plan arrives ─▶ their runtime ─▶ result ─▶ acknowledgement (and samples, from the last stage)
 //
 // Plans reach every rank when they are submitted, so that copies start everywhere at once, ahead of the activations.
+//
+// A group fails as a whole. When a rank is gone, or a plan fails on any of them (though it were the same way on all: a
+// rank cannot know), every wait of every rank ends with a GroupError that says which rank it was, where and why, and
+// everything after that throws the same.
 #pragma once
 
 #include <cstdint>
+#include <deque>
+#include <mutex>
 #include <optional>
 #include <unordered_map>
 
@@ -16,7 +22,7 @@
 
 namespace fastserve {
 
-// Ways between all ranks, each used by one thread of a rank at a time.
+// Ways between all ranks, of whom there are several, each used by one thread of a rank at a time.
 struct GroupLinks {
   Communicator& plans;    // from rank 0
   Communicator& answers;  // to rank 0
@@ -29,23 +35,28 @@ class Leader {
 
   // As Runtime's; submit and poll may be called from two threads. With a sampler of its own, a job must not be in two
   // plans in flight: -1 is made the token that is known, since the first stage does not hear what the last one samples.
+  // When it throws an Error that is no GroupError, nothing has happened on any rank.
   void submit(BatchPlan plan);
-  // A copy is finished when it is so on all ranks; the time is the slowest rank's. Throws when a rank's plan failed,
-  // naming it, or a rank is gone.
+  // A copy is finished when it is so on all ranks; the time is the slowest rank's. Throws a GroupError where Runtime's
+  // would return one.
   std::optional<StepResult> poll(double seconds);
   // Lets the others go, once all plans have returned.
   void close();
 
  private:
+  void fill_in(BatchPlan& plan);
+  void note_samples(const StepResult& result);
+
   Runtime& runtime_;
   const GroupLinks links_;
+  std::optional<StepResult> own_;  // which the others have not all acknowledged
   Acknowledgements acknowledgements_;
   std::mutex mutex_;
   std::deque<std::vector<int32_t>> sampling_;          // slots that sample in each plan in flight
   std::unordered_map<int32_t, int32_t> last_sampled_;  // by slot
 };
 
-// Runs what rank 0 says until it closes. Throws what ended it otherwise.
+// Runs what rank 0 says until it closes. Throws a GroupError when the group has failed.
 void follow(Runtime& runtime, const GroupLinks& links);
 
 }  // namespace fastserve

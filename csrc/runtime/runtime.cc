@@ -27,11 +27,13 @@ Runtime::Runtime(const ModelSpec& spec, const Shard& shard, const RuntimeOptions
     : spec_(validated(spec, shard)),
       shard_(shard),
       options_(options),
+      neighbours_(neighbours),
       backend_(make_cpu_backend(options.threads)),
       weights_(spec_, shard, options.dtype, options.formats, *backend_),
       pool_(kv_layout(spec_, options.kv_format, options.block_size), options.num_blocks, options.num_host_blocks),
       copies_(pool_, options.swap_bandwidth),
-      transformer_(spec_, shard, weights_, *backend_, options.max_tokens, neighbours) {
+      transformer_(spec_, shard, weights_, *backend_, options.max_tokens, neighbours,
+                   [this](const std::exception_ptr& error) { fail(error); }) {
   if (neighbours.tensor != nullptr && shard.last_stage) {
     shared_sampling_.emplace(*neighbours.tensor, shard, spec_.vocab_size);
   }
@@ -40,11 +42,17 @@ Runtime::Runtime(const ModelSpec& spec, const Shard& shard, const RuntimeOptions
 }
 
 Runtime::~Runtime() {
+  bool unfinished;
   {
     std::lock_guard lock(mutex_);
     stop_ = true;
+    unfinished = executing_ || !plans_.empty();
   }
   submitted_.notify_all();
+  if (unfinished || !transformer_.flushed()) {
+    fail(std::make_exception_ptr(
+        Error("ends before the plans it was given")));  // or wait for neighbours, and they for it
+  }
   copies_.stop();  // the worker may be waiting for one
   worker_.join();
 }
@@ -60,8 +68,17 @@ void Runtime::finish_loading() {
   loaded_ = true;
 }
 
-void Runtime::submit(BatchPlan plan) {
+void Runtime::check(const BatchPlan& plan) {
   FS_CHECK(loaded_, "a plan was submitted before the weights were loaded");
+  {
+    std::lock_guard lock(mutex_);
+    if (failure_) throw GroupError(*failure_);
+  }
+  copies_.check(plan.copies);
+}
+
+void Runtime::submit(BatchPlan plan) {
+  check(plan);
   copies_.submit(plan.copies);
   {
     std::lock_guard lock(mutex_);
@@ -72,15 +89,47 @@ void Runtime::submit(BatchPlan plan) {
 
 std::optional<StepResult> Runtime::poll(double seconds) {
   std::unique_lock lock(mutex_);
-  const auto ready = [&] { return !results_.empty(); };
+  const auto ready = [&] { return failure_ || !results_.empty(); };
   if (seconds < 0) {
     finished_.wait(lock, ready);
   } else if (!finished_.wait_for(lock, std::chrono::duration<double>(seconds), ready)) {
     return std::nullopt;
   }
-  StepResult result = std::move(results_.front());
-  results_.pop_front();
+  StepResult result;
+  if (results_.empty()) {
+    result.error = std::make_exception_ptr(GroupError(*failure_));
+  } else {
+    result = std::move(results_.front());
+    results_.pop_front();
+  }
   return result;
+}
+
+const Communicator* Runtime::any_neighbour() const {
+  for (const Communicator* each : {neighbours_.tensor, neighbours_.receives, neighbours_.sends}) {
+    if (each != nullptr) return each;
+  }
+  return nullptr;
+}
+
+std::string Runtime::abort(const std::string& reason) {
+  {
+    std::lock_guard lock(mutex_);
+    if (failure_) return *failure_;
+    failure_ = reason;
+  }
+  submitted_.notify_all();
+  finished_.notify_all();
+  for (Communicator* each : {neighbours_.tensor, neighbours_.receives, neighbours_.sends}) {
+    if (each != nullptr) each->abort(reason);
+  }
+  return reason;
+}
+
+// Alone, a rank fails one plan at a time.
+void Runtime::fail(const std::exception_ptr& error) {
+  const Communicator* neighbour = any_neighbour();
+  if (neighbour != nullptr) abort(line_of(error, neighbour->members()[neighbour->rank()]));
 }
 
 std::span<const std::byte> Runtime::block(Tier tier, int64_t index) const {
@@ -92,16 +141,11 @@ std::span<const std::byte> Runtime::block(Tier tier, int64_t index) const {
 void Runtime::work() {
   std::unique_lock lock(mutex_);
   for (;;) {
-    const auto due = [&] { return stop_ || !plans_.empty(); };
-    if (!due() && !shard_.last_stage) {
-      lock.unlock();
-      transformer_.flush();
-      lock.lock();
-    }
-    submitted_.wait(lock, due);
-    if (stop_) return;
+    submitted_.wait(lock, [&] { return stop_ || failure_ || !plans_.empty(); });
+    if (stop_ || failure_) return;
     const BatchPlan plan = std::move(plans_.front());
     plans_.pop_front();
+    executing_ = true;
     lock.unlock();
     StepResult result;
     try {
@@ -109,8 +153,11 @@ void Runtime::work() {
     } catch (...) {
       result.error = std::current_exception();
     }
+    if (result.error) fail(result.error);
     result.plan_id = plan.plan_id;
     lock.lock();
+    executing_ = false;
+    if (result.error && failure_) return;  // which poll() returns from now on
     results_.push_back(std::move(result));
     finished_.notify_one();
   }

@@ -40,7 +40,8 @@ struct RuntimeOptions {
 class Runtime {
  public:
   // `spec` is the shape of what `shard` is. The ranks that hold the rest, if any, run the same plans in the same order.
-  // Tokens are sampled in the last stage, so only there, on all its ranks, results hold them.
+  // Tokens are sampled in the last stage, so only there, on all its ranks, results hold them. Throws a GroupError when
+  // a neighbour is gone, and plain Errors for what is wrong here.
   Runtime(const ModelSpec& spec, const Shard& shard, const RuntimeOptions& options, const Neighbours& neighbours = {});
   ~Runtime();
   Runtime(const Runtime&) = delete;
@@ -52,14 +53,23 @@ class Runtime {
                    const void* data, int64_t bytes);
   void finish_loading();
 
-  // Queues a plan and starts its copies. Throws, doing neither, when loading is not finished or a copy is illegal (see
-  // CopyEngine::submit): copies run before the plan's turn to be checked comes.
+  // Queues a plan and starts its copies. Throws, doing neither, when loading is not finished, the runtime has failed or
+  // a copy is illegal (see CopyEngine::submit): copies run before the plan's turn to be checked comes.
   void submit(BatchPlan plan);
+  // Throws where submit() would. What has passed here passes there, unless the runtime fails meanwhile.
+  void check(const BatchPlan& plan);
   // The oldest result not yet returned; waits up to `seconds` (negative: as long as it takes) and returns nothing then.
-  // A failed plan's result carries the error and nothing else; one that did not pass validation has changed nothing,
-  // though its copies are made. A plan without rows ends with the next copy to finish, or at once when none is under
-  // way.
+  // A plan without rows ends with the next copy to finish, or at once when none is under way.
+  //
+  // A failed plan's result carries the error and nothing else. Without neighbours, one that did not pass validation has
+  // changed nothing, though its copies are made, and others may follow. With neighbours, who cannot go on without this
+  // rank, any failure is the runtime's last: they are told, and all further results are this error.
   std::optional<StepResult> poll(double seconds);
+  // Fails with a GroupError that says this, unless it has failed already: ends what waits, here and, where they wait
+  // for this rank, at its neighbours'. Returns what it has failed with. From any thread.
+  std::string abort(const std::string& reason);
+  // Waits until the next stage has all it was to get from the plans whose results are there. Throws when it cannot.
+  void flush() { transformer_.flush(); }
 
   const char* instruction_set() const { return backend_->name(); }
   int threads() const { return backend_->threads(); }
@@ -70,6 +80,8 @@ class Runtime {
 
  private:
   void work();
+  const Communicator* any_neighbour() const;
+  void fail(const std::exception_ptr& error);
   StepResult execute(const BatchPlan& plan);
   void apply_deltas(const BatchPlan& plan);
   std::vector<float> all_logits(const float* logits, int64_t count);
@@ -79,11 +91,21 @@ class Runtime {
   const ModelSpec spec_;
   const Shard shard_;
   const RuntimeOptions options_;
+  const Neighbours neighbours_;
+
+  std::mutex mutex_;
+  std::condition_variable submitted_, finished_;
+  std::deque<BatchPlan> plans_;
+  std::deque<StepResult> results_;
+  std::optional<std::string> failure_;  // the runtime's own, and its last
+  bool executing_ = false;
+  bool stop_ = false;
+
   std::unique_ptr<Backend> backend_;
   Weights weights_;
   KvPool pool_;
   CopyEngine copies_;
-  Transformer transformer_;
+  Transformer transformer_;                        // has a thread that calls fail()
   std::optional<SharedSampling> shared_sampling_;  // where the stage has other ranks
   bool loaded_ = false;
 
@@ -92,11 +114,6 @@ class Runtime {
   std::vector<Row> rows_;
   std::vector<int32_t> token_ids_, positions_, logit_tokens_;
 
-  std::mutex mutex_;
-  std::condition_variable submitted_, finished_;
-  std::deque<BatchPlan> plans_;
-  std::deque<StepResult> results_;
-  bool stop_ = false;
   std::thread worker_;
 };
 

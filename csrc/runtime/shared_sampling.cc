@@ -74,50 +74,35 @@ std::vector<Sampled> decode_samples(std::span<const std::byte> buffer) {
 }
 
 SharedSampling::SharedSampling(Communicator& ranks, const Shard& shard, int64_t vocab_size)
-    : ranks_(ranks),
-      vocab_size_(vocab_size),
-      first_tokens_(ranks.size()),
-      num_tokens_(ranks.size()),
-      sent_(ranks.size()),
-      received_(ranks.size()) {
+    : ranks_(ranks), vocab_size_(vocab_size), first_tokens_(ranks.size()), num_tokens_(ranks.size()) {
   const std::array<int64_t, 1> first{shard.first_token}, count{shard.num_tokens};
   ranks.all_gather(std::as_bytes(std::span(first)), bytes_of(first_tokens_));
   ranks.all_gather(std::as_bytes(std::span(count)), bytes_of(num_tokens_));
 }
 
+// Straight from where the logits are to where a row is put together: for large vocabularies each copy would count.
 float* SharedSampling::exchange(const float* local, int64_t ld, std::span<const int64_t> rows) {
   const int size = ranks_.size(), me = ranks_.rank();
-  const auto samples_of = [&](int rank) {
-    const auto count = static_cast<int64_t>(rows.size());
-    return rank < count ? (count - rank + size - 1) / size : 0;
-  };
-  const int64_t own = samples_of(me);
+  const auto count = static_cast<int64_t>(rows.size());
+  const size_t bytes = ceil_div(count, size) * ld_rows() * sizeof(float);
+  if (rows_.bytes() < bytes) rows_ = Buffer(bytes);
   std::vector<Request> requests;
-  for (int r = 0; r < size; ++r) {
-    std::vector<float>& columns = sent_[r];
-    columns.clear();
-    for (size_t i = r; i < rows.size(); i += size) {
-      const float* row = local + rows[i] * ld;
-      columns.insert(columns.end(), row, row + num_tokens_[me]);
+  for (int64_t i = 0; i < count; ++i) {
+    const std::span<const float> columns(local + rows[i] * ld, num_tokens_[me]);
+    if (!mine(i)) {
+      requests.push_back(ranks_.send(std::as_bytes(columns), static_cast<int>(i % size)));
+      continue;
     }
-    if (r == me) continue;
-    received_[r].resize(own * num_tokens_[r]);
-    if (!columns.empty()) requests.push_back(ranks_.send(bytes_of(columns), r));
-    if (own > 0) requests.push_back(ranks_.receive(bytes_of(received_[r]), r));
+    float* row = rows_.as<float>() + i / size * ld_rows();
+    std::copy(columns.begin(), columns.end(), row + first_tokens_[me]);
+    for (int r = 0; r < size; ++r) {
+      if (r == me) continue;
+      const std::span<float> theirs(row + first_tokens_[r], num_tokens_[r]);
+      requests.push_back(ranks_.receive(std::as_writable_bytes(theirs), r));
+    }
   }
   for (const Request& request : requests) ranks_.wait(*request);
-  const size_t bytes = own * ld_rows() * sizeof(float);
-  if (rows_.bytes() < bytes) rows_ = Buffer(bytes);
-  for (int r = 0; r < size; ++r) {
-    place(r, r == me ? sent_[r].data() : received_[r].data(), own, rows_.as<float>(), ld_rows());
-  }
   return rows_.as<float>();
-}
-
-void SharedSampling::place(int rank, const float* columns, int64_t count, float* rows, int64_t ld) const {
-  for (int64_t i = 0; i < count; ++i) {
-    std::copy_n(columns + i * num_tokens_[rank], num_tokens_[rank], rows + i * ld + first_tokens_[rank]);
-  }
 }
 
 void SharedSampling::gather(std::vector<Sampled>& samples) {
@@ -156,8 +141,9 @@ std::vector<float> SharedSampling::gather_logits(const float* local, int64_t ld,
   ranks_.all_gather(bytes_of(mine), bytes_of(all), bytes);
   const float* columns = all.data();
   for (int r = 0; r < ranks_.size(); ++r) {
-    place(r, columns, count, rows.data(), vocab_size_);
-    columns += count * num_tokens_[r];
+    for (int64_t i = 0; i < count; ++i, columns += num_tokens_[r]) {
+      std::copy_n(columns, num_tokens_[r], rows.data() + i * vocab_size_ + first_tokens_[r]);
+    }
   }
   return rows;
 }

@@ -30,12 +30,9 @@ class SharedSampling {
   std::vector<float> gather_logits(const float* local, int64_t ld, int64_t count);
 
  private:
-  void place(int rank, const float* columns, int64_t count, float* rows, int64_t ld) const;
-
   Communicator& ranks_;
   const int64_t vocab_size_;
   std::vector<int64_t> first_tokens_, num_tokens_;  // of each rank
-  std::vector<std::vector<float>> sent_, received_;
   Buffer rows_;
 };
 

@@ -54,6 +54,7 @@ class Experiment:
     hardware: str | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    pipelining: bool = True  # every stage has a batch of its own; False: one batch goes through all stages
     cost: str | None = None
     kv_blocks: int | None = None
     swap_space: str | None = None
@@ -112,7 +113,7 @@ class Experiment:
             config=SchedulerConfig(**given, num_blocks=blocks, num_host_blocks=host_blocks),
             cost=self._cost(),
             link=self._link() if host_blocks else None,
-            pipeline_stages=self.pipeline_parallel_size,
+            pipeline_stages=self.pipeline_parallel_size if self.pipelining else 1,
             block_bytes=self._deployment.block_bytes if self._deployment else None,
             warmup_jobs=self.warmup_jobs,
         )
@@ -155,6 +156,7 @@ class Experiment:
         if self._deployment is None:
             return Path(self.cost or "").name
         parallel = f"TP {self.tensor_parallel_size} × PP {self.pipeline_parallel_size}"
+        parallel += "" if self.pipelining else " without pipelining"
         name = f"{self.model or DEFAULT_MODEL} on {self.hardware or DEFAULT_HARDWARE}, {parallel}"
         return name if self.cost is None else f"{name}, timed by {Path(self.cost).name}"
 

@@ -51,7 +51,8 @@ def generate(
 
     fastserve generate --chat --prompts-file questions.txt --json > answers.json
     """
-    prompts = _read_prompts(prompt or [], prompts_file, prompt_token_ids or [])
+    # Launchers give standard input to one rank.
+    prompts = [] if _follows(engine) else _read_prompts(prompt or [], prompts_file, prompt_token_ids or [])
     if use_chat and any(not isinstance(each, str) for each in prompts):
         raise InvalidRequest("chat", "needs prompts that are text, not token ids")
     params = SamplingParams(**{"max_tokens": _MAX_TOKENS, "n": n, **sampling})
@@ -74,6 +75,15 @@ def generate(
         _print_all(prompts, outputs)
     if error := failure(outputs):
         raise error
+
+
+def _follows(engine: dict[str, Any]) -> bool:
+    """Whether this process is a rank that works for another one."""
+    from ..distributed import launched
+
+    here = launched()
+    several = any(engine.get(size, 1) > 1 for size in ("tensor_parallel_size", "pipeline_parallel_size"))
+    return several and here is not None and here.rank > 0
 
 
 @contextmanager

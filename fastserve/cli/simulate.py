@@ -75,6 +75,9 @@ def simulate(
     ] = None,
     tensor_parallel_size: Annotated[int, _in(_MACHINE, "Devices that share every layer.", default=True)] = 1,
     pipeline_parallel_size: Annotated[int, _in(_MACHINE, "Stages that share the layers.", default=True)] = 1,
+    no_pipelining: Annotated[
+        bool, _in(_MACHINE, "One batch at a time goes through all stages, not one a stage.", "--no-pipelining")
+    ] = False,
     cost: Annotated[
         str | None,
         _in(
@@ -217,6 +220,7 @@ def simulate(
         hardware=hardware,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
+        pipelining=not no_pipelining,
         cost=cost,
         kv_blocks=kv_blocks,
         swap_space=swap_space,

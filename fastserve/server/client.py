@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 from types import MappingProxyType
@@ -41,9 +42,11 @@ def engine_command(options: Mapping[str, Any], engines: int = 1, launcher: str |
     except ValueError as error:
         raise InvalidRequest("launcher", f"must be a command such as 'mpiexec -f hosts': {error}") from None
     ranks = Grid(said.tensor_parallel_size, said.pipeline_parallel_size).size
-    if not words or ranks == 1:
+    if not words or shutil.which(words[0]) is None:
+        raise InvalidRequest("launcher", f"must be a command such as 'mpiexec -f hosts', and there is no {launcher!r}")
+    if ranks == 1:
         raise InvalidRequest(
-            "launcher", "needs a command, and more than one rank by tensor_parallel_size or pipeline_parallel_size"
+            "launcher", "is for several ranks; give tensor_parallel_size or pipeline_parallel_size, or leave it out"
         )
     return [*words, "-n", str(ranks), *worker_command(said)]
 

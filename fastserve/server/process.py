@@ -42,6 +42,7 @@ class EngineProcess:
         self._killed = False  # by us
         self.gone: asyncio.Future[None] = loop.create_future()  # rank 0 has ended; what has started it may not have
         self._rank_0 = -1  # a handle of it
+        self._launched = False  # by a launcher, which is the process that was started
         self._process: asyncio.subprocess.Process | None = None
         self._waiting: asyncio.Task[None] | None = None
         self._link = Link(context, self._take, self._take_garbage)
@@ -56,7 +57,7 @@ class EngineProcess:
             self._link.address,
             stdin=subprocess.DEVNULL,
             env={**os.environ, SERVER_PID: str(os.getpid())},
-            process_group=0,  # with the ranks that it starts
+            start_new_session=True,  # and so a process group, with the ranks that it starts
         )
         self._waiting = asyncio.create_task(self._wait(self._process))
         return self._process.pid
@@ -77,6 +78,7 @@ class EngineProcess:
 
     @property
     def failed(self) -> Failed | None:
+        """Why it does not go on; it may still have to end what it has started."""
         return self.failing.result() if self.failing.done() else None
 
     def last_words(self) -> str:
@@ -95,8 +97,11 @@ class EngineProcess:
     @property
     def crashed(self) -> bool:
         """It has ended of itself, or had to be killed for what it did; else somebody outside may have ended it."""
+        if self.failed is not None:
+            return not self.failed.outside
         code = self.exited.result()
-        return self._killed or self.failed is not None or code > 0 or -code in _OWN_SIGNALS
+        # A launcher's exit code does not tell.
+        return self._killed or (code > 0 and not self._launched) or -code in _OWN_SIGNALS
 
     async def _wait(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
@@ -106,7 +111,7 @@ class EngineProcess:
     def kill(self) -> None:
         """By force, with all that it started; `exited` tells when it is over."""
         if self._process is not None and not self.exited.done():
-            self._killed = self._kill_all()
+            self._killed = self._kill_all() and not self.gone.done()  # else it was only a launcher that stayed
 
     def _kill_all(self) -> bool:
         """Whether anybody was there to be killed."""
@@ -136,6 +141,7 @@ class EngineProcess:
     def _know(self, rank_0: int) -> None:
         """mpiexec may not end when it has, and srun's processes are slurmd's, in no process group of ours."""
         self._forget_rank_0()
+        self._launched = self._process is not None and self._process.pid != rank_0
         with contextlib.suppress(AttributeError, OSError):  # no such handles on this system, or it has ended
             self._rank_0 = os.pidfd_open(rank_0)
             asyncio.get_running_loop().add_reader(self._rank_0, self._rank_0_ended)

@@ -142,6 +142,6 @@ class Replica:
 def fixed_options(info: Mapping[str, Any]) -> dict[str, Any]:
     """Options that every other engine has from the first: how much KV fits decides where a job without max_tokens ends.
 
-    Left to itself, the pool's size follows the memory that is free at the moment.
+    Left to itself, the pool's size follows the memory that is free at the moment, and how layers are cut into stages.
     """
-    return {"kv_cache_memory": info["kv_cache_memory"]} if "kv_cache_memory" in info else {}
+    return {name: info[name] for name in ("kv_cache_memory", "stages") if name in info}

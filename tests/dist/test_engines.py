@@ -92,6 +92,16 @@ def test_a_killed_rank_is_named_at_once(model: str) -> None:
     llm.close()
 
 
+def test_a_hung_rank_is_named_when_the_time_is_up(model: str) -> None:
+    with load(model, 2, 1, rank_timeout=0.5) as llm:
+        hung = llm.info["ranks"][1]["process"]
+        stream = llm.stream("abc", SamplingParams(max_tokens=4000, ignore_eos=True))
+        next(stream)
+        os.kill(hung, signal.SIGSTOP)
+        with pytest.raises(EngineError, match=rf"has waited .* seconds for rank 1 on .* \(process {hung}\)"):
+            list(stream)
+
+
 def test_a_grid_that_does_not_fit_is_refused_before_anything_starts(model: str) -> None:
     with pytest.raises(
         InvalidRequest, match=r"^tensor_parallel_size: must be at most 4, for the model has as many heads"

@@ -27,12 +27,12 @@ def mpiexec(size: int, case: str, *arguments: str, wrapper: tuple[str, ...] = ()
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
-def heard(size: int, case: str, *arguments: str, folder: Path) -> list[str]:
-    """What ranks other than 1 say of its end, where no launcher ends them first."""
+def heard(size: int, case: str, *arguments: str, folder: Path, everywhere: bool = False) -> list[str]:
+    """What ranks other than 1, or all, say of its end, where no launcher ends them first."""
     mpiexec(size, case, *arguments, wrapper=(str(OUTLIVED), str(folder), str(size)))
     errors = [file.read_text() for file in folder.glob("*.stderr")]
     statuses = [int(file.read_text()) for file in folder.glob("*.status")]
-    assert statuses.count(3) == size - 1, errors
+    assert statuses.count(3) == size - (not everywhere), errors
     return sorted(line for text in errors for line in text.splitlines() if " heard: " in line)
 
 
@@ -86,6 +86,13 @@ def test_an_exception_is_told_to_all(arguments: tuple[str, ...], tmp_path: Path)
     said = heard(3, "raises", *arguments, folder=tmp_path)
     assert [line.split(" heard: ")[0] for line in said] == ["rank 0", "rank 2"]
     assert all("rank 1 on " in line and "ValueError: no such layer" in line for line in said)
+
+
+@pytest.mark.parametrize("arguments", [(), ("1",), ("2",)], ids=str)
+def test_a_plan_that_fails_on_one_rank_is_told_to_all(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    said = heard(4, "plan", *arguments, folder=tmp_path, everywhere=True)
+    assert [line.split(" heard: ")[0] for line in said] == [f"rank {rank}" for rank in range(4)]
+    assert all("rank 1 on " in line and "block 9 of slot 0 is outside the pool of 8" in line for line in said)
 
 
 @pytest.mark.parametrize("arguments", [(), ("1",)], ids=str)

@@ -166,14 +166,6 @@ def test_a_copy_is_acknowledged_when_every_rank_has_finished_it() -> None:
     ]
 
 
-def test_a_plan_that_failed_on_one_rank_is_told_with_its_name() -> None:
-    def body(world: _C.Communicator) -> Any:
-        return world.gather_acknowledgements(5, error="block 9 is outside the pool of 8" if world.rank == 1 else "")
-
-    first, *_ = each_rank(3, body)
-    assert "rank 1 on " in str(first) and "block 9 is outside the pool of 8" in str(first)
-
-
 def test_a_rank_that_is_at_another_plan_is_named() -> None:
     first, _ = each_rank(2, lambda world: world.gather_acknowledgements(5 + world.rank))
     assert "rank 1 on " in str(first) and "acknowledges plan 6 where plan 5 is due" in str(first)

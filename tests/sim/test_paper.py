@@ -11,7 +11,7 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
-from reproduction import grid, headline, opt13b, slowdown, swapping
+from reproduction import grid, headline, opt13b, opt175b, slowdown, swapping
 from reproduction.cases import AZURE, Case, measured_capacity, simulate
 from reproduction.command import EXPERIMENTS, regenerate
 from reproduction.common import ORCA, Missing, Scale, contender, table, text, values
@@ -131,6 +131,8 @@ def test_azure_needs_its_trace() -> None:
 STATED = {
     "headline": headline.case(Scale()),
     "batch": headline.case(Scale(), batch=64),
+    "stages": opt175b.case("alpaca", 400),
+    "one stage at a time": opt175b.case("alpaca", 400, "skip-join, one batch of 32 at a time"),
     "alpha": opt13b.case("sharegpt", 400, "paper"),
     "recompute": swapping.case("recompute", "0.3", 0.0, Scale()),
     "grid": grid.case("bimodal:32,512,0.1,128", 256, Scale()),
@@ -159,6 +161,7 @@ def test_the_command_on_the_page_is_the_run(case: Case) -> None:
     asked, ran = given[0].setting(), case.setting()
     assert (asked.config, asked.jobs, asked.warmup_jobs) == (ran.config, ran.jobs, ran.warmup_jobs)
     assert (asked.cost, asked.link, asked.workload.name) == (ran.cost, ran.link, ran.workload.name)
+    assert asked.pipeline_stages == ran.pipeline_stages
     assert given[0].policies == ["fcfs", "gittins"] and list(given[0].seeds) == [0, 1, 2] and given[0].rates == [2.0]
 
 
@@ -166,6 +169,7 @@ def test_the_issue_says_how_much_is_run() -> None:
     main = headline.case(Scale())
     assert main.jobs - main.warmup_jobs >= 10_000 and headline.SEEDS >= 5 and headline.LOAD < 1
     assert {opt13b.SHORT, opt13b.LONG} == {400, 3000}
+    assert opt175b.SHORT == {"sharegpt": 400, "alpaca": 300} and opt175b.LONG == 3000 and opt175b.SEEDS >= 5
     assert len(grid.WORKLOADS) == 8 and grid.LOADS == (0.5, 0.7, 0.9, 1.0, 1.2) and grid.BATCHES == (16, 64, 256)
     for batch in grid.BATCHES:
         case = grid.case("sharegpt", batch, Scale())

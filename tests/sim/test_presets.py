@@ -169,6 +169,21 @@ def test_every_device_holds_and_moves_its_part_of_a_block() -> None:
     assert 16 * 32 * many.link.upload_block * (0.8 * 31.5 / 64) == pytest.approx(0.036, rel=0.06)
 
 
+def test_opt_175b_on_two_nodes_of_eight() -> None:
+    """A stage a node. A device holds an eighth of 48 layers, and of the head: the later stage decides."""
+    it = deployment("opt-175b", "a100-40g", 8, 2)
+    weights, block = (48 * 12 * 12288**2 + 50272 * 12288) * 2 / 8, 16 * 48 * 4 * 12288 / 8
+    assert (it.device_block_bytes, it.num_blocks) == (block, (0.9 * 40 * 2**30 - weights) // block)
+    # Through both stages: everything is read once, by the eight devices of one node after those of the other.
+    read = (96 * 12 * 12288**2 + 50272 * 12288) * 2 / (8 * 0.8 * 1555e9)
+    launches = 1e-3 + 96 * 20e-6
+    reduces = 2 * 96 * (15e-6 + 2 * 7 / 8 * 12288 * 2 / (0.8 * 300e9))
+    hop = 20e-6 + 12288 * 2 / (0.8 * 25e9)
+    kv = 4 * 96 * 12288 / (8 * 0.8 * 1555e9) + 4 * 96 * 12288 / (8 * 0.4 * 312e12)
+    assert it.cost.decode_seconds(500) == pytest.approx(read + launches + reduces + hop + 500 * kv, rel=1e-12)
+    assert it.cost.decode_seconds(500) < 0.060  # what the paper says a step of theirs takes
+
+
 def test_the_fullest_stage_decides() -> None:
     """96 layers on 5 stages: 20 on the first."""
     uneven = deployment("gpt3-175b", "a100-80g", 8, 5)

@@ -82,9 +82,11 @@ def test_long_prompts_are_cut_to_the_token_budget(shell: Shell, tmp_path: Path) 
 def test_the_stages_of_a_pipeline_reach_the_simulator(shell: Shell, tmp_path: Path) -> None:
     trace = trace_of(tmp_path / "jobs.jsonl", [(0.0, 4), (0.0, 4)])
     words = ["--trace", trace, "--cost", "constant:1", "--policy", "fcfs", "--max-num-seqs", "1"]
-    (alone,), (piped,) = shell.runs(*words), shell.runs(*words, "--pipeline-parallel-size", "2")
+    stages = ["--pipeline-parallel-size", "2"]
+    (alone,), (piped,) = shell.runs(*words), shell.runs(*words, *stages)
     assert (alone["max_jct"], alone["iterations"]) == (8.0, 8)
-    assert piped["max_jct"] != alone["max_jct"]
+    assert (piped["max_jct"], piped["iterations"]) == (4.5, 8)  # the second half a second behind the first
+    assert shell.runs(*words, *stages, "--no-pipelining") == [alone]  # one batch through both stages
 
 
 # --- JSON --------------------------------------------------------------------------------------------------------

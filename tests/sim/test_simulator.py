@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from fastserve.config import SchedulerConfig
 from fastserve.cost import Cost, CostModel, Link
-from fastserve.simulator import SimulationTotals, simulate
-from fastserve.types import FinishReason, InvalidRequest, Job
+from fastserve.engine import Engine
+from fastserve.simulator import SimExecutor, SimulationTotals, VirtualClock, simulate
+from fastserve.types import FinishReason, InvalidRequest, Job, SamplingParams
 from fastserve.workloads.job import SimJob
 
 ROOMY = {"max_num_seqs": 4, "max_num_batched_tokens": 4096, "num_blocks": 100_000, "max_model_len": 4096}
@@ -180,6 +181,22 @@ def test_a_pipeline_overlaps_plans_of_different_jobs() -> None:
 def test_a_token_must_leave_the_pipeline_before_it_is_read() -> None:
     done, _ = run([SimJob(0, 1, 4, max_tokens=4)], stages=2, policy="fcfs", max_num_seqs=1)
     assert finishes(done) == [4.0]
+
+
+def test_in_a_pipeline_a_job_is_charged_its_time_in_a_stage() -> None:
+    """Five jobs of one iteration, 8 s through two stages: one enters every 4 s, which is what the last is told."""
+    clock, cost = VirtualClock(), CostModel.constant(8.0)
+    config = SchedulerConfig(policy="fcfs", max_num_seqs=1, max_in_flight=2, pipeline_parallel_size=2)
+    engine = Engine(config, SimExecutor(cost, clock, stages=2), cost, clock=clock)
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    jobs = [engine.add_job(str(k), [1, 2, 3], params, seed=k, vocab_size=9) for k in range(5)]
+    ahead = engine.scheduler.policy.work_ahead(jobs[-1], 0.0)
+    while engine.has_work:
+        engine.step()
+    assert [job.metrics.first_scheduled for job in jobs] == [0.0, 0.0, 8.0, 12.0, 16.0]  # two plans are in flight
+    assert finishes(jobs) == [8.0, 12.0, 16.0, 20.0, 24.0]
+    assert ahead == 16.0
+    assert [engine.scheduler.progress(job)[1] for job in jobs] == [4.0] * 5
 
 
 def test_a_job_is_in_one_plan_of_a_pipeline_at_most() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from toy import Toy
 
@@ -40,6 +42,13 @@ def test_jobs_share_iterations() -> None:
     jobs = [toy.add(str(k), 8, 500) for k in range(8)]
     # Each pays a quarter of the second that an iteration of four takes whatever is in it.
     assert backlog(toy, 20).seconds(jobs) == pytest.approx(8 * (0.25 + 8 * 0.25) + 8 * 20 * (1 + 4 * 0.25) / 4)
+
+
+def test_every_stage_of_a_pipeline_has_a_batch() -> None:
+    toy = Toy(COST, max_num_seqs=4)
+    jobs = [toy.add(str(k), 8, 500) for k in range(8)]
+    piped = Backlog(replace(toy.config, pipeline_parallel_size=2), COST)
+    assert piped.seconds(jobs) == pytest.approx(backlog(toy).seconds(jobs) / 2)
 
 
 def test_the_older_a_job_is_the_fewer_say_how_long_it_lasts() -> None:

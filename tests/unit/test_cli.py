@@ -309,7 +309,8 @@ def test_names_in_errors_are_names_of_options(shell: Shell) -> None:
     assert set(OPTION_NAMES.values()) <= shown
     # And those of a simulation are all known: only what cannot be wrong, or is told by another name, is not.
     mine = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", shell("simulate", "--help")))
-    assert mine - set(OPTION_NAMES.values()) == {"--help", "--json", "--progress", "--no-progress", "--gpu"}
+    flags = {"--help", "--json", "--progress", "--no-progress", "--no-pipelining"}
+    assert mine - set(OPTION_NAMES.values()) == flags | {"--gpu"}
 
 
 # --- chat ----------------------------------------------------------------------------------------------------------

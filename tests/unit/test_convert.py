@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -171,6 +172,21 @@ def test_an_old_checkpoint_stays_until_the_new_one_is_whole(tmp_path: Path) -> N
     convert(source, tmp_path / "ft", force=True)
     convert(source, tmp_path / "new")
     assert {path.name for path in (tmp_path / "ft").iterdir()} == {path.name for path in (tmp_path / "new").iterdir()}
+
+
+def test_what_a_killed_run_left_is_removed_and_no_other_runs(gpt2: Path, tmp_path: Path) -> None:
+    abandoned, held = tmp_path / ".convert-abandoned", tmp_path / ".convert-held"
+    for folder in (abandoned, held):
+        folder.mkdir()
+        (folder / "model.wte.bin").write_bytes(b"half of it")
+    source, claim = open_model(str(gpt2)), os.open(held, os.O_RDONLY)
+    fcntl.flock(claim, fcntl.LOCK_EX)
+    with pytest.raises(InvalidRequest, match=r"^directory: .* is not empty"):
+        convert(source, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [held.name]
+    os.close(claim)
+    convert(source, tmp_path)
+    assert (tmp_path / "config.ini").exists() and not held.exists()
 
 
 def test_a_full_disk_leaves_nothing_behind(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,14 +57,14 @@ ARROWS: dict[str, set[str] | None] = {
     "outputs": {"tokenizer", "types"},
     "sizing": {"config", "types"},
     "calibration": {"profiler", "cost", "config", "types", "version"},
-    "stage_costs": {"native", "profiler", "sharding", "loaders", "config"},
+    "stage_costs": {"native", "profiler", "sharding", "loaders", "config", "cost", "version"},
     "placement": {
         "distributed", "links", "loaders", "native", "pulse", "ranks", "sharding", "stage_costs", "_C", "config",
         "types",
     },
     "assembly": {
         "calibration", "config", "cost", "distributed", "loaders", "native", "placement", "policies", "sizing",
-        "tokenizer", "tokenizer_choice", "types",
+        "tokenizer", "tokenizer_choice", "types", "version",
     },
     "serving": {
         "assembly", "calibration", "config", "cost", "distributed", "engine", "engine_options", "outputs", "seeds",
@@ -74,7 +74,7 @@ ARROWS: dict[str, set[str] | None] = {
         "backlog", "config", "cost", "distributed", "engine_options", "ipc", "outputs", "seeds", "tokenizer", "types",
         "version",
     },
-    "llm": {"serving", "outputs", "calibration", "cost", "types"},
+    "llm": {"serving", "outputs", "calibration", "cost", "distributed", "types"},
     "async_llm": {"serving", "outputs", "config", "types"},
     "backlog": {"config", "cost", "types"},
     "engine_options": {"types"},

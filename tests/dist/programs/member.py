@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from fastserve import _C
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where the tests run in the background
 path, rank, size, doing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 world = _C.join_shared_memory(path, rank, size, timeout=60.0)
 world.set_timeout(50.0)

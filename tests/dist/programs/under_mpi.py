@@ -6,11 +6,16 @@ import hashlib
 import os
 import signal
 import sys
+from dataclasses import replace
 
 import numpy as np
+from layouts import shard_of
+from shared_models import PROMPT, SMALL, SMALL_CONFIG
 
 from fastserve import _C
 from fastserve.distributed import Grid, Group, connect, launched
+from fastserve.links import connect_runtime
+from fastserve.native import NativeRuntime
 
 case = sys.argv[1]
 here = launched()
@@ -85,7 +90,17 @@ def hangs(group: Group) -> None:
     group.world.barrier()
 
 
-shape = Grid(here.size) if case != "grid" else Grid(2, here.size // 2)
+def plan(group: Group) -> None:
+    """Rank 1 has fewer blocks than the plan needs."""
+    config = replace(SMALL_CONFIG, num_blocks=8) if group.rank == 1 else SMALL_CONFIG
+    runtime = NativeRuntime(SMALL, config, shard_of(SMALL, group), connect_runtime(group))
+    if group.rank != 0:
+        return runtime.follow()
+    runtime.submit(PROMPT)
+    runtime.poll()
+
+
+shape = Grid(2, here.size // 2) if case in ("grid", "plan") else Grid(here.size)
 try:
     with connect(shape, host=host) as joined:
         globals()[case](joined)
