@@ -1,6 +1,6 @@
 """Cuts the line between the hosts of one engine while streams are under way, and compares every byte they carry.
 
-    python benchmarks/hosts.py                       # a tiny model, tensor-parallel on two hosts; three cuts, one idle
+    python benchmarks/hosts.py                       # a tiny model, tensor-parallel; three cuts, then an idle one
     python benchmarks/hosts.py --model smollm2 --cuts 5 --options --pipeline-parallel-size 2
     python benchmarks/hosts.py --ranks-a-host 2 --options --tensor-parallel-size 2 --pipeline-parallel-size 2
 

@@ -1,7 +1,7 @@
 """What the API server and the engine tell each other, and the socket between them.
 
     API server ── Add, Abort, ListJobs, Stop ──▶ engine
-               ◀── Ready | Failed, then Step, Refused, Status, Jobs ──
+               ◀── Here, Ready | Failed, then Step, Refused, Status, Jobs ──
 
 Each start of the engine gets a socket of its own, so that nothing a dead engine said can be taken for the living one's.
 Messages are msgpack, typed on both ends. Jobs go by integer keys that the API server hands out and never reuses.
@@ -62,6 +62,12 @@ class Stop(Message):
 
 
 # --- to the API server ------------------------------------------------------------------------------------------------
+
+
+class Here(Message):
+    """The first word: this process is the engine's rank 0, whoever has started it, and begins to load."""
+
+    pid: int
 
 
 class Ready(Message):
@@ -168,4 +174,4 @@ class Jobs(Message):
 
 
 ToEngine = Add | Abort | ListJobs | Stop
-FromEngine = Ready | Failed | Step | Refused | Status | Jobs
+FromEngine = Here | Ready | Failed | Step | Refused | Status | Jobs

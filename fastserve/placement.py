@@ -35,7 +35,7 @@ from .stage_costs import measure_stages
 from .types import InvalidRequest
 
 _GOODBYE: Final = 10.0  # seconds that the others get to end by themselves
-_RANK_0_FIRST: Final = 1.5  # seconds that others stay after an error: an idle engine looks once a second
+_RANK_0_FIRST: Final = 1.5  # seconds that others stay after an error: an idle rank 0 looks four times a second
 
 _FAILED: Final = 2  # exit code of the others
 # What is said of a rank that somebody outside may have ended: it did not fail by what it was doing.

@@ -34,7 +34,7 @@ from .config import STREAMING_STALL_LIMIT
 from .distributed import Grid, GroupError, launched
 from .engine import Engine
 from .engine_options import EngineOptions, worker_command
-from .ipc import SERVER_PID, Abort, Add, Failed, FromEngine, ListJobs, Ready, Refused, Step, ToEngine, Update
+from .ipc import SERVER_PID, Abort, Add, Failed, FromEngine, Here, ListJobs, Ready, Refused, Step, ToEngine, Update
 from .loaders.spec import ModelError
 from .monitor import Monitor
 from .placement import ended_by_others, report
@@ -73,6 +73,8 @@ class Worker:
         self._placement = assembly.placement
         members = assembly.placement.members
         self._processes = [each["process"] for each in members if each["host"] == members[0]["host"]] or [os.getpid()]
+        # Other ranks may end while this one waits for messages.
+        self._idle_patience = _PATIENCE if members else math.inf
         self._clock = clock
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode: Callable[[bytes], ToEngine] = msgspec.msgpack.Decoder(ToEngine).decode
@@ -112,7 +114,8 @@ class Worker:
         """Do what has been asked for; False: stop. Without work, wait for it until the next heartbeat is due."""
         if not self._engine.has_work and not self._inbox:
             wait = max(0.0, self._beat_due - self._clock())
-            self._socket.poll(math.ceil(1000 * wait))
+            self._socket.poll(math.ceil(1000 * min(wait, self._idle_patience)))
+            self._placement.check()
         while len(self._inbox) < _BURST and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._inbox.append(self._decode(self._socket.recv()))
         # Nobody wants to hear of what is withdrawn already: it is not even added.
@@ -201,7 +204,6 @@ class Worker:
         now = self._clock()
         if now < self._beat_due or (self._engine.has_work and self._monitor.results == self._results_told):
             return
-        self._placement.check()
         self._results_told = self._monitor.results
         self._tell(self._monitor.status(self._engine, now))
         self._last_beat = now
@@ -322,6 +324,7 @@ def connect(context: zmq.Context[Socket], address: str) -> Socket:
 def run(socket: Socket, *options: str) -> int:
     """Load what the options say and serve it; what goes wrong is told over the socket. Returns the exit code."""
     code, worker = _CANNOT_START, None
+    socket.send(msgspec.msgpack.encode(Here(os.getpid())))
     try:
         worker = Worker(socket, load(EngineOptions.from_json(*options)))
         code = _CANNOT_GO_ON

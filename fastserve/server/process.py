@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import zmq
 
-from ..ipc import SERVER_PID, Failed, FromEngine, Ready, Stop
+from ..ipc import SERVER_PID, Failed, FromEngine, Here, Ready, Stop
 from .link import Link
 
 _SIGNALS = {each.value: each.name for each in signal.Signals}
@@ -28,7 +28,7 @@ _OWN_SIGNALS = {
 
 
 class EngineProcess:
-    """Messages but Ready and Failed go to `on_message`, once that is set."""
+    """Messages but Here, Ready and Failed go to `on_message`, once that is set."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Raises OSError and ZMQError where no socket can be made."""
@@ -40,7 +40,8 @@ class EngineProcess:
         self.on_message: Callable[[FromEngine], None] | None = None
         self._garbage: str | None = None
         self._killed = False  # by us
-        self._rank_0 = -1  # a handle of it, when it is ready
+        self.gone: asyncio.Future[None] = loop.create_future()  # rank 0 has ended; what has started it may not have
+        self._rank_0 = -1  # a handle of it
         self._launched = False  # by a launcher, which is the process that was started
         self._process: asyncio.subprocess.Process | None = None
         self._waiting: asyncio.Task[None] | None = None
@@ -73,9 +74,7 @@ class EngineProcess:
             await self._waiting
         finally:
             self._link.close()
-            if self._rank_0 >= 0:
-                os.close(self._rank_0)
-                self._rank_0 = -1
+            self._forget_rank_0()
 
     @property
     def failed(self) -> Failed | None:
@@ -88,6 +87,8 @@ class EngineProcess:
             return f"the engine sent what is no message ({self._garbage}) and has been killed"
         if self.failed is not None:
             return self.failed.message
+        if not self.exited.done():
+            return "the engine's rank 0 has ended, and what has started it has not"
         code = self.exited.result()
         if code >= 0:
             return f"the engine ended with exit code {code}"
@@ -110,7 +111,7 @@ class EngineProcess:
     def kill(self) -> None:
         """By force, with all that it started; `exited` tells when it is over."""
         if self._process is not None and not self.exited.done():
-            self._killed = self._kill_all()
+            self._killed = self._kill_all() and not self.gone.done()  # else it was only a launcher that stayed
 
     def _kill_all(self) -> bool:
         """Whether anybody was there to be killed."""
@@ -129,18 +130,32 @@ class EngineProcess:
         if isinstance(message, Failed):
             if not self.failing.done():
                 self.failing.set_result(message)
+        elif isinstance(message, Here):
+            self._know(message.pid)
         elif isinstance(message, Ready):
             if not self.ready.done():
-                self._know(message.pids[0])
                 self.ready.set_result(message)
         elif self.on_message is not None:
             self.on_message(message)
 
     def _know(self, rank_0: int) -> None:
-        """srun's processes are slurmd's, and in no process group of ours. Ranks elsewhere end when rank 0 has."""
+        """mpiexec may not end when it has, and srun's processes are slurmd's, in no process group of ours."""
+        self._forget_rank_0()
         self._launched = self._process is not None and self._process.pid != rank_0
         with contextlib.suppress(AttributeError, OSError):  # no such handles on this system, or it has ended
             self._rank_0 = os.pidfd_open(rank_0)
+            asyncio.get_running_loop().add_reader(self._rank_0, self._rank_0_ended)
+
+    def _rank_0_ended(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._rank_0)
+        if not self.gone.done():
+            self.gone.set_result(None)
+
+    def _forget_rank_0(self) -> None:
+        if self._rank_0 >= 0:
+            asyncio.get_running_loop().remove_reader(self._rank_0)
+            os.close(self._rank_0)
+            self._rank_0 = -1
 
     def _take_garbage(self, error: str) -> None:
         self._garbage = error

@@ -202,7 +202,7 @@ class Supervisor:
             self.pid = await engine.start(self._command_line())
         except OSError as error:
             raise EngineStartError(f"the engine cannot be started: {self._command[0]}: {error.strerror}") from error
-        waited: set[asyncio.Future[Any]] = {engine.ready, engine.exited, engine.failing}
+        waited: set[asyncio.Future[Any]] = {engine.ready, engine.exited, engine.failing, engine.gone}
         await asyncio.wait(waited, timeout=self._health.start_timeout, return_when=asyncio.FIRST_COMPLETED)
         if await self._has_ended(engine):
             field = engine.failed.field if engine.failed is not None else None
@@ -223,7 +223,7 @@ class Supervisor:
         silent = 0
         while silent < _LOOKS:
             engine.heard = False
-            waited: set[asyncio.Future[Any]] = {engine.exited, engine.failing}
+            waited: set[asyncio.Future[Any]] = {engine.exited, engine.failing, engine.gone}
             await asyncio.wait(waited, timeout=self._look, return_when=asyncio.FIRST_COMPLETED)
             if await self._has_ended(engine):
                 return engine.last_words()
@@ -231,11 +231,12 @@ class Supervisor:
         return f"the engine was silent for {self._health.heartbeat_timeout:g} s and has been killed"
 
     async def _has_ended(self, engine: EngineProcess) -> bool:
-        """Whether the process has, or has failed: then it gets a moment to end by itself, and all it said is heard.
+        """Whether the process has, and all it said is heard.
 
-        Not more: a launcher may wait for ranks on a host that is not there any more.
+        Or its rank 0 has, or has failed: then it gets a moment to end by itself, and not more, for a launcher may wait
+        for ranks on a host that is not there any more.
         """
-        if engine.failing.done():
+        if engine.failing.done() or engine.gone.done():
             await asyncio.wait({engine.exited}, timeout=self._look)
         elif not engine.exited.done():
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import chaos
 import psutil
 import pytest
 import tiny_model
+from served import Server, until
 
 from fastserve import LLM, EngineError, InvalidRequest, SamplingParams, distributed
 from fastserve.distributed import Grid, GroupError
@@ -185,6 +187,23 @@ def test_as_many_ranks_as_places(model: str) -> None:
     done = mpiexec(3, model, "2", "1")
     assert done.returncode != 0
     assert "must be the number of ranks (3), got 2 × 1 = 2" in done.stderr
+
+
+def test_an_idle_engine_notices_that_a_rank_has_died(model: str) -> None:
+    """Before anybody has to wait for another engine."""
+
+    async def work() -> None:
+        async with Server(["--model", model, "--tensor-parallel-size", "2", "--kv-cache-memory", "1M"]) as server:
+            before = await server.engines()
+            os.kill(before[1], signal.SIGKILL)
+
+            async def replaced() -> bool:
+                return (await server.health())["engine"]["restarts"] == 1
+
+            await until(replaced, 30.0)
+            assert not {*before} & {*await server.engines()}
+
+    asyncio.run(work())
 
 
 def test_no_request_is_lost_when_ranks_die(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -389,20 +389,23 @@ def test_what_ended_an_engine(end: str, crashed: bool) -> None:
     run(work())
 
 
-def test_rank_0_is_killed_though_its_launcher_put_it_elsewhere() -> None:
-    """As srun does, of which only the command itself is a process of ours."""
-    program = """
+# Runs rank 0, which says that it is here and then does something, as srun does: in no process group of the server's.
+LAUNCHER = """
 import msgspec, os, signal, sys, zmq
-from fastserve.ipc import Ready
+from fastserve.ipc import Here, Ready
 if child := os.fork():
     os.waitpid(child, 0)
-else:
-    os.setsid()
-    socket = zmq.Context().socket(zmq.PAIR)
+    signal.pause()  # as where a host is away
+os.setsid()
+with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
     socket.connect(sys.argv[-1])
-    socket.send(msgspec.msgpack.encode(Ready([os.getpid()], {}, 1, 1)))
-    signal.pause()
+    for message in Here(os.getpid()), Ready([os.getpid()], {}, 1, 1):
+        socket.send(msgspec.msgpack.encode(message))
 """
+
+
+def test_rank_0_is_killed_wherever_its_launcher_has_put_it() -> None:
+    program = f"{LAUNCHER}    signal.pause()"
 
     async def work() -> None:
         with zmq.Context() as context:
@@ -414,6 +417,25 @@ else:
                 assert select.select([rank_0], [], [], 30.0)[0]
             finally:
                 os.close(rank_0)
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ("pass", "has ended, and what has started it has not"),
+        ("socket.send(msgspec.msgpack.encode(Failed('no memory', None)))", "no memory"),
+    ],
+)
+def test_a_launcher_that_outlives_rank_0_is_ended(end: str, reason: str) -> None:
+    """Before it is ready, too: nothing else ends a start in less than half an hour."""
+    program = LAUNCHER.replace("Here, Ready", "Failed, Here").replace(", Ready([os.getpid()], {}, 1, 1)", ",")
+
+    async def work() -> None:
+        client = EngineClient([sys.executable, "-c", f"{program}    {end}"], None, health=Health(heartbeat_timeout=2.0))
+        with pytest.raises(EngineStartError, match=reason):
+            await client.start()
 
     run(work())
 

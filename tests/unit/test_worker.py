@@ -24,6 +24,7 @@ from fastserve.ipc import (
     Add,
     Failed,
     FromEngine,
+    Here,
     Jobs,
     ListJobs,
     Ready,
@@ -159,7 +160,8 @@ def tokens(updates: list[Update]) -> list[int | None]:
 
 def test_from_ready_to_stop(start: Any) -> None:
     server = start()
-    ready = server.hear()
+    assert server.hear() == Here(os.getpid())
+    ready = server.hear(Ready)
     assert ready == Ready([os.getpid()], ready.info, VOCAB, CONTEXT)
     assert ready.info["model"] == "toy" and ready.info["stall_limit"] == 1.5, "tokens are streamed"
     status = server.hear(Status)
@@ -331,8 +333,8 @@ def test_an_engine_that_cannot_start_says_why(
     start: Any, options: dict[str, Any], failed: Failed | None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     server = start(**options)
-    said = server.hear()
-    assert isinstance(said, Failed) and said.field == next(iter(options)) and "\n" not in said.message
+    said = server.hear(Failed)
+    assert said.field == next(iter(options)) and "\n" not in said.message
     assert failed is None or said == failed
     assert server.ended() == 2 and capfd.readouterr().err == ""
 
