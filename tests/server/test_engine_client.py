@@ -628,8 +628,8 @@ def test_several_workers_share_the_host() -> None:
 
 def test_a_launcher_starts_all_ranks() -> None:
     options = {"model": "m", "tensor_parallel_size": 2, "pipeline_parallel_size": 3}
-    command = engine_command(options, launcher="mpiexec -f 'my hosts'")
-    assert command[:8] == ["mpiexec", "-f", "my hosts", "-n", "6", sys.executable, "-m", "fastserve.worker"]
-    for launcher, refused in (("", options), ("mpiexec 'hosts", options), ("mpiexec", {"model": "m"})):
+    command = engine_command(options, launcher="env -f 'my hosts'")  # any program that there is
+    assert command[:8] == ["env", "-f", "my hosts", "-n", "6", sys.executable, "-m", "fastserve.worker"]
+    for launcher, refused in (("", options), ("env 'hosts", options), ("no-mpi -n", options), ("env", {"model": "m"})):
         with pytest.raises(InvalidRequest, match=r"^launcher: "):
             engine_command(refused, launcher=launcher)

@@ -167,7 +167,7 @@ def test_hosts_that_are_away_are_waited_for_longer_than_processes_of_this_one() 
     from fastserve.cli.serve import _engine_client
 
     ranks = {"model": "toy", "tensor_parallel_size": 2}
-    given = [ServerSettings(model="toy", launcher=launcher) for launcher in (None, "mpiexec -f hosts")]
+    given = [ServerSettings(model="toy", launcher=launcher) for launcher in (None, "env -i")]
     here, away = (_engine_client(settings, ranks, None).engines[0].supervisor._health for settings in given)
     assert here == Health()
     backoff = BackOff(away)
