@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--weights", type=_weights, default=["bfloat16", "q8_0", "q4_0"], help="sent all at once")
     parser.add_argument("--rated", type=_weights, default=["bfloat16"], help="FastServe's at the rates")
-    parser.add_argument("--rated-llama", type=_weights, default=["q8_0"], help="llama.cpp's at the rates")
+    parser.add_argument("--rated-llama", type=_weights, default=["q8_0"], help="llama.cpp's at the rates; '': none")
     parser.add_argument(
         "--policies",
         nargs="*",
@@ -252,7 +252,7 @@ def _tell(line: str) -> None:
 
 
 def _weights(text: str) -> list[str]:
-    names = text.split(",")
+    names = [name for name in text.split(",") if name]
     if wrong := [name for name in names if name not in WEIGHTS]:
         raise argparse.ArgumentTypeError(f"must be of {', '.join(WEIGHTS)}, got '{wrong[0]}'")
     return list(dict.fromkeys(names))
