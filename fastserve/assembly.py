@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -63,15 +63,17 @@ def assemble(
     stages: Sequence[int] | None = None,
     rank_command: Sequence[str] | None = None,
     rank_timeout: float = math.inf,
+    on_failure: Callable[[str], None] | None = None,
 ) -> Assembly:
     """Load a model and measure what has to be known of it. `scheduler` and `runtime` hold fields of the two configs.
 
     `model` is a name, a path, or a module of `transformers`; `tokenizer` takes the place of the model's own.
     `host_share` engines share the host's memory and cores, where sizes are left to be found. `rank_command` starts
     another rank of the `grid` on this host, where no launcher did; `stages` are the layers of each stage, where they
-    are known. Every option is checked before the weights are loaded, and before ranks are started. Returns on rank 0
-    only: the others work for it until it closes, and end then (SystemExit). Raises InvalidRequest, naming the option,
-    ModelError, and GroupError when ranks do not get on together.
+    are known. `on_failure` is told why this process ends where the ranks do not come together. Every option is checked
+    before the weights are loaded, and before ranks are started. Returns on rank 0 only: the others work for it until it
+    closes, and end then (SystemExit). Raises InvalidRequest, naming the option, ModelError, and GroupError when ranks
+    do not get on together.
     """
     check_integer("host_share", host_share, 1, 2**16)
     if isinstance(rank_timeout, bool) or not isinstance(rank_timeout, (int, float)) or not rank_timeout > 0:
@@ -79,7 +81,7 @@ def assemble(
     with ExitStack() as stack:
 
         def join() -> Placement:
-            return stack.enter_context(place(grid, rank_command, rank_timeout))
+            return stack.enter_context(place(grid, rank_command, rank_timeout, on_failure))
 
         # Where others are waiting already, they are told of what is wrong here.
         joined = join() if is_launched() else None

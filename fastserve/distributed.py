@@ -8,16 +8,13 @@ A rank is started by mpiexec, mpirun or srun, or by `ranks.Ranks`, which starts 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
 import socket
-import sys
-import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -25,10 +22,10 @@ import numpy as np
 
 from . import _C
 from .config import check_integer
+from .joining import LIMIT_VARIABLE, Awaited, limit_of, watched
 from .types import InvalidRequest
 
 _MOST_RANKS = 65536
-_JOIN_SECONDS = 120.0  # for all ranks to come, from when the first has
 _PLACES = re.compile(r"( \[csrc/[^\]]*\])+$")
 
 # What launchers tell their processes. Slurm sets SLURM_PROCID for a batch script too, SLURM_STEP_NUM_TASKS only for
@@ -50,6 +47,7 @@ class Launched:
     launcher: str
     rank: int
     size: int
+    variable: str = field(default="", compare=False)  # that has the rank
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
@@ -60,7 +58,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
     for launcher, rank_name, size_name in _LAUNCHERS:
         if rank_name in environment and size_name in environment:
             size = _number(environment, size_name, 1, _MOST_RANKS)
-            return Launched(launcher, _number(environment, rank_name, 0, size - 1), size)
+            return Launched(launcher, _number(environment, rank_name, 0, size - 1), size, rank_name)
     return None
 
 
@@ -144,6 +142,7 @@ class Group:
         grid.check(world.size)
         self.grid = grid
         self.world = world
+        self.timeout = timeout
         self.pipeline_rank, self.tensor_rank = grid.coordinates(world.rank)
         tensor = world.split(self.pipeline_rank, self.tensor_rank)
         pipeline = world.split(self.tensor_rank, self.pipeline_rank)
@@ -195,12 +194,16 @@ class Group:
             self.abort(line_of(error, self.world))
 
 
-def connect(grid: Grid, *, host: str = "", timeout: float = math.inf) -> Group:
+def connect(
+    grid: Grid, *, host: str = "", timeout: float = math.inf, on_failure: Callable[[str], None] | None = None
+) -> Group:
     """Join the group that this process was started in; a group of one where it was started by itself.
 
     `host` names this host (default: the system's name); ranks whose hosts have the same name, on one machine, share
     memory. `timeout`: see Group. Raises InvalidRequest where the grid does not fit the number of ranks, and _C.Error
-    where ranks do not find each other, or the launcher needs MPI and this build has none that works.
+    where ranks do not find each other, or the launcher needs MPI and this build has none that works. MPI's start cannot
+    be interrupted: when some rank does not come to it, this process ends (exit code 2), after rank 0 has told
+    `on_failure` why, on another thread.
     """
     here = launched()
     grid.check(here.size if here else 1)
@@ -212,13 +215,17 @@ def connect(grid: Grid, *, host: str = "", timeout: float = math.inf) -> Group:
         end_with_launcher()
         path = os.environ[PATH_VARIABLE]
         return Group(_C.join_shared_memory(path, here.rank, here.size, host), grid, timeout)
-    with _ends_unless_done(_JOIN_SECONDS, f"rank {here.rank} of {here.size} on {host or socket.gethostname()}"):
-        group = _launched_group(here, grid, host, timeout)
-    return group
+    awaited = Awaited(here.launcher, here.variable, here.rank, here.size, host or socket.gethostname())
+    try:
+        limit = limit_of(timeout, here.size)
+    except ValueError as error:
+        raise InvalidRequest(LIMIT_VARIABLE, f"must be seconds: {error}") from None
+    with watched(awaited, limit, on_failure) as alarm:
+        return _launched_group(here, grid, host, timeout, alarm)
 
 
-def _launched_group(here: Launched, grid: Grid, host: str, timeout: float) -> Group:
-    world = _C.connect_mpi(host)
+def _launched_group(here: Launched, grid: Grid, host: str, timeout: float, alarm: int) -> Group:
+    world = _C.connect_mpi(host, alarm=alarm)
     if (world.rank, world.size) != (here.rank, here.size):
         message = (
             f"{here.launcher} started rank {here.rank} of {here.size}, but {mpi_library()} sees rank {world.rank} of "
@@ -228,23 +235,6 @@ def _launched_group(here: Launched, grid: Grid, host: str, timeout: float) -> Gr
         world.abort(message)
         raise InvalidRequest("launcher", message)
     return Group(world, grid, timeout)
-
-
-@contextlib.contextmanager
-def _ends_unless_done(seconds: float, who: str) -> Iterator[None]:
-    """End this process when what is within takes longer: MPI waits without a limit for a rank that does not come."""
-
-    def end() -> None:
-        print(f"fastserve: {who}: others have not come within {seconds:g} seconds", file=sys.stderr, flush=True)
-        os._exit(2)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def mpi_library() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from . import _C
@@ -18,6 +19,7 @@ class Links:
     tensor: _C.Communicator | None  # of this stage
     receives: _C.Communicator | None  # of the pipeline: from the stage before ...
     sends: _C.Communicator | None  # ... and to the next one, by another thread of that one
+    timeout: float = math.inf  # seconds that rank 0 waits for another that has work to do
     ways: tuple[_C.Communicator, ...] = ()  # these two, and what only other stages use: without this rank it would end
 
     def abort(self, error: BaseException) -> None:
@@ -48,5 +50,6 @@ def connect_runtime(group: Group) -> Links:
         tensor=group.tensor if group.grid.tensor_parallel_size > 1 else None,
         receives=ways[(stage - 1) % 2] if stage > 0 else None,
         sends=ways[stage % 2] if stage < stages - 1 else None,
+        timeout=group.timeout,
         ways=tuple(ways),
     )

@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, Final, NoReturn
 
@@ -205,12 +205,17 @@ class Placement:
             raise GroupError.of(error) from error
 
 
-def place(grid: Grid, command: Sequence[str] | None, timeout: float = math.inf) -> Placement:
+def place(
+    grid: Grid,
+    command: Sequence[str] | None,
+    timeout: float = math.inf,
+    on_failure: Callable[[str], None] | None = None,
+) -> Placement:
     """Collective. Where this process is in the grid.
 
     `command` starts another rank on this host; None: nothing does. `timeout`: seconds that ranks of one iteration may
-    wait for each other. Raises InvalidRequest where there are not as many ranks as places, and GroupError where they do
-    not come together.
+    wait for each other. `on_failure`: see connect. Raises InvalidRequest where there are not as many ranks as places,
+    and GroupError where they do not come together.
     """
     global _in_group
     if grid.size == 1:
@@ -220,7 +225,7 @@ def place(grid: Grid, command: Sequence[str] | None, timeout: float = math.inf) 
             if _in_group:
                 raise GroupError("the ranks of this process's launcher are for one model, and have or had one")
             _in_group = True
-            placement = Placement(grid, connect(grid, timeout=timeout))
+            placement = Placement(grid, connect(grid, timeout=timeout, on_failure=on_failure))
             placement.watch(timeout)
             return placement
         if command is None:

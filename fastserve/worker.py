@@ -229,8 +229,8 @@ class _Announcing:
         return self._executor.poll(timeout)
 
 
-def load(options: EngineOptions) -> Assembly:
-    """Raises InvalidRequest, naming the option, and ModelError, naming the file."""
+def load(options: EngineOptions, on_failure: Callable[[str], None] | None = None) -> Assembly:
+    """`on_failure`: see assemble. Raises InvalidRequest, naming the option, and ModelError, naming the file."""
     return assemble(
         options.model,
         scheduler={
@@ -264,6 +264,7 @@ def load(options: EngineOptions) -> Assembly:
         grid=Grid(options.tensor_parallel_size, options.pipeline_parallel_size),
         rank_command=worker_command(options),
         rank_timeout=options.rank_timeout,
+        on_failure=on_failure,
     )
 
 
@@ -324,9 +325,15 @@ def connect(context: zmq.Context[Socket], address: str) -> Socket:
 def run(socket: Socket, *options: str) -> int:
     """Load what the options say and serve it; what goes wrong is told over the socket. Returns the exit code."""
     code, worker = _CANNOT_START, None
+
+    def cannot_start(reason: str) -> None:
+        socket.send(msgspec.msgpack.encode(Failed(reason, None)))
+        socket.close(_LINGER)
+        socket.context.term()  # when it has got out
+
     socket.send(msgspec.msgpack.encode(Here(os.getpid())))
     try:
-        worker = Worker(socket, load(EngineOptions.from_json(*options)))
+        worker = Worker(socket, load(EngineOptions.from_json(*options), cannot_start))
         code = _CANNOT_GO_ON
         worker.serve()
         return 0

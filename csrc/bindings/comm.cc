@@ -9,6 +9,7 @@
 #include "bindings/register.h"
 #include "comm/across_hosts.h"
 #include "comm/mpi.h"
+#include "comm/mpi_memory.h"
 #include "comm/plan_wire.h"
 #include "comm/shared_memory.h"
 
@@ -232,11 +233,13 @@ void register_comm(py::module_& module) {
              "Ends the joining and every wait of the ranks of SharedMemory(size) with an Error that says this.");
   module.def(
       "connect_mpi",
-      [](const std::string& host, double timeout) {
-        return made([&] { return across_hosts(connect_mpi(host, patience_of(timeout))); });
+      [](const std::string& host, double timeout, int alarm) {
+        return made([&] { return across_hosts(connect_mpi(host, patience_of(timeout), alarm)); });
       },
-      py::arg("host") = "", py::arg("timeout") = kForever,
-      "All processes that an MPI launcher has started. Ranks on hosts of one name share memory.");
+      py::arg("host") = "", py::arg("timeout") = kForever, py::arg("alarm") = -1,
+      "All processes that an MPI launcher has started. Ranks on hosts of one name share memory. A thread that "
+      "finds no room in /dev/shm stands still, and a byte is written to the descriptor `alarm`.");
+  module.def("unlink_mpi_memory", &unlink_mpi_memory, "Takes the names off what this process's MPI has in /dev/shm.");
   module.def(
       "as_if_across_hosts",
       [](PyCommunicator& flat, const std::vector<uint64_t>& machines) {

@@ -143,8 +143,8 @@ struct PyRuntime {
       runtime = std::make_unique<Runtime>(model, part, options, neighbours);
     }
     if (links.is_none()) return;
-    group.emplace(
-        GroupLinks{*read_link(links, "plans"), *read_link(links, "answers"), links.attr("sampler").cast<int>()});
+    group.emplace(GroupLinks{*read_link(links, "plans"), *read_link(links, "answers"),
+                             links.attr("sampler").cast<int>(), links.attr("timeout").cast<double>()});
     if (group->plans.rank() == 0 && group->plans.size() > 1) leader.emplace(*runtime, *group);
   }
   ~PyRuntime() {

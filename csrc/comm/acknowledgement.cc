@@ -72,4 +72,10 @@ std::optional<Acknowledgement> Acknowledgements::gather(Communicator& communicat
   return result;
 }
 
+const Member& Acknowledgements::missing(const Communicator& communicator) const {
+  const auto late = std::find_if(requests_.begin(), requests_.end(), [](const Request& each) { return !each->done; });
+  FS_CHECK(late != requests_.end(), "all ranks have acknowledged");
+  return communicator.members()[(*late)->peer];
+}
+
 }  // namespace fastserve

@@ -28,6 +28,9 @@ class Acknowledgements {
   std::optional<Acknowledgement> gather(Communicator& communicator, const Acknowledgement& own,
                                         TimePoint until = kForever);
 
+  // The first rank that the last call was in vain for.
+  const Member& missing(const Communicator& communicator) const;
+
   // The first message of each acknowledgement; one of its copies follows where there are some.
   struct Head {
     int64_t plan_id;

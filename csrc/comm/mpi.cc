@@ -11,6 +11,7 @@
 #include <mutex>
 #include <thread>
 
+#include "comm/mpi_memory.h"
 #include "common/check.h"
 #include "common/pause.h"
 
@@ -40,8 +41,9 @@ void check(int status, const char* what) {
 // (To end it while others wait for this rank would be to wait with them.)
 class World {
  public:
-  static World& get() {
-    static World* world = new World;  // used until the process ends
+  // `alarm`: of the first call, while MPI begins.
+  static World& get(int alarm = -1) {
+    static World* world = new World(alarm);  // used until the process ends
     return *world;
   }
 
@@ -87,7 +89,7 @@ class World {
  private:
   static constexpr int kReasonBytes = 1024;
 
-  World() {
+  explicit World(int alarm) {
     int initialized = 0, finalized = 0, level = 0;
     check(MPI_Finalized(&finalized), "look whether it has ended");
     FS_CHECK(finalized == 0, "MPI has been ended in this process, and begins only once");
@@ -95,6 +97,7 @@ class World {
     if (initialized != 0) {
       check(MPI_Query_thread(&level), "query threads");
     } else {
+      RoomWatch watch(alarm);
       check(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &level), "begin");
       std::atexit([] {
         if (!get().aborted_ && get().open_ == 0) MPI_Finalize();
@@ -250,8 +253,9 @@ class Mpi final : public Communicator {
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) Communicator* fastserve_connect_mpi(const std::string& host,
-                                                                                      const Patience& patience) {
-  World& world = World::get();
+                                                                                      const Patience& patience,
+                                                                                      int alarm) {
+  World& world = World::get(alarm);
   // Everybody learns where everybody is, over a communicator whose members know only their ranks.
   std::vector<Member> members;
   for (int r = 0; r < world.size(); ++r) members.push_back({.world_rank = r, .process = 0, .machine = 0, .host = "?"});
@@ -264,6 +268,8 @@ extern "C" __attribute__((visibility("default"))) Communicator* fastserve_connec
   };
   Mpi unknown(duplicate(), world.rank(), members, patience);
   unknown.all_gather(std::as_bytes(std::span(&self, 1)), std::as_writable_bytes(std::span(members)));
+  unknown.barrier();  // each has heard of each, so all have mapped what they share
+  unlink_mpi_memory();
   unknown.close();
   return new Mpi(duplicate(), world.rank(), std::move(members), patience);
 }

@@ -13,15 +13,16 @@
 namespace fastserve {
 
 // All processes that mpiexec has started, each as rank of MPI_COMM_WORLD, with messages between any two. `host` names
-// this host; empty: the system's name. Throws when there is no MPI, and names what is missing.
-std::unique_ptr<Communicator> connect_mpi(const std::string& host, const Patience& patience);
+// this host; empty: the system's name. `alarm`: see RoomWatch; negative: none. Nothing of the group has a name in
+// /dev/shm any more when this returns. Throws when there is no MPI, and names what is missing.
+std::unique_ptr<Communicator> connect_mpi(const std::string& host, const Patience& patience, int alarm);
 
 // The MPI library this was built with, such as "MPICH 5.0.2"; empty: none.
 std::string mpi_library();
 
 // What the plugin offers.
 extern "C" {
-using ConnectMpi = Communicator* (*)(const std::string& host, const Patience& patience);
+using ConnectMpi = Communicator* (*)(const std::string& host, const Patience& patience, int alarm);
 inline constexpr const char* kConnectMpiSymbol = "fastserve_connect_mpi";
 }
 

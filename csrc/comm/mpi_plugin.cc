@@ -6,7 +6,7 @@
 
 namespace fastserve {
 
-std::unique_ptr<Communicator> connect_mpi(const std::string& host, const Patience& patience) {
+std::unique_ptr<Communicator> connect_mpi(const std::string& host, const Patience& patience, int alarm) {
   static const auto connect = [] {
     Dl_info here = {};
     FS_CHECK(dladdr(reinterpret_cast<const void*>(&mpi_library), &here) != 0, "cannot tell where FastServe is");
@@ -21,7 +21,7 @@ std::unique_ptr<Communicator> connect_mpi(const std::string& host, const Patienc
     }
     return reinterpret_cast<ConnectMpi>(dlsym(library, kConnectMpiSymbol));
   }();
-  return std::unique_ptr<Communicator>(connect(host, patience));
+  return std::unique_ptr<Communicator>(connect(host, patience, alarm));
 }
 
 std::string mpi_library() { return FS_MPI_LIBRARY; }

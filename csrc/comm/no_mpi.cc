@@ -4,7 +4,7 @@
 
 namespace fastserve {
 
-std::unique_ptr<Communicator> connect_mpi(const std::string&, const Patience&) {
+std::unique_ptr<Communicator> connect_mpi(const std::string&, const Patience&, int) {
   FS_CHECK(false,
            "this process was started as one of several by an MPI launcher, but FastServe was built without MPI: "
            "install the mpich or openmpi package (or a system MPI) and build again");

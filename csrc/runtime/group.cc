@@ -19,6 +19,10 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int64_t kGoodbye = -1;  // plan_id of the last plan, which holds nothing
 constexpr double kLookSeconds = 0.05;
+constexpr auto kGatherLook = std::chrono::milliseconds(100);
+// Of the timeout. Ranks of one stage wait for each other, too, and know better which one does not come: they say it
+// first.
+constexpr double kOthersFirst = 1.2;
 constexpr double kLongestSeconds = 1e9;  // what the clock can count ends at nine times as many
 
 // What it returns; when it throws, the group ends on all ranks.
@@ -48,6 +52,22 @@ TimePoint after(double seconds) {
   if (seconds < 0 || seconds > kLongestSeconds) return kForever;
   return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
 }
+
+// Rank 0's telling, which takes no longer than the timeout: others take what they are told at once, whatever they do.
+// (At other times they may wait for each other as long as loading takes.)
+class Limited {
+ public:
+  explicit Limited(const GroupLinks& links) : plans_(links.plans), before_(plans_.patience().seconds) {
+    plans_.set_timeout(links.timeout);
+  }
+  ~Limited() { plans_.set_timeout(before_); }
+  Limited(const Limited&) = delete;
+  Limited& operator=(const Limited&) = delete;
+
+ private:
+  Communicator& plans_;
+  const double before_;
+};
 
 struct SamplesHead {
   uint64_t sample_bytes, logits;
@@ -87,11 +107,16 @@ void answer(Runtime& runtime, const GroupLinks& links, const std::atomic<int64_t
 
 }  // namespace
 
+Leader::Leader(Runtime& runtime, const GroupLinks& links) : runtime_(runtime), links_(links) {
+  links.answers.set_timeout(links.timeout);  // of what follows a rank's first word on a plan
+}
+
 void Leader::submit(BatchPlan plan) {
   FS_CHECK(plan.plan_id != kGoodbye, "no plan may have the number ", kGoodbye);
   runtime_.check(plan);
   if (links_.sampler != 0) fill_in(plan);
   or_end_group(runtime_, links_, [&] {
+    Limited limited(links_);
     broadcast_plan(links_.plans, plan, 0);
     runtime_.submit(std::move(plan));
   });
@@ -121,11 +146,11 @@ std::optional<StepResult> Leader::poll(double seconds) {
     if (!own_) own_ = runtime_.poll(seconds);
     if (!own_) return std::nullopt;
     if (own_->error) std::rethrow_exception(own_->error);
-    std::optional<Acknowledgement> all =
-        acknowledgements_.gather(links_.answers, {own_->plan_id, own_->seconds, own_->copies}, until);
+    std::optional<Acknowledgement> all = gather(until);
     if (!all) return std::nullopt;
     StepResult result = std::move(*own_);
     own_.reset();
+    waited_ = 0;
     result.seconds = all->seconds;
     result.copies = std::move(all->copies);
     if (links_.sampler != 0) {
@@ -134,6 +159,23 @@ std::optional<StepResult> Leader::poll(double seconds) {
     }
     return result;
   });
+}
+
+// Only what is spent in here counts, and of each look no more than it was to take: between two polls, or while this
+// process stands still, nobody is waited for.
+std::optional<Acknowledgement> Leader::gather(TimePoint until) {
+  const Acknowledgement own{own_->plan_id, own_->seconds, own_->copies};
+  for (;;) {
+    const auto begin = Clock::now();
+    const auto end = std::min<TimePoint>(until, begin + kGatherLook);
+    if (auto all = acknowledgements_.gather(links_.answers, own, end)) return all;
+    const auto now = Clock::now();
+    waited_ += std::max(0.0, std::chrono::duration<double>(std::min(now, end) - begin).count());
+    const std::vector<Member>& members = links_.answers.members();
+    FS_CHECK(waited_ < kOthersFirst * links_.timeout, members[0].text(), " has waited ", waited_, " seconds for ",
+             acknowledgements_.missing(links_.answers).text(), " to execute plan ", own.plan_id);
+    if (now >= until) return std::nullopt;
+  }
 }
 
 void Leader::note_samples(const StepResult& result) {
@@ -148,6 +190,7 @@ void Leader::note_samples(const StepResult& result) {
 void Leader::close() {
   or_end_group(runtime_, links_, [&] {
     runtime_.flush();
+    Limited limited(links_);
     BatchPlan goodbye;
     goodbye.plan_id = kGoodbye;
     broadcast_plan(links_.plans, goodbye, 0);

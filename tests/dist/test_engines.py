@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import chaos
 import psutil
 import pytest
 import tiny_model
-from served import Server, until
+from served import Server, exchange, until
 
 from fastserve import LLM, EngineError, InvalidRequest, SamplingParams, distributed
 from fastserve.distributed import Grid, GroupError
@@ -96,6 +97,17 @@ def test_a_killed_rank_is_named_at_once(model: str) -> None:
 
 def test_a_hung_rank_is_named_when_the_time_is_up(model: str) -> None:
     with load(model, 2, 1, rank_timeout=0.5) as llm:
+        hung = llm.info["ranks"][1]["process"]
+        stream = llm.stream("abc", SamplingParams(max_tokens=4000, ignore_eos=True))
+        next(stream)
+        os.kill(hung, signal.SIGSTOP)
+        with pytest.raises(EngineError, match=rf"has waited .* seconds for rank 1 on .* \(process {hung}\)"):
+            list(stream)
+
+
+def test_a_hung_rank_of_the_last_stage_is_named_when_the_time_is_up(model: str) -> None:
+    """Which rank 0 is not waiting for in any sum or message of an iteration."""
+    with load(model, 1, 2, rank_timeout=0.5) as llm:
         hung = llm.info["ranks"][1]["process"]
         stream = llm.stream("abc", SamplingParams(max_tokens=4000, ignore_eos=True))
         next(stream)
@@ -202,6 +214,24 @@ def test_an_idle_engine_notices_that_a_rank_has_died(model: str) -> None:
 
             await until(replaced, 30.0)
             assert not {*before} & {*await server.engines()}
+
+    asyncio.run(work())
+
+
+def test_the_server_says_which_rank_of_the_last_stage_hangs(model: str) -> None:
+    """Before it would kill an engine of which it does not know why it is silent."""
+
+    async def work() -> None:
+        options = ["--pipeline-parallel-size", "2", "--kv-cache-memory", "1M", "--heartbeat-timeout", "6"]
+        async with Server(["--model", model, *options]) as server:
+            _, hung = await server.engines()
+            os.kill(hung, signal.SIGSTOP)
+            request = {"prompt": "abc", "max_tokens": 4, "ignore_eos": True}
+            async with exchange(server, "POST", "/v1/completions", request) as answer:
+                assert b'"completion_tokens":4' in b"".join([piece async for piece in answer.pieces()])
+            assert (await server.health())["engine"]["restarts"] == 1
+            said = server.log()
+            assert re.search(rf"has waited [\d.]+ seconds for rank 1 on .* \(process {hung}\)", said), said
 
     asyncio.run(work())
 

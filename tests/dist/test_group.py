@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -136,6 +139,72 @@ def test_poll_does_not_wait_for_the_others_beyond_its_time(layout: tuple[int, in
         return early, result.plan_id
 
     assert each_of(*layout, body)[0] == ([None] * 20, 1)
+
+
+def says_of_silent(layout: tuple[int, int], silent: int, timeout: float, doing: Callable[[Group, Links], None]) -> str:
+    """What rank 0 says of a rank that has loaded, and then does this and nothing more."""
+    over = threading.Event()
+
+    def body(group: Group, links: Links, make: Make) -> Any:
+        runtime = make(SMALL, SMALL_CONFIG)
+        if group.rank == silent:
+            doing(group, links)
+            return over.wait()
+        if group.rank != 0:
+            return runtime.follow()
+        try:
+            runtime.submit(PROMPT)
+            while runtime.poll(0.05) is None:  # as an engine does, which looks at its messages between two waits
+                pass
+            runtime.submit(plan(2, [(0, 3, 1, 1)], [5]))
+        finally:
+            over.set()
+
+    error = each_of(*layout, body, timeout=timeout)[0]
+    assert isinstance(error, GroupError)
+    return str(error)
+
+
+@pytest.mark.parametrize(("layout", "silent"), [((1, 2), 1), ((1, 3), 2), ((1, 3), 1)], ids=str)
+def test_a_rank_of_a_later_stage_that_hangs_is_named(layout: tuple[int, int], silent: int) -> None:
+    """Though no wait for it is longer than a poll."""
+    said = says_of_silent(layout, silent, 0.5, lambda group, links: None)
+    late = rf"for rank {silent} on .* \(process {os.getpid()}\)"
+    assert re.search(rf"^rank 0 on .* has waited 0\.[56]\d* seconds {late} to execute plan 1$", said), said
+
+
+def test_the_rank_of_a_later_stage_that_hangs_is_named_by_those_of_its_stage() -> None:
+    """All of them are late, and rank 0 cannot tell for which one."""
+    said = says_of_silent((2, 2), 3, 2.0, lambda group, links: None)
+    assert re.search(r"^rank 2 on .* has waited 2\.\d+ seconds for rank 3 on ", said), said
+
+
+def test_a_rank_that_hangs_before_it_says_what_it_sampled_is_named() -> None:
+    def acknowledge(group: Group, links: Links) -> None:
+        group.world.broadcast_plan()
+        links.answers.gather_acknowledgements(PROMPT.plan_id)
+
+    said = says_of_silent((1, 2), 1, 0.5, acknowledge)
+    assert re.search(r"^rank 0 on .* has waited 0\.\d+ seconds for rank 1 on ", said)
+
+
+def test_a_rank_that_does_not_take_the_next_plan_is_named() -> None:
+    over = threading.Event()
+
+    def body(group: Group, links: Links, make: Make) -> Any:
+        runtime = make(SMALL, SMALL_CONFIG)
+        if group.rank == 1:
+            return over.wait()
+        try:
+            runtime.submit(PROMPT)
+            runtime.submit(plan(2, [(0, 3, 1, 1)], [5]))
+            return runtime.submit(plan(3, [(0, 4, 1, 1)], [5]))
+        finally:
+            over.set()
+
+    error = each_of(1, 2, body, timeout=0.5)[0]
+    assert isinstance(error, GroupError)
+    assert re.search(r"^rank 0 on .* has waited 0\.\d+ seconds for rank 1 on ", str(error))
 
 
 def test_the_next_stage_gets_its_input_while_this_one_computes() -> None:

@@ -47,7 +47,8 @@ ARROWS: dict[str, set[str] | None] = {
     "profiler": {"config", "cost", "types"},
     "_C": {"loaders", "types"},  # its stub, for the type checker
     "ranks": {"_C"},
-    "distributed": {"ranks", "_C", "config", "types"},
+    "distributed": {"joining", "ranks", "_C", "config", "types"},
+    "joining": {"_C"},
     "links": {"distributed", "_C"},
     "pulse": {"_C"},
     "sharding": {"loaders", "types"},
