@@ -10,10 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
+import zmq
 
 from fastserve import distributed
 from fastserve.distributed import Grid, connect
+from fastserve.ipc import Failed, FromEngine, Here
 from fastserve.joining import LIMIT_VARIABLE, limit_of
 from fastserve.types import InvalidRequest
 
@@ -43,6 +46,23 @@ def said_of(case: str, *wrapper: str, **more: str) -> str:
 @pytest.mark.parametrize("wrapper", [(), ("sh", "-c", '"$@"; exit $?', "sh")], ids=["bare", "wrapped"])
 def test_a_rank_that_ends_before_the_others_come_is_named(case: str, wrapper: tuple[str, ...]) -> None:
     assert f"rank 1 on {HERE} has ended before the ranks came together" in said_of(case, *wrapper)
+
+
+@with_mpi
+def test_the_server_is_told(tmp_path: Path) -> None:
+    """By rank 0, whose main thread is in MPI_Init."""
+    options = '{"model": "/nowhere", "tensor_parallel_size": 2}'
+    only_0 = ["sh", "-c", 'test "${PMI_RANK-$OMPI_COMM_WORLD_RANK}" = 0 || exit 0; exec "$@"', "sh"]
+    worker = [sys.executable, "-m", "fastserve.worker", "--address", f"ipc://{tmp_path}/socket", "--options", options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket_of_server:
+        socket_of_server.bind(f"ipc://{tmp_path}/socket")
+        done = subprocess.run([str(MPIEXEC), "-n", "2", *only_0, *worker], timeout=60, env=environment)
+        assert done.returncode != 0
+        decode = msgspec.msgpack.Decoder(FromEngine).decode
+        here, failed = (decode(socket_of_server.recv(zmq.NOBLOCK)) for _ in range(2))
+    assert isinstance(here, Here) and isinstance(failed, Failed)
+    assert failed.message.startswith(f"rank 0 of 2 on {HERE}: rank 1 on {HERE} has ended before the ranks came ")
 
 
 @with_mpi
