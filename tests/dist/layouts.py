@@ -43,7 +43,6 @@ def each_of(
     def of_rank(world: _C.Communicator) -> Any:
         group = Group(world, grid, timeout=timeout)
         links = connect_runtime(group)
-        links.answers.set_timeout(timeout)
 
         def make(source: Any, config: RuntimeConfig) -> NativeRuntime:
             return NativeRuntime(source, config, shard_of(source, group), links)
