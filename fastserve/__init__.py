@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .async_llm import AsyncLLM
     from .cost import CostModel
     from .llm import LLM
+    from .distributed import GroupError
     from .loaders.spec import ModelError
     from .outputs import CompletionOutput, RequestOutput
     from .serving import EngineError
@@ -22,6 +23,7 @@ __all__ = [
     "CompletionOutput",
     "CostModel",
     "EngineError",
+    "GroupError",
     "InvalidRequest",
     "ModelError",
     "RequestOutput",
@@ -35,6 +37,7 @@ _HOMES = {
     "CompletionOutput": "outputs",
     "CostModel": "cost",
     "EngineError": "serving",
+    "GroupError": "distributed",
     "InvalidRequest": "types",
     "ModelError": "loaders.spec",
     "RequestOutput": "outputs",

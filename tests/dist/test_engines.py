@@ -183,6 +183,14 @@ def test_ranks_of_different_models_do_not_start(model: str, tmp_path: Path) -> N
 
 
 @with_mpi
+def test_ranks_of_other_weights_do_not_start(model: str, tmp_path: Path) -> None:
+    """A stale copy on one host: a model of the same shape."""
+    done = mpiexec(2, model, "2", "1", str(tiny_model.write(tmp_path / "other", seed=1)))
+    assert done.returncode != 0 and done.stdout == ""
+    assert "model: must be the same on all ranks: rank 1 on " in done.stderr
+
+
+@with_mpi
 def test_as_many_ranks_as_places(model: str) -> None:
     done = mpiexec(3, model, "2", "1")
     assert done.returncode != 0
