@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -164,6 +165,15 @@ def test_what_one_rank_lacks_is_told_by_rank_0(model: str, tmp_path: Path) -> No
 
 
 @with_mpi
+def test_a_worker_by_hand_says_why_it_does_not_start() -> None:
+    program = [sys.executable, "-m", "fastserve.worker", "--address", "ipc:///nowhere"]
+    options = '{"model": "/nowhere/model", "tensor_parallel_size": 2}'
+    command = [str(MPIEXEC), "-n", "2", *program, "--options", options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "/nowhere/model: no such file" in done.stderr
+
+
+@with_mpi
 def test_the_command_gets_its_prompt_on_rank_0(model: str) -> None:
     command = [str(MPIEXEC), "-n", "2", sys.executable, "-m", "fastserve", "generate", "--model", model]
     sizes = ["--tensor-parallel-size", "2", "--max-tokens", "5", "--temperature", "0", "--ignore-eos"]
@@ -210,6 +220,24 @@ def test_an_idle_engine_notices_that_a_rank_has_died(model: str) -> None:
 
             await until(replaced, 30.0)
             assert not {*before} & {*await server.engines()}
+
+    asyncio.run(work())
+
+
+def test_a_stopped_rank_does_not_outlive_a_killed_server(model: str) -> None:
+    """It cannot notice that it is alone: rank 0 ends it."""
+
+    async def work() -> None:
+        async with Server(["--model", model, "--pipeline-parallel-size", "2", "--kv-cache-memory", "1M"]) as server:
+            handles = [os.pidfd_open(pid) for pid in await server.engines()]
+            os.kill((await server.engines())[1], signal.SIGSTOP)
+            os.kill(server.pid, signal.SIGKILL)
+            try:
+                for handle in handles:
+                    assert select.select([handle], [], [], 30.0)[0]
+            finally:
+                for handle in handles:
+                    os.close(handle)
 
     asyncio.run(work())
 
