@@ -10,8 +10,8 @@ from .version import __version__
 if TYPE_CHECKING:
     from .async_llm import AsyncLLM
     from .cost import CostModel
-    from .llm import LLM
     from .distributed import GroupError
+    from .llm import LLM
     from .loaders.spec import ModelError
     from .outputs import CompletionOutput, RequestOutput
     from .serving import EngineError

@@ -97,10 +97,11 @@ class EngineProcess:
         return f"the engine was killed by {name_of(-code)}"
 
     def _launchers_last_words(self, code: int) -> str:
-        said = f"{self._program} {f'exit code {code}' if code >= 0 else f'was killed by {name_of(-code)}'}"
-        if code >= 0 and self._rank_0_process is not None and (ended := ended_by(code)) is not None:
+        how = f"ended with exit code {code}" if code >= 0 else f"was killed by {name_of(-code)}"
+        said = f"{self._program} {how}"
+        ended = ended_by(code)
+        if self._rank_0_process is not None and ended is not None:
             return f"{self._deaths or 'a rank'} was ended by {ended[0]}, and the group with it ({said})"
-        said = said.replace(" exit", " ended with exit", 1)
         if self._rank_0_process is None:
             return f"the launcher {said} before rank 0 of the engine came"
         return f"{said}; the first to end was {self._deaths}" if self._deaths else said
