@@ -10,6 +10,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .async_llm import AsyncLLM
     from .cost import CostModel
+    from .distributed import GroupError
     from .llm import LLM
     from .loaders.spec import ModelError
     from .outputs import CompletionOutput, RequestOutput
@@ -22,6 +23,7 @@ __all__ = [
     "CompletionOutput",
     "CostModel",
     "EngineError",
+    "GroupError",
     "InvalidRequest",
     "ModelError",
     "RequestOutput",
@@ -35,6 +37,7 @@ _HOMES = {
     "CompletionOutput": "outputs",
     "CostModel": "cost",
     "EngineError": "serving",
+    "GroupError": "distributed",
     "InvalidRequest": "types",
     "ModelError": "loaders.spec",
     "RequestOutput": "outputs",

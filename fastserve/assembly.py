@@ -107,7 +107,9 @@ def assemble(
             cost = CostModel.load(cost)
         placement = joined or join()
         placement.check_same("version", __version__)
-        placement.check_same("model", _digest(spec, source.num_parameters, source.weights_dtype))
+        if grid.size > 1:
+            shape = spec, source.num_parameters, source.weights_dtype
+            placement.check_same("model", _digest(*shape, *source.samples()))
         placement.check_same("options", _digest(scheduling, replace(running, threads=0)))
         ranks_here, threads = placement.share_of_host(host_share)
         running = replace(running, threads=running.threads or threads)

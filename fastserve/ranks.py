@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
@@ -38,6 +39,19 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal
         return f"signal {number}"
+
+
+_held: weakref.WeakSet[Ranks] = weakref.WeakSet()  # groups that this process is the launcher of
+
+
+def _let_go() -> None:
+    """In a child of a fork, which is no launcher: else ranks would outlive theirs for as long as the child runs."""
+    for ranks in list(_held):
+        ranks._close_launcher()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 class Ranks:
@@ -70,6 +84,7 @@ class Ranks:
         # Its other end is open here, and closed by the system whatever becomes of this process.
         ours, theirs = os.pipe()
         self._launcher: tuple[int, ...] = (ours, theirs)
+        _held.add(self)
         common = {
             **(os.environ if environment is None else environment),
             "FASTSERVE_WORLD_SIZE": str(size),
@@ -165,6 +180,9 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        self._close_launcher()
+
+    def _close_launcher(self) -> None:
         launcher, self._launcher = self._launcher, ()
         for descriptor in launcher:
             os.close(descriptor)

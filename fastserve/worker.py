@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Ctrl-C reaches the whole process group, systemd's SIGTERM too, and what becomes of the jobs is the API server's
     # decision: it has Stop and SIGKILL, and this process ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if SERVER_PID in os.environ else _terminate)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if _has_server() else _terminate)
     end_with(int(os.environ.get(SERVER_PID, os.getppid())))
     with zmq.Context() as context, connect(context, given.address) as socket:
         return run(socket, *given.options)
@@ -296,6 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def follow(ranks: int, *options: str) -> int:
     """Work for rank 0 until it ends; returns the exit code. What goes wrong is told to the other ranks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if _has_server():  # as for rank 0
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         said = EngineOptions.from_json(*options)
         Grid(said.tensor_parallel_size, said.pipeline_parallel_size).check(ranks)
@@ -344,6 +346,8 @@ def run(socket: Socket, *options: str) -> int:
         expected = expected or isinstance(error, GroupError)
         if not expected or os.environ.get("FASTSERVE_DEBUG"):
             traceback.print_exc()
+        if not _has_server():  # who started it by hand may look nowhere else
+            report(error)
         field = error.field if isinstance(error, InvalidRequest) else None
         known = isinstance(error, (InvalidRequest, ModelError, GroupError))
         said = _message(error) if known else f"{type(error).__name__}: {error}"
@@ -353,6 +357,11 @@ def run(socket: Socket, *options: str) -> int:
     finally:
         if worker is not None:
             worker.close()
+
+
+def _has_server() -> bool:
+    """Whether an API server has started this process, or what has started it."""
+    return SERVER_PID in os.environ
 
 
 class _TerminatedError(BaseException):
@@ -387,6 +396,9 @@ def _wait_for_end(server: int) -> None:
             while True:
                 os.kill(server, 0)
                 time.sleep(_IDLE)
+    if _has_server() and os.getpgrp() == os.getpid():  # the group that the server made for it, and no launcher between
+        # Ranks that were started here would notice by themselves, but not one that is stopped.
+        os.killpg(0, signal.SIGKILL)
     os._exit(0)
 
 

@@ -55,7 +55,7 @@ shift
 # --- the hosts --------------------------------------------------------------------------------------------------------
 hosts=() slots=0 number=0
 while IFS= read -r line || [ -n "$line" ]; do
-  number=$((number + 1))
+  number=$((number + 1)) line=${line%$'\r'}
   read -ra words <<< "${line%%#*}"
   [ ${#words[@]} -gt 0 ] || continue
   name=${words[0]} count=1
@@ -106,8 +106,9 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 command -v "$PYTHON" > /dev/null || die "there is no Python at PYTHON=$PYTHON"
 PYTHON=$(command -v "$PYTHON")
-library=$("$PYTHON" -c 'from fastserve.distributed import mpi_library; print(mpi_library() or "")') \
-  || die "$PYTHON has no FastServe: make setup, or set PYTHON"
+library=$("$PYTHON" -c 'from fastserve.distributed import mpi_library; print(mpi_library() or "")' 2> /dev/null) \
+  || die "$PYTHON has no FastServe that works ($("$PYTHON" -c 'import fastserve.distributed' 2>&1 | tail -n 1)): make \
+setup, or set PYTHON"
 [ -n "$library" ] || die "FastServe was built without MPI: install mpich or openmpi, then make build"
 
 if [ -z "${MPIEXEC:-}" ]; then

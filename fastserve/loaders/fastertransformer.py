@@ -19,7 +19,7 @@ from .ft_layout import CONFIG, SECTION, Place, most_ranks, places
 from .mapped import MappedFile
 from .spec import ModelError, TokenizerData, WeightTensor
 from .tokenizer_files import read_tokenizer
-from .weights import tensor_shapes
+from .weights import sample, spread, tensor_shapes
 
 
 class FasterTransformerModel:
@@ -83,6 +83,13 @@ class FasterTransformerModel:
             if not readers[place.stem]:
                 for path in paths:
                     del files[path]  # unmapped with its last view
+
+    def samples(self) -> Iterator[bytes]:
+        """Of what is cut for several ranks, the first one's part, or that of `rank`."""
+        all_places = list(self._places())
+        for _, place in (all_places[number] for number in spread(len(all_places))):
+            file = self._open(place.file(self.directory, self._shards(place)[0]), place)
+            yield sample(file, 0, file.size)
 
     def tokenizer_data(self) -> TokenizerData | None:
         return read_tokenizer(self.directory)

@@ -91,6 +91,9 @@ class ModelSource(Protocol):
     def tensors(self) -> Iterator[WeightTensor]:
         """Every tensor once, in file order, each valid until the next is asked for."""
 
+    def samples(self) -> Iterator[bytes]:
+        """A few KB out of the weights, for telling two models of one shape apart; large ones are hardly read."""
+
     def tokenizer_data(self) -> TokenizerData | None:
         """What it takes to build the tokenizer; None when the model brings none."""
 

@@ -34,6 +34,10 @@ BLOCKS: dict[DType, tuple[int, int]] = {
 }
 
 
+_RUN = 16  # tensors in a row that samples are taken of: more than a layer has in most files
+_SAMPLE = 1024  # bytes
+
+
 class Storage(Protocol):
     """Bytes to read from: a memory map, or the memory of somebody else's tensor."""
 
@@ -110,6 +114,26 @@ def tensor_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (spec.vocab_size, hidden)
 
 
+def spread(count: int) -> list[int]:
+    """The places of `count` tensors that samples are taken of: some at the begin, in the middle and at the end.
+
+    They are consecutive there, so that every kind of tensor is among them: fine-tuning may have changed a few kinds.
+    """
+    if count <= 3 * _RUN:
+        return list(range(count))
+    middle = (count - _RUN) // 2
+    return [*range(_RUN), *range(middle, middle + _RUN), *range(count - _RUN, count)]
+
+
+def sample(file: Storage, offset: int, nbytes: int) -> bytes:
+    """What lies in the middle of so many bytes."""
+    length = min(_SAMPLE, nbytes)
+    start = offset + (nbytes - length) // 2 // 4 * 4  # where elements of all dtypes of a module begin
+    taken = file.view(start, length).tobytes()
+    file.release(start, length)
+    return taken
+
+
 class Weights:
     """The tensors of a model, checked against its spec before any is read.
 
@@ -170,6 +194,11 @@ class Weights:
         """The dtype each tensor is stored in, by canonical name."""
         return {output: tensor.dtype for tensor in self._stored for output in self._recipes[tensor.name].outputs}
 
+    def samples(self) -> Iterator[bytes]:
+        """See ModelSource."""
+        for tensor in (self._stored[place] for place in spread(len(self._stored))):
+            yield sample(tensor.file, tensor.offset, tensor.nbytes)
+
     def __iter__(self) -> Iterator[WeightTensor]:
         """Canonical tensors in file order; the pages of each are given back once the next is asked for."""
         for tensor in self._stored:
@@ -220,3 +249,6 @@ class StoredModel:
 
     def tensors(self) -> Iterator[WeightTensor]:
         return iter(self._weights)
+
+    def samples(self) -> Iterator[bytes]:
+        return self._weights.samples()

@@ -6,25 +6,16 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 
 import zmq
 
 from ..ipc import SERVER_PID, Failed, FromEngine, Here, Ready, Stop
+from .deaths import OWN_SIGNALS, Deaths, ended_by, name_of
 from .link import Link
-
-_SIGNALS = {each.value: each.name for each in signal.Signals}
-# By which a program ends of itself. SIGKILL may be the system's answer to a lack of memory, or an operator's.
-_OWN_SIGNALS = {
-    signal.SIGABRT,
-    signal.SIGBUS,
-    signal.SIGFPE,
-    signal.SIGILL,
-    signal.SIGSEGV,
-    signal.SIGSYS,
-    signal.SIGTRAP,
-}
 
 
 class EngineProcess:
@@ -42,7 +33,11 @@ class EngineProcess:
         self._killed = False  # by us
         self.gone: asyncio.Future[None] = loop.create_future()  # rank 0 has ended; what has started it may not have
         self._rank_0 = -1  # a handle of it
+        self._rank_0_process: int | None = None  # once it has said that it is there
+        self._deaths: Deaths | None = None  # of ranks that a launcher has started
+        self._program = "the launcher"
         self._launched = False  # by a launcher, which is the process that was started
+        self._by_launcher = False  # the same, as the command says it
         self._process: asyncio.subprocess.Process | None = None
         self._waiting: asyncio.Task[None] | None = None
         self._link = Link(context, self._take, self._take_garbage)
@@ -51,6 +46,8 @@ class EngineProcess:
 
     async def start(self, command: Sequence[str]) -> int:
         """Run the command; returns the pid. Raises OSError."""
+        self._program = os.path.basename(command[0])
+        self._by_launcher = command[0] != sys.executable  # else it is rank 0 itself
         self._process = await asyncio.create_subprocess_exec(
             *command,
             "--address",
@@ -75,6 +72,8 @@ class EngineProcess:
         finally:
             self._link.close()
             self._forget_rank_0()
+            if self._deaths is not None:
+                self._deaths.close()
 
     @property
     def failed(self) -> Failed | None:
@@ -88,11 +87,24 @@ class EngineProcess:
         if self.failed is not None:
             return self.failed.message
         if not self.exited.done():
-            return "the engine's rank 0 has ended, and what has started it has not"
+            who = f"{socket.gethostname()} (process {self._rank_0_process})"
+            return f"the engine's rank 0 on {who} has ended, and what has started it has not"
         code = self.exited.result()
+        if self._launched or self._by_launcher:
+            return self._launchers_last_words(code)
         if code >= 0:
             return f"the engine ended with exit code {code}"
-        return f"the engine was killed by {_SIGNALS.get(-code, f'signal {-code}')}"
+        return f"the engine was killed by {name_of(-code)}"
+
+    def _launchers_last_words(self, code: int) -> str:
+        how = f"ended with exit code {code}" if code >= 0 else f"was killed by {name_of(-code)}"
+        said = f"{self._program} {how}"
+        ended = ended_by(code)
+        if self._rank_0_process is not None and ended is not None:
+            return f"{self._deaths or 'a rank'} was ended by {ended[0]}, and the group with it ({said})"
+        if self._rank_0_process is None:
+            return f"the launcher {said} before rank 0 of the engine came"
+        return f"{said}; the first to end was {self._deaths}" if self._deaths else said
 
     @property
     def crashed(self) -> bool:
@@ -100,8 +112,10 @@ class EngineProcess:
         if self.failed is not None:
             return not self.failed.outside
         code = self.exited.result()
-        # A launcher's exit code does not tell.
-        return self._killed or (code > 0 and not self._launched) or -code in _OWN_SIGNALS
+        if self._launched and code > 0:
+            ended = ended_by(code)  # other exit codes of a launcher do not tell
+            return self._killed or (ended is not None and ended[1])
+        return self._killed or code > 0 or -code in OWN_SIGNALS
 
     async def _wait(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
@@ -135,12 +149,15 @@ class EngineProcess:
         elif isinstance(message, Ready):
             if not self.ready.done():
                 self.ready.set_result(message)
+                if self._launched and self._deaths is None:
+                    self._deaths = Deaths(message.info.get("ranks", []))
         elif self.on_message is not None:
             self.on_message(message)
 
     def _know(self, rank_0: int) -> None:
         """mpiexec may not end when it has, and srun's processes are slurmd's, in no process group of ours."""
         self._forget_rank_0()
+        self._rank_0_process = rank_0
         self._launched = self._process is not None and self._process.pid != rank_0
         with contextlib.suppress(AttributeError, OSError):  # no such handles on this system, or it has ended
             self._rank_0 = os.pidfd_open(rank_0)

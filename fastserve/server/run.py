@@ -88,13 +88,15 @@ async def serve(
             if not starting.done():
                 return INTERRUPTED if life.interrupts else 0
             await starting
+            try:
+                bound.listen(server.config.backlog)  # whoever is told the address may connect at once
+            except OSError as error:  # somebody else bound the port, too, and listened first
+                raise _cannot_bind(service.settings, error) from None
             if on_ready is not None:
                 on_ready(url_of(bound))
             draining = asyncio.ensure_future(life.drain())
             try:
                 await server.serve(sockets=[bound])
-            except OSError as error:  # somebody else bound the port, too, and listened first
-                raise _cannot_bind(service.settings, error) from None
             finally:
                 draining.cancel()
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -176,6 +177,15 @@ def test_what_one_rank_lacks_is_told_by_rank_0(model: str, tmp_path: Path) -> No
 
 
 @with_mpi
+def test_a_worker_by_hand_says_why_it_does_not_start() -> None:
+    program = [sys.executable, "-m", "fastserve.worker", "--address", "ipc:///nowhere"]
+    options = '{"model": "/nowhere/model", "tensor_parallel_size": 2}'
+    command = [str(MPIEXEC), "-n", "2", *program, "--options", options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "/nowhere/model: no such file" in done.stderr
+
+
+@with_mpi
 def test_the_command_gets_its_prompt_on_rank_0(model: str) -> None:
     command = [str(MPIEXEC), "-n", "2", sys.executable, "-m", "fastserve", "generate", "--model", model]
     sizes = ["--tensor-parallel-size", "2", "--max-tokens", "5", "--temperature", "0", "--ignore-eos"]
@@ -191,6 +201,14 @@ def test_ranks_of_different_models_do_not_start(model: str, tmp_path: Path) -> N
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'))
     done = mpiexec(2, model, "2", "1", other)
     assert done.returncode != 0
+    assert "model: must be the same on all ranks: rank 1 on " in done.stderr
+
+
+@with_mpi
+def test_ranks_of_other_weights_do_not_start(model: str, tmp_path: Path) -> None:
+    """A stale copy on one host: a model of the same shape."""
+    done = mpiexec(2, model, "2", "1", str(tiny_model.write(tmp_path / "other", seed=1)))
+    assert done.returncode != 0 and done.stdout == ""
     assert "model: must be the same on all ranks: rank 1 on " in done.stderr
 
 
@@ -232,6 +250,24 @@ def test_the_server_says_which_rank_of_the_last_stage_hangs(model: str) -> None:
             assert (await server.health())["engine"]["restarts"] == 1
             said = server.log()
             assert re.search(rf"has waited [\d.]+ seconds for rank 1 on .* \(process {hung}\)", said), said
+
+    asyncio.run(work())
+
+
+def test_a_stopped_rank_does_not_outlive_a_killed_server(model: str) -> None:
+    """It cannot notice that it is alone: rank 0 ends it."""
+
+    async def work() -> None:
+        async with Server(["--model", model, "--pipeline-parallel-size", "2", "--kv-cache-memory", "1M"]) as server:
+            handles = [os.pidfd_open(pid) for pid in await server.engines()]
+            os.kill((await server.engines())[1], signal.SIGSTOP)
+            os.kill(server.pid, signal.SIGKILL)
+            try:
+                for handle in handles:
+                    assert select.select([handle], [], [], 30.0)[0]
+            finally:
+                for handle in handles:
+                    os.close(handle)
 
     asyncio.run(work())
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -105,3 +107,33 @@ def test_the_failure_says_all_there_is() -> None:
         ranks.wait()
     assert (caught.value.rank, caught.value.status) == (0, -signal.SIGABRT)
     assert str(ranks.processes[0]) in str(caught.value)
+
+
+FORKS = """
+import os, signal, sys
+from fastserve.ranks import Ranks
+
+RANK = "from fastserve.ranks import end_with_launcher; import signal; end_with_launcher(); signal.pause()"
+ranks = Ranks([sys.executable, "-c", RANK], 2, first=1)
+child = os.fork()
+if child:
+    print(child, *ranks.processes, flush=True)
+signal.pause()
+"""
+
+
+def test_a_forked_child_of_the_launcher_keeps_no_ranks_alive() -> None:
+    """Such as a worker of multiprocessing, which goes on when its parent has been killed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen([sys.executable, "-c", FORKS], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        child, rank = map(int, parent.stdout.readline().split())
+        handle = os.pidfd_open(rank)
+        parent.kill()
+        try:
+            assert select.select([handle], [], [], 30.0)[0]
+        finally:
+            os.close(handle)
+            for process in (child, rank):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)

@@ -117,6 +117,9 @@ class SyntheticModel:
             data = np.ascontiguousarray(values, np.float32)
             yield WeightTensor(name, "f32", shape, data.view(np.uint8).reshape(-1))
 
+    def samples(self) -> Iterator[bytes]:
+        yield str(self._seed).encode()
+
     def tokenizer_data(self) -> TokenizerData | None:
         return None
 

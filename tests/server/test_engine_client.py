@@ -424,7 +424,7 @@ def test_rank_0_is_killed_wherever_its_launcher_has_put_it() -> None:
 @pytest.mark.parametrize(
     ("end", "reason"),
     [
-        ("pass", "has ended, and what has started it has not"),
+        ("pass", "rank 0 on .* \\(process \\d+\\) has ended, and what has started it has not"),
         ("socket.send(msgspec.msgpack.encode(Failed('no memory', None)))", "no memory"),
     ],
 )
@@ -435,6 +435,72 @@ def test_a_launcher_that_outlives_rank_0_is_ended(end: str, reason: str) -> None
     async def work() -> None:
         client = EngineClient([sys.executable, "-c", f"{program}    {end}"], None, health=Health(heartbeat_timeout=2.0))
         with pytest.raises(EngineStartError, match=reason):
+            await client.start()
+
+    run(work())
+
+
+# Three ranks of one host; the launcher ends as MPICH's does when one of them is killed: with the others, and a code.
+GROUP = """
+import msgspec, os, signal, subprocess, sys, zmq
+from fastserve.ipc import Here, Ready
+sleepers = [subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]) for _ in range(3)]
+pids = [each.pid for each in sleepers]
+with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+    socket.connect(sys.argv[-1])
+    ranks = [dict(rank=rank, process=pid, host=HOSTS[rank]) for rank, pid in enumerate(pids)]
+    for message in Here(pids[0]), Ready(pids, dict(ranks=ranks), 1, 1):
+        socket.send(msgspec.msgpack.encode(message))
+sleepers[VICTIM].wait()
+for each in sleepers:
+    each.kill()
+os._exit(CODE)
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize(("code", "signal_name", "crashed"), [(9, "SIGKILL", False), (139, "SIGSEGV", True)])
+def test_a_rank_that_its_launcher_has_no_word_for_is_named(
+    victim: int, code: int, signal_name: str, crashed: bool
+) -> None:
+    """Hydra kills the others before rank 0 can speak. Only the group's own signals are a job's fault."""
+
+    async def work() -> None:
+        program = f"HOSTS, VICTIM, CODE = ['here'] * 3, {victim}, {code}\n{GROUP}"
+        with zmq.Context() as context:
+            engine = EngineProcess(context)
+            await engine.start([sys.executable, "-c", program])
+            pid = (await engine.ready).pids[victim]
+            os.kill(pid, signal.SIGKILL)
+            await engine.exited
+            await engine.end(0.0)
+            assert engine.last_words().startswith(
+                f"rank {victim} on here (process {pid}) was ended by {signal_name}, and the group with it ("
+            )
+            assert engine.crashed is crashed
+
+    run(work())
+
+
+def test_a_rank_of_several_hosts_is_not_guessed() -> None:
+    async def work() -> None:
+        program = f"HOSTS, VICTIM, CODE = ['here', 'here', 'there'], 1, 9\n{GROUP}"
+        with zmq.Context() as context:
+            engine = EngineProcess(context)
+            await engine.start([sys.executable, "-c", program])
+            os.kill((await engine.ready).pids[1], signal.SIGKILL)
+            await engine.exited
+            await engine.end(0.0)
+            assert engine.last_words().startswith("a rank on here or there was ended by SIGKILL")
+            assert not engine.crashed
+
+    run(work())
+
+
+def test_a_launcher_that_ends_before_rank_0_comes() -> None:
+    async def work() -> None:
+        client = EngineClient(["false"], None)
+        with pytest.raises(EngineStartError, match=r"^the launcher false ended with exit code 1 before rank 0 "):
             await client.start()
 
     run(work())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -14,8 +15,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from toy_engine import ToyEngine
 
 from fastserve.cli import main
+from fastserve.server.app import create_app
+from fastserve.server.run import bind, serve
+from fastserve.server.service import Service
 from fastserve.server.settings import ServerSettings
 from fastserve.server.supervisor import BackOff, EngineStartError, Health
 
@@ -29,12 +34,6 @@ class Process:
         self.process = process
         self.url = process.stdout.readline().strip()
         self.client = httpx.Client(base_url=self.url, timeout=60)
-        self._until_it_listens()
-
-    def _until_it_listens(self) -> None:
-        while True:
-            with contextlib.suppress(httpx.ConnectError):
-                return self.client.get("/health").raise_for_status() and None
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
@@ -113,6 +112,22 @@ def test_an_idle_server_ends_at_once() -> None:
     with server(1000) as served:
         served.signal(signal.SIGINT)
         assert served.process.wait(60) == 0
+
+
+def test_the_address_is_told_when_clients_may_connect() -> None:
+    async def work() -> int:
+        settings = ServerSettings(model="toy", port=0)
+        engine = ToyEngine()
+        service = Service(settings, engine, engine.tokenizer)
+        bound = bind(settings)
+
+        def ready(url: str) -> None:
+            socket.create_connection(bound.getsockname(), 60).close()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        return await serve(service, create_app(service), bound, on_ready=ready)
+
+    assert asyncio.run(work()) == 0
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ ARROWS: dict[str, set[str] | None] = {
         "assembly", "config", "distributed", "engine", "engine_options", "ipc", "loaders", "monitor", "placement",
         "types",
     },
-    "__init__": {"llm", "async_llm", "cost", "loaders", "outputs", "serving", "types", "version"},
+    "__init__": {"llm", "async_llm", "cost", "distributed", "loaders", "outputs", "serving", "types", "version"},
     "__main__": {"cli"},
     "cli": None,
     "bench": None,

@@ -20,6 +20,7 @@ from toy_llm import CONTEXT, COST, ToyWorld
 from fastserve import LLM, worker
 from fastserve.engine_options import EngineOptions
 from fastserve.ipc import (
+    SERVER_PID,
     Abort,
     Add,
     Failed,
@@ -329,14 +330,23 @@ def test_an_engine_that_cannot_go_on_says_why(start: Any, world: ToyWorld, capfd
         ({"beam_width": 3}, None),
     ],
 )
+@pytest.mark.parametrize("by_hand", [False, True])
 def test_an_engine_that_cannot_start_says_why(
-    start: Any, options: dict[str, Any], failed: Failed | None, capfd: pytest.CaptureFixture[str]
+    start: Any,
+    options: dict[str, Any],
+    failed: Failed | None,
+    by_hand: bool,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """To its server; by hand, it says so to whoever looks at it, too."""
+    if not by_hand:
+        monkeypatch.setenv(SERVER_PID, str(os.getpid()))
     server = start(**options)
     said = server.hear(Failed)
     assert said.field == next(iter(options)) and "\n" not in said.message
     assert failed is None or said == failed
-    assert server.ended() == 2 and capfd.readouterr().err == ""
+    assert server.ended() == 2 and capfd.readouterr().err.count("\n") == by_hand
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,6 +61,9 @@ class ToySource:
     weights_dtype = "f32"
     num_parameters = 0
     dtypes = {name: "f32" for name, _ in tensor_shapes(SPEC)}  # noqa: RUF012
+
+    def samples(self) -> Iterator[bytes]:
+        return iter(())
 
     def tokenizer_data(self) -> TokenizerData | None:
         return TokenizerData(json=_tokenizer_json(), chat_template=TEMPLATE)
