@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <cstdlib>
+#include <string_view>
 
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/kv_layout.h"
@@ -35,16 +36,24 @@ MakeCudaBackend load_plugin() {
   return reinterpret_cast<MakeCudaBackend>(make);
 }
 
+constexpr std::string_view kCudaNumber = "cuda:";
+
+bool is_cuda(const std::string& device) {
+  if (!device.starts_with(kCudaNumber)) return device == "cuda";
+  const std::string number = device.substr(kCudaNumber.size());
+  return !number.empty() && number.size() < 4 && number.find_first_not_of("0123456789") == std::string::npos;
+}
+
 void check_cpu(const std::string& device) {
-  FS_CHECK(device == "cpu", "a device must be cpu or cuda, got '", device, "'");
+  FS_CHECK(device == "cpu", "a device must be cpu, cuda or one such as cuda:1, got '", device, "'");
 }
 
 }  // namespace
 
 std::unique_ptr<Backend> make_backend(const std::string& device, DType dtype, int threads) {
-  if (device == "cuda") {
+  if (is_cuda(device)) {
     static const MakeCudaBackend make = load_plugin();
-    return std::unique_ptr<Backend>(make(dtype));
+    return std::unique_ptr<Backend>(make(dtype, device == "cuda" ? 0 : std::stoi(device.substr(kCudaNumber.size()))));
   }
   check_cpu(device);
   FS_CHECK(dtype != DType::kFloat16, "the CPU does not compute in float16: use bfloat16 or float32");
@@ -52,7 +61,7 @@ std::unique_ptr<Backend> make_backend(const std::string& device, DType dtype, in
 }
 
 int64_t block_bytes(const std::string& device, const KvShape& shape) {
-  if (device == "cuda") return cuda::layout_of(shape).block_bytes();
+  if (is_cuda(device)) return cuda::layout_of(shape).block_bytes();
   check_cpu(device);
   return cpu::layout_of(shape).block_bytes();
 }

@@ -70,8 +70,8 @@ DeviceBatch BatchUploader::lay_out(int64_t tokens, const Batch& batch, cudaStrea
       words_[decode_rows + result.num_decodes++] = static_cast<int32_t>(r);
       words_[logit_tokens + r] = static_cast<int32_t>(r);
     }
-    result.max_context = static_cast<int64_t>(
-        std::bit_ceil(static_cast<uint64_t>(std::max(result.max_context, kSegment))));
+    result.max_context =
+        static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max(result.max_context, kSegment))));
   }
   result.num_tiles = static_cast<int64_t>(tiles.size());
   const size_t tile_words = place(2 * tiles.size()), table_words = place(tables.size());  // of any length, so last

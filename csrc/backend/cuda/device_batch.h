@@ -16,8 +16,8 @@ class BatchUploader {
  public:
   explicit BatchUploader(int64_t block_size) : block_size_(block_size) {}
 
-  // Queues the upload on the stream. The result holds until the next one, whose upload waits for what is queued before it.
-  // A batch that can be replayed has one token a row and wants all of their logits; it is filled up, and its
+  // Queues the upload on the stream. The result holds until the next one, whose upload waits for what is queued before
+  // it. A batch that can be replayed has one token a row and wants all of their logits; it is filled up, and its
   // max_context rounded up, so that batches whose counts are equal lie at equal addresses.
   DeviceBatch upload(const Batch& batch, cudaStream_t stream);
   bool replayable() const { return replayable_; }
