@@ -133,7 +133,7 @@ class CudaBackend final : public Backend {
     const bool by_token = args.by == EmbeddedBy::kToken;
     cuda::embed({.table = table.view(),
                  .ids = by_token ? batch_.token_ids : batch_.positions,
-                 .last_sampled = by_token ? last_sampled_ : nullptr,
+                 .last_sampled = by_token && sampler_ != nullptr ? sampler_->last_sampled() : nullptr,
                  .first = static_cast<int32_t>(args.first),
                  .count = static_cast<int32_t>(table.n),
                  .tokens = batch_.num_tokens,
@@ -215,8 +215,8 @@ class CudaBackend final : public Backend {
 
   std::unique_ptr<TokenSampler> make_sampler(int64_t vocab_size) override {
     use_device();
-    auto sampler = std::make_unique<CudaSampler>(vocab_size, compute_);
-    last_sampled_ = sampler->last_sampled();
+    auto sampler = std::make_unique<CudaSampler>(vocab_size, compute_, [this] { graphs_.clear(); });
+    sampler_ = sampler.get();
     return sampler;
   }
 
@@ -260,8 +260,8 @@ class CudaBackend final : public Backend {
   std::unique_ptr<BatchUploader> batches_;
   DeviceBatch batch_{};
   Graphs graphs_;
-  Memory workspace_;  // of attention
-  const int32_t* last_sampled_ = nullptr;
+  Memory workspace_;                      // of attention
+  const CudaSampler* sampler_ = nullptr;  // the runtime's
   std::vector<std::unique_ptr<Done>> idle_;
   std::deque<std::unique_ptr<Done>> queued_;
 };
