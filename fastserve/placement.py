@@ -97,7 +97,7 @@ class Placement:
         return len(here), max(1, math.floor(share + 1e-9))
 
     def device(self, device: str) -> str:
-        """The device of this rank: those of one host that are told `cuda` take one each, in the order of their ranks."""
+        """The device of this rank: those of one host that are told `cuda` take one each, in rank order."""
         if device != "cuda" or not self.members:
             return device
         host = self.members[self.rank]["host"]
