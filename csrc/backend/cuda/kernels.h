@@ -30,7 +30,7 @@ struct BatchRow {
 struct PrefillTile {
   int32_t row, first;
 };
-constexpr int kPrefillTile = 64;  // tokens
+constexpr int kPrefillTile = 128;  // tokens
 
 struct DeviceBatch {
   // Known to the host:
@@ -142,7 +142,7 @@ void activate(DType dtype, Activation kind, bool gated, void* x, int64_t tokens,
 // output[i] += input[i]
 void add(const float* input, float* output, int64_t count, cudaStream_t stream);
 
-// ---- attention (attention.cu, attention_f32.cu)
+// ---- attention (attention.cu, attention_{prefill,decode,f32}.cu)
 
 struct AttentionCall {
   DType dtype;
@@ -156,7 +156,8 @@ struct AttentionCall {
   float scale;           // applied to q · k
   KvView pool;
   int64_t layer;
-  void* workspace;  // attention_workspace() bytes
+  void* workspace;    // attention_workspace() bytes
+  int32_t* counters;  // [decodes · num_heads]: zeros, which they are again when it is done
 };
 // Causal attention of every token over its job's pool blocks, its own chunk included (which is in the pool by now).
 // Contexts are cut at absolute multiples of kSegment positions; segments merge in ascending order.
