@@ -49,15 +49,17 @@ void attention(const AttentionCall& call, const DeviceBatch& batch, cudaStream_t
     attention_prefill(call.dtype, shape, batch.tiles, batch.num_tiles, block_warps, stream);
   }
   if (batch.num_decodes > 0) {
-    const int64_t pairs = batch.num_decodes * call.pool.num_kv_heads;
-    attention_decode(call.dtype, shape, batch.decode_rows, batch.num_decodes, batch.max_context,
-                     ceil_div(kDecodeBlocks, pairs), call.workspace, call.counters, stream);
+    const int64_t splits = batch.num_decodes * call.num_heads <= kCounters
+                               ? ceil_div(kDecodeBlocks, batch.num_decodes * call.pool.num_kv_heads)
+                               : 1;
+    attention_decode(call.dtype, shape, batch.decode_rows, batch.num_decodes, batch.max_context, splits, call.workspace,
+                     stream);
   }
 }
 
 int64_t attention_workspace(int64_t num_heads, int64_t head_dim, int64_t decodes, int64_t max_context) {
   const int64_t row_floats = round_up(head_dim, 16) + 2;
-  return decodes * num_heads * ceil_div(max_context, kSegment) * row_floats * static_cast<int64_t>(sizeof(float));
+  return 4 * (kCounters + decodes * num_heads * ceil_div(max_context, kSegment) * row_floats);
 }
 
 }  // namespace fastserve::cuda

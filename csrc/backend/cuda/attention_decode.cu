@@ -10,7 +10,7 @@ namespace fastserve::cuda {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
-constexpr int kAhead = 16;                  // segments that a merging thread has on their way at once
+constexpr int kAhead = 8;                   // segments that a merging thread has on their way at once
 constexpr int kScoreStride = kKeyTile + 8;  // floats: eight lanes' rows lie in different banks
 
 template <int kDim>
@@ -19,7 +19,9 @@ constexpr int kValueDim = kDim < 128 ? kDim : 128;
 // Tiles of K or V in shared memory, all but one of which are on their way: an even number, 64 KiB. Of such blocks a
 // multiprocessor has kBlocks, if it has as much shared memory.
 template <int kDim>
-constexpr int kStages = kDim == 64 ? 8 : kDim == 128 ? 4 : 2;
+constexpr int kStages = kDim == 64    ? 8
+                        : kDim == 128 ? 4
+                                      : 2;
 template <int kDim>
 constexpr int kBlocks = kDim == 256 ? 2 : 3;
 template <int kDim>
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
   };
   keys.find(position(0));
   values.find(position(0));
-#pragma unroll
+#pragma unroll 1
   for (int item = 0; item < kStages<kDim> - 1; item += 2) {
     copy(keys, item);
     if (item + 1 < kStages<kDim> - 1) copy(values, item + 1);
@@ -230,12 +232,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
 }  // namespace
 
 void attention_decode(DType dtype, const AttentionShape& shape, const int32_t* decode_rows, int64_t num_decodes,
-                      int64_t max_context, int64_t splits, void* workspace, int32_t* counters, cudaStream_t stream) {
+                      int64_t max_context, int64_t splits, void* workspace, cudaStream_t stream) {
   const int64_t segments = ceil_div(max_context, kSegment);
-  const Partials partials = {static_cast<float*>(workspace),
-                             reinterpret_cast<float2*>(static_cast<float*>(workspace) +
-                                                       num_decodes * shape.num_heads * segments * shape.row_bytes / 2),
-                             static_cast<int>(segments), counters};
+  auto* counters = static_cast<int32_t*>(workspace);
+  auto* out = reinterpret_cast<float*>(counters + kCounters);
+  auto* stats = reinterpret_cast<float2*>(out + num_decodes * shape.num_heads * segments * (shape.row_bytes / 2));
+  const Partials partials = {out, stats, static_cast<int>(segments), counters};
   const int group = shape.query_group < shape.num_heads ? shape.query_group : shape.num_heads;
   const int passes = static_cast<int>(ceil_div(group, kWarpVectors));
   const auto run = [&](auto kernel, int parts, size_t shared_bytes) {

@@ -30,9 +30,13 @@ constexpr int64_t kMaxHeadDim = 256;
 void attention_prefill(DType dtype, const AttentionShape& shape, const PrefillTile* tiles, int64_t num_tiles,
                        int block_warps, cudaStream_t stream);
 
-// 16-bit types. Up to `splits` blocks share a row's segments of one KV head.
+// Workspaces begin with this many int32, of which each row and head has one; it is zero between calls.
+constexpr int64_t kCounters = 65536;
+
+// 16-bit types. Up to `splits` blocks share a row's segments of one KV head; more than one only if there are as many
+// counters as rows times heads.
 void attention_decode(DType dtype, const AttentionShape& shape, const int32_t* decode_rows, int64_t num_decodes,
-                      int64_t max_context, int64_t splits, void* workspace, int32_t* counters, cudaStream_t stream);
+                      int64_t max_context, int64_t splits, void* workspace, cudaStream_t stream);
 
 // float32: every token of the batch.
 void attention_f32(const AttentionShape& shape, const int32_t* token_rows, int64_t num_tokens, cudaStream_t stream);

@@ -150,8 +150,9 @@ struct AttentionCall {
   float scale;           // applied to q · k
   KvView pool;
   int64_t layer;
-  void* workspace;    // attention_workspace() bytes
-  int32_t* counters;  // [decodes · num_heads]: zeros, which they are again when it is done
+  // attention_workspace() bytes, 16-byte aligned and zero before the first call, and nobody else's: it begins with
+  // counters that every call leaves at zero.
+  void* workspace;
 };
 // Causal attention of every token over its job's pool blocks, its own chunk included (which is in the pool by now).
 // Contexts are cut at absolute multiples of kSegment positions; segments merge in ascending order.
