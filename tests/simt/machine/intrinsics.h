@@ -21,6 +21,9 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, const simt::Site& site = sim
   simt::meet("__syncwarp", mask, site, nullptr, nullptr);
 }
 
+// Blocks run one after the other and threads until they wait, so that every write is seen at once as it is.
+inline void __threadfence() {}
+
 // ---- shuffles: each lane brings a value and the number of the lane whose value it wants
 
 namespace simt {
