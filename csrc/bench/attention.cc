@@ -36,16 +36,16 @@ class Attention {
         scale_(1.0f / std::sqrt(static_cast<float>(spec.head_dim))),
         heads_(spec.num_heads),
         tables_(batch.jobs * blocks_) {
-    layout_ = {format, 1, spec.num_kv_heads, spec.head_dim, block_size};
-    const int64_t layer_bytes = layout_.block_bytes() * blocks_ * batch.jobs;
-    layout_.num_layers = std::clamp<int64_t>(ceil_div(cold_bytes, layer_bytes), 1, spec.num_layers);
-    const double bytes = static_cast<double>(layer_bytes) * static_cast<double>(layout_.num_layers);
+    shape_ = {format, 1, spec.num_kv_heads, spec.head_dim, block_size};
+    const int64_t layer_bytes = backend_->block_bytes(shape_) * blocks_ * batch.jobs;
+    shape_.num_layers = std::clamp<int64_t>(ceil_div(cold_bytes, layer_bytes), 1, spec.num_layers);
+    const double bytes = static_cast<double>(layer_bytes) * static_cast<double>(shape_.num_layers);
     if (bytes > kMostBytes) {
       throw UsageError("keys and values of " + std::to_string(batch.jobs) + " jobs of " +
                        std::to_string(batch.context) + " positions take more than 4 GB; name fewer or shorter ones");
     }
     pool_ = Buffer(static_cast<size_t>(bytes));
-    backend_->set_kv_pool(layout_, pool_.as<char>());
+    backend_->set_kv_pool(shape_, pool_.as<char>());
     std::iota(tables_.begin(), tables_.end(), 0);
 
     const int64_t tokens = std::max(kStored, batch.jobs * batch.tokens);
@@ -57,6 +57,7 @@ class Attention {
     for (int64_t job = 0; job < batch.jobs; ++job) {
       rows_.push_back({job * batch.tokens, batch.tokens, batch.context - batch.tokens, &tables_[job * blocks_]});
     }
+    backend_->begin({.rows = rows_, .token_ids = {}, .positions = {}, .logit_tokens = {}});
   }
 
   Work work(const ModelSpec& spec) const {
@@ -65,8 +66,8 @@ class Attention {
     const double pairs = jobs * tokens * (context - (tokens - 1) / 2);
     const auto width = static_cast<double>(spec.head_dim);
     return {jobs * context * 2 * static_cast<double>(spec.num_kv_heads) * width *
-                static_cast<double>(size_of(layout_.format)),
-            4 * pairs * static_cast<double>(spec.num_heads) * width, arithmetic_of(layout_.format)};
+                static_cast<double>(size_of(shape_.format)),
+            4 * pairs * static_cast<double>(spec.num_heads) * width, arithmetic_of(shape_.format)};
   }
 
   double seconds(int64_t calls) {
@@ -77,12 +78,10 @@ class Attention {
                                     .output = output_.as<float>(),
                                     .ld_output = ld_output_,
                                     .num_heads = heads_,
-                                    .query_group = heads_ / layout_.num_kv_heads,
+                                    .query_group = heads_ / shape_.num_kv_heads,
                                     .query_offset = 0,
                                     .scale = scale_,
-                                    .rows = rows_.data(),
-                                    .num_rows = static_cast<int64_t>(rows_.size()),
-                                    .layer = layer_++ % layout_.num_layers});
+                                    .layer = layer_++ % shape_.num_layers});
              }
            }) /
            static_cast<double>(calls);
@@ -90,10 +89,11 @@ class Attention {
 
  private:
   void store() {
-    for (int64_t layer = 0; layer < layout_.num_layers; ++layer) {
+    for (int64_t layer = 0; layer < shape_.num_layers; ++layer) {
       for (int64_t job = 0; job < batch_.jobs; ++job) {
         for (int64_t start = 0; start < batch_.context; start += kStored) {
           const Row row{0, std::min(kStored, batch_.context - start), start, &tables_[job * blocks_]};
+          backend_->begin({.rows = {&row, 1}, .token_ids = {}, .positions = {}, .logit_tokens = {}});
           backend_->rope_and_store({.qkv = qkv_.as<float>(),
                                     .ld = ld_,
                                     .cos_sin = nullptr,
@@ -102,8 +102,6 @@ class Attention {
                                     .k_norm = nullptr,
                                     .eps = 0,
                                     .num_heads = heads_,
-                                    .rows = &row,
-                                    .num_rows = 1,
                                     .layer = layer});
         }
       }
@@ -116,7 +114,7 @@ class Attention {
   float scale_;
   int64_t heads_;
   std::vector<int32_t> tables_;
-  KvLayout layout_{};
+  KvShape shape_{};
   Buffer pool_, qkv_, output_;
   std::vector<Row> rows_;
   int64_t layer_ = 0;

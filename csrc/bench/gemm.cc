@@ -68,6 +68,7 @@ class Product {
                               .output = output_.as<float>(),
                               .ld_output = ld_output_,
                               .m = rows,
+                              .wide = true,
                               .accumulate = false});
              }
            }) /

@@ -224,7 +224,8 @@ std::unique_ptr<Runtime> random_model(const Candidate& candidate, const RuntimeS
     matrices.push_back({prefix + "up.weight", {spec.intermediate_size, hidden}});
     matrices.push_back({prefix + "down.weight", {hidden, spec.intermediate_size}});
   }
-  RuntimeOptions given{.dtype = candidate.format == WeightFormat::kFloat32 ? DType::kFloat32 : DType::kBFloat16,
+  RuntimeOptions given{.device = "cpu",
+                       .dtype = candidate.format == WeightFormat::kFloat32 ? DType::kFloat32 : DType::kBFloat16,
                        .kv_format = candidate.kv,
                        .block_size = size.block_size,
                        .num_blocks = size.num_blocks,

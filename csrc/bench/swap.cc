@@ -4,9 +4,11 @@
 #include <numeric>
 #include <thread>
 
+#include "backend/device.h"
 #include "bench/limits.h"
 #include "bench/random_model.h"
 #include "runtime/copy_engine.h"
+#include "runtime/runtime.h"
 
 namespace {
 
@@ -23,11 +25,12 @@ struct Case {
 // Two arenas of `blocks` blocks each, half of them for either direction.
 class Tiers {
  public:
-  Tiers(const KvLayout& layout, int64_t blocks) : pool_(layout, blocks, blocks), engine_(pool_, 0), blocks_(blocks) {
+  Tiers(Backend& backend, const KvShape& shape, int64_t blocks)
+      : pool_(backend, shape, blocks, blocks), engine_(pool_, 0), blocks_(blocks) {
     for (const Tier tier : {Tier::kDevice, Tier::kHost}) std::memset(pool_.block(tier, 0), 1, blocks * block_bytes());
   }
 
-  int64_t block_bytes() const { return pool_.layout().block_bytes(); }
+  int64_t block_bytes() const { return pool_.block_bytes(); }
   int64_t half() const { return blocks_ / 2; }
   static int streams(const Case& test) { return std::string(test.direction) == "both" ? 2 : 1; }
 
@@ -82,6 +85,7 @@ void run(const Options& options, Report& report) {
   const auto sizes = options.integers("blocks", 1, 1 << 20);
   Limits limits(options, report.isa());
 
+  const auto backend = make_backend("cpu", DType::kFloat32, options.threads());
   report.columns({{"preset", "model"},
                   {"dtype", "dtype"},
                   {"direction", "direction"},
@@ -95,9 +99,9 @@ void run(const Options& options, Report& report) {
                   {"read_percent", "% of read", 1}});
   for (const std::string& name : presets) {
     for (const std::string& dtype : dtypes) {
-      const KvLayout layout = Runtime::kv_layout(preset(name), parse_kv_format(dtype), block_size);
-      const int64_t blocks = 2 * ceil_div(options.cold_bytes() / 2, layout.block_bytes());
-      Tiers tiers(layout, blocks);
+      const KvShape shape = Runtime::kv_shape(preset(name), parse_kv_format(dtype), block_size);
+      const int64_t blocks = 2 * ceil_div(options.cold_bytes() / 2, backend->block_bytes(shape));
+      Tiers tiers(*backend, shape, blocks);
       std::vector<Case> cases;
       for (const char* direction : {"offload", "upload", "both"}) {
         for (const char* where : {"together", "apart"}) {

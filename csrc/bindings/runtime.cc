@@ -10,6 +10,7 @@
 #include <tuple>
 #include <utility>
 
+#include "backend/device.h"
 #include "bindings/arrays.h"
 #include "bindings/communicator.h"
 #include "bindings/plan.h"
@@ -120,17 +121,13 @@ py::tuple write_result(StepResult result, int64_t vocab_size) {
 struct PyRuntime {
   PyRuntime(const py::handle& spec, const std::string& dtype, const std::string& kv_dtype, int64_t block_size,
             int64_t num_blocks, int64_t max_tokens, int threads, int64_t num_host_blocks, int64_t swap_bandwidth,
-            const std::map<std::string, std::string>& formats, const py::object& shard, py::object given_links)
+            const std::map<std::string, std::string>& formats, const py::object& shard, py::object given_links,
+            const std::string& device)
       : links(std::move(given_links)),
         model(read_spec(spec)),
-        options{parse_dtype(dtype),
-                parse_kv_format(kv_dtype),
-                block_size,
-                num_blocks,
-                max_tokens,
-                threads,
-                num_host_blocks,
-                swap_bandwidth,
+        options{device,     parse_dtype(dtype), parse_kv_format(kv_dtype),
+                block_size, num_blocks,         max_tokens,
+                threads,    num_host_blocks,    swap_bandwidth,
                 {}} {
     for (const auto& [name, format] : formats) options.formats[name] = parse_weight_format(format);
     FS_CHECK(block_size > 0 && num_blocks > 0 && max_tokens > 0 && threads >= 0,
@@ -170,11 +167,12 @@ struct PyRuntime {
 void register_runtime(py::module_& module) {
   py::class_<PyRuntime>(module, "Runtime", "Executes batch plans in submission order on a thread of its own.")
       .def(py::init<const py::handle&, const std::string&, const std::string&, int64_t, int64_t, int64_t, int, int64_t,
-                    int64_t, const std::map<std::string, std::string>&, const py::object&, py::object>(),
+                    int64_t, const std::map<std::string, std::string>&, const py::object&, py::object,
+                    const std::string&>(),
            py::arg("spec"), py::arg("dtype"), py::arg("kv_dtype"), py::arg("block_size"), py::arg("num_blocks"),
            py::arg("max_tokens"), py::arg("threads"), py::arg("num_host_blocks") = 0, py::arg("swap_bandwidth") = 0,
            py::arg("formats") = std::map<std::string, std::string>(), py::arg("shard") = py::none(),
-           py::arg("links") = py::none())
+           py::arg("links") = py::none(), py::arg("device") = "cpu")
       .def(
           "load_tensor",
           [](PyRuntime& self, const std::string& name, const std::string& type, const std::vector<int64_t>& shape,
@@ -249,10 +247,11 @@ void register_runtime(py::module_& module) {
 
   module.def(
       "block_bytes",
-      [](const py::handle& spec, const std::string& kv_dtype, int64_t block_size) {
-        return Runtime::kv_layout(read_spec(spec), parse_kv_format(kv_dtype), block_size).block_bytes();
+      [](const py::handle& spec, const std::string& kv_dtype, int64_t block_size, const std::string& device) {
+        return block_bytes(device, Runtime::kv_shape(read_spec(spec), parse_kv_format(kv_dtype), block_size));
       },
-      py::arg("spec"), py::arg("kv_dtype"), py::arg("block_size"), "Bytes of one KV block of a model.");
+      py::arg("spec"), py::arg("kv_dtype"), py::arg("block_size"), py::arg("device") = "cpu",
+      "Bytes of one KV block of a model on a device.");
 }
 
 }  // namespace fastserve

@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "backend/backend.h"
+#include "backend/cuda/kv_layout.h"
 
 namespace fastserve::cuda {
 
@@ -51,16 +52,9 @@ struct DeviceBatch {
   const int32_t* logit_tokens;  // [num_logits]: batch indices of the tokens whose logits are wanted
 };
 
-// ---- the KV pool, block-major: block b is [layers][kv heads][K, V][slots][head_dim_padded] from base + b ·
-// block_elements on. Rows of K and V are padded with zeros to a multiple of 16 elements, and so 16-byte aligned.
-struct KvView {
+// ---- the KV pool: block b lies from base + b · block_elements on
+struct KvView : KvLayout {
   void* base;
-  int64_t num_layers, num_kv_heads, head_dim, block_size;
-
-  int64_t head_dim_padded() const { return round_up(head_dim, 16); }
-  int64_t head_elements() const { return block_size * head_dim_padded(); }       // of K, or of V
-  int64_t layer_elements() const { return 2 * num_kv_heads * head_elements(); }  // one layer of a block
-  int64_t block_elements() const { return num_layers * layer_elements(); }
 };
 
 // ---- matrices (gemm.cu)

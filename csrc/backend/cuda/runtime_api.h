@@ -42,11 +42,14 @@ class Memory {
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
+  Place place() const { return place_; }
   size_t bytes() const { return bytes_; }
   template <class T>
   T* as() const {
     return static_cast<T*>(data_);
   }
+  // Gives the memory away: to cudaFree or cudaFreeHost, by its place.
+  void* release() { return std::exchange(data_, nullptr); }
 
  private:
   void free() {  // errors of a device that is gone have been reported where they came up
