@@ -24,8 +24,8 @@ __global__ void rotation_kernel(const int32_t* positions, int64_t tokens, const 
 // The vectors of a head, N elements each, go in couples: (i, i + half) first, which are rotated, then neighbours of
 // those that are not; the very last of these may be alone.
 struct Couples {
-  int half;      // vectors that have a partner to rotate with
-  int vectors;   // in all
+  int half;     // vectors that have a partner to rotate with
+  int vectors;  // in all
   __device__ __forceinline__ int count() const { return half + (vectors - 2 * half + 1) / 2; }
   __device__ __forceinline__ int first(int couple) const { return couple < half ? couple : 2 * couple; }
   __device__ __forceinline__ int second(int couple) const { return couple < half ? couple + half : 2 * couple + 1; }
@@ -138,12 +138,13 @@ void launch_rope(const RopeAndStoreCall& call, const DeviceBatch& batch, cudaStr
                        .block = call.pool.block_elements(),
                        .matrix = call.pool.head_elements(),
                        .padded = static_cast<int>(call.pool.head_dim_padded())};
-  launch(rope_kernel<T, N>,
-         {.grid = dim3(static_cast<unsigned>(batch.num_tokens), static_cast<unsigned>(ceil_div(heads * lanes, kThreads))),
-          .block = dim3(kThreads),
-          .shared_bytes = 0,
-          .stream = stream},
-         call, batch, pool, lanes);
+  launch(
+      rope_kernel<T, N>,
+      {.grid = dim3(static_cast<unsigned>(batch.num_tokens), static_cast<unsigned>(ceil_div(heads * lanes, kThreads))),
+       .block = dim3(kThreads),
+       .shared_bytes = 0,
+       .stream = stream},
+      call, batch, pool, lanes);
 }
 
 template <class T>

@@ -11,15 +11,15 @@
 
 namespace fastserve::cuda {
 
-constexpr int kGroup = 512;                // tokens that a warp takes at once
-constexpr int kPerLane = kGroup / kWarp;   // which are in steps of four
-constexpr int kBins = 1024;                // of a row's logits, by their distance from the maximum
+constexpr int kTokenGroup = 512;               // tokens that a warp takes at once
+constexpr int kPerLane = kTokenGroup / kWarp;  // which are in steps of four
+constexpr int kBins = 1024;                    // of a row's logits, by their distance from the maximum
 
 // Of one group of one row.
 struct GroupStats {
-  uint64_t best;    // rank() of the best token, as the sampler is to see it
-  float raw_max;    // of the logits as they came, where log-probabilities are wanted
-  float raw_sum;    // of e^(logit - raw_max)
+  uint64_t best;  // rank() of the best token, as the sampler is to see it
+  float raw_max;  // of the logits as they came, where log-probabilities are wanted
+  float raw_sum;  // of e^(logit - raw_max)
   uint32_t flags;
 };
 // flags:
@@ -51,8 +51,6 @@ void weigh(const SampleArguments& arguments, cudaStream_t stream);
 // choose: tokens and log-probabilities.
 void choose(const SampleArguments& arguments, cudaStream_t stream);
 
-#ifdef __CUDACC__
-
 // Increases with the number; -0 is 0.
 __device__ __forceinline__ uint32_t ordered(float x) {
   const uint32_t bits = __float_as_uint(x + 0.0f);
@@ -83,7 +81,7 @@ class RowLogits {
   // The id of element i of this lane's share of a group.
   static __device__ __forceinline__ int token(int group, int i) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    return group * kGroup + (i / 4 * kWarp + lane) * 4 + i % 4;
+    return group * kTokenGroup + (i / 4 * kWarp + lane) * 4 + i % 4;
   }
 
   // -infinity beyond the vocabulary.
@@ -202,7 +200,5 @@ class Weights {
 __device__ __forceinline__ bool truncates(const SampleRow& row, int64_t vocab) {
   return (row.top_k > 0 && row.top_k < vocab) || row.top_p < 1.0f;
 }
-
-#endif  // __CUDACC__
 
 }  // namespace fastserve::cuda

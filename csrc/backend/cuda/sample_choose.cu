@@ -7,10 +7,11 @@ namespace fastserve::cuda {
 namespace {
 
 // The logarithm of the sum of e^logit.
-__device__ __forceinline__ double normalizer(SelectScratch& scratch, const GroupStats* stats, int groups, float maximum) {
+__device__ __forceinline__ double normalizer(SelectScratch& scratch, const GroupStats* stats, int groups,
+                                             float maximum) {
   uint64_t sum = 0;
   for (int g = static_cast<int>(threadIdx.x); g < groups; g += kSelectThreads) {
-    // A group's sum is at most kGroup.
+    // A group's sum is at most kTokenGroup.
     sum += static_cast<uint64_t>(expf(stats[g].raw_max - maximum) * stats[g].raw_sum *
                                  static_cast<float>(1.0 / kWeightUnit));
   }
@@ -66,8 +67,8 @@ __global__ void __launch_bounds__(kSelectThreads) choose_kernel(SampleArguments 
   const Summary summary = summarize(stats, groups, scratch.select.sums);
   SampleResult result{.token = -1, .logprob = NAN, .error = summary.error};
   if (summary.error == SampleError::kNone) {
-    result.token = row.scale == 0.0f ? token_of(summary.best)
-                                     : draw(scratch, arguments, row, index, logit_of(summary.best));
+    result.token =
+        row.scale == 0.0f ? token_of(summary.best) : draw(scratch, arguments, row, index, logit_of(summary.best));
     if (row.logprobs >= 0) {
       const double sum = normalizer(scratch.select, stats, groups, summary.raw_max);
       result.logprob =
@@ -77,7 +78,8 @@ __global__ void __launch_bounds__(kSelectThreads) choose_kernel(SampleArguments 
   }
   if (threadIdx.x != 0) return;
   call.results[index] = result;
-  // An iteration that is queued already may refer to a token that could not be sampled. Any will do, since the job ends.
+  // An iteration that is queued already may refer to a token that could not be sampled. Any will do, since the job
+  // ends.
   if (row.slot >= 0) call.last_sampled[row.slot] = result.token >= 0 ? result.token : 0;
   if (row.counts != nullptr && result.token >= 0) row.counts[result.token] += 1;
 }

@@ -147,12 +147,12 @@ __device__ __forceinline__ int draw_plain(SelectScratch& scratch, const SampleRo
   const Selected group = select(scratch, bits_for(groups), target, [&](auto visit) {
     for (int g = thread; g < groups; g += kSelectThreads) visit(static_cast<uint32_t>(g), masses[g]);
   });
-  static_assert(kGroup == kSelectThreads);
-  const int first = static_cast<int>(group.key) * kGroup;
+  static_assert(kTokenGroup == kSelectThreads);
+  const int first = static_cast<int>(group.key) * kTokenGroup;
   const float logit = first + thread < vocab ? logits.at(first + thread) : -INFINITY;
   const uint64_t weight = logit >= weights.cut() ? weights.of(logit) : 0;
-  return first + static_cast<int>(
-                     find_exceeding<kGroup>(scratch, target - group.below, [&](int) { return weight; }).key);
+  return first +
+         static_cast<int>(find_exceeding<kTokenGroup>(scratch, target - group.below, [&](int) { return weight; }).key);
 }
 
 // The token of a row by its weights.

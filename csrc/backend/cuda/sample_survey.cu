@@ -5,7 +5,7 @@ namespace fastserve::cuda {
 
 namespace {
 
-constexpr int kGroupsOfBlock = 4;
+constexpr int kBlockGroups = 4;
 
 // Of numbers: bits that say whether they all are, and finite above.
 __device__ __forceinline__ uint32_t flags_of(const float (&x)[kPerLane], uint32_t not_a_number, uint32_t infinite) {
@@ -19,7 +19,8 @@ __device__ __forceinline__ uint32_t flags_of(const float (&x)[kPerLane], uint32_
 }
 
 // The `wanted` best tokens of a group, in descending order; 0 where the vocabulary ends before.
-__device__ __forceinline__ void find_tops(const float (&x)[kPerLane], int group, int vocab, int wanted, uint64_t* tops) {
+__device__ __forceinline__ void find_tops(const float (&x)[kPerLane], int group, int vocab, int wanted,
+                                          uint64_t* tops) {
   uint64_t last = ~uint64_t{0};
   for (int n = 0; n < wanted; ++n) {
     uint64_t best = 0;
@@ -34,22 +35,22 @@ __device__ __forceinline__ void find_tops(const float (&x)[kPerLane], int group,
   }
 }
 
-// Grid: (groups / kGroupsOfBlock, rows); one warp a group.
-__global__ void __launch_bounds__(kGroupsOfBlock* kWarp) survey_kernel(SampleArguments arguments) {
+// Grid: (groups / kBlockGroups, rows); one warp a group.
+__global__ void __launch_bounds__(kBlockGroups* kWarp) survey_kernel(SampleArguments arguments) {
   const SampleCall& call = arguments.call;
   const SampleWorkspace& work = arguments.work;
   const int64_t index = blockIdx.y;
   const SampleRow row = call.rows[index];
   if (row.logits < 0) return;
   const int vocab = static_cast<int>(call.vocab), thread = static_cast<int>(threadIdx.x);
-  const int group = static_cast<int>(blockIdx.x) * kGroupsOfBlock + thread / kWarp;
+  const int group = static_cast<int>(blockIdx.x) * kBlockGroups + thread / kWarp;
   const bool exists = group < work.groups;
   GroupStats stats{.best = 0, .raw_max = 0.0f, .raw_sum = 0.0f, .flags = 0};
   float x[kPerLane];
 
   if (truncates(row, call.vocab)) {
     const int step = static_cast<int>(gridDim.x * blockDim.x);
-    for (int b = static_cast<int>(blockIdx.x) * kGroupsOfBlock * kWarp + thread; b < kBins; b += step) {
+    for (int b = static_cast<int>(blockIdx.x) * kBlockGroups * kWarp + thread; b < kBins; b += step) {
       work.bin_mass[index * kBins + b] = 0;
       work.bin_count[index * kBins + b] = 0;
     }
@@ -72,8 +73,8 @@ __global__ void __launch_bounds__(kGroupsOfBlock* kWarp) survey_kernel(SampleArg
 
   if (row.biases + row.stops > 0) {  // a block changes the tokens that it reads
     float* logits = call.logits + row.logits * call.ld;
-    const int first = static_cast<int>(blockIdx.x) * kGroupsOfBlock * kGroup;
-    const int end = first + kGroupsOfBlock * kGroup < vocab ? first + kGroupsOfBlock * kGroup : vocab;
+    const int first = static_cast<int>(blockIdx.x) * kBlockGroups * kTokenGroup;
+    const int end = first + kBlockGroups * kTokenGroup < vocab ? first + kBlockGroups * kTokenGroup : vocab;
     __syncthreads();
     for (int i = thread; i < row.biases; i += static_cast<int>(blockDim.x)) {
       const SampleBias bias = call.biases[row.bias + i];
@@ -102,9 +103,9 @@ __global__ void __launch_bounds__(kGroupsOfBlock* kWarp) survey_kernel(SampleArg
 
 void survey(const SampleArguments& arguments, cudaStream_t stream) {
   launch(survey_kernel,
-         {.grid = dim3(static_cast<unsigned>(ceil_div(arguments.work.groups, kGroupsOfBlock)),
+         {.grid = dim3(static_cast<unsigned>(ceil_div(arguments.work.groups, kBlockGroups)),
                        static_cast<unsigned>(arguments.call.num_rows)),
-          .block = dim3(kGroupsOfBlock * kWarp),
+          .block = dim3(kBlockGroups * kWarp),
           .shared_bytes = 0,
           .stream = stream},
          arguments);

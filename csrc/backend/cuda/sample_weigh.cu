@@ -7,7 +7,7 @@ namespace fastserve::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kGroupsOfBlock = 32;
+constexpr int kBlockGroups = 32;
 
 struct Shared {
   uint64_t scratch[kWarp];
@@ -15,7 +15,7 @@ struct Shared {
   uint32_t count[kBins];
 };
 
-// Grid: (groups / kGroupsOfBlock, rows).
+// Grid: (groups / kBlockGroups, rows).
 __global__ void __launch_bounds__(kThreads) weigh_kernel(SampleArguments arguments) {
   auto& shared = *shared_memory<Shared>();
   const SampleCall& call = arguments.call;
@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(kThreads) weigh_kernel(SampleArguments argumen
     for (int b = thread; b < kBins; b += kThreads) shared.count[b] = 0;
     __syncthreads();
   }
-  const int first = static_cast<int>(blockIdx.x) * kGroupsOfBlock;
-  const int end = first + kGroupsOfBlock < work.groups ? first + kGroupsOfBlock : work.groups;
+  const int first = static_cast<int>(blockIdx.x) * kBlockGroups;
+  const int end = first + kBlockGroups < work.groups ? first + kBlockGroups : work.groups;
   for (int group = first + thread / kWarp; group < end; group += kThreads / kWarp) {
     uint64_t sum = 0;
     if (logit_of(stats[group].best) >= weights.cut()) {
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) weigh_kernel(SampleArguments argumen
 
 void weigh(const SampleArguments& arguments, cudaStream_t stream) {
   launch(weigh_kernel,
-         {.grid = dim3(static_cast<unsigned>(ceil_div(arguments.work.groups, kGroupsOfBlock)),
+         {.grid = dim3(static_cast<unsigned>(ceil_div(arguments.work.groups, kBlockGroups)),
                        static_cast<unsigned>(arguments.call.num_rows)),
           .block = dim3(kThreads),
           .shared_bytes = sizeof(Shared),

@@ -38,7 +38,7 @@ void launch_count(uint32_t* counts, int64_t vocab, const int32_t* tokens, int64_
 }  // namespace
 
 SampleWorkspace::SampleWorkspace(void* base, int64_t rows, int64_t vocab, int64_t biases)
-    : bytes(0), groups(static_cast<int>(ceil_div(vocab, kGroup))) {
+    : bytes(0), groups(static_cast<int>(ceil_div(vocab, kTokenGroup))) {
   const auto place = [&]<class T>(T*& array, int64_t count) {
     array = reinterpret_cast<T*>(static_cast<char*>(base) + bytes);
     bytes += round_up(count * static_cast<int64_t>(sizeof(T)), 128);

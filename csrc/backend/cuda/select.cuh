@@ -56,8 +56,8 @@ __device__ __forceinline__ Selected find_exceeding(SelectScratch& scratch, uint6
   return found;
 }
 
-// The smallest key, of `bits` bits, at which the running sum of weights by ascending key exceeds `target`, which is less
-// than the sum of all. each(visit) calls visit(key, weight) for this thread's candidates, always the same ones.
+// The smallest key, of `bits` bits, at which the running sum of weights by ascending key exceeds `target`, which is
+// less than the sum of all. each(visit) calls visit(key, weight) for this thread's candidates, always the same ones.
 template <class Each>
 __device__ __forceinline__ Selected select(SelectScratch& scratch, int bits, uint64_t target, Each each) {
   Selected result{0, 0};  // the key's upper digits, and the weight below it
@@ -70,8 +70,8 @@ __device__ __forceinline__ Selected select(SelectScratch& scratch, int bits, uin
       scratch.digits.add(static_cast<int>((key >> shift) & ((1u << (undecided - shift)) - 1)), weight);
     });
     __syncthreads();
-    const Selected digit = find_exceeding<kDigits>(scratch, target - result.below,
-                                                   [&](int d) { return scratch.digits.at(d); });
+    const Selected digit =
+        find_exceeding<kDigits>(scratch, target - result.below, [&](int d) { return scratch.digits.at(d); });
     result = {result.key << (undecided - shift) | digit.key, result.below + digit.below};
     undecided = shift;
   }

@@ -42,8 +42,8 @@ template <>
 __device__ __forceinline__ void store<8, float>(float* to, const float (&values)[8]) {
 #pragma unroll
   for (int half = 0; half < 8; half += 4) {
-    *reinterpret_cast<Packed<float, 4>*>(to + half) = {
-        {values[half], values[half + 1], values[half + 2], values[half + 3]}};
+    *reinterpret_cast<Packed<float, 4>*>(to +
+                                         half) = {{values[half], values[half + 1], values[half + 2], values[half + 3]}};
   }
 }
 
