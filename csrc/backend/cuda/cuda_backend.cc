@@ -69,7 +69,7 @@ class CudaBackend final : public Backend {
     use_device();
     FS_CHECK(is_quantized(format) || format == format_of(dtype_), "weights in another type than the ", name_of(dtype_),
              " that the model is computed in");
-    return std::make_unique<CudaMatrix>(n, k, format);
+    return std::make_unique<CudaMatrix>(n, k, format, staging_);
   }
   void load_rows(Matrix& matrix, int64_t first_row, int64_t rows, SourceType type, const void* source) override {
     use_device();
@@ -156,7 +156,8 @@ class CudaBackend final : public Backend {
                 .ld_output = args.ld_output,
                 .m = args.m,
                 .wide = args.wide,
-                .accumulate = args.accumulate},
+                .accumulate = args.accumulate,
+                .workspace = products_.as<void>()},
                compute_);
   }
   void norm(const NormArgs& args) override {
@@ -189,9 +190,9 @@ class CudaBackend final : public Backend {
   }
   void attention(const AttentionArgs& args) override {
     const int64_t bytes = attention_workspace(args.num_heads, pool_.head_dim, batch_.num_decodes, batch_.max_context);
-    if (static_cast<int64_t>(workspace_.bytes()) < bytes) {  // never while recording: a first run has been here before
+    if (static_cast<int64_t>(attention_.bytes()) < bytes) {  // never while recording: a first run has been here before
       compute_.synchronize();
-      workspace_ = Memory(Place::kDevice, bytes + bytes / 2);
+      attention_ = Memory(Place::kDevice, bytes + bytes / 2);
       graphs_.clear();
     }
     cuda::attention({.dtype = dtype_,
@@ -205,7 +206,7 @@ class CudaBackend final : public Backend {
                      .scale = args.scale,
                      .pool = pool_,
                      .layer = args.layer,
-                     .workspace = workspace_.as<void>()},
+                     .workspace = attention_.as<void>()},
                     batch_, compute_);
   }
   void activate(Activation kind, bool gated, void* x, int64_t tokens, int64_t width, int64_t ld) override {

@@ -126,9 +126,9 @@ SampleRow CudaSampler::row_of(const SampleRequest& request) {
 
 void CudaSampler::sample(float* logits, int64_t ld, std::span<const SampleRequest> requests) {
   const auto count = static_cast<int64_t>(requests.size());
-  Staging& staging = stagings_[next_];
-  next_ = (next_ + 1) % kStagings;
-  Batch batch{&staging, {}, static_cast<size_t>(round_up(count * int64_t{sizeof(SampleResult)}, 16))};
+  Transfer& transfer = transfers_[next_];
+  next_ = (next_ + 1) % kTransfers;
+  Batch batch{&transfer, {}, static_cast<size_t>(round_up(count * int64_t{sizeof(SampleResult)}, 16))};
   std::vector<SampleRow> rows;
   biases_.clear();
   stops_.clear();
@@ -160,8 +160,8 @@ void CudaSampler::sample(float* logits, int64_t ld, std::span<const SampleReques
                   .workspace = workspace_.as<void>()},
                  stream_);
     const size_t bytes = tops ? batch.tops_offset + count * kMaxTop * sizeof(TopToken) : batch.tops_offset;
-    check(cudaMemcpyAsync(staging.reserve(bytes), results_.as<void>(), bytes, cudaMemcpyDeviceToHost, stream_));
-    staging.mark(stream_);
+    check(cudaMemcpyAsync(transfer.reserve(bytes), results_.as<void>(), bytes, cudaMemcpyDeviceToHost, stream_));
+    transfer.mark(stream_);
   }
   sampling_.push_back(std::move(batch));
 }
@@ -171,7 +171,7 @@ std::vector<Sampled> CudaSampler::take() {
   sampling_.pop_front();
   std::vector<Sampled> sampled;
   if (batch.alternatives.empty()) return sampled;
-  const auto* bytes = static_cast<const std::byte*>(batch.staging->reserve(0));  // waits for the copy
+  const auto* bytes = static_cast<const std::byte*>(batch.transfer->reserve(0));  // waits for the copy
   const auto* results = reinterpret_cast<const SampleResult*>(bytes);
   const auto* tops = reinterpret_cast<const TopToken*>(bytes + batch.tops_offset);
   for (size_t i = 0; i < batch.alternatives.size(); ++i, tops += kMaxTop) {

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "backend/cuda/sampling.h"
-#include "backend/cuda/staging.h"
+#include "backend/cuda/transfers.h"
 #include "model/token_sampler.h"
 
 namespace fastserve::cuda {
@@ -37,7 +37,7 @@ class CudaSampler final : public TokenSampler {
     Memory counts;          // of tokens, where penalties look at them
   };
   struct Batch {
-    Staging* staging;
+    Transfer* transfer;
     std::vector<int32_t> alternatives;  // of each row; -1: not even the token's logprob
     size_t tops_offset;
   };
@@ -61,7 +61,7 @@ class CudaSampler final : public TokenSampler {
   std::vector<int32_t> stops_;
   std::vector<std::byte> bytes_;
 
-  std::array<Staging, kStagings> stagings_;
+  std::array<Transfer, kTransfers> transfers_;
   size_t next_ = 0;
   std::deque<Batch> sampling_;
 };

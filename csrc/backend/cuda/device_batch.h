@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "backend/cuda/kernels.h"
-#include "backend/cuda/staging.h"
+#include "backend/cuda/transfers.h"
 
 namespace fastserve::cuda {
 

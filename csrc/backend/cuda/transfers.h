@@ -12,10 +12,10 @@
 namespace fastserve::cuda {
 
 // More than batches are queued at a time.
-constexpr size_t kStagings = 3;
+constexpr size_t kTransfers = 3;
 
 // Pinned memory for the transfer of one iteration, which is used again when its copy is known to be done.
-struct Staging {
+struct Transfer {
   Memory pinned;
   Event copied;
   bool used = false;
@@ -46,19 +46,19 @@ class Uploads {
   }
   // Queues the upload to the address that reserve() gave for as many bytes.
   void upload(std::span<const std::byte> data, cudaStream_t stream) {
-    Staging& staging = stagings_[next_];
-    next_ = (next_ + 1) % kStagings;
-    void* pinned = staging.reserve(data.size());
+    Transfer& transfer = transfers_[next_];
+    next_ = (next_ + 1) % kTransfers;
+    void* pinned = transfer.reserve(data.size());
     std::memcpy(pinned, data.data(), data.size());
     check(cudaMemcpyAsync(device_.as<void>(), pinned, data.size(), cudaMemcpyHostToDevice, stream));
-    staging.mark(stream);
+    transfer.mark(stream);
   }
   // Whether the address has changed since this was last asked.
   bool moved() { return std::exchange(moved_, false); }
 
  private:
   Memory device_;
-  std::array<Staging, kStagings> stagings_;
+  std::array<Transfer, kTransfers> transfers_;
   size_t next_ = 0;
   bool moved_ = false;
 };
