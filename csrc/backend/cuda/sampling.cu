@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "backend/cuda/sample.cuh"
+#include "backend/logits.h"
 
 namespace fastserve::cuda {
 
