@@ -55,14 +55,14 @@ class CudaBackend final : public Backend {
   void upload(const void* from, void* to, int64_t bytes) override {
     use_device();
     if (bytes == 0) return;
-    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, compute_));
     compute_.synchronize();
+    check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
   }
   void download(const void* from, void* to, int64_t bytes) override {
     use_device();
     if (bytes == 0) return;
-    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, compute_));
     compute_.synchronize();
+    check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));
   }
 
   std::unique_ptr<Matrix> make_matrix(int64_t n, int64_t k, WeightFormat format) override {
@@ -261,7 +261,9 @@ class CudaBackend final : public Backend {
   std::unique_ptr<BatchUploader> batches_;
   DeviceBatch batch_{};
   Graphs graphs_;
-  Memory workspace_;                      // of attention
+  Staging staging_;                                  // of weights on their way to the device
+  Memory products_{Place::kDevice, kGemmWorkspace};  // workspaces: of products, ...
+  Memory attention_;                                 // ... and of attention
   const CudaSampler* sampler_ = nullptr;  // the runtime's
   std::vector<std::unique_ptr<Done>> idle_;
   std::deque<std::unique_ptr<Done>> queued_;

@@ -182,7 +182,7 @@ T __ldg(const T* address) {
   return *address;
 }
 
-// Blocks run one after the other, so that what one wrote is there for the next.
+
 
 // Byte i of the result is the byte of y:x that nibble i of the selector names. (Its highest bit would spread a sign.)
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
