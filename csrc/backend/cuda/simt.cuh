@@ -5,10 +5,9 @@
 // Kernels may use: threadIdx, blockIdx, blockDim, gridDim (x, y, z); __syncthreads, __syncthreads_or, __syncwarp;
 // __shfl_sync, __shfl_xor_sync, __shfl_up_sync, __shfl_down_sync, __ballot_sync, __any_sync, __all_sync; atomicAdd,
 // atomicMax, atomicMin, atomicOr, atomicCAS on 32-bit and 64-bit integers (never on floats: their order is nobody's);
-// __ldg; __popc,
-// __ffs, __clz; fmaf, fminf, fmaxf, sqrtf, rsqrtf, expf, exp2f, tanhf, erff, sinf, cosf, __float_as_uint,
-// __uint_as_float. Shared memory is shared_memory<T>(), nothing else. nvcc contracts nothing (-fmad=false): where a
-// multiply and an add become one rounding, the source says fmaf.
+// __ldg; __popc, __ffs, __clz; min, max; fmaf, fminf, fmaxf, sqrtf, rsqrtf, expf, exp2f, tanhf, erff, sinf, cosf,
+// __float_as_uint, __uint_as_float. Shared memory is shared_memory<T>(), nothing else. nvcc contracts nothing
+// (-fmad=false): where a multiply and an add become one rounding, the source says fmaf.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 
 #include "common/check.h"
+#include "fake_cudart/control.h"
 #include "machine/machine.h"
 
 namespace fake_cudart {
@@ -29,6 +31,13 @@ cudaError_t checked(const char* function, const std::function<cudaError_t(Device
 }
 
 bool overlap(const Range& a, const Range& b) { return a.begin < b.end && b.begin < a.end; }
+
+Eagerness parse(const std::string& name) {
+  if (name == "lazy") return Eagerness::kLazy;
+  if (name == "random") return Eagerness::kRandom;
+  if (name == "eager") return Eagerness::kEager;
+  throw fastserve::Error("eagerness must be lazy, random or eager, got '" + name + "'");
+}
 
 }  // namespace
 
@@ -64,7 +73,12 @@ std::string Operation::describe() const {
   return simt::join(task.name, " (operation ", number, " of stream ", actor, ')');
 }
 
-Device::Device() : numbers_(1, 0) { default_stream = make_stream(true); }
+Device::Device() : numbers_(1, 0) {
+  default_stream = make_stream(true);
+  if (const char* named = std::getenv("FASTSERVE_SIMT_EAGERNESS"); named != nullptr) eagerness = parse(named);
+  if (const char* seed = std::getenv("FASTSERVE_SIMT_SEED"); seed != nullptr) random = simt::Random(std::stoull(seed));
+  if (const char* bytes = std::getenv("FASTSERVE_SIMT_MEMORY"); bytes != nullptr) total_bytes = std::stoull(bytes);
+}
 
 // ---- memory
 
@@ -292,10 +306,10 @@ void Device::progress(Lock& lock) {
 
 // ---- control.h
 
-void configure(Eagerness eagerness, uint64_t seed) {
+void configure(const std::string& eagerness, uint64_t seed) {
   Device& self = device();
   const Device::Lock lock(self.mutex);
-  self.eagerness = eagerness;
+  self.eagerness = parse(eagerness);
   self.random = simt::Random(seed);
 }
 

@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <cstddef>
 #include <exception>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -13,7 +14,6 @@
 #include <string>
 #include <vector>
 
-#include "fake_cudart/control.h"
 #include "fake_cudart/operation.h"
 #include "machine/random.h"
 
@@ -34,6 +34,8 @@ struct Allocation {
   std::unique_ptr<char[]> memory;  // with guards around
   std::vector<Access> accesses;    // those that the host does not know to be over
 };
+
+enum class Eagerness { kLazy, kRandom, kEager };  // control.h
 
 struct Graph;    // graph.h
 struct Capture;  // graph.h

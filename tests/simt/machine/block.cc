@@ -14,8 +14,9 @@ namespace {
 constexpr unsigned char kPoison = 0xff;  // every element type's NaN
 constexpr size_t kGuard = 4096;          // bytes on each side of a block's shared memory
 
+bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 bool same(const Site& a, const Site& b) {
-  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+  return a.line() == b.line() && a.column() == b.column() && same(a.file_name(), b.file_name());
 }
 
 std::string hex(unsigned value) {
@@ -158,7 +159,7 @@ void Block::meet(const char* operation, unsigned mask, const Site& site, void* p
         {mask, 0, operation, site, static_cast<size_t>(&self - threads_.data()), {}});
   }
   Meeting& meeting = warp.meetings[at];
-  if (meeting.mask != mask || !same(meeting.site, site) || std::strcmp(meeting.operation, operation) != 0) {
+  if (meeting.mask != mask || !same(meeting.site, site) || !same(meeting.operation, operation)) {
     fault(join("is in ", operation, " at ", describe(site), " with mask ", hex(mask), " while ",
                name(threads_[meeting.first]), " is in ", meeting.operation, " at ", describe(meeting.site),
                " with mask ", hex(meeting.mask)));
@@ -192,7 +193,7 @@ bool Block::barrier(const char* operation, const Site& site, bool predicate) {
     first_at_barrier_ = static_cast<size_t>(&self - threads_.data());
     predicate_ = false;
   } else if (const Thread& first = threads_[first_at_barrier_];
-             !same(first.site, site) || std::strcmp(first.operation, operation) != 0) {
+             !same(first.site, site) || !same(first.operation, operation)) {
     fault(join("is in ", operation, " at ", describe(site), " while ", name(first), " is in ", first.operation,
                " at ", describe(first.site)));
   }
