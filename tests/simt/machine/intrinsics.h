@@ -179,6 +179,20 @@ T __ldg(const T* address) {
   return *address;
 }
 
+// Blocks run one after the other, so that what one wrote is there for the next.
+inline void __threadfence() {}
+
+// Byte i of the result is the byte of y:x that nibble i of the selector names. (Its highest bit would spread a sign.)
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  if ((selector & 0x8888u) != 0) simt::fault("__byte_perm with a selector that replicates signs");
+  const unsigned long long bytes = static_cast<unsigned long long>(y) << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> (selector >> (4 * i) & 7u) * 8 & 0xffu) << (8 * i);
+  }
+  return result;
+}
+
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __popcll(unsigned long long x) { return std::popcount(x); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
