@@ -57,8 +57,9 @@ py::tuple sample_rows(const py::array& logits, int64_t vocab, const std::vector<
                result_memory = upload(no_results), top_memory = upload(no_tops),
                workspace(Place::kDevice,
                          static_cast<size_t>(sample_workspace(count, vocab, static_cast<int64_t>(biases.size()))));
-  check(cudaMemset(workspace.as<void>(), 0xa5, workspace.bytes()));  // nothing may be expected of it
   const Stream stream;
+  // Nothing may be expected of it.
+  check(cudaMemsetAsync(workspace.as<void>(), 0xa5, workspace.bytes(), stream));
   sample({.num_rows = count,
           .vocab = vocab,
           .ld = logits.shape(1),
