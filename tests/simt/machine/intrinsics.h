@@ -21,6 +21,9 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, const simt::Site& site = sim
   simt::meet("__syncwarp", mask, site, nullptr, nullptr);
 }
 
+// Blocks run one after the other and threads until they wait, so that every write is seen at once as it is.
+inline void __threadfence() {}
+
 // ---- shuffles: each lane brings a value and the number of the lane whose value it wants
 
 namespace simt {
@@ -177,6 +180,19 @@ template <class T>
 T __ldg(const T* address) {
   simt::check_global("__ldg", address, sizeof(T), alignof(T));
   return *address;
+}
+
+
+
+// Byte i of the result is the byte of y:x that nibble i of the selector names. (Its highest bit would spread a sign.)
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  if ((selector & 0x8888u) != 0) simt::fault("__byte_perm with a selector that replicates signs");
+  const unsigned long long bytes = static_cast<unsigned long long>(y) << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> (selector >> (4 * i) & 7u) * 8 & 0xffu) << (8 * i);
+  }
+  return result;
 }
 
 inline int __popc(unsigned x) { return std::popcount(x); }
