@@ -365,7 +365,7 @@ def test_histories_ignore_tokens_outside_of_the_vocabulary(kernels: Any) -> None
 
 def test_rows_that_fill_a_batch_up_leave_no_trace(kernels: Any) -> None:
     row = kernels.SampleRow()
-    results, tops, last, _ = kernels.sample(
+    results, _, last, _ = kernels.sample(
         logits=np.full((1, 64), np.nan, np.float32),
         vocab=64,
         rows=[row, row],
