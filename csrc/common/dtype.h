@@ -39,6 +39,20 @@ struct Half {  // IEEE binary16
   return __builtin_bit_cast(float, sign | ((exponent + 112) << 23) | (mantissa << 13));
 }
 
+// Round to nearest, ties to even; what is too large becomes infinite, NaN stays NaN.
+[[gnu::always_inline]] inline Half to_half(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x), magnitude = bits & 0x7fffffffu;
+  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  const auto with_sign = [&](uint32_t half) { return Half{static_cast<uint16_t>(half | sign)}; };
+  if (magnitude > 0x7f800000u) return with_sign(0x7e00u);
+  if (magnitude >= 0x47800000u) return with_sign(0x7c00u);  // 2^16 and more
+  if (magnitude < 0x38800000u) {  // below 2^-14: multiples of 2^-24, which is the last bit of a float near 0.5
+    const float sum = __builtin_bit_cast(float, magnitude) + 0.5f;
+    return with_sign(__builtin_bit_cast(uint32_t, sum) - 0x3f000000u);
+  }
+  return with_sign((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13);
+}
+
 // What the runtime computes in.
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 

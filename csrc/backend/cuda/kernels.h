@@ -67,8 +67,14 @@ struct DeviceMatrix {
   const void* scales;  // of the quantized formats
 };
 
+// The sum over k is cut in so many parts, at multiples of 64 as equal as these allow: part p begins at input k_padded /
+// 64 · p / kGemmParts · 64.
+constexpr int kGemmParts = 4;
+// Bytes of a workspace of products, zero-filled before its first use.
+constexpr int64_t kGemmWorkspace = int64_t{32} << 20;
+
 struct GemmCall {
-  DType dtype;        // of the activations
+  DType dtype;        // of the activations; that of weights that are not quantized
   const void* input;  // [m, ld_input] activations
   int64_t ld_input;
   DeviceMatrix weight;
@@ -78,10 +84,13 @@ struct GemmCall {
   int64_t m;
   bool wide;
   bool accumulate;  // output += …; only if wide
+  // kGemmWorkspace bytes that no product of another stream has, or null: then some shapes take longer. The result is
+  // the same.
+  void* workspace = nullptr;
 };
-// output[i, j] (+)= Σ_k input[i, k] · weight[j, k] + bias[j]. The order of the sum over k depends on k alone: it is cut
-// in kGemmParts equal parts, each summed in ascending steps of 16 (as one mma does those), the parts added in ascending
-// order.
+// output[i, j] (+)= Σ_k input[i, k] · weight[j, k] + bias[j]. The order of the sum over k depends on k alone: each part
+// is summed from zero in ascending steps of 16 (as one mma does those; float32: input by input), then the parts are
+// added in ascending order, then int8's scale applied. 16-bit activations meet weights rounded to their type.
 void gemm(const GemmCall& call, cudaStream_t stream);
 
 // ---- elementwise (elementwise.cu)

@@ -25,6 +25,7 @@ class Memory {
     if (place == Place::kDevice) {
       check(cudaMalloc(&data_, bytes));
       check(cudaMemset(data_, 0, bytes));
+      check(cudaStreamSynchronize(nullptr));  // our streams do not wait for that one
     } else {
       check(cudaHostAlloc(&data_, bytes, cudaHostAllocDefault));
       __builtin_memset(data_, 0, bytes);

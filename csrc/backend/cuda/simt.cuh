@@ -5,10 +5,9 @@
 // Kernels may use: threadIdx, blockIdx, blockDim, gridDim (x, y, z); __syncthreads, __syncthreads_or, __syncwarp;
 // __shfl_sync, __shfl_xor_sync, __shfl_up_sync, __shfl_down_sync, __ballot_sync, __any_sync, __all_sync; atomicAdd,
 // atomicMax, atomicMin, atomicOr, atomicCAS on 32-bit and 64-bit integers (never on floats: their order is nobody's);
-// __ldg; __popc,
-// __ffs, __clz; fmaf, fminf, fmaxf, sqrtf, rsqrtf, expf, exp2f, tanhf, erff, sinf, cosf, __float_as_uint,
-// __uint_as_float. Shared memory is shared_memory<T>(), nothing else. nvcc contracts nothing (-fmad=false): where a
-// multiply and an add become one rounding, the source says fmaf.
+// __threadfence; __ldg; __popc, __ffs, __clz, __byte_perm; min, max; fmaf, fminf, fmaxf, sqrtf, rsqrtf, expf, exp2f,
+// tanhf, erff, sinf, cosf, __float_as_uint, __uint_as_float. Shared memory is shared_memory<T>(), nothing else. nvcc
+// contracts nothing (-fmad=false): where a multiply and an add become one rounding, the source says fmaf.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -49,8 +48,18 @@ __device__ __forceinline__ Half narrow<Half>(float x) {
 
 // Two 16-bit elements in one register, `low` in the lower half, as matrix instructions want them.
 template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  return static_cast<uint32_t>(narrow<T>(low).bits) | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
+__device__ __forceinline__ uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack<Bf16>(float low, float high) {
+  uint32_t two;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+  return two;
+}
+template <>
+__device__ __forceinline__ uint32_t pack<Half>(float low, float high) {
+  uint32_t two;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+  return two;
 }
 
 // ---- shared memory: the block's dynamic one, 128-byte aligned, as large as the launch says

@@ -68,7 +68,7 @@ class PagedAttention {
       }
     }
     stream.synchronize();
-    return device_output.download();
+    return device_output.numpy();
   }
 
  private:

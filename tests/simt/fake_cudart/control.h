@@ -1,20 +1,18 @@
-// What tests set of the fake runtime.
+// What tests set of the fake runtime. The environment sets it too: FASTSERVE_SIMT_EAGERNESS, _SEED and _MEMORY.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace fake_cudart {
 
-// When work that is queued on a stream is carried out.
-enum class Eagerness {
-  kLazy,    // when something waits for it, and not before
-  kRandom,  // at some call of the API before that
-  kEager,   // at once
-};
-
-// For everything from here on. The seed also orders the threads of kernels.
-void configure(Eagerness eagerness, uint64_t seed);
+// From here on. Work that is queued on a stream is carried out
+//   lazy:   when something waits for it, and not before;
+//   random: at some call of the API before that;
+//   eager:  at once.
+// The seed also orders the threads of kernels.
+void configure(const std::string& eagerness, uint64_t seed);
 
 // Bytes of memory the device has.
 void set_device_memory(size_t bytes);

@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <cstddef>
 #include <exception>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -13,7 +14,6 @@
 #include <string>
 #include <vector>
 
-#include "fake_cudart/control.h"
 #include "fake_cudart/operation.h"
 #include "machine/random.h"
 
@@ -34,6 +34,8 @@ struct Allocation {
   std::unique_ptr<char[]> memory;  // with guards around
   std::vector<Access> accesses;    // those that the host does not know to be over
 };
+
+enum class Eagerness { kLazy, kRandom, kEager };  // control.h
 
 struct Graph;    // graph.h
 struct Capture;  // graph.h
@@ -95,6 +97,8 @@ class Device {
   void finish_all(Lock& lock);
   // The host waits for it.
   void synchronize(const std::shared_ptr<Operation>& operation, Lock& lock);
+  // After an error nothing that is queued will be done, so that only the first one is told.
+  void abandon();
   // Carries out something or nothing, as Eagerness says.
   void progress(Lock& lock);
 

@@ -14,8 +14,9 @@ namespace {
 constexpr unsigned char kPoison = 0xff;  // every element type's NaN
 constexpr size_t kGuard = 4096;          // bytes on each side of a block's shared memory
 
+bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 bool same(const Site& a, const Site& b) {
-  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+  return a.line() == b.line() && a.column() == b.column() && same(a.file_name(), b.file_name());
 }
 
 std::string hex(unsigned value) {
@@ -31,13 +32,12 @@ Block& block() {
   return the_block;
 }
 
-std::string describe(const Site& site) {
-  const std::string path = site.file_name();
-  const size_t root = path.rfind("csrc/");
-  const size_t tests = path.rfind("tests/");
-  const size_t from = root != std::string::npos ? root : tests != std::string::npos ? tests : 0;
-  return join(path.substr(from), ':', site.line());
+std::string short_path(const std::string& path) {
+  const size_t csrc = path.rfind("csrc/"), tests = path.rfind("tests/");
+  return path.substr(csrc != std::string::npos ? csrc : tests != std::string::npos ? tests : 0);
 }
+
+std::string describe(const Site& site) { return join(short_path(site.file_name()), ':', site.line()); }
 
 void Block::begin(const Launch& launch, const std::function<void()>& body, uint64_t seed) {
   const size_t count = size_t{launch.block.x} * launch.block.y * launch.block.z;
@@ -154,11 +154,10 @@ void Block::meet(const char* operation, unsigned mask, const Site& site, void* p
   size_t at = 0;
   while (at < warp.meetings.size() && (warp.meetings[at].mask & mask) == 0) ++at;
   if (at == warp.meetings.size()) {
-    warp.meetings.push_back(
-        {mask, 0, operation, site, static_cast<size_t>(&self - threads_.data()), {}});
+    warp.meetings.push_back({mask, 0, operation, site, static_cast<size_t>(&self - threads_.data()), {}});
   }
   Meeting& meeting = warp.meetings[at];
-  if (meeting.mask != mask || !same(meeting.site, site) || std::strcmp(meeting.operation, operation) != 0) {
+  if (meeting.mask != mask || !same(meeting.site, site) || !same(meeting.operation, operation)) {
     fault(join("is in ", operation, " at ", describe(site), " with mask ", hex(mask), " while ",
                name(threads_[meeting.first]), " is in ", meeting.operation, " at ", describe(meeting.site),
                " with mask ", hex(meeting.mask)));
@@ -192,9 +191,9 @@ bool Block::barrier(const char* operation, const Site& site, bool predicate) {
     first_at_barrier_ = static_cast<size_t>(&self - threads_.data());
     predicate_ = false;
   } else if (const Thread& first = threads_[first_at_barrier_];
-             !same(first.site, site) || std::strcmp(first.operation, operation) != 0) {
-    fault(join("is in ", operation, " at ", describe(site), " while ", name(first), " is in ", first.operation,
-               " at ", describe(first.site)));
+             !same(first.site, site) || !same(first.operation, operation)) {
+    fault(join("is in ", operation, " at ", describe(site), " while ", name(first), " is in ", first.operation, " at ",
+               describe(first.site)));
   }
   predicate_ |= predicate;
   self.operation = operation;

@@ -16,28 +16,25 @@
 
 #if defined(__x86_64__)
 // Saves what the calling convention lets a function rely on across a call, changes the stack, and takes it up there.
-asm(R"(
-.text
-.type simt_switch_stacks, @function
-simt_switch_stacks:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size simt_switch_stacks, .-simt_switch_stacks
-)");
-extern "C" void simt_switch_stacks(void** save, void* load);
+[[gnu::naked, gnu::noinline]] static void switch_stacks(void** /*save*/, void* /*load*/) {
+  asm(R"(
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+  )");
+}
 #endif
 
 namespace simt {
@@ -52,7 +49,7 @@ void switch_context(Context& from, Context& to, [[maybe_unused]] bool leaving) {
   __sanitizer_start_switch_fiber(leaving ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
 #endif
 #if defined(__x86_64__)
-  simt_switch_stacks(&from.stack_pointer, to.stack_pointer);
+  switch_stacks(&from.stack_pointer, to.stack_pointer);
 #else
   swapcontext(&from.registers, &to.registers);
 #endif

@@ -38,7 +38,7 @@ struct Shuffle {
 template <class T>
 T shuffle(const char* operation, unsigned mask, T value, int source, const Site& site) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));
-  if ((mask >> source & 1u) == 0) {
+  if ((mask >> lane() & 1u) != 0 && (mask >> source & 1u) == 0) {
     fault(join(operation, " at ", describe(site), " reads lane ", source, ", which is not in the mask"));
   }
   Shuffle<T> own{value, source, {}};
@@ -138,11 +138,11 @@ T atomic(const char* operation, T* address, Change change) {
 
 }  // namespace simt
 
-#define SIMT_ATOMICS(T)                                                                              \
-  inline T atomicAdd(T* address, T value) {                                                          \
-    return simt::atomic("atomicAdd", address, [value](T old) {                                       \
+#define SIMT_ATOMICS(T)                                                                                     \
+  inline T atomicAdd(T* address, T value) {                                                                 \
+    return simt::atomic("atomicAdd", address, [value](T old) {                                              \
       return static_cast<T>(static_cast<unsigned long long>(old) + static_cast<unsigned long long>(value)); \
-    });                                                                                              \
+    });                                                                                                     \
   }
 SIMT_ATOMICS(int)
 SIMT_ATOMICS(unsigned)
@@ -162,12 +162,12 @@ SIMT_ATOMICS(long long)
 SIMT_ATOMICS(unsigned long long)
 #undef SIMT_ATOMICS
 
-#define SIMT_ATOMICS(T)                                                                                     \
-  inline T atomicOr(T* address, T value) {                                                                  \
-    return simt::atomic("atomicOr", address, [value](T old) { return old | value; });                       \
-  }                                                                                                         \
-  inline T atomicCAS(T* address, T expected, T value) {                                                     \
-    return simt::atomic("atomicCAS", address, [=](T old) { return old == expected ? value : old; });        \
+#define SIMT_ATOMICS(T)                                                                              \
+  inline T atomicOr(T* address, T value) {                                                           \
+    return simt::atomic("atomicOr", address, [value](T old) { return old | value; });                \
+  }                                                                                                  \
+  inline T atomicCAS(T* address, T expected, T value) {                                              \
+    return simt::atomic("atomicCAS", address, [=](T old) { return old == expected ? value : old; }); \
   }
 SIMT_ATOMICS(int)
 SIMT_ATOMICS(unsigned)
@@ -180,6 +180,19 @@ template <class T>
 T __ldg(const T* address) {
   simt::check_global("__ldg", address, sizeof(T), alignof(T));
   return *address;
+}
+
+
+
+// Byte i of the result is the byte of y:x that nibble i of the selector names. (Its highest bit would spread a sign.)
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  if ((selector & 0x8888u) != 0) simt::fault("__byte_perm with a selector that replicates signs");
+  const unsigned long long bytes = static_cast<unsigned long long>(y) << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> (selector >> (4 * i) & 7u) * 8 & 0xffu) << (8 * i);
+  }
+  return result;
 }
 
 inline int __popc(unsigned x) { return std::popcount(x); }

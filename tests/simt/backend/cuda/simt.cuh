@@ -17,12 +17,9 @@
 #include "machine/machine.h"
 #include "machine/matrix.h"
 
-// CUDA's headers make its keywords empty for other compilers; these two they leave out.
+// CUDA's headers make its keywords empty for other compilers; this one they leave out.
 #ifndef __launch_bounds__
 #define __launch_bounds__(...)
-#endif
-#ifndef __noinline__
-#define __noinline__ __attribute__((noinline))
 #endif
 #undef __shared__
 #define __shared__ static_assert(false, "shared memory is shared_memory<T>() only");
@@ -118,8 +115,9 @@ struct LaunchConfig {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
   std::tuple<Parameters...> values(static_cast<Arguments&&>(arguments)...);
-  fake_cudart::launch({config.grid, config.block, config.shared_bytes, config.where},
-                      [kernel, values] { std::apply(kernel, values); }, &values, sizeof values, config.stream);
+  fake_cudart::launch(
+      {config.grid, config.block, config.shared_bytes, config.where}, [kernel, values] { std::apply(kernel, values); },
+      &values, sizeof values, config.stream);
 }
 
 }  // namespace fastserve::cuda

@@ -1,0 +1,43 @@
+"""Tests of the CUDA kernels. They run on the CPU, where tests/simt emulates the machine, or on a GPU where
+FASTSERVE_KERNELS names the folder of the module that nvcc compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import zlib
+from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(os.environ.get("FASTSERVE_KERNELS") or Path(__file__).parents[2] / "build" / "simt")
+
+
+@pytest.fixture(scope="session")
+def kernels() -> ModuleType:
+    """The functions of csrc/backend/cuda, as tests/cuda/bindings offers them."""
+    for suffix in EXTENSION_SUFFIXES:
+        file = FOLDER / f"_kernels{suffix}"
+        if file.exists():
+            spec = importlib.util.spec_from_file_location("_kernels", file)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module
+    pytest.skip(f"no _kernels in {FOLDER}: `make build-cuda` compiles it where CUDA's headers are")
+
+
+@pytest.fixture(autouse=True)
+def _machine(kernels: ModuleType, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test has an order of its own in which threads and streams go on, the same every time."""
+    if not hasattr(kernels, "simt"):
+        yield
+        return
+    kernels.simt.configure("random", zlib.crc32(request.node.nodeid.encode()))
+    objects = kernels.simt.live_objects()
+    yield
+    kernels.simt.check_errors()
+    assert kernels.simt.live_objects() == objects, "memory, streams, events or graphs are left"
