@@ -187,6 +187,20 @@ void register_runtime(py::module_& module) {
           "Stores one tensor, or its rows from `first_row` on, given as bytes, under its canonical name.")
       .def("finish_loading", [](PyRuntime& self) { self.runtime->finish_loading(); })
       .def(
+          "free_bytes",
+          [](PyRuntime& self, int64_t rows) {
+            py::gil_scoped_release release;
+            return self.runtime->free_bytes(rows);
+          },
+          py::arg("rows"), "Of the device, beside the largest iteration; -1 where its memory is the host's.")
+      .def(
+          "set_pools",
+          [](PyRuntime& self, int64_t num_blocks, int64_t num_host_blocks) {
+            py::gil_scoped_release release;
+            self.runtime->set_pools(num_blocks, num_host_blocks);
+          },
+          py::arg("num_blocks"), py::arg("num_host_blocks"), "Other pools, which are empty.")
+      .def(
           "submit",
           [](PyRuntime& self, const py::handle& plan, bool logits) {
             BatchPlan native = read_plan(plan, logits);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <utility>
 
 #include "backend/cpu/host_sampler.h"
@@ -30,11 +31,9 @@ Runtime::Runtime(const ModelSpec& spec, const Shard& shard, const RuntimeOptions
       neighbours_(neighbours),
       backend_(make_backend(options.device, options.dtype, options.threads)),
       weights_(spec_, shard, options.dtype, options.formats, *backend_),
-      pool_(*backend_, kv_shape(spec_, options.kv_format, options.block_size), options.num_blocks,
-            options.num_host_blocks),
-      copies_(pool_, options.swap_bandwidth),
       transformer_(spec_, shard, weights_, *backend_, options.max_tokens, neighbours,
                    [this](const std::exception_ptr& error) { fail(error); }) {
+  make_pools();
   if (shard.last_stage && neighbours.tensor == nullptr) {
     sampler_ = backend_->make_sampler(spec_.vocab_size);
   } else if (shard.last_stage) {
@@ -57,7 +56,7 @@ Runtime::~Runtime() {
     fail(std::make_exception_ptr(
         Error("ends before the plans it was given")));  // or wait for neighbours, and they for it
   }
-  copies_.stop();  // the worker may be waiting for one
+  copies_->stop();  // the worker may be waiting for one
   worker_.join();
 }
 
@@ -72,18 +71,58 @@ void Runtime::finish_loading() {
   loaded_ = true;
 }
 
+void Runtime::make_pools() {
+  copies_.reset();
+  pool_.reset();
+  pool_.emplace(*backend_, kv_shape(spec_, options_.kv_format, options_.block_size), options_.num_blocks,
+                options_.num_host_blocks);
+  copies_.emplace(*pool_, options_.swap_bandwidth);
+}
+
+void Runtime::check_idle(const char* what) {
+  std::lock_guard lock(mutex_);
+  if (failure_) throw GroupError(*failure_);
+  FS_CHECK(loaded_ && !executing_ && plans_.empty(), what, " is for a loaded model while nothing runs");
+}
+
+int64_t Runtime::free_bytes(int64_t rows) {
+  check_idle("free_bytes");
+  if (backend_->on_host()) return -1;
+  const int64_t tokens = std::min({options_.max_tokens, options_.num_blocks * options_.block_size, spec_.max_position});
+  std::vector<int32_t> table(ceil_div(tokens, options_.block_size)), ids(tokens), positions(tokens), wanted;
+  std::iota(table.begin(), table.end(), 0);
+  for (int64_t i = 0; i < tokens; ++i) {
+    positions[i] = static_cast<int32_t>(i + spec_.position_offset);
+    if (i >= tokens - rows) wanted.push_back(static_cast<int32_t>(i));
+  }
+  const Row row{0, tokens, 0, table.data()};
+  transformer_.forward({{&row, 1}, ids, positions, wanted});
+  backend_->end();
+  backend_->wait();
+  return backend_->free_bytes();
+}
+
+void Runtime::set_pools(int64_t num_blocks, int64_t num_host_blocks) {
+  check_idle("set_pools");
+  FS_CHECK(num_blocks > 0 && num_host_blocks >= 0, "pools of ", num_blocks, " and ", num_host_blocks, " blocks");
+  options_.num_blocks = num_blocks;
+  options_.num_host_blocks = num_host_blocks;
+  slots_.clear();
+  make_pools();
+}
+
 void Runtime::check(const BatchPlan& plan) {
   FS_CHECK(loaded_, "a plan was submitted before the weights were loaded");
   {
     std::lock_guard lock(mutex_);
     if (failure_) throw GroupError(*failure_);
   }
-  copies_.check(plan.copies);
+  copies_->check(plan.copies);
 }
 
 void Runtime::submit(BatchPlan plan) {
   check(plan);
-  copies_.submit(plan.copies);
+  copies_->submit(plan.copies);
   {
     std::lock_guard lock(mutex_);
     plans_.push_back(std::move(plan));
@@ -137,13 +176,13 @@ void Runtime::fail(const std::exception_ptr& error) {
 }
 
 std::vector<std::byte> Runtime::block(Tier tier, int64_t index) const {
-  FS_CHECK(index >= 0 && index < pool_.num_blocks(tier), "block ", index, " is outside the pool of ",
-           pool_.num_blocks(tier));
-  std::vector<std::byte> bytes(pool_.block_bytes());
+  FS_CHECK(index >= 0 && index < pool_->num_blocks(tier), "block ", index, " is outside the pool of ",
+           pool_->num_blocks(tier));
+  std::vector<std::byte> bytes(pool_->block_bytes());
   if (tier == Tier::kDevice) {
-    backend_->download(pool_.block(tier, index), bytes.data(), pool_.block_bytes());
+    backend_->download(pool_->block(tier, index), bytes.data(), pool_->block_bytes());
   } else {
-    std::memcpy(bytes.data(), pool_.block(tier, index), bytes.size());
+    std::memcpy(bytes.data(), pool_->block(tier, index), bytes.size());
   }
   return bytes;
 }
@@ -206,7 +245,7 @@ StepResult Runtime::finish(Launched launched) {
   try {
     if (!launched.plan.rows.empty()) backend_->wait();
     if (launched.sampling) result.sampled = take_samples(launched);
-    result.copies = copies_.take(launched.plan.rows.empty());
+    result.copies = copies_->take(launched.plan.rows.empty());
   } catch (...) {
     result.error = std::current_exception();
   }

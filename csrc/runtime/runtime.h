@@ -56,6 +56,11 @@ class Runtime {
   void load_tensor(const std::string& name, SourceType type, const std::vector<int64_t>& shape, int64_t first_row,
                    const void* data, int64_t bytes);
   void finish_loading();
+  // Bytes of the device's memory that nobody has, once the largest iteration has run, of which `rows` are sampled; -1
+  // where its memory is the host's. Nor while plans run. All ranks take part.
+  int64_t free_bytes(int64_t rows);
+  // Other pools, which are empty. Nor while plans or copies run.
+  void set_pools(int64_t num_blocks, int64_t num_host_blocks);
 
   // Queues a plan and starts its copies. Throws, doing neither, when loading is not finished, the runtime has failed or
   // a copy is illegal (see CopyEngine::submit): copies run before the plan's turn to be checked comes.
@@ -99,13 +104,15 @@ class Runtime {
   StepResult finish(Launched launched);
   void apply_deltas(const BatchPlan& plan);
   Batch batch_of(const BatchPlan& plan);
+  void make_pools();
+  void check_idle(const char* what);
   std::vector<float> all_logits(const float* logits, int64_t count);
   void sample_rows(Launched& launched, float* logits);
   std::vector<Sampled> take_samples(const Launched& launched);
 
   const ModelSpec spec_;
   const Shard shard_;
-  const RuntimeOptions options_;
+  RuntimeOptions options_;
   const Neighbours neighbours_;
 
   std::mutex mutex_;
@@ -118,8 +125,8 @@ class Runtime {
 
   std::unique_ptr<Backend> backend_;
   Weights weights_;
-  KvPool pool_;
-  CopyEngine copies_;
+  std::optional<KvPool> pool_;
+  std::optional<CopyEngine> copies_;
   Transformer transformer_;                        // has a thread that calls fail()
   std::unique_ptr<ThreadPool> sampler_threads_;    // where not the backend samples, but the host for it
   std::unique_ptr<TokenSampler> sampler_;          // in the last stage

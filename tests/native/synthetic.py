@@ -195,6 +195,7 @@ class Driver:
         dtype: str = "float32",
         kv_cache_dtype: str = "auto",
         quantization: str = "auto",
+        device: str = "cpu",
         block_size: int = 16,
         threads: int = 2,
         seed: int = 0,
@@ -210,6 +211,7 @@ class Driver:
                 dtype=dtype,  # type: ignore[arg-type]
                 kv_cache_dtype=kv_cache_dtype,  # type: ignore[arg-type]
                 quantization=quantization,  # type: ignore[arg-type]
+                device=device,
                 block_size=block_size,
                 num_blocks=pool,
                 max_num_batched_tokens=sum(len(tokens) for tokens in sequences),

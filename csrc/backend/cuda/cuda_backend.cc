@@ -55,21 +55,21 @@ class CudaBackend final : public Backend {
   void upload(const void* from, void* to, int64_t bytes) override {
     use_device();
     if (bytes == 0) return;
-    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, compute_));
     compute_.synchronize();
+    check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
   }
   void download(const void* from, void* to, int64_t bytes) override {
     use_device();
     if (bytes == 0) return;
-    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, compute_));
     compute_.synchronize();
+    check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));
   }
 
   std::unique_ptr<Matrix> make_matrix(int64_t n, int64_t k, WeightFormat format) override {
     use_device();
     FS_CHECK(is_quantized(format) || format == format_of(dtype_), "weights in another type than the ", name_of(dtype_),
              " that the model is computed in");
-    return std::make_unique<CudaMatrix>(n, k, format);
+    return std::make_unique<CudaMatrix>(n, k, format, staging_);
   }
   void load_rows(Matrix& matrix, int64_t first_row, int64_t rows, SourceType type, const void* source) override {
     use_device();
@@ -133,7 +133,7 @@ class CudaBackend final : public Backend {
     const bool by_token = args.by == EmbeddedBy::kToken;
     cuda::embed({.table = table.view(),
                  .ids = by_token ? batch_.token_ids : batch_.positions,
-                 .last_sampled = by_token ? last_sampled_ : nullptr,
+                 .last_sampled = by_token && sampler_ != nullptr ? sampler_->last_sampled() : nullptr,
                  .first = static_cast<int32_t>(args.first),
                  .count = static_cast<int32_t>(table.n),
                  .tokens = batch_.num_tokens,
@@ -156,7 +156,8 @@ class CudaBackend final : public Backend {
                 .ld_output = args.ld_output,
                 .m = args.m,
                 .wide = args.wide,
-                .accumulate = args.accumulate},
+                .accumulate = args.accumulate,
+                .workspace = products_.as<void>()},
                compute_);
   }
   void norm(const NormArgs& args) override {
@@ -189,9 +190,9 @@ class CudaBackend final : public Backend {
   }
   void attention(const AttentionArgs& args) override {
     const int64_t bytes = attention_workspace(args.num_heads, pool_.head_dim, batch_.num_decodes, batch_.max_context);
-    if (static_cast<int64_t>(workspace_.bytes()) < bytes) {  // never while recording: a first run has been here before
+    if (static_cast<int64_t>(attention_.bytes()) < bytes) {  // never while recording: a first run has been here before
       compute_.synchronize();
-      workspace_ = Memory(Place::kDevice, bytes + bytes / 2);
+      attention_ = Memory(Place::kDevice, bytes + bytes / 2);
       graphs_.clear();
     }
     cuda::attention({.dtype = dtype_,
@@ -205,7 +206,7 @@ class CudaBackend final : public Backend {
                      .scale = args.scale,
                      .pool = pool_,
                      .layer = args.layer,
-                     .workspace = workspace_.as<void>()},
+                     .workspace = attention_.as<void>()},
                     batch_, compute_);
   }
   void activate(Activation kind, bool gated, void* x, int64_t tokens, int64_t width, int64_t ld) override {
@@ -215,8 +216,8 @@ class CudaBackend final : public Backend {
 
   std::unique_ptr<TokenSampler> make_sampler(int64_t vocab_size) override {
     use_device();
-    auto sampler = std::make_unique<CudaSampler>(vocab_size, compute_);
-    last_sampled_ = sampler->last_sampled();
+    auto sampler = std::make_unique<CudaSampler>(vocab_size, compute_, [this] { graphs_.clear(); });
+    sampler_ = sampler.get();
     return sampler;
   }
 
@@ -260,8 +261,10 @@ class CudaBackend final : public Backend {
   std::unique_ptr<BatchUploader> batches_;
   DeviceBatch batch_{};
   Graphs graphs_;
-  Memory workspace_;  // of attention
-  const int32_t* last_sampled_ = nullptr;
+  Staging staging_;                                  // of weights on their way to the device
+  Memory products_{Place::kDevice, kGemmWorkspace};  // workspaces: of products, ...
+  Memory attention_;                                 // ... and of attention
+  const CudaSampler* sampler_ = nullptr;  // the runtime's
   std::vector<std::unique_ptr<Done>> idle_;
   std::deque<std::unique_ptr<Done>> queued_;
 };

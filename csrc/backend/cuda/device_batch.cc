@@ -78,13 +78,7 @@ DeviceBatch BatchUploader::lay_out(int64_t tokens, const Batch& batch, cudaStrea
   if (!tiles.empty()) std::memcpy(&words_[tile_words], tiles.data(), tiles.size() * sizeof(PrefillTile));
   std::ranges::copy(tables, words_.begin() + table_words);
 
-  const auto bytes = static_cast<int64_t>(words_.size() * sizeof(int32_t));
-  if (static_cast<int64_t>(device_.bytes()) < bytes) {
-    check(cudaStreamSynchronize(stream));  // what is queued works on the one before
-    device_ = Memory(Place::kDevice, std::bit_ceil(static_cast<size_t>(2 * bytes)));
-    moved_ = true;
-  }
-  const int32_t* base = device_.as<int32_t>();
+  const auto* base = reinterpret_cast<const int32_t*>(uploads_.reserve(words_.size() * sizeof(int32_t), stream));
   result.token_ids = base + ids;
   result.positions = base + positions;
   result.token_rows = base + token_rows;
@@ -100,15 +94,7 @@ DeviceBatch BatchUploader::upload(const Batch& batch, cudaStream_t stream) {
   const auto given = static_cast<int64_t>(batch.token_ids.size());
   replayable_ = one_token_a_row(batch);
   const DeviceBatch result = lay_out(replayable_ ? filled_up_rows(given) : given, batch, stream);
-  const size_t bytes = words_.size() * sizeof(int32_t);
-  Staging& staging = staging_[next_];
-  next_ = (next_ + 1) % staging_.size();
-  if (staging.used) staging.copied.synchronize();
-  if (staging.pinned.bytes() < bytes) staging.pinned = Memory(Place::kPinned, device_.bytes());
-  std::memcpy(staging.pinned.as<void>(), words_.data(), bytes);
-  check(cudaMemcpyAsync(device_.as<void>(), staging.pinned.as<void>(), bytes, cudaMemcpyHostToDevice, stream));
-  staging.copied.record(stream);
-  staging.used = true;
+  uploads_.upload(std::as_bytes(std::span(words_)), stream);
   return result;
 }
 

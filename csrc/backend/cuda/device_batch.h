@@ -1,11 +1,10 @@
 // Batches as kernels see them: put together on the host, uploaded in one copy.
 #pragma once
 
-#include <array>
 #include <vector>
 
 #include "backend/cuda/kernels.h"
-#include "backend/cuda/runtime_api.h"
+#include "backend/cuda/transfers.h"
 
 namespace fastserve::cuda {
 
@@ -22,24 +21,15 @@ class BatchUploader {
   DeviceBatch upload(const Batch& batch, cudaStream_t stream);
   bool replayable() const { return replayable_; }
   // Whether addresses of earlier batches no longer hold, since the last time it was asked.
-  bool moved() { return std::exchange(moved_, false); }
+  bool moved() { return uploads_.moved(); }
 
  private:
-  struct Staging {
-    Memory pinned;
-    Event copied;
-    bool used = false;
-  };
-
   DeviceBatch lay_out(int64_t tokens, const Batch& batch, cudaStream_t stream);
 
   const int64_t block_size_;
   std::vector<int32_t> words_;  // the batch, as it is uploaded
-  Memory device_;
-  std::array<Staging, 3> staging_;  // more than batches are in flight
-  size_t next_ = 0;
+  Uploads uploads_;
   bool replayable_ = false;
-  bool moved_ = false;
 };
 
 }  // namespace fastserve::cuda

@@ -31,7 +31,7 @@ struct BatchRow {
 struct PrefillTile {
   int32_t row, first;
 };
-constexpr int kPrefillTile = 64;  // tokens
+constexpr int kPrefillTile = 128;  // tokens
 
 struct DeviceBatch {
   // Known to the host:
@@ -145,7 +145,7 @@ void activate(DType dtype, Activation kind, bool gated, void* x, int64_t tokens,
 // output[i] += input[i]
 void add(const float* input, float* output, int64_t count, cudaStream_t stream);
 
-// ---- attention (attention.cu, attention_f32.cu)
+// ---- attention (attention.cu, attention_{prefill,decode,f32}.cu)
 
 struct AttentionCall {
   DType dtype;
@@ -159,7 +159,9 @@ struct AttentionCall {
   float scale;           // applied to q · k
   KvView pool;
   int64_t layer;
-  void* workspace;  // attention_workspace() bytes
+  // attention_workspace() bytes, 16-byte aligned and zero before the first call, and nobody else's: it begins with
+  // counters that every call leaves at zero.
+  void* workspace;
 };
 // Causal attention of every token over its job's pool blocks, its own chunk included (which is in the pool by now).
 // Contexts are cut at absolute multiples of kSegment positions; segments merge in ascending order.

@@ -19,8 +19,8 @@ constexpr unsigned char kPoison = 0xff;
 thread_local bool in_host_function = false;
 thread_local cudaError_t last_error = cudaSuccess;
 
-cudaError_t checked(const char* function, const std::function<cudaError_t(Device&, Device::Lock&)>& body,
-                    Device& self, Device::Lock& lock) {
+cudaError_t checked(const char* function, const std::function<cudaError_t(Device&, Device::Lock&)>& body, Device& self,
+                    Device::Lock& lock) {
   if (in_host_function) error(simt::join(function, " is called by a host function, which must not use CUDA"));
   if (self.found) std::rethrow_exception(std::exchange(self.found, nullptr));
   self.progress(lock);
@@ -51,7 +51,12 @@ Device& device() {
 cudaError_t enter(const char* function, const std::function<cudaError_t(Device&, Device::Lock&)>& body) {
   Device& self = device();
   Device::Lock lock(self.mutex);
-  return checked(function, body, self, lock);
+  try {
+    return checked(function, body, self, lock);
+  } catch (...) {
+    self.abandon();
+    throw;
+  }
 }
 
 cudaError_t enter_quietly(const char* function, const std::function<cudaError_t(Device&, Device::Lock&)>& body) {
@@ -202,11 +207,10 @@ std::shared_ptr<Operation> Device::enqueue(Task task, size_t actor, Clock clock,
   operation->number = next_number(actor);
   operation->clock = std::move(clock);
   operation->clock.set(actor, operation->number);
-  after.erase(std::remove_if(after.begin(), after.end(),
-                             [](const auto& before) {
-                               return before == nullptr || before->state == Operation::State::kDone;
-                             }),
-              after.end());
+  after.erase(
+      std::remove_if(after.begin(), after.end(),
+                     [](const auto& before) { return before == nullptr || before->state == Operation::State::kDone; }),
+      after.end());
   operation->after = std::move(after);
   check_races(*operation);
   std::erase_if(pending_, [this](const auto& other) {
@@ -225,8 +229,8 @@ void Device::check_races(const Operation& operation) {
     for (const Access& access : accesses) {
       if (!overlap(access.range, range) || !(access.range.write || range.write)) continue;
       if (access.number <= operation.clock[access.actor]) continue;
-      error(simt::join("race: ", access.name, access.range.write ? " writes" : " reads", " and ",
-                       operation.describe(), range.write ? " writes" : " reads",
+      error(simt::join("race: ", access.name, access.range.write ? " writes" : " reads", " and ", operation.describe(),
+                       range.write ? " writes" : " reads",
                        " the same bytes, and no event or synchronization puts one before the other"));
     }
   }
@@ -256,8 +260,7 @@ void Device::carry_out(Operation& operation, Lock& lock) {
   operation.state = Operation::State::kDone;
   operation.task.action = nullptr;
   operation.after.clear();
-  operation.done_at =
-      std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  operation.done_at = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
   done_.notify_all();
   if (thrown) std::rethrow_exception(thrown);
 }
@@ -289,6 +292,19 @@ void Device::synchronize(const std::shared_ptr<Operation>& operation, Lock& lock
   if (operation == nullptr) return;
   host.join(operation->clock);
   finish(operation, lock);
+}
+
+void Device::abandon() {
+  for (const auto& operation : pending_) {
+    host.join(operation->clock);
+    if (operation->state != Operation::State::kPending) continue;
+    operation->state = Operation::State::kDone;
+    operation->task.action = nullptr;
+    operation->after.clear();
+  }
+  for (CUstream_st* stream : streams) stream->capture = nullptr;
+  captures.clear();
+  done_.notify_all();
 }
 
 void Device::progress(Lock& lock) {

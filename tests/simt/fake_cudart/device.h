@@ -97,6 +97,8 @@ class Device {
   void finish_all(Lock& lock);
   // The host waits for it.
   void synchronize(const std::shared_ptr<Operation>& operation, Lock& lock);
+  // After an error nothing that is queued will be done, so that only the first one is told.
+  void abandon();
   // Carries out something or nothing, as Eagerness says.
   void progress(Lock& lock);
 

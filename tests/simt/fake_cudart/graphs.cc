@@ -43,9 +43,9 @@ void follow(CUstream_st* stream, const CUevent_st* event) {
 
 void check_allowed_in_captures(const Device& device, const char* function) {
   for (const Capture* capture : device.captures) {
-    const bool applies = capture->mode == cudaStreamCaptureModeGlobal ||
-                         (capture->mode == cudaStreamCaptureModeThreadLocal &&
-                          capture->thread == std::this_thread::get_id());
+    const bool applies =
+        capture->mode == cudaStreamCaptureModeGlobal ||
+        (capture->mode == cudaStreamCaptureModeThreadLocal && capture->thread == std::this_thread::get_id());
     if (applies) error(simt::join(function, " is not allowed while stream ", capture->origin->actor, " is captured"));
   }
 }

@@ -41,8 +41,7 @@ void check_configuration(const simt::Launch& launch) {
                      "); (2^31 - 1, 65535, 65535) is the most and (1, 1, 1) the least"));
   }
   if (launch.shared_bytes > simt::kMaxShared) {
-    error(simt::join(name, " asks for ", launch.shared_bytes, " bytes of shared memory; there are ",
-                     simt::kMaxShared));
+    error(simt::join(name, " asks for ", launch.shared_bytes, " bytes of shared memory; there are ", simt::kMaxShared));
   }
 }
 

@@ -35,11 +35,16 @@ void check_rows(Device& self, const char* function, const Rows& rows) {
 
 const char* name(cudaMemcpyKind kind) {
   switch (kind) {
-    case cudaMemcpyHostToHost: return "host to host";
-    case cudaMemcpyHostToDevice: return "host to device";
-    case cudaMemcpyDeviceToHost: return "device to host";
-    case cudaMemcpyDeviceToDevice: return "device to device";
-    default: return "between any";
+    case cudaMemcpyHostToHost:
+      return "host to host";
+    case cudaMemcpyHostToDevice:
+      return "host to device";
+    case cudaMemcpyDeviceToHost:
+      return "device to host";
+    case cudaMemcpyDeviceToDevice:
+      return "device to device";
+    default:
+      return "between any";
   }
 }
 
@@ -77,9 +82,7 @@ cudaError_t copy(Device& self, Device::Lock& lock, const char* function, const R
   return cudaSuccess;
 }
 
-Rows one(const void* memory, size_t bytes) {
-  return {static_cast<char*>(const_cast<void*>(memory)), bytes, bytes, 1};
-}
+Rows one(const void* memory, size_t bytes) { return {static_cast<char*>(const_cast<void*>(memory)), bytes, bytes, 1}; }
 
 cudaError_t set(Device& self, const char* function, void* memory, int value, size_t bytes, CUstream_st* stream) {
   if (bytes == 0) return cudaSuccess;
@@ -188,9 +191,9 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
     const Allocation* allocation = self.find(memory);
     void* address = const_cast<void*>(memory);
     *attributes = {};
-    attributes->type = allocation == nullptr                       ? cudaMemoryTypeUnregistered
+    attributes->type = allocation == nullptr                 ? cudaMemoryTypeUnregistered
                        : allocation->place == Place::kDevice ? cudaMemoryTypeDevice
-                                                                   : cudaMemoryTypeHost;
+                                                             : cudaMemoryTypeHost;
     attributes->devicePointer = allocation == nullptr ? nullptr : address;
     attributes->hostPointer = allocation != nullptr && allocation->place == Place::kDevice ? nullptr : address;
     return cudaSuccess;

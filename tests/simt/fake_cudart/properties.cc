@@ -106,18 +106,42 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int index) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index) {
   if (index != 0) return cudaErrorInvalidDevice;
   switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock: *value = simt::kMaxThreads; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 * 1024; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = simt::kMaxShared; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = kSharedPerProcessor; return cudaSuccess;
-    case cudaDevAttrWarpSize: *value = simt::kLanes; return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount: *value = kProcessors; return cudaSuccess;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; return cudaSuccess;
-    case cudaDevAttrMaxRegistersPerMultiprocessor: *value = 65536; return cudaSuccess;
-    case cudaDevAttrL2CacheSize: *value = kL2; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
-    case cudaDevAttrAsyncEngineCount: *value = 2; return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerBlock:
+      *value = simt::kMaxThreads;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = 48 * 1024;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = simt::kMaxShared;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = kSharedPerProcessor;
+      return cudaSuccess;
+    case cudaDevAttrWarpSize:
+      *value = simt::kLanes;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = kProcessors;
+      return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      *value = 2048;
+      return cudaSuccess;
+    case cudaDevAttrMaxRegistersPerMultiprocessor:
+      *value = 65536;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = kL2;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      return cudaSuccess;
+    case cudaDevAttrAsyncEngineCount:
+      *value = 2;
+      return cudaSuccess;
     default:
       fake_cudart::error(simt::join("cudaDeviceGetAttribute: the emulated device does not know attribute ",
                                     static_cast<int>(attribute)));

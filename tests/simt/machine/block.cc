@@ -32,13 +32,12 @@ Block& block() {
   return the_block;
 }
 
-std::string describe(const Site& site) {
-  const std::string path = site.file_name();
-  const size_t root = path.rfind("csrc/");
-  const size_t tests = path.rfind("tests/");
-  const size_t from = root != std::string::npos ? root : tests != std::string::npos ? tests : 0;
-  return join(path.substr(from), ':', site.line());
+std::string short_path(const std::string& path) {
+  const size_t csrc = path.rfind("csrc/"), tests = path.rfind("tests/");
+  return path.substr(csrc != std::string::npos ? csrc : tests != std::string::npos ? tests : 0);
 }
+
+std::string describe(const Site& site) { return join(short_path(site.file_name()), ':', site.line()); }
 
 void Block::begin(const Launch& launch, const std::function<void()>& body, uint64_t seed) {
   const size_t count = size_t{launch.block.x} * launch.block.y * launch.block.z;
@@ -155,8 +154,7 @@ void Block::meet(const char* operation, unsigned mask, const Site& site, void* p
   size_t at = 0;
   while (at < warp.meetings.size() && (warp.meetings[at].mask & mask) == 0) ++at;
   if (at == warp.meetings.size()) {
-    warp.meetings.push_back(
-        {mask, 0, operation, site, static_cast<size_t>(&self - threads_.data()), {}});
+    warp.meetings.push_back({mask, 0, operation, site, static_cast<size_t>(&self - threads_.data()), {}});
   }
   Meeting& meeting = warp.meetings[at];
   if (meeting.mask != mask || !same(meeting.site, site) || !same(meeting.operation, operation)) {
@@ -194,8 +192,8 @@ bool Block::barrier(const char* operation, const Site& site, bool predicate) {
     predicate_ = false;
   } else if (const Thread& first = threads_[first_at_barrier_];
              !same(first.site, site) || !same(first.operation, operation)) {
-    fault(join("is in ", operation, " at ", describe(site), " while ", name(first), " is in ", first.operation,
-               " at ", describe(first.site)));
+    fault(join("is in ", operation, " at ", describe(site), " while ", name(first), " is in ", first.operation, " at ",
+               describe(first.site)));
   }
   predicate_ |= predicate;
   self.operation = operation;

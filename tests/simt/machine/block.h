@@ -28,7 +28,7 @@ struct Thread {
   State state;
   Site site;  // where it waits
   const char* operation;
-  std::vector<Copy> copies;        // not done, oldest first
+  std::vector<Copy> copies;         // not done, oldest first
   std::vector<size_t> copy_groups;  // sizes of the groups closed, oldest first; the rest of `copies` is open
 };
 

@@ -13,7 +13,7 @@ constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
 
 void on_signal(int number, siginfo_t* info, void*) {
   if (block().running() == nullptr) {  // not a kernel's doing: let it be what it would have been
-    struct sigaction ordinary {};
+    struct sigaction ordinary{};
     ordinary.sa_handler = SIG_DFL;
     sigaction(number, &ordinary, nullptr);
     return;
@@ -21,8 +21,7 @@ void on_signal(int number, siginfo_t* info, void*) {
   if (number == SIGFPE) block().fault("divides an integer by zero");
   if (number == SIGILL) block().fault("comes to what cannot be reached");
   if (block().is_stack_guard(info->si_addr)) block().fault("has too many or too large local variables");
-  // A misaligned access of 16 bytes has no address of its own.
-  if (info->si_addr == nullptr) block().fault("accesses a null or a misaligned address");
+  if (info->si_code == SI_KERNEL) block().fault("accesses a misaligned address, or one that cannot be");
   block().fault(join("accesses memory that is not there, at ", info->si_addr));
 }
 
@@ -34,7 +33,7 @@ CaughtSignals::CaughtSignals() : stack_(64 * 1024) {
   stack.ss_sp = stack_.data();
   stack.ss_size = stack_.size();
   sigaltstack(&stack, &previous_stack_);
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = on_signal;
   // The handler leaves by a switch of stacks, so the signal must not stay blocked.
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
@@ -63,10 +62,7 @@ struct SourceLocation {
 };
 
 [[noreturn]] void report(const SourceLocation& at, const std::string& what) {
-  const std::string path = at.file;
-  const size_t root = path.rfind("csrc/");
-  const std::string text =
-      simt::join(what, " at ", root == std::string::npos ? path : path.substr(root), ':', at.line);
+  const std::string text = simt::join(what, " at ", simt::short_path(at.file), ':', at.line);
   if (simt::block().running() == nullptr) throw fastserve::Error(text);
   simt::block().fault(text);
 }

@@ -17,7 +17,7 @@ class CaughtSignals {
  private:
   std::vector<char> stack_;
   stack_t previous_stack_{};
-  struct sigaction previous_[4] {};
+  struct sigaction previous_[4]{};
 };
 
 }  // namespace simt

@@ -21,6 +21,9 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, const simt::Site& site = sim
   simt::meet("__syncwarp", mask, site, nullptr, nullptr);
 }
 
+// Blocks run one after the other and threads until they wait, so that every write is seen at once as it is.
+inline void __threadfence() {}
+
 // ---- shuffles: each lane brings a value and the number of the lane whose value it wants
 
 namespace simt {
@@ -35,7 +38,7 @@ struct Shuffle {
 template <class T>
 T shuffle(const char* operation, unsigned mask, T value, int source, const Site& site) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));
-  if ((mask >> source & 1u) == 0) {
+  if ((mask >> lane() & 1u) != 0 && (mask >> source & 1u) == 0) {
     fault(join(operation, " at ", describe(site), " reads lane ", source, ", which is not in the mask"));
   }
   Shuffle<T> own{value, source, {}};
@@ -135,11 +138,11 @@ T atomic(const char* operation, T* address, Change change) {
 
 }  // namespace simt
 
-#define SIMT_ATOMICS(T)                                                                              \
-  inline T atomicAdd(T* address, T value) {                                                          \
-    return simt::atomic("atomicAdd", address, [value](T old) {                                       \
+#define SIMT_ATOMICS(T)                                                                                     \
+  inline T atomicAdd(T* address, T value) {                                                                 \
+    return simt::atomic("atomicAdd", address, [value](T old) {                                              \
       return static_cast<T>(static_cast<unsigned long long>(old) + static_cast<unsigned long long>(value)); \
-    });                                                                                              \
+    });                                                                                                     \
   }
 SIMT_ATOMICS(int)
 SIMT_ATOMICS(unsigned)
@@ -159,12 +162,12 @@ SIMT_ATOMICS(long long)
 SIMT_ATOMICS(unsigned long long)
 #undef SIMT_ATOMICS
 
-#define SIMT_ATOMICS(T)                                                                                     \
-  inline T atomicOr(T* address, T value) {                                                                  \
-    return simt::atomic("atomicOr", address, [value](T old) { return old | value; });                       \
-  }                                                                                                         \
-  inline T atomicCAS(T* address, T expected, T value) {                                                     \
-    return simt::atomic("atomicCAS", address, [=](T old) { return old == expected ? value : old; });        \
+#define SIMT_ATOMICS(T)                                                                              \
+  inline T atomicOr(T* address, T value) {                                                           \
+    return simt::atomic("atomicOr", address, [value](T old) { return old | value; });                \
+  }                                                                                                  \
+  inline T atomicCAS(T* address, T expected, T value) {                                              \
+    return simt::atomic("atomicCAS", address, [=](T old) { return old == expected ? value : old; }); \
   }
 SIMT_ATOMICS(int)
 SIMT_ATOMICS(unsigned)
@@ -179,8 +182,7 @@ T __ldg(const T* address) {
   return *address;
 }
 
-// Blocks run one after the other, so that what one wrote is there for the next.
-inline void __threadfence() {}
+
 
 // Byte i of the result is the byte of y:x that nibble i of the selector names. (Its highest bit would spread a sign.)
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {

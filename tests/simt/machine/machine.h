@@ -27,10 +27,11 @@ struct Launch {
   dim3 grid;
   dim3 block;
   size_t shared_bytes;
-  Site where;                                        // in the source of the host; names the kernel in messages
+  Site where;                                               // in the source of the host; names the kernel in messages
   bool (*is_device_memory)(const void*, size_t) = nullptr;  // whether all these bytes are in one allocation
 };
 
+std::string short_path(const std::string& path);  // from the repository's root
 std::string describe(const Site& site);
 
 // Calls body() once for every thread of the grid. Throws when the kernel does what a GPU leaves undefined.

@@ -115,8 +115,9 @@ struct LaunchConfig {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
   std::tuple<Parameters...> values(static_cast<Arguments&&>(arguments)...);
-  fake_cudart::launch({config.grid, config.block, config.shared_bytes, config.where},
-                      [kernel, values] { std::apply(kernel, values); }, &values, sizeof values, config.stream);
+  fake_cudart::launch(
+      {config.grid, config.block, config.shared_bytes, config.where}, [kernel, values] { std::apply(kernel, values); },
+      &values, sizeof values, config.stream);
 }
 
 }  // namespace fastserve::cuda
