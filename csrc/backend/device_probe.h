@@ -25,7 +25,7 @@ class DeviceProbe {
   virtual double copy_rate() = 0;
   // ... operations a second of a square product of `size` in 16-bit floats, as gemm_library() computes it; ...
   virtual double gemm_rate(int64_t size) = 0;
-  virtual std::string gemm_library() const = 0;
+  virtual std::string gemm_library() = 0;
   // ... and bytes a second between pinned host memory and the device's, of both directions together.
   virtual double transfer_rate(Transfer transfer) = 0;
 

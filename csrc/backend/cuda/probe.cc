@@ -55,7 +55,7 @@ struct Operands {
 class CudaProbe final : public DeviceProbe {
  public:
   CudaProbe(DType dtype, int64_t bytes)
-      : dtype_(dtype == DType::kFloat16 ? dtype : DType::kBFloat16), bytes_(bytes), cublas_(CublasLt::open()) {}
+      : dtype_(dtype == DType::kFloat16 ? dtype : DType::kBFloat16), bytes_(bytes) {}
 
   double copy_rate() override {
     if (source_.bytes() == 0) {
@@ -73,6 +73,7 @@ class CudaProbe final : public DeviceProbe {
 
   double gemm_rate(int64_t size) override {
     if (operands_ == nullptr || operands_->size != round_up(size, kPad)) {
+      open_library();
       operands_ = std::make_unique<Operands>(size, dtype_);
       if (cublas_ != nullptr) {
         cublas_->prepare(operands_->size, operands_->size, operands_->size,
@@ -88,7 +89,10 @@ class CudaProbe final : public DeviceProbe {
     const auto edge = static_cast<double>(operands_->size);
     return 2.0 * kProducts * edge * edge * edge / seconds;
   }
-  std::string gemm_library() const override { return cublas_ != nullptr ? cublas_->name() : "FastServe's own"; }
+  std::string gemm_library() override {
+    open_library();
+    return cublas_ != nullptr ? cublas_->name() : "FastServe's own";
+  }
 
   double transfer_rate(Transfer transfer) override {
     const int64_t bytes = std::min(bytes_, kMostPinned);
@@ -121,6 +125,12 @@ class CudaProbe final : public DeviceProbe {
     Memory host, device;
   };
 
+  void open_library() {
+    if (products_.bytes() > 0) return;
+    products_ = Memory(Place::kDevice, kGemmWorkspace);
+    cublas_ = CublasLt::open();
+  }
+
   void multiply() {
     const Operands& all = *operands_;
     if (cublas_ != nullptr) {
@@ -143,10 +153,10 @@ class CudaProbe final : public DeviceProbe {
 
   const DType dtype_;
   const int64_t bytes_;
-  const std::unique_ptr<CublasLt> cublas_;
+  std::unique_ptr<CublasLt> cublas_;  // null where there is none
   Stream streams_[2];
   Memory source_, target_;
-  Memory products_{Place::kDevice, kGemmWorkspace};
+  Memory products_;  // the workspace of ours
   std::unique_ptr<Operands> operands_;
   Direction directions_[2];  // to the host, and back
 };
