@@ -1,19 +1,20 @@
 """Embedding, norms, rotation, activations and sums on the device, against float64 NumPy.
 
-Tolerances follow from the arithmetic: eps is float32's unit roundoff, 2^-24; a sum of n terms in whatever order is within
-n · eps of the sum of their magnitudes; what is rounded to an element type gets that type's half unit on top.
+Tolerances follow from the arithmetic: eps is float32's unit roundoff, 2^-24; a sum that is a tree of depth n is within
+n · eps of the sum of its terms' magnitudes; what is rounded to an element type gets half a unit of that type on top.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import elements
+import gguf
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import elements
 
 EPS = 2.0**-24
 POISON = 7.5  # what outputs hold before: exact in every type
@@ -36,33 +37,60 @@ def _padded(x: np.ndarray, ld: int) -> np.ndarray:
 # ---- embedding
 
 
-@pytest.mark.parametrize("format", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("k", [1, 8, 50, 64, 2100])
+def _table(format: str, n: int, k: int) -> tuple[str, np.ndarray, np.ndarray]:
+    """The type of the rows that a table in this format is made of, these rows, and the numbers that they are."""
+    x = _random(n, n, k)
+    if format in ("q8_0", "q4_0", "q4_1"):
+        kind = gguf.GGMLQuantizationType[format.upper()]
+        blocks = gguf.quants.quantize(x, kind)
+        return format, blocks, gguf.quants.dequantize(blocks, kind)
+    if format == "int8":  # a scale for each row, of which the largest magnitude is 127
+        scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
+        return "f32", x, np.rint(x / scale).astype(np.float32) * scale
+    data = elements.encode(x, format)
+    return {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[format], data, elements.decode(data, format)
+
+
+@pytest.mark.parametrize(
+    ("format", "k"),
+    [(f, k) for f in ("float32", "bfloat16", "float16", "int8") for k in (1, 8, 50, 64, 2100)]
+    + [(f, k) for f in ("q8_0", "q4_0", "q4_1") for k in (32, 96, 2080)],
+)
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_embedding_rows_are_the_tables(kernels, format: str, k: int, accumulate: bool) -> None:
+def test_embedding_rows_are_the_tables(kernels: Any, format: str, k: int, accumulate: bool) -> None:
     n, ld = 9, _pad(k) + 64
-    table = elements.encode(_padded(_random(1, n, k), _pad(k)), format)
-    rows = elements.decode(table, format)
-    ids = np.array([3, 11, 2, -1, 100, -3, 3], np.int32)  # the table's first row is 3: of 11 rows up to 11
-    sampled = np.array([5, 0, 10], np.int32)
+    type, data, rows = _table(format, n, k)
+    ids = np.array([3, 11, 2, -1, 12, -3, 3, -2], np.int32)  # the table's first row is that of 3, its last of 11
+    sampled = np.array([5, 100, 10], np.int32)
     before = _padded(_random(2, len(ids), k), ld)
     output = kernels.embed(
-        format=format, table=table, n=n, k=k, ids=ids, last_sampled=sampled, first=3, output=before, accumulate=accumulate
+        format=format,
+        type=type,
+        data=data,
+        n=n,
+        k=k,
+        ids=ids,
+        last_sampled=sampled,
+        first=3,
+        output=before,
+        accumulate=accumulate,
     )
-    expected = np.zeros((len(ids), k), np.float32)
-    for i, row in enumerate([0, 8, None, 2, None, 7, 0]):
+    expected = before[:, :k] if accumulate else np.zeros((len(ids), k), np.float32)
+    for i, row in enumerate([0, 8, None, 2, None, 7, 0, None]):
         if row is not None:
-            expected[i] = rows[row, :k]
-    if accumulate:
-        expected += before[:, :k]
-    np.testing.assert_array_equal(output[:, :k], expected)
+            expected[i] += rows[row]
+    # Quantized numbers are a product and perhaps a sum, which gguf rounds apart and the device together.
+    exact = format in ("float32", "bfloat16", "float16", "q8_0", "q4_0")
+    tolerance = 0.0 if exact else 4 * EPS * float(np.abs(rows).max() + np.abs(expected).max())
+    np.testing.assert_allclose(output[:, :k], expected, rtol=0, atol=tolerance)
     np.testing.assert_array_equal(output[:, k:], 0)
 
 
-def test_a_negative_id_without_sampled_tokens_is_a_row_of_zeros(kernels) -> None:
+def test_a_negative_id_without_sampled_tokens_is_a_row_of_zeros(kernels: Any) -> None:
     output = kernels.embed(
         format="float32",
-        table=_random(1, 4, 64),
+        type="f32",
+        data=_random(1, 4, 64),
         n=4,
         k=64,
         ids=np.array([-1, 2], np.int32),
@@ -77,10 +105,11 @@ def test_a_negative_id_without_sampled_tokens_is_a_row_of_zeros(kernels) -> None
 # ---- norms
 
 
-def _norm_error(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: float) -> tuple[np.ndarray, np.ndarray]:
+def _norm_error(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: float
+) -> tuple[np.ndarray, np.ndarray]:
     """The exact norm of rows, and a bound on what float32 makes of it."""
     x, weight = x.astype(np.float64), weight.astype(np.float64)
-    width = x.shape[1]
     center = np.zeros((len(x), 1)) if bias is None else x.mean(1, keepdims=True)
     # The tree is as deep as its threads' chain and two warp reductions.
     depth = 32 + 5 + 5
@@ -99,7 +128,7 @@ def _norm_error(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("width", [1, 3, 50, 64, 127, 768, 1030, 2560])
-def test_norms_equal_float64(kernels, dtype: str, centered: bool, width: int) -> None:
+def test_norms_equal_float64(kernels: Any, dtype: str, centered: bool, width: int) -> None:
     rows, ld = 5, _pad(width) + 64
     x = _random(width, rows, width, spread=3.0) + np.float32(0.5)
     weight, bias = _random(1, width), _random(2, width) if centered else None
@@ -114,7 +143,7 @@ def test_norms_equal_float64(kernels, dtype: str, centered: bool, width: int) ->
 
 
 @pytest.mark.parametrize("width", [8196, 16390])
-def test_wide_rows_are_kept_in_registers_too(kernels, width: int) -> None:
+def test_wide_rows_are_kept_in_registers_too(kernels: Any, width: int) -> None:
     x, weight = _random(1, 1, width), _random(2, width)
     output = np.zeros((1, _pad(width)), np.float32)
     actual = kernels.norm(
@@ -124,13 +153,13 @@ def test_wide_rows_are_kept_in_registers_too(kernels, width: int) -> None:
     assert (np.abs(actual[:, :width] - exact) <= error).all()
 
 
-def test_a_row_that_no_block_can_hold_is_refused(kernels) -> None:
+def test_a_row_that_no_block_can_hold_is_refused(kernels: Any) -> None:
     x = np.zeros((1, 32832), np.float32)
     with pytest.raises(RuntimeError, match="32832 is wider than 32768"):
         kernels.norm(dtype="float32", input=x, order=None, output=x, weight=x[0], bias=None, eps=1e-6)
 
 
-def test_norms_of_chosen_rows_are_the_same_bits_as_of_all(kernels) -> None:
+def test_norms_of_chosen_rows_are_the_same_bits_as_of_all(kernels: Any) -> None:
     x, weight, bias = _random(3, 7, 128), _random(4, 128), _random(5, 128)
     everything = kernels.norm(
         dtype="bfloat16", input=x, order=None, output=np.zeros((7, 128), np.uint16), weight=weight, bias=bias, eps=1e-5
@@ -145,7 +174,7 @@ def test_norms_of_chosen_rows_are_the_same_bits_as_of_all(kernels) -> None:
 # ---- rotation
 
 
-def test_rotation_table_is_cosines_and_sines_of_float32_angles(kernels) -> None:
+def test_rotation_table_is_cosines_and_sines_of_float32_angles(kernels: Any) -> None:
     positions = np.array([0, 1, 7, 4095, 131071], np.int32)
     inv_freq = (10000.0 ** -(np.arange(20) / 20)).astype(np.float32)
     actual = kernels.rotation_table(positions=positions, inv_freq=inv_freq, scale=1.25)
@@ -189,7 +218,7 @@ class Heads:
         self.padded = -(-head_dim // 16) * 16
         self.pool = elements.encode(np.full((64, 2, kv_heads, 2, block_size, self.padded), POISON, np.float32), dtype)
 
-    def run(self, kernels) -> tuple[np.ndarray, np.ndarray]:
+    def run(self, kernels: Any) -> tuple[np.ndarray, np.ndarray]:
         qkv, pool = kernels.rope_and_store(
             dtype=self.dtype,
             qkv=self.qkv,
@@ -231,7 +260,7 @@ class Heads:
             error[half : 2 * half] = np.abs(c) * eb + np.abs(s) * ea + 3 * EPS * (np.abs(b * c) + np.abs(a * s))
         return x, error
 
-    def check(self, kernels) -> None:
+    def check(self, kernels: Any) -> None:
         qkv, pool = self.run(kernels)
         before = elements.decode(self.qkv, self.dtype)
         rest = elements.decode(self.pool, self.dtype).copy()
@@ -271,14 +300,14 @@ class Heads:
     ],
 )
 def test_heads_are_rotated_and_stored(
-    kernels, dtype: str, heads: int, kv_heads: int, head_dim: int, half: int, norm: bool
+    kernels: Any, dtype: str, heads: int, kv_heads: int, head_dim: int, half: int, norm: bool
 ) -> None:
     Heads(head_dim, dtype, heads, kv_heads, head_dim, 4, half, norm).check(kernels)
 
 
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_any_heads_are_rotated_and_stored(kernels, data: st.DataObject) -> None:
+def test_any_heads_are_rotated_and_stored(kernels: Any, data: st.DataObject) -> None:
     head_dim = data.draw(st.integers(1, 12)) * data.draw(st.sampled_from([2, 8, 16]))
     half = data.draw(st.integers(0, head_dim // 2))
     kv_heads = data.draw(st.integers(1, 3))
@@ -314,7 +343,7 @@ def _activation(kind: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("width", [1, 63, 64, 300])
-def test_activations_equal_float64(kernels, dtype: str, kind: str, gated: bool, width: int) -> None:
+def test_activations_equal_float64(kernels: Any, dtype: str, kind: str, gated: bool, width: int) -> None:
     rows, pad = 3, _pad(width)
     value, gate = _random(width, rows, width, spread=4.0), _random(width + 1, rows, width)
     value[0, : min(width, 6)] = [0, 30, -30, 100, -100, -0.001][: min(width, 6)]
@@ -332,6 +361,6 @@ def test_activations_equal_float64(kernels, dtype: str, kind: str, gated: bool, 
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 1027, 2048])
-def test_sums_are_float32_sums(kernels, count: int) -> None:
+def test_sums_are_float32_sums(kernels: Any, count: int) -> None:
     a, b = _random(1, count), _random(2, count)
     np.testing.assert_array_equal(kernels.add(input=a, output=b), a + b)

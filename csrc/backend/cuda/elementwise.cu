@@ -1,6 +1,7 @@
 // Embedding, activation and sums: what touches each element once.
 #include "backend/cuda/kernels.h"
 #include "backend/cuda/vector.cuh"
+#include "backend/cuda/weight_element.cuh"
 
 namespace fastserve::cuda {
 
@@ -11,8 +12,27 @@ constexpr int kEmbedStep = 8;  // elements that a thread takes together
 
 unsigned blocks_of(int64_t items) { return static_cast<unsigned>(ceil_div(items, kThreads)); }
 
+template <WeightFormat kFormat>
+__device__ __forceinline__ void load_weights(float (&x)[kEmbedStep], const DeviceMatrix& table, int64_t row,
+                                             int64_t column) {
+  if constexpr (kFormat == WeightFormat::kFloat32) {
+    load(x, static_cast<const float*>(table.data) + row * table.k_padded + column);
+  } else if constexpr (kFormat == WeightFormat::kBFloat16) {
+    load(x, static_cast<const Bf16*>(table.data) + row * table.k_padded + column);
+  } else if constexpr (kFormat == WeightFormat::kFloat16) {
+    load(x, static_cast<const Half*>(table.data) + row * table.k_padded + column);
+  } else {
+    const float scale = channel_scale<kFormat>(table, row);
+#pragma unroll
+    for (int i = 0; i < kEmbedStep; ++i) {
+      const float weight = column + i < table.k ? weight_element<kFormat>(table, row, column + i) : 0.0f;
+      x[i] = kFormat == WeightFormat::kInt8 ? weight * scale : weight;
+    }
+  }
+}
+
 // Grid: (tokens, steps of a row).
-template <class T>
+template <WeightFormat kFormat>
 __global__ void __launch_bounds__(kThreads) embed_kernel(EmbedCall call) {
   const int64_t token = blockIdx.x;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kEmbedStep;
@@ -22,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) embed_kernel(EmbedCall call) {
   const bool here = id >= call.first && id < call.first + call.count;
   if (call.accumulate && !here) return;
   float x[kEmbedStep] = {};
-  if (here) load(x, static_cast<const T*>(call.table.data) + (id - call.first) * call.table.k_padded + column);
+  if (here) load_weights<kFormat>(x, call.table, id - call.first, column);
   float* output = call.output + token * call.ld + column;
   if (call.accumulate) {
     float y[kEmbedStep];
@@ -120,13 +140,19 @@ void embed(const EmbedCall& call, cudaStream_t stream) {
       .stream = stream};
   switch (call.table.format) {
     case WeightFormat::kFloat32:
-      return launch(embed_kernel<float>, config, call);
+      return launch(embed_kernel<WeightFormat::kFloat32>, config, call);
     case WeightFormat::kBFloat16:
-      return launch(embed_kernel<Bf16>, config, call);
+      return launch(embed_kernel<WeightFormat::kBFloat16>, config, call);
     case WeightFormat::kFloat16:
-      return launch(embed_kernel<Half>, config, call);
-    default:
-      fail(FS_FILE, __LINE__, "an embedding table in a quantized format");
+      return launch(embed_kernel<WeightFormat::kFloat16>, config, call);
+    case WeightFormat::kInt8:
+      return launch(embed_kernel<WeightFormat::kInt8>, config, call);
+    case WeightFormat::kQ8_0:
+      return launch(embed_kernel<WeightFormat::kQ8_0>, config, call);
+    case WeightFormat::kQ4_0:
+      return launch(embed_kernel<WeightFormat::kQ4_0>, config, call);
+    case WeightFormat::kQ4_1:
+      return launch(embed_kernel<WeightFormat::kQ4_1>, config, call);
   }
 }
 

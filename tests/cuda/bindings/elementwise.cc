@@ -5,7 +5,9 @@
 #include <string>
 
 #include "backend/cuda/kernels.h"
+#include "backend/cuda/matrix.h"
 #include "device_array.h"
+#include "model/dequantize.h"
 
 namespace py = pybind11;
 
@@ -21,23 +23,25 @@ Activation parse_activation(const std::string& name) {
   return Activation::kRelu;
 }
 
-py::array embed_rows(const std::string& format, const py::array& table, int64_t n, int64_t k, const py::array& ids,
-                     const py::object& last_sampled, int32_t first, const py::array& output, bool accumulate,
-                     const py::object& scales) {
-  const DeviceArray on_device(table), device_ids(ids), device_output(output);
-  const DeviceArray sampled = DeviceArray::optional(last_sampled), device_scales = DeviceArray::optional(scales);
+// The table is made of rows [n, k] of the source type, held in the format.
+py::array embed_rows(const std::string& format, const std::string& type, const py::array& data, int64_t n, int64_t k,
+                     const py::array& ids, const py::object& last_sampled, int32_t first, const py::array& output,
+                     bool accumulate) {
+  Staging staging;
+  CudaMatrix table(n, k, parse_weight_format(format), staging);
+  table.load_rows(0, n, parse_source_type(type), data.data());
+  const DeviceArray device_ids(ids), device_output(output), sampled = DeviceArray::optional(last_sampled);
   const Stream stream;
-  embed(
-      {.table = {parse_weight_format(format), n, k, round_up(k, kPad), on_device.as<void>(), device_scales.as<void>()},
-       .ids = device_ids.as<int32_t>(),
-       .last_sampled = sampled.as<int32_t>(),
-       .first = first,
-       .count = static_cast<int32_t>(n),
-       .tokens = ids.size(),
-       .output = device_output.as<float>(),
-       .ld = output.shape(1),
-       .accumulate = accumulate},
-      stream);
+  embed({.table = table.view(),
+         .ids = device_ids.as<int32_t>(),
+         .last_sampled = sampled.as<int32_t>(),
+         .first = first,
+         .count = static_cast<int32_t>(n),
+         .tokens = ids.size(),
+         .output = device_output.as<float>(),
+         .ld = output.shape(1),
+         .accumulate = accumulate},
+        stream);
   stream.synchronize();
   return device_output.numpy();
 }
@@ -129,9 +133,8 @@ py::array add_arrays(const py::array& input, const py::array& output) {
 }  // namespace
 
 void register_elementwise(py::module_& module) {
-  module.def("embed", &embed_rows, py::arg("format"), py::arg("table"), py::arg("n"), py::arg("k"), py::arg("ids"),
-             py::arg("last_sampled"), py::arg("first"), py::arg("output"), py::arg("accumulate"),
-             py::arg("scales") = py::none());
+  module.def("embed", &embed_rows, py::arg("format"), py::arg("type"), py::arg("data"), py::arg("n"), py::arg("k"),
+             py::arg("ids"), py::arg("last_sampled"), py::arg("first"), py::arg("output"), py::arg("accumulate"));
   module.def("norm", &norm_rows, py::arg("dtype"), py::arg("input"), py::arg("order"), py::arg("output"),
              py::arg("weight"), py::arg("bias"), py::arg("eps"));
   module.def("rotation_table", &rotations, py::arg("positions"), py::arg("inv_freq"), py::arg("scale"));

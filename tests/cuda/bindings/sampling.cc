@@ -53,13 +53,11 @@ py::tuple sample_rows(const py::array& logits, int64_t vocab, const std::vector<
   const auto count = static_cast<int64_t>(rows.size());
   const std::vector<SampleResult> no_results(rows.size(), {-7, 0.0f, SampleError::kNone});
   const std::vector<TopToken> no_tops(rows.size() * kMaxTop, {-7, 0.0f});
+  const auto bytes = static_cast<size_t>(sample_workspace(count, vocab, static_cast<int64_t>(biases.size())));
   const Memory row_memory = upload(rows), bias_memory = upload(device_biases), stop_memory = upload(stop_tokens),
                result_memory = upload(no_results), top_memory = upload(no_tops),
-               workspace(Place::kDevice,
-                         static_cast<size_t>(sample_workspace(count, vocab, static_cast<int64_t>(biases.size()))));
+               workspace = upload(std::vector<unsigned char>(bytes, 0xa5));  // nothing may be expected of it
   const Stream stream;
-  // Nothing may be expected of it.
-  check(cudaMemsetAsync(workspace.as<void>(), 0xa5, workspace.bytes(), stream));
   sample({.num_rows = count,
           .vocab = vocab,
           .ld = logits.shape(1),
