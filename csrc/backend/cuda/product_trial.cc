@@ -25,6 +25,7 @@ Memory random_elements(DType dtype, int64_t count, uint32_t seed) {
     check(cudaMemcpy(memory.as<uint16_t>() + first, piece.data(), std::min(kPiece, count - first) * 2,
                      cudaMemcpyHostToDevice));
   }
+  check(cudaStreamSynchronize(nullptr));  // which the call's own stream would not wait for
   return memory;
 }
 
@@ -94,8 +95,8 @@ bool ProductTrials::differs(const Memory& a, const Memory& b, int64_t rows) {
   check(cudaMemsetAsync(flag_.as<void>(), 0, sizeof(uint32_t), stream_));
   mark_differences(a.as<uint32_t>(), b.as<uint32_t>(), words, flag_.as<uint32_t>(), stream_);
   uint32_t flag = 0;
-  check(cudaMemcpyAsync(&flag, flag_.as<void>(), sizeof flag, cudaMemcpyDeviceToHost, stream_));
   check(cudaStreamSynchronize(stream_));
+  check(cudaMemcpy(&flag, flag_.as<void>(), sizeof flag, cudaMemcpyDeviceToHost));
   return flag != 0;
 }
 
