@@ -29,7 +29,6 @@ from .config import check_integer
 from .cost import CostModel
 from .distributed import Grid
 from .engine import Engine, IterationRecord
-from .engine_options import EngineOptions, worker_command
 from .outputs import Completion, LiveRequest, Request
 from .seeds import derived_seed
 from .tokenizer import Tokenizer
@@ -183,6 +182,9 @@ class ServingCore:
         }
         rank_command = None
         if grid.size > 1 and isinstance(model, (str, os.PathLike)):
+            # Imported here because it takes msgspec, which an engine in one process does without.
+            from .engine_options import EngineOptions, worker_command
+
             more = {**asdict(grid), "rank_timeout": rank_timeout}
             rank_command = worker_command(
                 EngineOptions(model=os.fspath(model), **scheduler, **runtime, **sizes, **more)

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "backend/device.h"
+#include "backend/device_probe.h"
 #include "bindings/arrays.h"
 #include "bindings/communicator.h"
 #include "bindings/plan.h"
@@ -266,6 +267,26 @@ void register_runtime(py::module_& module) {
       },
       py::arg("spec"), py::arg("kv_dtype"), py::arg("block_size"), py::arg("device") = "cpu",
       "Bytes of one KV block of a model on a device.");
+
+  // The clock is the device's, whoever asks for it.
+  module.def(
+      "time_batches",
+      [](const std::string& device, int64_t most) {
+        FS_CHECK(most > 0, "time_batches: at least one batch, got ", most);
+        make_device_probe(device, DType::kBFloat16, 0)->time_batches(most);
+      },
+      py::arg("device"), py::arg("most"),
+      "For benchmarks: from now on, times the batches of all runtimes on the device. None may be under way.");
+  module.def(
+      "take_batch_times",
+      [](const std::string& device) {
+        std::vector<std::pair<double, double>> spans;
+        for (const BatchSpan& span : make_device_probe(device, DType::kBFloat16, 0)->take_times()) {
+          spans.emplace_back(span.begin, span.end);
+        }
+        return spans;
+      },
+      py::arg("device"), "When the kernels of those batches began and ended, in seconds since the first; ends it.");
 }
 
 }  // namespace fastserve

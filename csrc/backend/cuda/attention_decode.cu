@@ -13,8 +13,11 @@ constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kAhead = 8;                   // segments that a merging thread has on their way at once
 constexpr int kScoreStride = kKeyTile + 8;  // floats: eight lanes' rows lie in different banks
 
+// Larger heads take blocks for each panel of V.
 template <int kDim>
-constexpr int kValueDim = kDim < 128 ? kDim : 128;
+constexpr int kPanels = kDim / kPanelDim<kDim>;
+template <int kDim>
+constexpr int kStageBytes = kPanels<kDim> * Panel<kDim>::kBytes;  // K, or one panel of V
 
 // Tiles of K or V in shared memory, all but one of which are on their way: an even number, 64 KiB. Of such blocks a
 // multiprocessor has kBlocks, if it has as much shared memory.
@@ -25,7 +28,7 @@ constexpr int kStages = kDim == 64    ? 8
 template <int kDim>
 constexpr int kBlocks = kDim == 256 ? 2 : 3;
 template <int kDim>
-constexpr int kSharedBytes = kStages<kDim> * SharedTile<kDim>::kBytes + kWarpVectors * kScoreStride * 4;
+constexpr int kSharedBytes = kStages<kDim> * kStageBytes<kDim> + kWarpVectors * kScoreStride * 4;
 
 // Segments of rows that several blocks share: of decode row z, head h and segment s, at (z · heads + h) · segments + s.
 struct Partials {
@@ -35,19 +38,19 @@ struct Partials {
   int32_t* counters;  // [decode rows, heads]: blocks that are done
 };
 
-// grid: (splits, KV heads · passes over its query heads · parts of a head, decode rows)
+// grid: (splits, KV heads · passes over its query heads · panels of a head, decode rows)
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
     decode(AttentionShape shape, const int32_t* decode_rows, int passes, Partials partials) {
-  constexpr int kValues = kValueDim<kDim>, kParts = kDim / kValues, kColumns = kValues / kWarps / 8;
-  constexpr int kSteps = kDim / 16;
+  constexpr int kColumns = Panel<kDim>::kChunks / kWarps, kSteps = kDim / 16;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 
   const BatchRow row = shape.rows[decode_rows[blockIdx.z]];
   const int context = row.start + 1, split = blockIdx.x, stride = gridDim.x;
   const int segments = (context + static_cast<int>(kSegment) - 1) / static_cast<int>(kSegment);
   if (row.tokens == 0 || split >= segments) return;
-  const int part = blockIdx.y % kParts, pass = blockIdx.y / kParts % passes, kv_head = blockIdx.y / kParts / passes;
+  const int panel = blockIdx.y % kPanels<kDim>, pass = blockIdx.y / kPanels<kDim> % passes;
+  const int kv_head = blockIdx.y / kPanels<kDim> / passes;
   const int group_first = kv_head * shape.query_group - shape.query_offset;
   const int group_end = group_first + shape.query_group;
   const int first_head = (group_first < 0 ? 0 : group_first) + pass * kWarpVectors;
@@ -64,29 +67,33 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
     return (split + j / kSegmentTiles * stride) * static_cast<int>(kSegment) + j % kSegmentTiles * kKeyTile;
   };
 
-  const unsigned char* head_base = shape.pool + 2 * static_cast<int64_t>(kv_head) * shape.head_bytes;
-  KvGather<kDim, kThreads> keys(shape, head_base, shape.tables + row.table, 0, context);
-  KvGather<kValues, kThreads> values(shape, head_base + shape.head_bytes, shape.tables + row.table, part * kValues / 8,
-                                     context);
+  KvGather<kDim, kThreads> gather(shape, kv_head, row.table, context);
   const auto stage = [&](int item) {
-    return shared_memory<unsigned char>() + item % kStages<kDim> * SharedTile<kDim>::kBytes;
+    return shared_memory<unsigned char>() + item % kStages<kDim> * kStageBytes<kDim>;
   };
-  // Tile j has items 2j, K, and 2j + 1, V.
-  const auto copy = [&](auto& gather, int item) {
-    const int j = item / 2;
+  // Tile j's K is item 2j, its V, after which the next tile is found, 2j + 1.
+  const auto copy_keys = [&](int j) {
     if (j < tiles) {
-      gather.copy(position(j), stage(item));
+#pragma unroll
+      for (int p = 0; p < kPanels<kDim>; ++p)
+        gather.copy(kKeys, p, position(j), stage(2 * j) + p * Panel<kDim>::kBytes);
+    }
+    commit_copies();
+  };
+  const auto copy_values = [&](int j) {
+    if (j < tiles) {
+      gather.copy(kValues, panel, position(j), stage(2 * j + 1));
       gather.find(position(j + 1));
     }
     commit_copies();
   };
-  keys.find(position(0));
-  values.find(position(0));
+  gather.find(position(0));
 #pragma unroll 1
-  for (int item = 0; item < kStages<kDim> - 1; item += 2) {
-    copy(keys, item);
-    if (item + 1 < kStages<kDim> - 1) copy(values, item + 1);
+  for (int j = 0; j < kStages<kDim> / 2 - 1; ++j) {
+    copy_keys(j);
+    copy_values(j);
   }
+  copy_keys(kStages<kDim> / 2 - 1);
 
   uint32_t query[kSteps][4];
 #pragma unroll
@@ -98,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
       query[k][i] = vector < heads ? load_pair(from, 16 * k + i / 2 * 8 + 2 * t, shape.head_dim) : 0;
     }
   }
-  float* scores = reinterpret_cast<float*>(shared_memory<unsigned char>() + kStages<kDim> * SharedTile<kDim>::kBytes);
+  float* scores = reinterpret_cast<float*>(shared_memory<unsigned char>() + kStages<kDim> * kStageBytes<kDim>);
   const auto score_pair = [&](int vector, int column) {
     return reinterpret_cast<float2*>(scores + vector * kScoreStride + column + 2 * t);
   };
@@ -106,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
   const bool alone = segments == 1 || stride == 1;
   const int64_t partial_row = static_cast<int64_t>(blockIdx.z) * shape.num_heads + first_head;
   const int row_elements = shape.row_bytes / 2;
-  const int first_column = part * kValues + warp * kColumns * 8 + 2 * t;
+  const int first_column = panel * kPanelDim<kDim> + warp * kColumns * 8 + 2 * t;
   SegmentState<kColumns> segment;
   MergedState<kColumns> merged;
   segment.clear();
@@ -114,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
   for (int j = 0; j < tiles; ++j) {
     wait_copies<kStages<kDim> - 2>();
     __syncthreads();  // K of tile j is there, and nobody needs V of tile j - 1 any more
-    copy(values, 2 * j + kStages<kDim> - 1);
+    copy_values(j + kStages<kDim> / 2 - 1);
     float own[2][4];
     score_positions<T, kDim>(
         stage(2 * j), warp * 16,
@@ -130,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
     }
     wait_copies<kStages<kDim> - 2>();
     __syncthreads();  // V of tile j and all of its scores are there, and nobody needs its K any more
-    copy(keys, 2 * j + kStages<kDim>);
+    copy_keys(j + kStages<kDim> / 2);
     float score[kKeyTile / 8][4];
 #pragma unroll
     for (int n = 0; n < kKeyTile / 8; ++n) {
@@ -144,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
     if (seen < kKeyTile) hide_unseen(score, seen, seen);
     uint32_t weight[kKeyTile / 16][4];
     soften<T>(score, shape.scale, segment, weight);
-    weigh_values<T, kValues>(stage(2 * j + 1), warp * kColumns, weight, segment);
+    weigh_values<T, kDim>(stage(2 * j + 1), warp * kColumns, weight, segment);
 
     if ((j + 1) % kSegmentTiles != 0 && j + 1 != tiles) continue;
     if (alone) {
@@ -155,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
       for (int h = 0; h < 2; ++h) {
         if (g + 8 * h >= heads) continue;
         const int64_t index = (partial_row + g + 8 * h) * partials.segments + s;
-        if (part == 0 && warp == 0 && t == 0) partials.stats[index] = make_float2(segment.max[h], segment.sum[2 * h]);
+        if (panel == 0 && warp == 0 && t == 0) partials.stats[index] = make_float2(segment.max[h], segment.sum[2 * h]);
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
           const int column = first_column + 8 * n;
@@ -190,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
   int last = 0;
   if (threadIdx.x == 0) {
     int32_t* counter = partials.counters + partial_row;
-    last = atomicAdd(counter, 1) == (segments < stride ? segments : stride) * kParts - 1;
+    last = atomicAdd(counter, 1) == (segments < stride ? segments : stride) * kPanels<kDim> - 1;
     if (last) *counter = 0;
     __threadfence();
   }
@@ -240,19 +247,19 @@ void attention_decode(DType dtype, const AttentionShape& shape, const int32_t* d
   const Partials partials = {out, stats, static_cast<int>(segments), counters};
   const int group = shape.query_group < shape.num_heads ? shape.query_group : shape.num_heads;
   const int passes = static_cast<int>(ceil_div(group, kWarpVectors));
-  const auto run = [&](auto kernel, int parts, size_t shared_bytes) {
+  const auto run = [&](auto kernel, int panels, size_t shared_bytes) {
     const dim3 grid(static_cast<unsigned>(splits < segments ? splits : segments),
-                    static_cast<unsigned>(shape.num_kv_heads * passes * parts), static_cast<unsigned>(num_decodes));
+                    static_cast<unsigned>(shape.num_kv_heads * passes * panels), static_cast<unsigned>(num_decodes));
     launch(kernel, {grid, dim3(kThreads), shared_bytes, stream}, shape, decode_rows, passes, partials);
   };
   const auto run_type = [&](auto element) {
     using T = decltype(element);
     if (shape.row_bytes <= 128) {
-      run(decode<T, 64>, 1, kSharedBytes<64>);
+      run(decode<T, 64>, kPanels<64>, kSharedBytes<64>);
     } else if (shape.row_bytes <= 256) {
-      run(decode<T, 128>, 1, kSharedBytes<128>);
+      run(decode<T, 128>, kPanels<128>, kSharedBytes<128>);
     } else {
-      run(decode<T, 256>, 256 / kValueDim<256>, kSharedBytes<256>);
+      run(decode<T, 256>, kPanels<256>, kSharedBytes<256>);
     }
   };
   dtype == DType::kBFloat16 ? run_type(Bf16{}) : run_type(Half{});

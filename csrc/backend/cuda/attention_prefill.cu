@@ -9,20 +9,19 @@ namespace {
 
 constexpr int kStages = 2;
 
-// A warp has registers for the sums of this many columns, twice. Larger heads take blocks for each part of them.
+// A warp has registers for the sums of the columns of one panel, twice. Larger heads take blocks for each of theirs.
 template <int kDim>
-constexpr int kValueDim = kDim < 128 ? kDim : 128;
-
+constexpr int kPanels = kDim / kPanelDim<kDim>;
 template <int kDim>
-constexpr int kStageBytes = SharedTile<kDim>::kBytes + SharedTile<kValueDim<kDim>>::kBytes;
+constexpr int kStageBytes = (kPanels<kDim> + 1) * Panel<kDim>::kBytes;  // K, and one panel of V
 
-// grid: (heads · parts of a head, tiles, parts of a tile)
+// grid: (heads · panels of a head, tiles, parts of a tile)
 template <class T, int kDim, int kWarps>
 __global__ void __launch_bounds__(kWarps* kWarp) prefill(AttentionShape shape, const PrefillTile* tiles) {
   constexpr int kThreads = kWarps * kWarp, kTokens = kWarps * kWarpVectors;
-  constexpr int kValues = kValueDim<kDim>, kParts = kDim / kValues, kColumns = kValues / 8, kSteps = kDim / 16;
+  constexpr int kColumns = Panel<kDim>::kChunks, kSteps = kDim / 16;
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const int head = blockIdx.x / kParts, part = blockIdx.x % kParts;
+  const int head = blockIdx.x / kPanels<kDim>, panel = blockIdx.x % kPanels<kDim>;
   // The last tiles of a row have the most to do, and begin first.
   const PrefillTile tile = tiles[gridDim.y - 1 - blockIdx.y];
   const BatchRow row = shape.rows[tile.row];
@@ -49,29 +48,26 @@ __global__ void __launch_bounds__(kWarps* kWarp) prefill(AttentionShape shape, c
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = load_pair(query[i % 2], 16 * k + i / 2 * 8 + 2 * t, shape.head_dim);
   };
-  constexpr bool kHeld = kParts == 1;  // queries stay in registers
+  constexpr bool kHeld = kPanels<kDim> == 1;  // queries stay in registers
   uint32_t held[kHeld ? kSteps : 1][4];
   if constexpr (kHeld) {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) load_query(k, held[k]);
   }
 
-  const int64_t kv_head = (head + shape.query_offset) / shape.query_group;
-  const unsigned char* keys_base = shape.pool + 2 * kv_head * shape.head_bytes;
-  KvGather<kDim, kThreads> keys(shape, keys_base, shape.tables + row.table, 0, context);
-  KvGather<kValues, kThreads> values(shape, keys_base + shape.head_bytes, shape.tables + row.table, part * kValues / 8,
-                                     context);
-  const auto find = [&](int key_tile) {
-    keys.find(key_tile * kKeyTile);
-    values.find(key_tile * kKeyTile);
-  };
+  const int kv_head = (head + shape.query_offset) / shape.query_group;
+  KvGather<kDim, kThreads> gather(shape, kv_head, row.table, context);
   const auto stage = [&](int key_tile) {
     return shared_memory<unsigned char>() + key_tile % kStages * kStageBytes<kDim>;
   };
+  // Copies the tile that was found last, and finds the one after it.
   const auto copy = [&](int key_tile) {
-    keys.copy(key_tile * kKeyTile, stage(key_tile));
-    values.copy(key_tile * kKeyTile, stage(key_tile) + SharedTile<kDim>::kBytes);
+#pragma unroll
+    for (int p = 0; p < kPanels<kDim>; ++p)
+      gather.copy(kKeys, p, key_tile * kKeyTile, stage(key_tile) + p * Panel<kDim>::kBytes);
+    gather.copy(kValues, panel, key_tile * kKeyTile, stage(key_tile) + kPanels<kDim> * Panel<kDim>::kBytes);
     commit_copies();
+    gather.find((key_tile + 1) * kKeyTile);
   };
 
   SegmentState<kColumns> segment;
@@ -79,16 +75,12 @@ __global__ void __launch_bounds__(kWarps* kWarp) prefill(AttentionShape shape, c
   segment.clear();
   merged.clear();
   const int key_tiles = (context + kKeyTile - 1) / kKeyTile;
-  find(0);
+  gather.find(0);
   copy(0);
-  find(1);
   for (int j = 0; j < key_tiles; ++j) {
     wait_copies<0>();
     __syncthreads();  // tile j is there, and nobody needs tile j - 1 any more
-    if (j + 1 < key_tiles) {
-      copy(j + 1);
-      find(j + 2);
-    }
+    if (j + 1 < key_tiles) copy(j + 1);
     const int begin = j * kKeyTile;
     if (begin <= last_position) {
       float score[kKeyTile / 8][4];
@@ -108,7 +100,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) prefill(AttentionShape shape, c
       }
       uint32_t weight[kKeyTile / 16][4];
       soften<T>(score, shape.scale, segment, weight);
-      weigh_values<T, kValues>(stage(j) + SharedTile<kDim>::kBytes, 0, weight, segment);
+      weigh_values<T, kDim>(stage(j) + kPanels<kDim> * Panel<kDim>::kBytes, 0, weight, segment);
     }
     if ((j + 1) % kSegmentTiles == 0 || j + 1 == key_tiles) {
       merged.merge(segment);
@@ -124,7 +116,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) prefill(AttentionShape shape, c
     const float inverse = 1.0f / merged.sum[h];
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
-      store_pair(output, part * kValues + 8 * n + 2 * t, shape.head_dim, finish(merged.out[n][2 * h], inverse),
+      store_pair(output, panel * kPanelDim<kDim> + 8 * n + 2 * t, shape.head_dim, finish(merged.out[n][2 * h], inverse),
                  finish(merged.out[n][2 * h + 1], inverse));
     }
   }
@@ -132,7 +124,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) prefill(AttentionShape shape, c
 
 template <class T, int kDim, int kWarps>
 void launch_prefill(const AttentionShape& shape, const PrefillTile* tiles, int64_t num_tiles, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(shape.num_heads * (kDim / kValueDim<kDim>)), static_cast<unsigned>(num_tiles),
+  const dim3 grid(static_cast<unsigned>(shape.num_heads * kPanels<kDim>), static_cast<unsigned>(num_tiles),
                   kPrefillTile / (kWarps * kWarpVectors));
   launch(prefill<T, kDim, kWarps>, {grid, dim3(kWarps * kWarp), kStages * kStageBytes<kDim>, stream}, shape, tiles);
 }

@@ -20,11 +20,16 @@ constexpr int kSegmentTiles = static_cast<int>(kSegment) / kKeyTile;
 constexpr int kWarpVectors = 16;
 constexpr float kUnseen = -__builtin_huge_valf();  // the score of a position that is not seen
 
-// A tile of K or V in shared memory: kKeyTile rows of kDim elements. The 16-byte chunks of a row are permuted, so that
-// chunks of one column in eight successive rows lie in different banks.
+// A tile's columns of K or V lie in shared memory in panels of this many.
 template <int kDim>
-struct SharedTile {
-  static constexpr int kRowBytes = kDim * 2;
+constexpr int kPanelDim = kDim < 128 ? kDim : 128;
+
+// kKeyTile rows of kPanelDim elements. The 16-byte chunks of a row are permuted, so that chunks of one column in eight
+// successive rows lie in different banks.
+template <int kDim>
+struct Panel {
+  static constexpr int kChunks = kPanelDim<kDim> / 8;
+  static constexpr int kRowBytes = kPanelDim<kDim> * 2;
   static constexpr int kBytes = kKeyTile * kRowBytes;
 
   static __device__ __forceinline__ int offset(int row, int chunk) {
@@ -51,14 +56,14 @@ struct SegmentState {
   }
 };
 
-// score[n] = q · K of the 8 positions from row first + 8n of the tile on. query(k, a) gives the 16 vectors' dimensions
-// from 16k on as a matrix instruction wants them.
+// score[n] = q · K of the 8 positions from row first + 8n of the tile on; `keys` are panels, one after the other.
+// query(k, a) gives the 16 vectors' dimensions from 16k on as a matrix instruction wants them.
 template <class T, int kDim, int kColumns, class Query>
 __device__ __forceinline__ void score_positions(const unsigned char* keys, int first, Query query,
                                                 float (&score)[kColumns][4]) {
   const int lane = threadIdx.x % kWarp, half = lane / 8 % 2;
   const int row = first + lane / 16 * 8 + lane % 8;
-  const unsigned char* base = keys + row * SharedTile<kDim>::kRowBytes;
+  constexpr int kPanelSteps = kPanelDim<kDim> / 16;
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -68,11 +73,12 @@ __device__ __forceinline__ void score_positions(const unsigned char* keys, int f
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t a[4];
     query(k, a);
-    const unsigned char* column = base + (((2 * k + half) ^ (row & 7)) << 4);
+    const unsigned char* column =
+        keys + k / kPanelSteps * Panel<kDim>::kBytes + Panel<kDim>::offset(row, k % kPanelSteps * 2 + half);
 #pragma unroll
     for (int n = 0; n < kColumns; n += 2) {
       uint32_t b[4];
-      load_matrices(b, column + n * 8 * SharedTile<kDim>::kRowBytes);
+      load_matrices(b, column + n * 8 * Panel<kDim>::kRowBytes);
       const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
       mma_16x8x16<T>(score[n], a, low);
       mma_16x8x16<T>(score[n + 1], a, high);
@@ -136,13 +142,12 @@ __device__ __forceinline__ void soften(float (&score)[kKeyTile / 8][4], float sc
   }
 }
 
-// Adds a tile's weights, and weights · V of the 8 · kColumns elements from chunk `first` of its rows on.
+// Adds a tile's weights, and weights · V of the 8 · kColumns elements from chunk `first` of a panel's rows on.
 template <class T, int kDim, int kColumns>
 __device__ __forceinline__ void weigh_values(const unsigned char* values, int first,
                                              const uint32_t (&weight)[kKeyTile / 16][4],
                                              SegmentState<kColumns>& state) {
   const int lane = threadIdx.x % kWarp, row = lane % 16;
-  const unsigned char* base = values + row * SharedTile<kDim>::kRowBytes;
   const uint32_t one = pack<T>(1.0f, 1.0f);
   const uint32_t ones[2] = {one, one};
 #pragma unroll
@@ -152,7 +157,7 @@ __device__ __forceinline__ void weigh_values(const unsigned char* values, int fi
     for (int n = 0; n < kColumns; n += 2) {
       uint32_t b[4];
       load_matrices_transposed(
-          b, base + 16 * k * SharedTile<kDim>::kRowBytes + (((first + n + lane / 16) ^ (row & 7)) << 4));
+          b, values + 16 * k * Panel<kDim>::kRowBytes + Panel<kDim>::offset(row, first + n + lane / 16));
       const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
       mma_16x8x16<T>(state.out[n], weight[k], low);
       mma_16x8x16<T>(state.out[n + 1], weight[k], high);

@@ -3,8 +3,10 @@
 #include <deque>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "backend/cuda/batch_clock.h"
 #include "backend/cuda/cuda_sampler.h"
 #include "backend/cuda/device_batch.h"
 #include "backend/cuda/graphs.h"
@@ -107,16 +109,19 @@ class CudaBackend final : public Backend {
     use_device();
     if (batches_ == nullptr) batches_ = std::make_unique<BatchUploader>(1);  // no rows without a pool
     batch_ = batches_->upload(batch, compute_);
+    begun_ = true;
     if (batches_->moved()) graphs_.clear();
     return {batch_.num_tokens, batch_.num_logits};
   }
   void run(const std::function<void()>& body) override {
+    if (std::exchange(begun_, false)) BatchClock::instance().begin(compute_);
     if (!batches_->replayable()) return body();
     graphs_.run({batch_.num_tokens, batch_.max_context}, compute_, body);
   }
   void forget() override { graphs_.clear(); }
 
   void end() override {
+    BatchClock::instance().end(compute_);
     if (idle_.empty()) idle_.push_back(std::make_unique<Done>());
     idle_.back()->record(compute_);
     queued_.push_back(std::move(idle_.back()));
@@ -260,11 +265,12 @@ class CudaBackend final : public Backend {
   KvView pool_{};
   std::unique_ptr<BatchUploader> batches_;
   DeviceBatch batch_{};
+  bool begun_ = false;  // and nothing run of it
   Graphs graphs_;
   Staging staging_;                                  // of weights on their way to the device
   Memory products_{Place::kDevice, kGemmWorkspace};  // workspaces: of products, ...
   Memory attention_;                                 // ... and of attention
-  const CudaSampler* sampler_ = nullptr;  // the runtime's
+  const CudaSampler* sampler_ = nullptr;             // the runtime's
   std::vector<std::unique_ptr<Done>> idle_;
   std::deque<std::unique_ptr<Done>> queued_;
 };
