@@ -3,11 +3,11 @@
     python benchmarks/gpu_jct.py [--preset llama-8b] [--seconds 120] [--json jct.json]
 
 Long jobs come first and short ones after them, so that under skip-join-mlfq nearly every job holds KV at once. A run
-with memory for all tells how much that takes, and what the tokens are; then the pool is cut to a quarter of it. Policies
-are compared at the same arrivals, and the two ways of swapping by the rate that each sustains at a mean normalized
-latency (JCT over output tokens) of --slo seconds a token: the paper's is 0.3. A rate is found by halving, for which there
-are --seconds in all; a run that can no longer meet the limit is ended early. Each run's tokens are compared with those of
-the undisturbed one.
+with memory for all tells how much that takes, and what the tokens are; then the pool is cut to a quarter of it.
+Policies are compared at the same arrivals, and the two ways of swapping by the rate that each sustains at a mean
+normalized latency (JCT over output tokens) of --slo seconds a token: the paper's is 0.3. A rate is found by halving,
+for which there are --seconds in all; a run that can no longer meet the limit is ended early. Each run's tokens are
+compared with those of the undisturbed one.
 
 Exits with 1 when a token differs or a job does not finish. Needs NumPy and a build with the CUDA backend, nothing else;
 without a GPU it says so and exits with 0, unless FASTSERVE_CUDA_PLUGIN names an emulated one.
@@ -173,8 +173,8 @@ class Bench:
 
 def _latency_so_far(job: Any, now: float) -> float:
     """At least what it will be, of jobs whose output's length is known."""
-    jct = job.metrics.jct if job.finished else now - job.arrival
-    return float(jct) / job.params.max_tokens
+    jct: float = job.metrics.jct if job.finished else now - job.arrival
+    return jct / float(job.params.max_tokens)
 
 
 def trace(options: argparse.Namespace, bench: Bench, jobs: int, seed: int) -> list[Entry]:
@@ -218,7 +218,9 @@ def sustained(
         rate = len(entries) / (span / speed)
         if not run.ended_early:
             different += run.unfinished + sum(a != b for a, b in zip(run.tokens, expected, strict=True))
-        points.append({"rate": rate, "met": met, "mean_normalized_latency": None if run.ended_early else run.normalized})
+        points.append(
+            {"rate": rate, "met": met, "mean_normalized_latency": None if run.ended_early else run.normalized}
+        )
         if met:
             meets = speed
             if run.seconds > 4 * span / speed:  # nearly all there at once: faster arrivals change nothing
@@ -264,7 +266,7 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
         if options.json is not None:
             options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    cases = [(f"{policy}, proactive", {"policy": policy}) for policy in POLICIES]
+    cases: list[tuple[str, dict[str, Any]]] = [(f"{policy}, proactive", {"policy": policy}) for policy in POLICIES]
     cases += [("skip-join-mlfq, reactive", {"policy": "skip-join-mlfq", "swap_mode": "reactive"})]
     for name, changes in cases:
         run = bench.replay(entries, num_blocks=quarter, **changes)
@@ -281,8 +283,8 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     undisturbed = bench.replay(longer, policy="skip-join-mlfq", num_host_blocks=0, swap_mode="recompute")
     for mode in MODES:
         deadline = time.monotonic() + options.seconds / len(MODES)
-        changes = {"policy": "skip-join-mlfq", "swap_mode": mode, "num_blocks": quarter}
-        found = sustained(bench, longer, undisturbed.tokens, options.slo, deadline, **changes)
+        limits: dict[str, Any] = {"policy": "skip-join-mlfq", "swap_mode": mode, "num_blocks": quarter}
+        found = sustained(bench, longer, undisturbed.tokens, options.slo, deadline, **limits)
         result["sustained"][mode] = found
         missed = "none missed" if found["missed_at"] is None else f"{found['missed_at']:.2f} missed"
         print(f"{mode:26} {found['rate']:.2f} jobs/s at {options.slo} s/token ({missed})", flush=True)
