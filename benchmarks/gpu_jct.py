@@ -41,9 +41,11 @@ from fastserve.profiler import measure, measure_link
 POLICIES = ("fcfs", "skip-join-mlfq", "gittins")
 MODES = ("proactive", "reactive")
 BLOCK_SIZE = 16
-LONG_SHARE = 0.3  # of the jobs
+LONG_SHARE, SEARCH_LONG_SHARE = 0.3, 0.1  # of the jobs, where policies are compared and where a rate is looked for
 SPAN, LONG_SPAN = 0.45, 0.06  # of the time that all work takes: jobs arrive within these, short ones and long ones
-SEARCH_START, SEARCH_STEPS = 1.0, 8  # arrivals so many times as fast, and halvings at most
+SEARCH_START, SEARCH_STEPS = 2.0, 8  # arrivals so many times as fast, and runs at most
+NEARLY_AT_ONCE = 50  # times as long as jobs keep coming does their work take
+FINE = 1.06  # between a rate that meets the limit and one that misses it
 PATIENCE = 0.05  # seconds of one wait
 
 
@@ -90,6 +92,9 @@ class Run:
 class Bench:
     """One runtime, and as many engines over it one after another."""
 
+    clock = staticmethod(time.monotonic)
+    sleep = staticmethod(time.sleep)
+
     def __init__(self, options: argparse.Namespace) -> None:
         self._source = RandomLlama(options.preset)
         self.vocab_size = self._source.spec.vocab_size
@@ -122,14 +127,19 @@ class Bench:
         """An open loop. `slo`: end it once the mean normalized latency is above this whatever comes."""
         records: list[IterationRecord] = []
         engine = Engine(
-            replace(self.config, **changes), self.runtime, self.cost, link=self.link, on_iteration=records.append
+            replace(self.config, **changes),
+            self.runtime,
+            self.cost,
+            link=self.link,
+            clock=self.clock,
+            on_iteration=records.append,
         )
-        start = time.monotonic()
+        start = self.clock()
         due = sorted(range(len(entries)), key=lambda i: entries[i].arrival, reverse=True)
         jobs: dict[int, Any] = {}
         late = checked = 0.0
         while due or engine.has_work:
-            now = time.monotonic() - start
+            now = self.clock() - start
             while due and entries[due[-1]].arrival <= now:
                 i = due.pop()
                 entry = entries[i]
@@ -142,7 +152,7 @@ class Bench:
                     arrival=start + entry.arrival,
                 )
             if not engine.has_work:
-                time.sleep(max(0.0, entries[due[-1]].arrival - now))
+                self.sleep(max(0.0, entries[due[-1]].arrival - now))
                 continue
             engine.step(PATIENCE)
             if slo < math.inf and now > checked + PATIENCE:
@@ -155,7 +165,7 @@ class Bench:
             engine.abort(job.job_id)
         while engine.has_work:
             engine.step(PATIENCE)
-        seconds = time.monotonic() - start
+        seconds = self.clock() - start
         engine.check_integrity()
         done = [jobs[i] for i in sorted(jobs)]
         return Run(
@@ -177,12 +187,12 @@ def _latency_so_far(job: Any, now: float) -> float:
     return jct / float(job.params.max_tokens)
 
 
-def trace(options: argparse.Namespace, bench: Bench, jobs: int, seed: int) -> list[Entry]:
+def trace(options: argparse.Namespace, bench: Bench, jobs: int, long_share: float, seed: int) -> list[Entry]:
     """Half of the jobs are sampled, half greedy; arrivals are spread over a share of the time that all work takes."""
     draw, scale = random.Random(seed), options.context / 1024
     shapes = []
     for number in range(jobs):
-        if number < LONG_SHARE * jobs:
+        if number < long_share * jobs:
             sizes = (150, 300), (200, 300), (0.0, LONG_SPAN)
         else:
             sizes = (100, 250), (4, 12), (LONG_SPAN / 2, SPAN)
@@ -210,7 +220,7 @@ def sustained(
     meets, misses, points = 0.0, math.inf, []
     speed = SEARCH_START
     for _ in range(SEARCH_STEPS):
-        if time.monotonic() > deadline:
+        if bench.clock() > deadline:
             break
         faster = [replace(entry, arrival=entry.arrival / speed) for entry in entries]
         run = bench.replay(faster, slo=slo, **changes)
@@ -223,10 +233,12 @@ def sustained(
         )
         if met:
             meets = speed
-            if run.seconds > 4 * span / speed:  # nearly all there at once: faster arrivals change nothing
+            if math.isinf(misses) and run.seconds > NEARLY_AT_ONCE * span / speed:  # faster arrivals change nothing
                 break
         else:
             misses = speed
+        if meets and misses / meets < FINE:
+            break
         speed = meets * 2 if math.isinf(misses) else misses / 2 if meets == 0 else math.sqrt(meets * misses)
     to_rate = len(entries) / span
     return {
@@ -239,7 +251,7 @@ def sustained(
 
 def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(options)
-    entries = trace(options, bench, options.jobs, options.seed)
+    entries = trace(options, bench, options.jobs, LONG_SHARE, options.seed)
     bench.replay(entries[: options.rows], policy="fcfs")  # warms up
     ample = bench.replay(entries, policy="skip-join-mlfq", num_host_blocks=0, swap_mode="recompute")
     if ample.least_free == 0:
@@ -279,10 +291,10 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
             flush=True,
         )
         save()
-    longer = trace(options, bench, options.search_jobs, options.seed + 1)
+    longer = trace(options, bench, options.search_jobs, SEARCH_LONG_SHARE, options.seed + 1)
     undisturbed = bench.replay(longer, policy="skip-join-mlfq", num_host_blocks=0, swap_mode="recompute")
     for mode in MODES:
-        deadline = time.monotonic() + options.seconds / len(MODES)
+        deadline = bench.clock() + options.seconds / len(MODES)
         limits: dict[str, Any] = {"policy": "skip-join-mlfq", "swap_mode": mode, "num_blocks": quarter}
         found = sustained(bench, longer, undisturbed.tokens, options.slo, deadline, **limits)
         result["sustained"][mode] = found
@@ -298,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", default="llama-8b", choices=sorted(SHAPES))
     parser.add_argument("--device", default="cuda", help="(default: cuda)")
     parser.add_argument("--jobs", type=int, default=120, help="of the runs that compare policies (default: 120)")
-    parser.add_argument("--search-jobs", type=int, default=400, help="of those that look for a rate (default: 400)")
+    parser.add_argument("--search-jobs", type=int, default=800, help="of those that look for a rate (default: 800)")
     parser.add_argument("--rows", type=int, default=16, help="of an iteration; the paper's batch (default: 16)")
     parser.add_argument("--batched-tokens", type=int, default=2048, help="tokens of an iteration (default: 2048)")
     parser.add_argument("--context", type=int, default=1024, help="lengths are scaled to it (default: 1024)")

@@ -64,6 +64,7 @@ if [ -n "$emulated" ]; then
 else
   say "$(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv,noheader 2>&1)"
   unset FASTSERVE_CUDA_PLUGIN
+  export PATH=$PATH:/usr/local/cuda/bin
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
   export FASTSERVE_CUDA=ON FASTSERVE_CUDA_ARCHITECTURES=${capability:-90} FASTSERVE_KERNELS=$PWD/build/cuda
   # torch's own cuBLASLt bounds matrix products.
@@ -78,7 +79,7 @@ PY
   tests=(tests/cuda)
   sizes=(--preset llama-8b --repeats 3)
   gemm=() attention=() decode=(--context 512) prefill=() swap=()
-  transformers=() jct=(--seconds 80)
+  transformers=() jct=(--seconds 100)
 fi
 export CUDA_MODULE_LOADING=EAGER  # nothing is loaded while something is timed
 
