@@ -8,38 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+from elements import decode, encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-_kernels = pytest.importorskip("_kernels")
 
 DTYPES = ["float32", "bfloat16", "float16"]
 UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 SUM = 2.0**-22  # what an addition of a matrix unit may lose, which rounds in its own way
 LAYER, LAYERS = 1, 2
-
-
-def held(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Elements in a type, as bits."""
-    x = x.astype(np.float32)
-    if dtype == "float32":
-        return x
-    if dtype == "float16":
-        return x.astype(np.float16).view(np.uint16)
-    bits = x.view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def exact(x: np.ndarray, dtype: str) -> np.ndarray:
-    """What the bits stand for."""
-    if dtype == "float32":
-        return x.astype(np.float64)
-    if dtype == "float16":
-        return x.view(np.float16).astype(np.float64)
-    return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -73,6 +54,7 @@ class Part:
 class Jobs:
     """Random queries, keys and values, some of which are much larger than others."""
 
+    kernels: ModuleType
     shape: Shape
     dtype: str
     seed: int = 0
@@ -87,7 +69,7 @@ class Jobs:
             for to, heads in ((self.q, shape.heads), (self.k, shape.kv_heads), (self.v, shape.kv_heads)):
                 x = rng.standard_normal((length, heads, shape.head_dim))
                 x *= 10.0 ** rng.uniform(-0.5, 0.5, (length, 1, 1))
-                to.append(held(x, self.dtype))
+                to.append(encode(x, self.dtype))
         blocks = [-(-length // shape.block_size) for length in shape.lengths]
         self.blocks = sum(blocks) + 2
         order = rng.permutation(self.blocks)[: sum(blocks)].tolist()
@@ -101,7 +83,7 @@ class Jobs:
         """With the first so many positions of some jobs, all else being NaN."""
         shape = self.shape
         padded = -(-shape.head_dim // 16) * 16
-        pool = held(np.full((self.blocks, LAYERS, shape.kv_heads, 2, shape.block_size, padded), np.nan), self.dtype)
+        pool = encode(np.full((self.blocks, LAYERS, shape.kv_heads, 2, shape.block_size, padded), np.nan), self.dtype)
         for job, context in contexts.items():
             for position in range(context):
                 block = self.tables[job][position // shape.block_size]
@@ -111,9 +93,9 @@ class Jobs:
                 slot[:, 1, : shape.head_dim] = self.v[job][position]
         return pool
 
-    def attention(self, pool: np.ndarray, decodes: int, max_context: int):  # type: ignore[no-untyped-def]
+    def attention(self, pool: np.ndarray, decodes: int, max_context: int) -> Any:
         shape = self.shape
-        return _kernels.PagedAttention(
+        return self.kernels.PagedAttention(
             self.dtype, pool, LAYERS, shape.kv_heads, shape.head_dim, shape.block_size, LAYER, shape.heads,
             shape.group, shape.query_offset, self.scale, decodes, max_context,
         )  # fmt: skip
@@ -136,7 +118,7 @@ class Jobs:
         width = shape.heads * shape.head_dim
         # Keys and values follow in a row of qkv; nobody reads them there.
         ld = -(-(width + 2 * shape.kv_heads * shape.head_dim) // 64) * 64
-        qkv = held(np.full((tokens, ld), np.nan), self.dtype)
+        qkv = encode(np.full((tokens, ld), np.nan), self.dtype)
         rows, tables, token_rows, decode_rows, tiles = [], [], np.full(tokens, -1, np.int32), [], []
         first, longest = 0, 0
         for r, part in enumerate(parts):
@@ -149,14 +131,14 @@ class Jobs:
                 decode_rows.append(r)
                 longest = max(longest, part.start + 1)
             else:
-                step = _kernels.PREFILL_TILE
+                step = self.kernels.PREFILL_TILE
                 tiles += [(r, first + done) for done in range(0, part.tokens, step)]
             first += part.tokens
         if fill_up:
             decode_rows += range(len(rows), len(rows) + fill_up)
             rows += [(0, 0, 0, 0)] * fill_up
         longest = max(longest, 1) + spare
-        untouched = held(np.full((tokens, -(-width // 64) * 64), 7.0), self.dtype)
+        untouched = encode(np.full((tokens, -(-width // 64) * 64), 7.0), self.dtype)
         contexts = {part.job: part.start + part.tokens for part in sorted(parts, key=lambda part: part.start)}
         attention = self.attention(self.pool(contexts), len(decode_rows), longest)
         outputs = [
@@ -181,8 +163,8 @@ class Jobs:
 
 
 @cache
-def jobs_of(shape: Shape, dtype: str) -> Jobs:
-    return Jobs(shape, dtype)
+def jobs_of(kernels: ModuleType, shape: Shape, dtype: str) -> Jobs:
+    return Jobs(kernels, shape, dtype)
 
 
 def softmax_attention(
@@ -218,9 +200,9 @@ def assert_is_softmax_attention(jobs: Jobs, outputs: list[np.ndarray]) -> None:
     for q, k, v, got in zip(jobs.q, jobs.k, jobs.v, outputs, strict=True):
         for head in range(jobs.shape.heads):
             kv = jobs.shape.kv_head(head)
-            arguments = [exact(x, dtype) for x in (q[:, head], k[:, kv], v[:, kv])]
+            arguments = [decode(x, dtype).astype(np.float64) for x in (q[:, head], k[:, kv], v[:, kv])]
             expected, bound = softmax_attention(*arguments, jobs.scale, dtype)
-            off = np.abs(exact(got[:, head], dtype) - expected)
+            off = np.abs(decode(got[:, head], dtype).astype(np.float64) - expected)
             assert (off <= bound).all(), f"head {head}: up to {np.nanmax(off / bound)} × the bound"
 
 
@@ -239,16 +221,16 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_prefill_is_softmax_attention(shape: Shape, dtype: str) -> None:
-    jobs = jobs_of(shape, dtype)
+def test_prefill_is_softmax_attention(kernels: ModuleType, shape: Shape, dtype: str) -> None:
+    jobs = jobs_of(kernels, shape, dtype)
     assert_is_softmax_attention(jobs, jobs.whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_decode_is_prefill(shape: Shape, dtype: str) -> None:
+def test_decode_is_prefill(kernels: ModuleType, shape: Shape, dtype: str) -> None:
     """Every token as a row of its own: the same bits."""
-    jobs = jobs_of(shape, dtype)
+    jobs = jobs_of(kernels, shape, dtype)
     for job, length in enumerate(shape.lengths):
         for position in range(length):
             (got,) = jobs.run([Part(job, position, 1)])
@@ -261,8 +243,8 @@ EDGES = [0, 63, 64, 127, 128, 255, 256, 257, 319, 320, 511, 512, 513, 699]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_segments_merge(dtype: str) -> None:
-    jobs = jobs_of(LONG, dtype)
+def test_segments_merge(kernels: ModuleType, dtype: str) -> None:
+    jobs = jobs_of(kernels, LONG, dtype)
     assert_is_softmax_attention(jobs, jobs.whole)
     # However many blocks share the segments of a row, and some find none. Counters are as before after each run.
     for splits in (0, 1, 2, 3, 99):
@@ -274,8 +256,8 @@ def test_segments_merge(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head_dim", [128, 256])
-def test_segments_of_large_heads_merge(head_dim: int, dtype: str) -> None:
-    jobs = jobs_of(Shape(head_dim, 16, 1, 2, (520,)), dtype)
+def test_segments_of_large_heads_merge(kernels: ModuleType, head_dim: int, dtype: str) -> None:
+    jobs = jobs_of(kernels, Shape(head_dim, 16, 1, 2, (520,)), dtype)
     assert_is_softmax_attention(jobs, jobs.whole)
     for splits in (1, 2, 3):
         (got,) = jobs.run([Part(0, 519, 1)], splits=splits, block_warps=4, again=1)
@@ -284,9 +266,9 @@ def test_segments_of_large_heads_merge(head_dim: int, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_warps", [4, 8])
-def test_chunks_of_a_prompt(block_warps: int, dtype: str) -> None:
+def test_chunks_of_a_prompt(kernels: ModuleType, block_warps: int, dtype: str) -> None:
     """Chunks begin and end anywhere; earlier ones are read from the pool."""
-    jobs = jobs_of(LONG, dtype)
+    jobs = jobs_of(kernels, LONG, dtype)
     for start, tokens in [(0, 2), (0, 129), (1, 64), (63, 66), (100, 300), (250, 17), (255, 2), (256, 256), (571, 129)]:
         (got,) = jobs.run([Part(0, start, tokens)], block_warps=block_warps, splits=1)
         assert np.array_equal(got, jobs.whole[0][start : start + tokens]), (start, tokens)
@@ -302,10 +284,10 @@ BATCHED = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_any_batches(dtype: str, data: st.DataObject) -> None:
+def test_any_batches(kernels: ModuleType, dtype: str, data: st.DataObject) -> None:
     """Jobs cut anywhere, their chunks and decodes in batches of any kind and computed in any way: the same bits."""
     shape = data.draw(st.sampled_from(BATCHED))
-    jobs = jobs_of(shape, dtype)
+    jobs = jobs_of(kernels, shape, dtype)
     done = [data.draw(st.integers(0, length - 1)) for length in shape.lengths]
     for _ in range(4):
         parts = []
@@ -327,14 +309,14 @@ def test_any_batches(dtype: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_shards_of_heads(dtype: str) -> None:
+def test_shards_of_heads(kernels: ModuleType, dtype: str) -> None:
     """Four and five of nine query heads over three KV heads, as two ranks have them."""
-    jobs = Jobs(Shape(32, 16, 3, 3, (70, 20)), dtype)
+    jobs = Jobs(kernels, Shape(32, 16, 3, 3, (70, 20)), dtype)
     for first, shape in [
         (0, Shape(32, 16, 2, 3, (70, 20), dropped=2)),
         (4, Shape(32, 16, 2, 3, (70, 20), query_offset=1)),
     ]:
-        shard = Jobs(shape, dtype)
+        shard = Jobs(kernels, shape, dtype)
         shard.q = [q[:, first : first + shape.heads] for q in jobs.q]
         shard.k, shard.v = ([x[:, first // 3 :][:, :2] for x in of] for of in (jobs.k, jobs.v))
         outputs = [*shard.whole, *shard.run([Part(0, 69, 1), Part(1, 19, 1)])]
@@ -343,6 +325,6 @@ def test_shards_of_heads(dtype: str) -> None:
             assert np.array_equal(got, whole[:, first : first + shape.heads])
 
 
-def test_heads_that_are_too_large_are_refused() -> None:
-    with pytest.raises(_kernels.Error, match="attention takes heads of up to 256 dimensions, got 272"):
-        Jobs(Shape(272, 16, 1, 1, (1,)), "bfloat16").run([Part(0, 0, 1)])
+def test_heads_that_are_too_large_are_refused(kernels: ModuleType) -> None:
+    with pytest.raises(kernels.Error, match="attention takes heads of up to 256 dimensions, got 272"):
+        Jobs(kernels, Shape(272, 16, 1, 1, (1,)), "bfloat16").run([Part(0, 0, 1)])

@@ -239,6 +239,17 @@ def test_equal_logits_are_ranked_by_token(kernels: Any, vocab: int) -> None:
     assert [r[0] for r in results[:6]] == [_on_cpu(case)[0] for case in batch[:6]]
 
 
+def test_equals_beyond_the_nucleus_are_left_out(kernels: Any) -> None:
+    """Ten tokens weigh 1 and a hundred, on both sides of them, almost as much: a share of 0.45, of 49.5 tokens, is the
+    ten and the first 40 of the others."""
+    logits = np.ones(110, np.float32)
+    logits[50:60] = 3
+    batch = _decided(Case(logits, Params(temperature=1000.0, top_p=0.45)), 60)
+    results, _, _, _ = _sample(kernels, batch)
+    _check_draws(batch, results)
+    assert {r[0] for r in results} <= {*range(40), *range(50, 60)}
+
+
 def test_greedy_is_the_first_of_equal_maxima_and_zeros_are_equal(kernels: Any) -> None:
     logits = np.full(1200, -1.0, np.float32)
     logits[[700, 900]] = 4

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
     return (split + j / kSegmentTiles * stride) * static_cast<int>(kSegment) + j % kSegmentTiles * kKeyTile;
   };
 
-  KvGather<kDim, kThreads> gather(shape, kv_head, shape.tables + row.table, context);
+  KvGather<kDim, kThreads> gather(shape, kv_head, row.table, context);
   const auto stage = [&](int item) {
     return shared_memory<unsigned char>() + item % kStages<kDim> * kStageBytes<kDim>;
   };
@@ -75,13 +75,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
   const auto copy_keys = [&](int j) {
     if (j < tiles) {
 #pragma unroll
-      for (int p = 0; p < kPanels<kDim>; ++p) gather.copy(kKeys, p, stage(2 * j) + p * Panel<kDim>::kBytes);
+      for (int p = 0; p < kPanels<kDim>; ++p)
+        gather.copy(kKeys, p, position(j), stage(2 * j) + p * Panel<kDim>::kBytes);
     }
     commit_copies();
   };
   const auto copy_values = [&](int j) {
     if (j < tiles) {
-      gather.copy(kValues, panel, stage(2 * j + 1));
+      gather.copy(kValues, panel, position(j), stage(2 * j + 1));
       gather.find(position(j + 1));
     }
     commit_copies();

@@ -56,15 +56,16 @@ __global__ void __launch_bounds__(kWarps* kWarp) prefill(AttentionShape shape, c
   }
 
   const int kv_head = (head + shape.query_offset) / shape.query_group;
-  KvGather<kDim, kThreads> gather(shape, kv_head, shape.tables + row.table, context);
+  KvGather<kDim, kThreads> gather(shape, kv_head, row.table, context);
   const auto stage = [&](int key_tile) {
     return shared_memory<unsigned char>() + key_tile % kStages * kStageBytes<kDim>;
   };
   // Copies the tile that was found last, and finds the one after it.
   const auto copy = [&](int key_tile) {
 #pragma unroll
-    for (int p = 0; p < kPanels<kDim>; ++p) gather.copy(kKeys, p, stage(key_tile) + p * Panel<kDim>::kBytes);
-    gather.copy(kValues, panel, stage(key_tile) + kPanels<kDim> * Panel<kDim>::kBytes);
+    for (int p = 0; p < kPanels<kDim>; ++p)
+      gather.copy(kKeys, p, key_tile * kKeyTile, stage(key_tile) + p * Panel<kDim>::kBytes);
+    gather.copy(kValues, panel, key_tile * kKeyTile, stage(key_tile) + kPanels<kDim> * Panel<kDim>::kBytes);
     commit_copies();
     gather.find((key_tile + 1) * kKeyTile);
   };

@@ -93,7 +93,7 @@ struct GemmCall {
 // added in ascending order, then int8's scale applied. 16-bit activations meet weights rounded to their type.
 void gemm(const GemmCall& call, cudaStream_t stream);
 
-// ---- elementwise (elementwise.cu)
+// ---- elementwise (elementwise.cu, norm.cu, rope.cu). Weights of norms are 16-byte aligned.
 
 struct EmbedCall {
   DeviceMatrix table;

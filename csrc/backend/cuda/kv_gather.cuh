@@ -19,8 +19,9 @@ class KvGather {
   static_assert(kKeyTile * kChunks % kThreads == 0 && kKeyTile % kRows == 0);
 
  public:
-  __device__ __forceinline__ KvGather(const AttentionShape& shape, int kv_head, const int32_t* table, int context)
-      : table_(table),
+  __device__ __forceinline__ KvGather(const AttentionShape& shape, int kv_head, int table, int context)
+      : tables_(shape.tables),
+        table_(table),
         context_(context),
         block_size_(shape.block_size),
         row_bytes_(shape.row_bytes),
@@ -30,31 +31,30 @@ class KvGather {
         row_(static_cast<int>(threadIdx.x) / kChunks * kRows),
         chunk_(static_cast<int>(threadIdx.x) % kChunks) {}
 
-  // The tile that copy() takes from here on begins at this position. Where a thread's rows are all in one block, it is
-  // read ahead which, because the copies wait for that.
-  __device__ __forceinline__ void find(int position) {
-    position_ = position + row_;
-    if (block_size_ % kRows == 0) locate(position_);
+  // To be called before a tile is copied. Where a thread's rows are all in one block, it is read ahead which, because
+  // the copies wait for that.
+  __device__ __forceinline__ void find(int tile_position) {
+    if (block_size_ % kRows == 0) locate(tile_position + row_);
   }
 
-  __device__ __forceinline__ void copy(KvPart part, int panel, unsigned char* to) {
+  __device__ __forceinline__ void copy(KvPart part, int panel, int tile_position, unsigned char* to) {
+    const int position = tile_position + row_;
     const int column = (panel * kChunks + chunk_) * 16;
     const bool inside = column < row_bytes_;
     const unsigned char* from = head_ + part * head_bytes_ + (inside ? column : 0);
     if (block_size_ % kRows == 0) {
-      from += block_ * block_bytes_ + static_cast<int64_t>(slot_) * row_bytes_;
+      from += block_ * block_bytes_ + slot_ * row_bytes_;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        copy_async(to + Panel<kDim>::offset(row_ + i, chunk_), from + static_cast<int64_t>(i) * row_bytes_,
-                   inside && position_ + i < context_);
+        copy_async(to + Panel<kDim>::offset(row_ + i, chunk_), from + i * row_bytes_,
+                   inside && position + i < context_);
       }
     } else {
 #pragma unroll 1
       for (int i = 0; i < kRows; ++i) {
-        locate(position_ + i);
-        copy_async(to + Panel<kDim>::offset(row_ + i, chunk_),
-                   from + block_ * block_bytes_ + static_cast<int64_t>(slot_) * row_bytes_,
-                   inside && position_ + i < context_);
+        locate(position + i);
+        copy_async(to + Panel<kDim>::offset(row_ + i, chunk_), from + block_ * block_bytes_ + slot_ * row_bytes_,
+                   inside && position + i < context_);
       }
     }
   }
@@ -63,15 +63,15 @@ class KvGather {
   __device__ __forceinline__ void locate(int position) {
     const unsigned index = static_cast<unsigned>(position) / static_cast<unsigned>(block_size_);
     slot_ = position - static_cast<int>(index) * block_size_;
-    block_ = position < context_ ? __ldg(table_ + index) : 0;
+    block_ = position < context_ ? __ldg(tables_ + (table_ + static_cast<int>(index))) : 0;
   }
 
-  const int32_t* table_;
-  const int context_, block_size_, row_bytes_;
+  const int32_t* tables_;
+  const int table_, context_, block_size_, row_bytes_;
   const int64_t block_bytes_, head_bytes_;
   const unsigned char* head_;  // K in block 0
   const int row_, chunk_;
-  int position_ = 0, slot_ = 0, block_ = 0;
+  int slot_ = 0, block_ = 0;
 };
 
 }  // namespace fastserve::cuda

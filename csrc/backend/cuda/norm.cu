@@ -17,6 +17,10 @@ __device__ __forceinline__ void load_columns(float (&values)[kStep], const float
   for (int i = 0; i < kStep; ++i) values[i] = column + i < width ? from[column + i] : 0.0f;
 }
 
+// Blocks of the widest rows always have kMaxThreads: offsets known to the compiler need no registers.
+template <int kSteps>
+constexpr bool kFull = kSteps > 4;
+
 // Each thread has kSteps steps, blockDim.x steps apart. The sums' order follows from the width, which alone decides
 // about blockDim.x and kSteps.
 template <class T, int kSteps, bool kCentered>
@@ -25,9 +29,8 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(NormCall call) {
   const int64_t row = blockIdx.x;
   const int width = static_cast<int>(call.width);
   const float* input = call.input + (call.order != nullptr ? call.order[row] : row) * call.ld;
-  const auto column_of = [&](int step) {
-    return (step * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kStep;
-  };
+  const int threads = kFull<kSteps> ? kMaxThreads : static_cast<int>(blockDim.x);
+  const auto column_of = [&](int step) { return (step * threads + static_cast<int>(threadIdx.x)) * kStep; };
 
   float x[kSteps][kStep];
 #pragma unroll
@@ -61,6 +64,8 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(NormCall call) {
   T* output = static_cast<T*>(call.output) + row * call.ld;
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
+    if constexpr (kFull<kSteps>)
+      __syncwarp();  // or weights of all steps are loaded at once, for which registers are few
     const int column = column_of(s);
     if (column >= width) continue;
     float weight[kStep];
@@ -87,7 +92,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(NormCall call) {
 
 template <class T, int kSteps>
 void launch_norm(const NormCall& call, cudaStream_t stream) {
-  const int64_t threads = round_up(ceil_div(call.width, kStep * kSteps), kWarp);
+  const int64_t threads = kFull<kSteps> ? kMaxThreads : round_up(ceil_div(call.width, kStep * kSteps), kWarp);
   const LaunchConfig config{.grid = dim3(static_cast<unsigned>(call.rows)),
                             .block = dim3(static_cast<unsigned>(threads)),
                             .shared_bytes = kWarp * sizeof(float),

@@ -91,7 +91,9 @@ __global__ void __launch_bounds__(kBlockGroups* kWarp) survey_kernel(SampleArgum
   }
 
   if (!exists) return;
-  RowLogits(call, row, true).load_group(x, group);
+  if (row.logprobs < 0 || row.biases + row.stops > 0 || row.counts != nullptr) {
+    RowLogits(call, row, true).load_group(x, group);
+  }
   stats.flags |= flags_of(x, kNotANumber, kInfinite);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) stats.best = Maximum{}(stats.best, rank_of(x[i], RowLogits::token(group, i)));

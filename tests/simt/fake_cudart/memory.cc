@@ -1,4 +1,5 @@
 #include <cstring>
+#include <exception>
 
 #include "fake_cudart/graph.h"
 #include "machine/machine.h"
@@ -108,9 +109,14 @@ cudaError_t allocate(const char* function, Place place, void** memory, size_t by
 }
 
 cudaError_t release(const char* function, Place place, void* memory) {
-  return enter_quietly(function, [&](Device& self, Device::Lock&) {
+  return enter_quietly(function, [&](Device& self, Device::Lock& lock) {
     if (memory == nullptr) return cudaSuccess;
-    fake_cudart::check_allowed_in_captures(self, function);
+    // Destructors that an exception calls cannot wait for what was queued before it. The real function does.
+    if (std::uncaught_exceptions() > 0) {
+      self.finish_all(lock);
+    } else {
+      fake_cudart::check_allowed_in_captures(self, function);
+    }
     self.release(place, memory);
     return cudaSuccess;
   });
