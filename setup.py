@@ -48,8 +48,9 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
-        if cuda := os.environ.get("FASTSERVE_CUDA"):
-            options["FASTSERVE_CUDA"] = cuda  # ON, OFF or AUTO
+        for name in ("FASTSERVE_CUDA", "FASTSERVE_CUDA_ARCHITECTURES"):  # ON, OFF or AUTO; as CMake names them: 90
+            if given := os.environ.get(name):
+                options[name] = given
         definitions = [f"-D{name}={value}" for name, value in options.items()]
         jobs = [f"-j{self.parallel}"] if self.parallel else []
         try:

@@ -3,11 +3,11 @@
     python benchmarks/gpu_jct.py [--preset llama-8b] [--seconds 120] [--json jct.json]
 
 Long jobs come first and short ones after them, so that under skip-join-mlfq nearly every job holds KV at once. A run
-with memory for all tells how much that takes, and what the tokens are; then the pool is cut to a quarter of it. Policies
-are compared at the same arrivals, and the two ways of swapping by the rate that each sustains at a mean normalized
-latency (JCT over output tokens) of --slo seconds a token: the paper's is 0.3. A rate is found by halving, for which there
-are --seconds in all; a run that can no longer meet the limit is ended early. Each run's tokens are compared with those of
-the undisturbed one.
+with memory for all tells how much that takes, and what the tokens are; then the pool is cut to a quarter of it.
+Policies are compared at the same arrivals, and the two ways of swapping by the rate that each sustains at a mean
+normalized latency (JCT over output tokens) of --slo seconds a token: the paper's is 0.3. A rate is found by halving,
+for which there are --seconds in all; a run that can no longer meet the limit is ended early. Each run's tokens are
+compared with those of the undisturbed one.
 
 Exits with 1 when a token differs or a job does not finish. Needs NumPy and a build with the CUDA backend, nothing else;
 without a GPU it says so and exits with 0, unless FASTSERVE_CUDA_PLUGIN names an emulated one.
@@ -41,9 +41,11 @@ from fastserve.profiler import measure, measure_link
 POLICIES = ("fcfs", "skip-join-mlfq", "gittins")
 MODES = ("proactive", "reactive")
 BLOCK_SIZE = 16
-LONG_SHARE = 0.3  # of the jobs
+LONG_SHARE, SEARCH_LONG_SHARE = 0.3, 0.1  # of the jobs, where policies are compared and where a rate is looked for
 SPAN, LONG_SPAN = 0.45, 0.06  # of the time that all work takes: jobs arrive within these, short ones and long ones
-SEARCH_START, SEARCH_STEPS = 1.0, 8  # arrivals so many times as fast, and halvings at most
+SEARCH_START, SEARCH_STEPS = 2.0, 8  # arrivals so many times as fast, and runs at most
+NEARLY_AT_ONCE = 50  # times as long as jobs keep coming does their work take
+FINE = 1.06  # between a rate that meets the limit and one that misses it
 PATIENCE = 0.05  # seconds of one wait
 
 
@@ -90,6 +92,9 @@ class Run:
 class Bench:
     """One runtime, and as many engines over it one after another."""
 
+    clock = staticmethod(time.monotonic)
+    sleep = staticmethod(time.sleep)
+
     def __init__(self, options: argparse.Namespace) -> None:
         self._source = RandomLlama(options.preset)
         self.vocab_size = self._source.spec.vocab_size
@@ -122,14 +127,19 @@ class Bench:
         """An open loop. `slo`: end it once the mean normalized latency is above this whatever comes."""
         records: list[IterationRecord] = []
         engine = Engine(
-            replace(self.config, **changes), self.runtime, self.cost, link=self.link, on_iteration=records.append
+            replace(self.config, **changes),
+            self.runtime,
+            self.cost,
+            link=self.link,
+            clock=self.clock,
+            on_iteration=records.append,
         )
-        start = time.monotonic()
+        start = self.clock()
         due = sorted(range(len(entries)), key=lambda i: entries[i].arrival, reverse=True)
         jobs: dict[int, Any] = {}
         late = checked = 0.0
         while due or engine.has_work:
-            now = time.monotonic() - start
+            now = self.clock() - start
             while due and entries[due[-1]].arrival <= now:
                 i = due.pop()
                 entry = entries[i]
@@ -142,7 +152,7 @@ class Bench:
                     arrival=start + entry.arrival,
                 )
             if not engine.has_work:
-                time.sleep(max(0.0, entries[due[-1]].arrival - now))
+                self.sleep(max(0.0, entries[due[-1]].arrival - now))
                 continue
             engine.step(PATIENCE)
             if slo < math.inf and now > checked + PATIENCE:
@@ -155,7 +165,7 @@ class Bench:
             engine.abort(job.job_id)
         while engine.has_work:
             engine.step(PATIENCE)
-        seconds = time.monotonic() - start
+        seconds = self.clock() - start
         engine.check_integrity()
         done = [jobs[i] for i in sorted(jobs)]
         return Run(
@@ -173,16 +183,16 @@ class Bench:
 
 def _latency_so_far(job: Any, now: float) -> float:
     """At least what it will be, of jobs whose output's length is known."""
-    jct = job.metrics.jct if job.finished else now - job.arrival
-    return float(jct) / job.params.max_tokens
+    jct: float = job.metrics.jct if job.finished else now - job.arrival
+    return jct / float(job.params.max_tokens)
 
 
-def trace(options: argparse.Namespace, bench: Bench, jobs: int, seed: int) -> list[Entry]:
+def trace(options: argparse.Namespace, bench: Bench, jobs: int, long_share: float, seed: int) -> list[Entry]:
     """Half of the jobs are sampled, half greedy; arrivals are spread over a share of the time that all work takes."""
     draw, scale = random.Random(seed), options.context / 1024
     shapes = []
     for number in range(jobs):
-        if number < LONG_SHARE * jobs:
+        if number < long_share * jobs:
             sizes = (150, 300), (200, 300), (0.0, LONG_SPAN)
         else:
             sizes = (100, 250), (4, 12), (LONG_SPAN / 2, SPAN)
@@ -210,7 +220,7 @@ def sustained(
     meets, misses, points = 0.0, math.inf, []
     speed = SEARCH_START
     for _ in range(SEARCH_STEPS):
-        if time.monotonic() > deadline:
+        if bench.clock() > deadline:
             break
         faster = [replace(entry, arrival=entry.arrival / speed) for entry in entries]
         run = bench.replay(faster, slo=slo, **changes)
@@ -218,13 +228,17 @@ def sustained(
         rate = len(entries) / (span / speed)
         if not run.ended_early:
             different += run.unfinished + sum(a != b for a, b in zip(run.tokens, expected, strict=True))
-        points.append({"rate": rate, "met": met, "mean_normalized_latency": None if run.ended_early else run.normalized})
+        points.append(
+            {"rate": rate, "met": met, "mean_normalized_latency": None if run.ended_early else run.normalized}
+        )
         if met:
             meets = speed
-            if run.seconds > 4 * span / speed:  # nearly all there at once: faster arrivals change nothing
+            if math.isinf(misses) and run.seconds > NEARLY_AT_ONCE * span / speed:  # faster arrivals change nothing
                 break
         else:
             misses = speed
+        if meets and misses / meets < FINE:
+            break
         speed = meets * 2 if math.isinf(misses) else misses / 2 if meets == 0 else math.sqrt(meets * misses)
     to_rate = len(entries) / span
     return {
@@ -237,7 +251,7 @@ def sustained(
 
 def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(options)
-    entries = trace(options, bench, options.jobs, options.seed)
+    entries = trace(options, bench, options.jobs, LONG_SHARE, options.seed)
     bench.replay(entries[: options.rows], policy="fcfs")  # warms up
     ample = bench.replay(entries, policy="skip-join-mlfq", num_host_blocks=0, swap_mode="recompute")
     if ample.least_free == 0:
@@ -264,7 +278,7 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
         if options.json is not None:
             options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    cases = [(f"{policy}, proactive", {"policy": policy}) for policy in POLICIES]
+    cases: list[tuple[str, dict[str, Any]]] = [(f"{policy}, proactive", {"policy": policy}) for policy in POLICIES]
     cases += [("skip-join-mlfq, reactive", {"policy": "skip-join-mlfq", "swap_mode": "reactive"})]
     for name, changes in cases:
         run = bench.replay(entries, num_blocks=quarter, **changes)
@@ -277,12 +291,12 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
             flush=True,
         )
         save()
-    longer = trace(options, bench, options.search_jobs, options.seed + 1)
+    longer = trace(options, bench, options.search_jobs, SEARCH_LONG_SHARE, options.seed + 1)
     undisturbed = bench.replay(longer, policy="skip-join-mlfq", num_host_blocks=0, swap_mode="recompute")
     for mode in MODES:
-        deadline = time.monotonic() + options.seconds / len(MODES)
-        changes = {"policy": "skip-join-mlfq", "swap_mode": mode, "num_blocks": quarter}
-        found = sustained(bench, longer, undisturbed.tokens, options.slo, deadline, **changes)
+        deadline = bench.clock() + options.seconds / len(MODES)
+        limits: dict[str, Any] = {"policy": "skip-join-mlfq", "swap_mode": mode, "num_blocks": quarter}
+        found = sustained(bench, longer, undisturbed.tokens, options.slo, deadline, **limits)
         result["sustained"][mode] = found
         missed = "none missed" if found["missed_at"] is None else f"{found['missed_at']:.2f} missed"
         print(f"{mode:26} {found['rate']:.2f} jobs/s at {options.slo} s/token ({missed})", flush=True)
@@ -296,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", default="llama-8b", choices=sorted(SHAPES))
     parser.add_argument("--device", default="cuda", help="(default: cuda)")
     parser.add_argument("--jobs", type=int, default=120, help="of the runs that compare policies (default: 120)")
-    parser.add_argument("--search-jobs", type=int, default=400, help="of those that look for a rate (default: 400)")
+    parser.add_argument("--search-jobs", type=int, default=800, help="of those that look for a rate (default: 800)")
     parser.add_argument("--rows", type=int, default=16, help="of an iteration; the paper's batch (default: 16)")
     parser.add_argument("--batched-tokens", type=int, default=2048, help="tokens of an iteration (default: 2048)")
     parser.add_argument("--context", type=int, default=1024, help="lengths are scaled to it (default: 1024)")

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_transformers.py [--preset llama-8b] [--batch 1,32] [--json decode.json]
 
-One process, one model's shape in bfloat16, random weights, prompts of --prompt tokens, then --steps tokens each; medians
-of --repeats, tokens a second of the whole batch. FastServe's figure is that of the whole engine, scheduler included;
+One process, one model's shape in bfloat16, random weights, prompts of --prompt tokens, then --steps tokens each;
+medians of --repeats, in tokens a second of the whole batch. FastServe's figure is that of the whole engine;
 `transformers` has sdpa attention, a cache that grows when eager and a static one else, and nothing but the forward pass
 and an argmax in its loop. The compiled one takes minutes to compile: --rivals eager,graph leaves it out. A rival that
 cannot run here is reported with its reason, and has no figure.
@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -96,7 +97,7 @@ class FastServe:
         idle = None
         if device is not None:
             spans = _C.take_batch_times(device)[-self._options.steps :]
-            between = sum(after[0] - before[1] for before, after in zip(spans, spans[1:], strict=False))
+            between = sum(after[0] - before[1] for before, after in pairwise(spans))
             idle = 100 * between / (spans[-1][0] - spans[0][0])
         counted = stamps[WARM_UP:]
         return batch * (len(counted) - 1) / (counted[-1] - counted[0]), idle
@@ -139,7 +140,9 @@ class Transformers:
             for _ in range(self._options.steps):
                 step()
             self._wait()
-            return batch * self._options.steps / (time.perf_counter() - begin)
+            seconds = time.perf_counter() - begin
+        tokens: int = batch * self._options.steps
+        return tokens / seconds
 
     def _wait(self) -> None:
         if self._options.device != "cpu":

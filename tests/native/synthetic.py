@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import gguf
 import numpy as np
-from gguf import GGMLQuantizationType
 
 from fastserve.config import RuntimeConfig
 from fastserve.loaders.spec import ModelSpec, TokenizerData, WeightTensor
@@ -125,8 +123,11 @@ class QuantizedModel(SyntheticModel):
     """Matrices stored as GGUF's `kind` (Q8_0, Q4_0, Q4_1), where their rows are whole blocks."""
 
     def __init__(self, spec: ModelSpec, kind: str, seed: int = 0) -> None:
+        import gguf  # where nothing is quantized, the machine may lack it
+
         super().__init__(spec, seed)
-        self._kind = GGMLQuantizationType[kind.upper()]
+        self._quantize = gguf.quants.quantize
+        self._kind = gguf.GGMLQuantizationType[kind.upper()]
 
     def _quantized(self, shape: tuple[int, ...]) -> bool:
         return len(shape) == 2 and shape[1] % 32 == 0
@@ -140,7 +141,7 @@ class QuantizedModel(SyntheticModel):
         for tensor in super().tensors():
             if self._quantized(tensor.shape):
                 values = tensor.data.view(np.float32).reshape(tensor.shape)
-                data = gguf.quants.quantize(values, self._kind)
+                data = self._quantize(values, self._kind)
                 tensor = tensor._replace(dtype=self._kind.name.lower(), data=data.reshape(-1))  # type: ignore[arg-type]
             yield tensor
 

@@ -54,8 +54,7 @@ struct Operands {
 
 class CudaProbe final : public DeviceProbe {
  public:
-  CudaProbe(DType dtype, int64_t bytes)
-      : dtype_(dtype == DType::kFloat16 ? dtype : DType::kBFloat16), bytes_(bytes) {}
+  CudaProbe(DType dtype, int64_t bytes) : dtype_(dtype == DType::kFloat16 ? dtype : DType::kBFloat16), bytes_(bytes) {}
 
   double copy_rate() override {
     if (source_.bytes() == 0) {
