@@ -33,7 +33,14 @@ class Point:
     def row(self, results: dict[str, Any], emulated: bool) -> tuple[str, str, str, str, str]:
         try:
             value = self.read(results)
-        except (KeyError, IndexError, StopIteration, TypeError, ZeroDivisionError):  # that step has not come so far
+        except (
+            KeyError,
+            IndexError,
+            StopIteration,
+            TypeError,
+            ValueError,
+            ZeroDivisionError,
+        ):  # that step has not come so far
             value = None
         sign = "≤" if self.at_most else "≥"
         bound = f"{sign} {self.limit:g} {self.unit}".rstrip()

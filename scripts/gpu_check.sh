@@ -76,7 +76,10 @@ PY
 )
   export LD_LIBRARY_PATH=${libraries:+$libraries:}${LD_LIBRARY_PATH:-}
   targets=(benchmarks _kernels_gpu)
-  tests=(tests/cuda)
+  # Besides the kernels, all that runs on a CPU and a CUDA device alike. Files are named: some of the others need what
+  # this machine may lack.
+  mapfile -t alike < <(grep -l "^from machines" tests/native/test_*.py)
+  tests=(tests/cuda "${alike[@]}" -k cuda)
   sizes=(--preset llama-8b --repeats 3)
   gemm=() attention=() decode=(--context 512) prefill=() swap=()
   transformers=() jct=(--seconds 100)
@@ -143,4 +146,5 @@ if [ -z "$emulated" ]; then
 fi
 
 "$python" benchmarks/gpu_table.py --parts "$parts" --out "$OUT" ${emulated:+--emulated} 2>&1 | tee "$OUT/table.txt"
+[ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
 exit $failed

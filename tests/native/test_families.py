@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from machines import DEVICES
-from models import CASES, GGUF_CASES, Case, Quantization
+from models import CASES, GGUF_CASES, Case
 from synthetic import whole
 from tolerance import logits_tolerance
 
@@ -73,7 +73,7 @@ def test_hugging_face_model(case: Case, device: str, tmp_path: Path) -> None:
 )
 def test_gguf_model(case: Case, kind: str, device: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    model = models.save_gguf(case, path, quantization=Quantization[kind])
+    model = models.save_gguf(case, path, quantization=kind)
     source = open_model(str(path))
     _check(model, source, ["float32"], device)
     assert (
