@@ -58,6 +58,7 @@ Runtime::~Runtime() {
   }
   copies_->stop();  // the worker may be waiting for one
   worker_.join();
+  backend_->drain();
 }
 
 void Runtime::load_tensor(const std::string& name, SourceType type, const std::vector<int64_t>& shape,

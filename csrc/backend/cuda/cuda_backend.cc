@@ -133,6 +133,8 @@ class CudaBackend final : public Backend {
     queued_.pop_front();
   }
 
+  void drain() noexcept override { static_cast<void>(cudaStreamSynchronize(compute_)); }
+
   void embed(const EmbedArgs& args) override {
     const auto& table = static_cast<const CudaMatrix&>(*args.table);
     const bool by_token = args.by == EmbeddedBy::kToken;
