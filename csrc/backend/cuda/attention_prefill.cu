@@ -95,12 +95,17 @@ __global__ void __launch_bounds__(kWarps* kWarp) prefill(AttentionShape shape, c
             }
           },
           score);
-      if (begin + kKeyTile - 1 > first_position) {
-        hide_unseen(score, first_position + g + 1 - begin, first_position + g + 9 - begin);
-      }
+      const bool whole = begin + kKeyTile - 1 <= first_position;  // all of the warp's tokens see all of the tile
+      const int context = first_position + g + 1 - begin, next_context = context + 8;
+      if (!whole) hide_unseen(score, context, next_context);
       uint32_t weight[kKeyTile / 16][4];
       soften<T>(score, shape.scale, segment, weight);
-      weigh_values<T, kDim>(stage(j) + kPanels<kDim> * Panel<kDim>::kBytes, 0, weight, segment);
+      const unsigned char* values = stage(j) + kPanels<kDim> * Panel<kDim>::kBytes;
+      if (whole) {
+        weigh_values<T, kDim>(values, 0, weight, segment);
+      } else {
+        weigh_seen_values<T, kDim>(values, 0, weight, context, next_context, segment);
+      }
     }
     if ((j + 1) % kSegmentTiles == 0 || j + 1 == key_tiles) {
       merged.merge(segment);

@@ -165,6 +165,64 @@ __device__ __forceinline__ void weigh_values(const unsigned char* values, int fi
   }
 }
 
+template <class T>
+constexpr uint32_t kInfinity = 0;
+template <>
+inline constexpr uint32_t kInfinity<Bf16> = 0x7f80;
+template <>
+inline constexpr uint32_t kInfinity<Half> = 0x7c00;
+
+// The halves of a pair of 16-bit elements that are infinite or no number, as ones.
+template <class T>
+__device__ __forceinline__ uint32_t not_finite(uint32_t pair) {
+  constexpr uint32_t kExponent = kInfinity<T>;
+  const uint32_t low = (pair & kExponent) == kExponent ? 0xffffu : 0u;
+  return low | ((pair >> 16 & kExponent) == kExponent ? 0xffff0000u : 0u);
+}
+
+// The same for a tile that some of the vectors see a part of only: what others see of it may be infinite or no number,
+// and a weight of 0 would make that a sum of no number. `context` and `next_context` as in hide_unseen().
+template <class T, int kDim, int kColumns>
+__device__ __forceinline__ void weigh_seen_values(const unsigned char* values, int first,
+                                                  const uint32_t (&weight)[kKeyTile / 16][4], int context,
+                                                  int next_context, SegmentState<kColumns>& state) {
+  const int lane = threadIdx.x % kWarp, row = lane % 16;
+  const uint32_t one = pack<T>(1.0f, 1.0f);
+  const uint32_t ones[2] = {one, one};
+#pragma unroll
+  for (int k = 0; k < kKeyTile / 16; ++k) {
+    uint32_t seen[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column = 16 * k + i / 2 * 8 + lane % 4 * 2, end = i % 2 == 0 ? context : next_context;
+      seen[i] = pack<T>(column < end ? 1.0f : 0.0f, column + 1 < end ? 1.0f : 0.0f);
+    }
+    mma_16x8x16<T>(state.sum, weight[k], ones);
+#pragma unroll
+    for (int n = 0; n < kColumns; n += 2) {
+      uint32_t b[4];
+      load_matrices_transposed(
+          b, values + 16 * k * Panel<kDim>::kRowBytes + Panel<kDim>::offset(row, first + n + lane / 16));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float (&out)[4] = state.out[n + half];
+        const uint32_t wrong[2] = {not_finite<T>(b[2 * half]), not_finite<T>(b[2 * half + 1])};
+        const uint32_t right[2] = {b[2 * half] & ~wrong[0], b[2 * half + 1] & ~wrong[1]};
+        mma_16x8x16<T>(out, weight[k], right);
+        if (__any_sync(kAllLanes, (wrong[0] | wrong[1]) != 0)) {
+          float count[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+          const uint32_t marks[2] = {wrong[0] & one, wrong[1] & one};
+          mma_16x8x16<T>(count, seen, marks);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (count[i] != 0.0f) out[i] = __uint_as_float(0x7fc00000u);
+          }
+        }
+      }
+    }
+  }
+}
+
 // How a segment joins what was merged before: whichever of the two has the smaller maximum is scaled down.
 struct Fold {
   float keep, take;
