@@ -96,14 +96,12 @@ def _swap(direction: str) -> Callable[[dict[str, Any]], float | None]:
     )
 
 
-def _passed(results: dict[str, Any]) -> float | None:
-    return float(results["steps"]["tests"] == "0")
+def _succeeded(step: str, name: str) -> Callable[[dict[str, Any]], float | None]:
+    """1 where it did, 0 where it failed; nothing where it could not be started or ran out of time."""
 
-
-def _clean(tool: str) -> Callable[[dict[str, Any]], float | None]:
     def read(results: dict[str, Any]) -> float | None:
-        status = results["sanitizer"][tool]
-        return None if status == "124" else float(status == "0")
+        status = results[step][name]
+        return None if status in ("124", "127", "out-of-time") else float(status == "0")
 
     return read
 
@@ -134,9 +132,9 @@ def _mean_jct(policy: str) -> Callable[[dict[str, Any]], float | None]:
 
 
 POINTS = (
-    Point(1, "kernel tests pass (1: all)", _passed, 1, ""),
-    Point(1, "memcheck finds nothing (1: so)", _clean("memcheck"), 1, ""),
-    Point(1, "racecheck finds nothing (1: so)", _clean("racecheck"), 1, ""),
+    Point(1, "tests pass on the device (1: all)", _succeeded("steps", "tests"), 1, ""),
+    Point(1, "memcheck finds nothing (1: so)", _succeeded("sanitizer", "memcheck"), 1, ""),
+    Point(1, "racecheck finds nothing (1: so)", _succeeded("sanitizer", "racecheck"), 1, ""),
     Point(2, "decode, batch 1, of copy bandwidth", _decode(1, "read_percent"), 85),
     Point(2, "decode, batch 64, of copy bandwidth", _decode(64, "read_percent"), 75),
     Point(2, "prefill of 2,048 tokens, of the GEMM rate", _prefill(2048), 65),
