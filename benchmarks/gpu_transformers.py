@@ -9,7 +9,7 @@ and an argmax in its loop. The compiled one takes minutes to compile: --rivals e
 cannot run here is reported with its reason, and has no figure.
 
 For FastServe at the batches of --idle, also the share of a decode iteration in which the device runs no kernel, by its
-own clock. Without a GPU: says so and exits with 0; --device cpu runs the rivals there, for a look at the script itself.
+own clock. Without a GPU it says so and exits with 0; --device cpu is for a look at the script itself.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Transformers:
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         try:
-            with torch.device(options.device):
+            with torch.device(options.rivals_device):
                 self._model = transformers.LlamaForCausalLM(config).eval()
         finally:
             torch.set_default_dtype(before)
@@ -145,14 +145,16 @@ class Transformers:
         return tokens / seconds
 
     def _wait(self) -> None:
-        if self._options.device != "cpu":
+        if self._options.rivals_device != "cpu":
             self._torch.cuda.synchronize()
 
     def _prefilled(self, batch: int, cache: Any) -> tuple[Any, Any]:
         """The prompts' next tokens [batch, 1], and their position [1]."""
         torch, options = self._torch, self._options
-        ids = torch.tensor(prompts(batch, options.prompt, SHAPES[options.preset].vocab_size), device=options.device)
-        positions = torch.arange(options.prompt, device=options.device)
+        ids = torch.tensor(
+            prompts(batch, options.prompt, SHAPES[options.preset].vocab_size), device=options.rivals_device
+        )
+        positions = torch.arange(options.prompt, device=options.rivals_device)
         logits = self._forward(self._model, ids, positions, cache)
         return logits[:, -1].argmax(-1, keepdim=True), positions[-1:] + 1
 
@@ -200,7 +202,7 @@ class Transformers:
 
     def _compiled(self, batch: int) -> Callable[[], None]:
         torch = self._torch
-        mode = "default" if self._options.device == "cpu" else "reduce-overhead"
+        mode = "default" if self._options.rivals_device == "cpu" else "reduce-overhead"
         if not hasattr(self, "_optimized"):
             self._optimized = torch.compile(self._model, mode=mode, dynamic=False)
         return self._static_step(batch, self._optimized)
@@ -208,7 +210,7 @@ class Transformers:
     def gemm_rate(self, size: int) -> float:
         """Operations a second of a square product, as torch computes it."""
         torch = self._torch
-        a, b = (torch.randn(size, size, device=self._options.device, dtype=torch.bfloat16) for _ in range(2))
+        a, b = (torch.randn(size, size, device=self._options.rivals_device, dtype=torch.bfloat16) for _ in range(2))
         count = 10
         for _ in range(3):
             torch.mm(a, b)
@@ -233,24 +235,23 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
         if options.json is not None:
             options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    if options.device != "cpu":
-        engine: FastServe | None = FastServe(options, max(options.batch + options.idle))
-        assert engine is not None
-        for batch in options.batch:
-            runs = [engine.decode(batch)[0] for _ in range(options.repeats + 1)][1:]
-            rates[batch]["fastserve"] = median(runs)
-            print(f"batch {batch:3}  FastServe     {median(runs):10.1f} tokens/s", flush=True)
-        result["idle_percent"] = {}
-        for batch in options.idle:
-            shares = [engine.decode(batch, options.device)[1] or 0.0 for _ in range(options.repeats + 1)][1:]
-            result["idle_percent"][str(batch)] = median(shares)
-            print(f"batch {batch:3}  no kernel runs for {median(shares):.2f} % of an iteration", flush=True)
-        save()
-        engine = None
-        gc.collect()
+    engine: FastServe | None = FastServe(options, max(options.batch + options.idle))
+    assert engine is not None
+    for batch in options.batch:
+        runs = [engine.decode(batch)[0] for _ in range(options.repeats + 1)][1:]
+        rates[batch]["fastserve"] = median(runs)
+        print(f"batch {batch:3}  FastServe     {median(runs):10.1f} tokens/s", flush=True)
+    result["idle_percent"] = {}
+    for batch in options.idle if options.device != "cpu" else []:
+        shares = [engine.decode(batch, options.device)[1] or 0.0 for _ in range(options.repeats + 1)][1:]
+        result["idle_percent"][str(batch)] = median(shares)
+        print(f"batch {batch:3}  no kernel runs for {median(shares):.2f} % of an iteration", flush=True)
+    save()
+    engine = None
+    gc.collect()
     rivals = Transformers(options)
     result["transformers"] = rivals.version
-    if options.device != "cpu":
+    if options.rivals_device != "cpu":
         result["torch_gemm_gflop_s"] = median(rivals.gemm_rate(options.gemm) for _ in range(options.repeats)) / 1e9
     for rival in options.rivals:
         for batch in options.batch:
@@ -279,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--preset", default="llama-8b", choices=sorted(SHAPES))
     parser.add_argument("--device", default="cuda", help="(default: cuda)")
+    parser.add_argument("--rivals-device", help="(default: as --device)")
     parser.add_argument("--batch", type=integers, default=[1, 32], help="(default: 1,32)")
     parser.add_argument("--idle", type=integers, default=[64], help="(default: 64)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens (default: 128)")
@@ -290,7 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := [rival for rival in options.rivals if rival not in RIVALS]:
         parser.error(f"--rivals takes {', '.join(RIVALS)}, got {unknown[0]!r}")
-    if options.device != "cpu":
+    options.rivals_device = options.rivals_device or options.device
+    if options.rivals_device != "cpu":
         try:
             there = importlib.import_module("torch").cuda.is_available()
         except ImportError:

@@ -59,7 +59,7 @@ if [ -n "$emulated" ]; then
   sizes=(--preset tiny --cold 1 --repeats 1 --limit-gemm 64)
   gemm=(--rows 1,8) attention=(--rows 2 --context 40 --tokens 30) decode=(--rows 1,2 --context 20 --steps 3)
   prefill=(--tokens 20 --chunk 16) swap=(--blocks 3 --rows 1 --context 20 --steps 3 --beside 1)
-  transformers=(--device cpu --preset tiny --batch 1,2 --prompt 8 --steps 4 --repeats 1 --rivals eager)
+  transformers=(--rivals-device cpu --preset tiny --batch 1,2 --idle 2 --prompt 8 --steps 4 --repeats 1 --rivals eager)
   jct=(--preset tiny --context 48 --jobs 6 --search-jobs 6 --rows 2 --batched-tokens 32 --blocks 64 --seconds 2)
 else
   say "$(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv,noheader 2>&1)"

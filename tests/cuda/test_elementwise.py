@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import elements
-import gguf
+import groups
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -41,9 +41,8 @@ def _table(format: str, n: int, k: int) -> tuple[str, np.ndarray, np.ndarray]:
     """The type of the rows that a table in this format is made of, these rows, and the numbers that they are."""
     x = _random(n, n, k)
     if format in ("q8_0", "q4_0", "q4_1"):
-        kind = gguf.GGMLQuantizationType[format.upper()]
-        blocks = gguf.quants.quantize(x, kind)
-        return format, blocks, gguf.quants.dequantize(blocks, kind)
+        blocks = groups.encode(x, format)
+        return format, blocks, groups.decode(blocks, format)
     if format == "int8":  # a scale for each row, of which the largest magnitude is 127
         scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
         return "f32", x, np.rint(x / scale).astype(np.float32) * scale

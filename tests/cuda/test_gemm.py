@@ -5,14 +5,13 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import gguf
+import groups
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-GGUF_TYPES = {"q8_0": Type.Q8_0, "q4_0": Type.Q4_0, "q4_1": Type.Q4_1}
+GGUF_TYPES = list(groups.BYTES)
 QUANTIZED = ["int8", *GGUF_TYPES]
 DTYPES = ["float32", "bfloat16", "float16"]
 # Half the distance of neighbouring numbers, relative.
@@ -48,8 +47,8 @@ def _source(format: str, n: int, k: int, seed: int = 0) -> tuple[str, np.ndarray
     values = _random(n, k, seed)
     values[n // 2] = 0
     if format in GGUF_TYPES:
-        data = gguf.quants.quantize(values, GGUF_TYPES[format])
-        return format, data.reshape(-1), gguf.quants.dequantize(data, GGUF_TYPES[format])
+        data = groups.encode(values, format)
+        return format, data.reshape(-1), groups.decode(data, format)
     if format == "int8":
         scale = np.abs(values).max(1, keepdims=True) / np.float32(127)
         levels = np.rint(values / np.where(scale == 0, 1, scale))
@@ -216,7 +215,7 @@ def test_an_int8_weight_that_is_not_a_number_spoils_its_output_only(kernels: Mod
 @pytest.mark.parametrize("format", GGUF_TYPES)
 def test_every_value_that_a_file_may_hold(kernels: ModuleType, dtype: str, format: str) -> None:
     """All bytes and nibbles at all places of a group, by products with unit vectors, which are exact."""
-    size = gguf.GGML_QUANT_SIZES[GGUF_TYPES[format]][1]
+    size = groups.BYTES[format]
     rng = np.random.default_rng(9)
     blocks = rng.integers(0, 256, (64, 4, size), dtype=np.uint8)
     scales = rng.uniform(0.01, 0.1, (64, 4)).astype(np.float16) * rng.choice([-1, 1], (64, 4)).astype(np.float16)
@@ -224,7 +223,7 @@ def test_every_value_that_a_file_may_hold(kernels: ModuleType, dtype: str, forma
     if format == "q4_1":
         minima = rng.uniform(-1, 1, (64, 4)).astype(np.float16)
         blocks[..., 2:4] = minima.view(np.uint8).reshape(64, 4, 2)
-    held = gguf.quants.dequantize(blocks.reshape(64, -1), GGUF_TYPES[format])
+    held = groups.decode(blocks.reshape(64, -1), format)
     matrix = kernels.Matrix(64, 128, format)
     matrix.load_rows(format, blocks.reshape(-1))
     assert np.array_equal(matrix.multiply(np.eye(128, dtype=np.float32), dtype), _round(held, dtype).T)
@@ -251,12 +250,12 @@ def test_rows_of_every_type_become_the_matrix_type(kernels: ModuleType, format: 
     values = _random(n, k, seed=11)
     values[0, :4] = [65519, 65520, 6e-8, -1e-9]  # the largest of float16 and beyond, the smallest and below
     if kind == "q8_1":
-        blocks = gguf.quants.quantize(values, Type.Q8_0).reshape(-1, 34)
+        blocks = groups.encode(values, "q8_0").reshape(-1, 34)
         data = np.concatenate([blocks[:, :2], np.zeros((len(blocks), 2), np.uint8), blocks[:, 2:]], axis=1)
-        held = gguf.quants.dequantize(blocks.reshape(n, -1), Type.Q8_0)
+        held = groups.decode(blocks.reshape(n, -1), "q8_0")
     elif kind in GGUF_TYPES:
-        data = gguf.quants.quantize(values, GGUF_TYPES[kind])
-        held = gguf.quants.dequantize(data, GGUF_TYPES[kind])
+        data = groups.encode(values, kind)
+        held = groups.decode(data, kind)
     else:
         held = _round(values, {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[kind])
         data = held.view(np.uint32) >> 16 if kind == "bf16" else held
@@ -300,7 +299,7 @@ def test_groups_take_their_own_type_and_whole_groups(kernels: ModuleType, format
     with pytest.raises(kernels.Error, match="rows of its own type"):
         matrix.load_rows("f32", np.zeros(4 * 32 * 4, np.uint8))
     with pytest.raises(kernels.Error, match=r"4 rows has no rows \[3, 5\)"):
-        matrix.load_rows(format, np.zeros(2 * gguf.GGML_QUANT_SIZES[GGUF_TYPES[format]][1], np.uint8), 3)
+        matrix.load_rows(format, np.zeros(2 * groups.BYTES[format], np.uint8), 3)
 
 
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (576, 576), (1280, 8192)]

@@ -91,7 +91,7 @@ def _results() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("what", "figure", "verdict"),
     [
-        ("kernel tests pass (1: all)", "1", "ok"),
+        ("tests pass on the device (1: all)", "1", "ok"),
         ("memcheck finds nothing (1: so)", "0", "short"),
         ("racecheck finds nothing (1: so)", "–", "open"),  # out of time
         ("decode, batch 1, of copy bandwidth", "90 %", "ok"),
