@@ -22,7 +22,7 @@ OUT=${OUT:-$PWD/build/gpu_check}
 parts=$PWD/build/gpu_check_parts
 jobs=$(nproc)
 mkdir -p "$OUT" "$parts"
-rm -f "$parts"/* "$OUT"/{log,tests,sanitizer,table}.txt "$OUT"/{bench,transformers,jct}.json
+rm -f "$parts"/* "$OUT"/{log,tests,sanitizer,table}.txt "$OUT"/{bench,transformers,compiled,jct}.json
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD PYTHONDONTWRITEBYTECODE=1
 total=${GPU_CHECK_SECONDS:-570}
 failed=0
@@ -81,8 +81,8 @@ PY
   mapfile -t alike < <(grep -l "^from machines" tests/native/test_*.py)
   tests=(tests/cuda "${alike[@]}" -k cuda)
   sizes=(--preset llama-8b --repeats 3)
-  gemm=() attention=() decode=(--context 512) prefill=() swap=()
-  transformers=() jct=(--seconds 100)
+  gemm=(--weights bfloat16,q4_0 --rows 1,32,512,2048 --cold 256) attention=() decode=(--context 512) prefill=() swap=()
+  transformers=(--rivals eager,graph) jct=(--jobs 80 --seconds 90)
 fi
 export CUDA_MODULE_LOADING=EAGER  # nothing is loaded while something is timed
 
@@ -137,12 +137,14 @@ step decode 60 bash -c "$(in_shell bench decode "${decode[@]}")"
 step prefill 40 bash -c "$(in_shell bench prefill "${prefill[@]}")"
 step swap 60 bash -c "$(in_shell bench swap "${swap[@]}")"
 step tests 150 bash -c "$(in_shell run_tests)"
-step jct 170 "$python" benchmarks/gpu_jct.py --json "$OUT/jct.json" "${jct[@]}"
-step transformers 150 "$python" benchmarks/gpu_transformers.py --json "$OUT/transformers.json" "${transformers[@]}"
+step jct 160 "$python" benchmarks/gpu_jct.py --json "$OUT/jct.json" "${jct[@]}"
+step transformers 75 "$python" benchmarks/gpu_transformers.py --json "$OUT/transformers.json" "${transformers[@]}"
 step gemm 40 bash -c "$(in_shell bench gemm "${gemm[@]}")"
 step attention 40 bash -c "$(in_shell bench attention "${attention[@]}")"
 if [ -z "$emulated" ]; then
   step sanitizer 90 bash -c "$(in_shell sanitize)"
+  # Compiling takes minutes: with the time that is left.
+  step compiled 200 "$python" benchmarks/gpu_transformers.py --json "$OUT/compiled.json" --rivals compiled --idle ""
 fi
 
 "$python" benchmarks/gpu_table.py --parts "$parts" --out "$OUT" ${emulated:+--emulated} 2>&1 | tee "$OUT/table.txt"
