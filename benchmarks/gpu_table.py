@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_table.py --parts FOLDER --out FOLDER [--emulated]
 
-Reads the JSON of the C++ benchmarks in --parts, gathers it in bench.json of --out, where transformers.json, compiled.json
-(the same of a rival that takes long) and jct.json are. A figure that is not there is open, and says so.
+Reads the JSON of the C++ benchmarks in --parts and gathers it in bench.json of --out, where transformers.json,
+compiled.json (the same of a rival that takes long) and jct.json are. A figure that is not there is open, and says so.
 """
 
 from __future__ import annotations
