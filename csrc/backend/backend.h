@@ -176,7 +176,7 @@ class Backend {
   // Queues the operations that `body` calls for, or the same ones again that an earlier batch of the same size called
   // for: they depend on nothing but the batch.
   virtual void run(const std::function<void()>& body) = 0;
-  // Memory that earlier calls worked on is gone.
+  // Memory that earlier calls worked on is about to go: waits for them, and repeats none.
   virtual void forget() = 0;
   // All of the batch is queued; waits until all is done of the oldest batch that was not yet waited for.
   virtual void end() = 0;

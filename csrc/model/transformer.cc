@@ -51,9 +51,9 @@ float* Transformer::forward(const Batch& batch) {
   }
   const auto bytes = size.logits * ld_logits() * static_cast<int64_t>(sizeof(float));
   if (shard_.last_stage && static_cast<int64_t>(logits_.bytes()) < bytes) {
+    backend_.forget();
     logits_ = Buffer();  // first, or both would have to fit
     logits_ = backend_.allocate(bytes);
-    backend_.forget();
   }
   const auto body = [&] {
     embed(size.tokens);

@@ -118,7 +118,10 @@ class CudaBackend final : public Backend {
     if (!batches_->replayable()) return body();
     graphs_.run({batch_.num_tokens, batch_.max_context}, compute_, body);
   }
-  void forget() override { graphs_.clear(); }
+  void forget() override {
+    compute_.synchronize();
+    graphs_.clear();
+  }
 
   void end() override {
     BatchClock::instance().end(compute_);
