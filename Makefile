@@ -12,11 +12,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-CPP = $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP = $(shell find csrc tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # A virtual environment of the caller, or packages of theirs, must not leak in.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
-.PHONY: help setup setup-dev build serve demo test test-all lint format build-bench bench bench-scheduler bench-peers clean
+.PHONY: help setup setup-dev build serve demo test test-all lint format build-bench build-cuda bench bench-scheduler bench-peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,10 +34,14 @@ serve: setup  ## The demo model behind an OpenAI-compatible server on port 8000
 demo: setup  ## A real model under FCFS and skip-join MLFQ, side by side
 	@$(BIN)/python -m fastserve.bench.demo
 
+# The kernels compile while other tests run, which leave most of a second core idle.
 test: setup-dev lint build-bench  ## Linters and the tests (under 15 minutes on two cores)
-	$(BIN)/python -m pytest -m "not slow"
+	nice -n 19 $(MAKE) --no-print-directory build-cuda & kernels=$$!; \
+	$(BIN)/python -m pytest -m "not slow and not cuda" || { wait; exit 1; }; \
+	wait $$kernels
+	$(BIN)/python -m pytest -m "not slow and cuda"
 
-test-all: setup-dev lint build-bench  ## Linters, all tests, and native ones under sanitizers (under 60 minutes)
+test-all: setup-dev lint build-bench build-cuda  ## Linters, all tests, and native ones under sanitizers (under 60 minutes)
 	$(BIN)/python -m pytest
 	scripts/sanitize.sh address,undefined
 	scripts/sanitize.sh thread
@@ -56,6 +60,11 @@ format: $(STAMPS)/dev  ## Format Python and C++ in place
 # Compiled by themselves, so that installing stays quick.
 build-bench: build  ## Compile the benchmark binaries of csrc/bench/ into build/bench
 	@{ $(BIN)/cmake -S . -B build -DFASTSERVE_BENCHMARKS=ON && $(BIN)/cmake --build build --target benchmarks; } \
+	  > $(STAMPS)/build.log 2>&1 || { cat $(STAMPS)/build.log; exit 1; }
+
+# Where nvcc or CUDA's headers are not, there is less to do or nothing.
+build-cuda: build  ## Compile the CUDA kernels for GPUs and for the emulation that tests them on the CPU
+	@{ $(BIN)/cmake -S . -B build -DFASTSERVE_CUDA_TESTS=ON && $(BIN)/cmake --build build --target cuda_tests; } \
 	  > $(STAMPS)/build.log 2>&1 || { cat $(STAMPS)/build.log; exit 1; }
 
 bench: setup build-bench  ## Kernels, runtime and demo model beside this machine's limits (minutes); JSON in build/bench

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -29,9 +30,10 @@ class CMakeBuild(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
-        # setuptools knows of the extension only; the plugin for MPI, if there is one, belongs beside it.
-        for plugin in (Path(self.build_lib) / "fastserve").glob("_mpi*.so"):
-            shutil.copy2(plugin, ROOT / "fastserve" / plugin.name)
+        # setuptools knows of the extension only; the plugins for MPI and CUDA, those there are, belong beside it.
+        for name in ("_mpi", "_cuda"):
+            for plugin in (Path(self.build_lib) / "fastserve").glob(f"{name}*.so"):
+                shutil.copy2(plugin, ROOT / "fastserve" / plugin.name)
 
     def build_extension(self, ext: Extension) -> None:
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -46,6 +48,9 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
+        for name in ("FASTSERVE_CUDA", "FASTSERVE_CUDA_ARCHITECTURES"):  # ON, OFF or AUTO; as CMake names them: 90
+            if given := os.environ.get(name):
+                options[name] = given
         definitions = [f"-D{name}={value}" for name, value in options.items()]
         jobs = [f"-j{self.parallel}"] if self.parallel else []
         try:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Any
 
 from .calibration import UNMEASURED, Calibration, device_name
@@ -20,7 +20,7 @@ from .loaders.spec import ModelSource, ModelSpec
 from .native import NativeRuntime, block_bytes
 from .placement import Placement, check_fits, is_launched, place
 from .policies import ONLINE_POLICIES, create_policy
-from .sizing import host_blocks, link_bandwidth, pool_blocks
+from .sizing import device_blocks, host_blocks, link_bandwidth, pool_blocks
 from .tokenizer import Tokenizer
 from .tokenizer_choice import read_given_tokenizer
 from .types import InvalidRequest
@@ -115,30 +115,31 @@ def assemble(
         running = replace(running, threads=running.threads or threads)
         layers = placement.stages(source, running, scheduling.max_num_seqs, stages)
         shard = placement.shard(source, layers)
-        bytes_each = block_bytes(spec if shard is None else shard.local(spec), running.kv_dtype, running.block_size)
-        num_blocks = pool_blocks(
+        pools = _Pools(
             kv_cache_memory,
-            bytes_each,
-            block_size=scheduling.block_size,
-            max_num_seqs=scheduling.max_num_seqs * grid.pipeline_parallel_size,
-            max_model_len=scheduling.max_model_len,
-            host_share=host_share * ranks_here,
+            swap_space if scheduling.swaps else 0,
+            block_bytes(
+                spec if shard is None else shard.local(spec), running.kv_dtype, running.block_size, running.device
+            ),
+            scheduling,
             ranks=ranks_here,
-        )
-        # On a CPU the two pools are one memory.
-        num_host_blocks = host_blocks(
-            swap_space,
-            bytes_each,
-            promised=num_blocks * bytes_each,
             host_share=host_share * ranks_here,
-            ranks=ranks_here,
         )
-        pools = placement.gather([num_blocks, num_host_blocks if scheduling.swaps else 0, bytes_each])
-        num_blocks, num_host_blocks = (min(pool[tier] for pool in pools) for tier in range(2))
+        if running.on_cuda:
+            # What the weights and the largest iteration leave is known once they are there.
+            running = replace(running, device=placement.device(running.device), num_blocks=pools.least(running))
+            native = placement.load(source, running, shard)
+            sizes = pools.on_device(native.free_bytes(scheduling.max_num_seqs) or 0)
+        else:
+            sizes = pools.on_host()
+        told = placement.gather([*sizes, pools.block_bytes])
+        num_blocks, num_host_blocks = (min(each[tier] for each in told) for tier in range(2))
         scheduling = replace(scheduling, num_blocks=num_blocks, num_host_blocks=num_host_blocks)
         running = replace(running, num_blocks=num_blocks, num_host_blocks=num_host_blocks)
-
-        native = placement.load(source, running, shard)
+        if running.on_cuda:
+            native.set_pools(num_blocks, num_host_blocks)
+        else:
+            native = placement.load(source, running, shard)
         if placement.rank > 0:
             placement.follow()
         text = None if skip_tokenizer else _tokenizer(tokenizer, source)
@@ -153,7 +154,7 @@ def assemble(
             ),
         )
         costs, link = calibration.cost_model(cost), calibration.link()
-    block = sum(pool[2] for pool in pools)
+    block = sum(each[2] for each in told)
     info = {
         "model": name,
         "family": spec.family,
@@ -172,7 +173,7 @@ def assemble(
         "ranks": placement.members,
         **_limits(scheduling),
         "kv_cache_bytes": num_blocks * block,
-        "kv_cache_memory": num_blocks * max(pool[2] for pool in pools),
+        "kv_cache_memory": num_blocks * max(each[2] for each in told),
         "kv_cache_tokens": num_blocks * scheduling.block_size,
         "swap_space_bytes": num_host_blocks * block,
         "swap_bandwidth": running.swap_bandwidth,
@@ -190,6 +191,46 @@ def assemble(
         link=link,
         info=info,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pools:
+    """How many blocks of KV a rank has room for."""
+
+    kv_cache_memory: str | int | None
+    swap_space: str | int | None
+    block_bytes: int
+    scheduling: SchedulerConfig
+    _: KW_ONLY
+    ranks: int  # on this host
+    host_share: int  # that share its memory, those of other engines included
+
+    def on_host(self) -> tuple[int, int]:
+        """Blocks of both pools, which on a CPU are one memory."""
+        config = self.scheduling
+        num_blocks = pool_blocks(
+            self.kv_cache_memory,
+            self.block_bytes,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs * config.pipeline_parallel_size,
+            max_model_len=config.max_model_len,
+            host_share=self.host_share,
+            ranks=self.ranks,
+        )
+        return num_blocks, self._swapped(promised=num_blocks * self.block_bytes)
+
+    def on_device(self, free: int) -> tuple[int, int]:
+        """The same where the device has `free` bytes of its own left."""
+        return device_blocks(self.kv_cache_memory, self.block_bytes, free=free), self._swapped(promised=0)
+
+    def least(self, running: RuntimeConfig) -> int:
+        """Blocks for one iteration of as many tokens as there may be."""
+        return -(-running.max_num_batched_tokens // running.block_size)
+
+    def _swapped(self, promised: int) -> int:
+        return host_blocks(
+            self.swap_space, self.block_bytes, promised=promised, host_share=self.host_share, ranks=self.ranks
+        )
 
 
 def _digest(*values: Any) -> str:

@@ -65,9 +65,12 @@ _BATCHED_TOKENS = (1, 2**20)
 # model is off by a third for single iterations.
 STREAMING_STALL_LIMIT = 1.5
 
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
+
 ADMISSIONS = ("paged", "reserve")
 QUANTIZATIONS = ("auto", "int8", "none")
-KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+DTYPES = ("float32", "bfloat16", "float16")
 SWAP_MODES = ("proactive", "reactive", "recompute")
 
 
@@ -160,10 +163,10 @@ def _check_choice(option: str, value: Any, choices: tuple[str, ...]) -> None:
 class RuntimeConfig:
     """What the native runtime is built with."""
 
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # auto: as dtype
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # float16: on a CUDA device only
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # auto: as dtype
     quantization: Literal["auto", "int8", "none"] = "auto"  # of the weights; auto: as in the file, unless float32
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: str = "cpu"  # or cuda, or one of several: cuda:1
     threads: int = 0  # 0: one a core
     block_size: int = 16
     num_blocks: int = 1024  # KV blocks on the device
@@ -172,14 +175,18 @@ class RuntimeConfig:
     max_num_batched_tokens: int = 512
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InvalidRequest("dtype", f"must be float32 or bfloat16, got {self.dtype!r}")
+        _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _check_choice("quantization", self.quantization, QUANTIZATIONS)
-        if self.device not in ("cpu", "cuda"):
-            raise InvalidRequest("device", f"must be cpu or cuda, got {self.device!r}")
-        if self.device == "cuda":
-            raise InvalidRequest("device", "this build has no CUDA backend; use --device cpu")
+        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+            raise InvalidRequest("device", f"must be cpu, cuda or one such as cuda:1, got {self.device!r}")
+        if not self.on_cuda and "float16" in (self.dtype, self.kv_cache_dtype):
+            raise InvalidRequest("dtype", "float16 is for CUDA devices; use bfloat16 or float32 on a CPU")
+        if self.on_cuda and self.kv_cache_dtype not in ("auto", self.dtype):
+            raise InvalidRequest(
+                "kv_cache_dtype",
+                f"must be auto or the {self.dtype} of dtype on a CUDA device, got {self.kv_cache_dtype!r}",
+            )
         _check_limits(
             self,
             {
@@ -192,6 +199,10 @@ class RuntimeConfig:
         )
         if self.swap_bandwidth is not None:
             _check_limits(self, {"swap_bandwidth": (1, 2**50)})
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device != "cpu"
 
     @property
     def kv_dtype(self) -> str:

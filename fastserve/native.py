@@ -21,9 +21,9 @@ _FOREVER = -1.0
 _SLICE_BYTES = 16 * 2**20  # of a file, resident at a time while loading
 
 
-def block_bytes(spec: ModelSpec, kv_dtype: str, block_size: int) -> int:
+def block_bytes(spec: ModelSpec, kv_dtype: str, block_size: int, device: str = "cpu") -> int:
     """Bytes of one KV block, all layers of it."""
-    return _C.block_bytes(spec, kv_dtype, block_size)
+    return _C.block_bytes(spec, kv_dtype, block_size, device)
 
 
 def instruction_sets() -> list[str]:
@@ -77,11 +77,12 @@ class NativeRuntime:
                 ),
                 shard=self._shard,
                 links=links,
+                device=config.device,
             )
         except _C.GroupError as error:
             raise GroupError.of(error) from error
-        except _C.Error as error:  # too many threads, or an instruction set this machine lacks
-            raise InvalidRequest("runtime", str(error)) from error
+        except _C.Error as error:  # no such device, too many threads, or an instruction set this machine lacks
+            raise InvalidRequest("device" if config.on_cuda else "runtime", str(error)) from error
 
     def _load_all(self, source: ModelSource) -> None:
         try:
@@ -137,6 +138,24 @@ class NativeRuntime:
         if tensor.shape == (len(rows), len(columns))[: len(shape)]:
             return self._shard.local_name(tensor.name), range(len(rows)), range(len(columns))
         return as_it_is
+
+    def free_bytes(self, rows: int) -> int | None:
+        """Bytes that the device has left beside the largest iteration, which is run; None: its memory is the host's.
+
+        `rows` of it are sampled. All ranks take part.
+        """
+        free = self._runtime.free_bytes(rows)
+        return None if free < 0 else free
+
+    def set_pools(self, num_blocks: int, num_host_blocks: int) -> None:
+        """Gives the runtime other KV pools. No plan may be in flight, and what is in the pools is lost.
+
+        Raises InvalidRequest when there is not as much memory.
+        """
+        try:
+            self._runtime.set_pools(num_blocks, num_host_blocks)
+        except _C.Error as error:
+            raise InvalidRequest("kv_cache_memory", str(error)) from error
 
     def follow(self) -> None:
         """For ranks other than 0: runs what rank 0 submits, until it closes. Raises GroupError as `poll` does."""

@@ -96,6 +96,13 @@ class Placement:
         share = sum(1 / sum(core in theirs for theirs in here) for core in cores) / engines
         return len(here), max(1, math.floor(share + 1e-9))
 
+    def device(self, device: str) -> str:
+        """The device of this rank: those of one host that are told `cuda` take one each, in rank order."""
+        if device != "cuda" or not self.members:
+            return device
+        host = self.members[self.rank]["host"]
+        return f"cuda:{sum(other['host'] == host for other in self.members[: self.rank])}"
+
     def check_same(self, what: str, value: str) -> None:
         """Raise InvalidRequest, on all, unless all ranks have the same."""
         told = self.gather(value)

@@ -29,7 +29,6 @@ from .config import check_integer
 from .cost import CostModel
 from .distributed import Grid
 from .engine import Engine, IterationRecord
-from .engine_options import EngineOptions, worker_command
 from .outputs import Completion, LiveRequest, Request
 from .seeds import derived_seed
 from .tokenizer import Tokenizer
@@ -56,10 +55,10 @@ class ServingCore:
         model: str | os.PathLike[str] | Any,
         *,
         policy: str = "skip-join-mlfq",
-        dtype: Literal["float32", "bfloat16"] = "bfloat16",
-        kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
+        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto",
         quantization: Literal["auto", "int8", "none"] = "auto",
-        device: Literal["cpu", "cuda"] = "cpu",
+        device: str = "cpu",
         threads: int = 0,
         max_model_len: int | None = None,
         max_num_seqs: int = 32,
@@ -183,6 +182,9 @@ class ServingCore:
         }
         rank_command = None
         if grid.size > 1 and isinstance(model, (str, os.PathLike)):
+            # Imported here because it takes msgspec, which an engine in one process does without.
+            from .engine_options import EngineOptions, worker_command
+
             more = {**asdict(grid), "rank_timeout": rank_timeout}
             rank_command = worker_command(
                 EngineOptions(model=os.fspath(model), **scheduler, **runtime, **sizes, **more)

@@ -10,6 +10,8 @@ from .types import InvalidRequest
 
 _MEMORY_SHARE = 4  # a default pool takes at most one part in this many of the memory that is free
 _SWAP_SPACE = 4 * 2**30  # bytes of the host pool when nobody says
+_DEVICE_RESERVE = 20  # of a device's free memory, one part in so many stays free, for graphs and libraries, ...
+_DEVICE_LEAST_RESERVE = 512 * 2**20  # ... and at least so many bytes, unless that is more than half
 _SLOWEST_LINK = 2**20  # bytes a second: below, a block takes seconds
 
 
@@ -53,6 +55,30 @@ def pool_blocks(
     if available is None:
         return useful
     return max(1, min(useful, available // _MEMORY_SHARE // host_share // block_bytes))
+
+
+def device_blocks(kv_cache_memory: str | int | None, block_bytes: int, *, free: int) -> int:
+    """Blocks of a KV pool of `kv_cache_memory` bytes in a device's own memory, of which `free` bytes are left.
+
+    None: as many as fit in what is left, less a part that the device may still need. Raises InvalidRequest when the
+    size given, or one block, is more than is left, or when the size is more than MAX_BLOCKS.
+    """
+    usable = free - max(free // _DEVICE_RESERVE, min(free // 2, _DEVICE_LEAST_RESERVE))
+    if usable < block_bytes:
+        raise InvalidRequest(
+            "kv_cache_memory",
+            f"has no room: one KV block takes {block_bytes} bytes, and the device has {free // 2**20}M left",
+        )
+    if kv_cache_memory is None:
+        return min(usable // block_bytes, MAX_BLOCKS)
+    size = parse_size("kv_cache_memory", kv_cache_memory)
+    if not block_bytes <= size <= usable:
+        raise InvalidRequest(
+            "kv_cache_memory",
+            f"must hold one KV block of {block_bytes} bytes and fit in the {usable // 2**20}M that the device has "
+            f"left, got {kv_cache_memory!r}",
+        )
+    return _checked_blocks("kv_cache_memory", size, block_bytes)
 
 
 def _each(ranks: int) -> str:

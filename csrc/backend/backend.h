@@ -1,13 +1,18 @@
 // What a device must offer to run a decoder. model/transformer.cc is written once over this interface.
 //
-// Activations are float32 matrices [tokens, ld] whose row stride `ld` is a multiple of kPad, so that kernels may write
-// whole vectors; columns beyond the logical width are scratch.
+// Operations are queued in order, on memory of the device (Backend::allocate) and for the batch of the last begin().
+// There are two kinds of matrices. Activations are of the device's choice, Backend::activations(); the residual,
+// partial sums and logits are float32. Both are [tokens, ld] with a row stride `ld` that is a multiple of kPad, so that
+// kernels may handle whole vectors; columns beyond the logical width are theirs alone.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <span>
 
-#include "backend/logits.h"
+#include "common/buffer.h"
 #include "common/dtype.h"
 
 namespace fastserve {
@@ -32,48 +37,37 @@ class Matrix {
 };
 
 struct GemmArgs {
-  const float* input;  // [m, k], stride ld_input
+  const void* input;  // activations [m, k], stride ld_input
   int64_t ld_input;
   const Matrix* weight;  // [n, k]
   const float* bias;     // [n] padded to kPad, or null
-  float* output;         // [m, n], stride ld_output >= n rounded up to kPad
+  void* output;          // [m, n], stride ld_output >= n rounded up to kPad: float32 if `wide`, else activations
   int64_t ld_output;
   int64_t m;
-  bool accumulate;  // output += input · weightᵀ + bias
+  bool wide;
+  bool accumulate;  // output += input · weightᵀ + bias; only if wide
 };
 
 struct NormArgs {
   const float* input;   // [rows, width], stride ld
-  float* output;        // [rows, width], stride ld
+  void* output;         // activations [rows, width], stride ld
   const float* weight;  // [width]
   const float* bias;    // [width] or null: then RMS norm, else layer norm
   int64_t rows;
+  bool of_logits;  // row i of the output is of the input's row for the batch's i-th logit token, not of row i
   int64_t width;
   int64_t ld;
   float eps;
 };
 
-// Geometry of the paged KV pool. A block holds all local layers, so that moving it is one copy:
-// [layers][kv heads]{ K [dimensions / step][slots][step], V [slots / step][dimensions][step] }. K lies transposed so
-// that the score of many tokens is one vector; `step` neighbours in the direction of a sum are together, which is what
-// dot product instructions read: 2 of bfloat16, 4 of int8. All of it is padded to whole vectors, with zeros. int8,
-// held as value + 128, is followed by the float32 scales of K [slots] and of V [slots].
-struct KvLayout {
+// What a block of the KV pool holds: K and V of block_size positions, all local layers of them, so that moving it is
+// one copy. How they lie in it is the device's business.
+struct KvShape {
   KvFormat format;
   int64_t num_layers;
   int64_t num_kv_heads;
   int64_t head_dim;
   int64_t block_size;
-
-  int64_t step() const { return 4 / size_of(format); }
-  int64_t slots_padded() const { return round_up(block_size, 16); }
-  int64_t head_dim_padded() const { return round_up(head_dim, 16); }
-  int64_t value_offset() const { return round_up(head_dim, step()) * slots_padded(); }
-  int64_t scale_offset() const { return value_offset() + round_up(block_size, step()) * head_dim_padded(); }
-  int64_t scale_bytes() const { return format == KvFormat::kInt8 ? 2 * slots_padded() * 4 : 0; }
-  int64_t head_elements() const { return scale_offset() + scale_bytes(); }  // an element of int8 is a byte
-  int64_t layer_elements() const { return num_kv_heads * head_elements(); }
-  int64_t block_bytes() const { return num_layers * layer_elements() * size_of(format); }
 };
 
 // One job's tokens in this iteration.
@@ -84,9 +78,33 @@ struct Row {
   const int32_t* table;  // its blocks, by position / block_size
 };
 
+// The tokens of one iteration: the rows', back to back.
+struct Batch {
+  std::span<const Row> rows;
+  std::span<const int32_t> token_ids;     // [tokens]; what TokenSampler::last_of() returned stands for a token to come
+  std::span<const int32_t> positions;     // [tokens], for embeddings and rotation
+  std::span<const int32_t> logit_tokens;  // batch indices of the tokens whose logits are wanted, ascending
+};
+
+// With what the device adds to fill a batch up: operations work on so many.
+struct BatchSize {
+  int64_t tokens, logits;
+};
+
+enum class EmbeddedBy { kToken, kPosition };
+
+struct EmbedArgs {
+  const Matrix* table;
+  EmbeddedBy by;
+  int64_t first;  // token or position of the table's first row; those outside the table give rows of zeros
+  float* output;  // [tokens, table.k], stride ld
+  int64_t ld;
+  bool accumulate;
+};
+
 // Rotates q and k, normalizes them per head first where the model does, and writes k and v to the pool.
 struct RopeAndStoreArgs {
-  float* qkv;  // [tokens, (heads + 2 * kv_heads) * head_dim], stride ld; q is rotated in place
+  void* qkv;  // activations [tokens, (heads + 2 * kv_heads) * head_dim], stride ld; q is rotated in place
   int64_t ld;
   const float* cos_sin;  // [tokens, 2, rotary_half], scaled; null: no rotation
   int64_t rotary_half;   // pairs (i, i + rotary_half) of each head are rotated
@@ -94,54 +112,92 @@ struct RopeAndStoreArgs {
   const float* k_norm;
   float eps;
   int64_t num_heads;
-  const Row* rows;
-  int64_t num_rows;
   int64_t layer;
 };
 
 // Causal attention of every token over its job's pool blocks, its own chunk included (which is in the pool by now).
 struct AttentionArgs {
-  const float* qkv;  // [tokens, …]: rotated q comes first, stride ld
+  const void* qkv;  // activations [tokens, …]: rotated q comes first, stride ld
   int64_t ld;
-  float* output;  // [tokens, heads * head_dim], stride ld_output
+  void* output;  // activations [tokens, heads * head_dim], stride ld_output
   int64_t ld_output;
   int64_t num_heads;
   int64_t query_group;   // query head h reads KV head (h + query_offset) / query_group
   int64_t query_offset;  // below query_group
   float scale;           // applied to q · k
-  const Row* rows;
-  int64_t num_rows;
   int64_t layer;
 };
+
+// Bytes that go from one place of the KV pools to another.
+struct BlockMove {
+  std::byte* to;
+  const std::byte* from;
+  int64_t bytes;
+};
+
+class TokenSampler;
 
 class Backend {
  public:
   virtual ~Backend() = default;
 
   virtual const char* name() const = 0;  // the instruction set or device
-  virtual int threads() const = 0;
+  virtual int threads() const = 0;       // of the host that work for it
+  virtual DType activations() const = 0;
+  virtual bool on_host() const = 0;  // its memory is the host's, and operations are done when they return
+  // How many batches may be queued before the tokens of the first are taken.
+  virtual int64_t depth() const = 0;
+
+  // Memory, zero-filled: of the device, and of the host for what goes to the device and back.
+  virtual Buffer allocate(int64_t bytes) = 0;
+  virtual Buffer allocate_host(int64_t bytes) = 0;
+  // Copies between the two, after all that is queued; done when they return.
+  virtual void upload(const void* from, void* to, int64_t bytes) = 0;
+  virtual void download(const void* from, void* to, int64_t bytes) = 0;
 
   virtual std::unique_ptr<Matrix> make_matrix(int64_t n, int64_t k, WeightFormat format) = 0;
   // Converts source rows [rows, k] to the matrix's format and places them at rows [first_row, first_row + rows). Throws
   // for a matrix of GGUF's groups and rows of another type.
   virtual void load_rows(Matrix& matrix, int64_t first_row, int64_t rows, SourceType type, const void* source) = 0;
-  virtual void set_kv_pool(const KvLayout& layout, void* base) = 0;
 
-  // output[i] (+)= row token_ids[i] of the table; a negative token_id is a row of zeros.
-  virtual void embed(const Matrix& table, const int32_t* token_ids, int64_t tokens, float* output, int64_t ld,
-                     bool accumulate) = 0;
+  // Throws for a format that the device does not hold K and V in.
+  virtual int64_t block_bytes(const KvShape& shape) const = 0;
+  virtual void set_kv_pool(const KvShape& shape, void* base) = 0;
+  // Bytes of the device's memory that nobody has; -1 where its memory is the host's.
+  virtual int64_t free_bytes() const = 0;
+  // Copies blocks from the device to the host's pool or back; done when it returns. Called on one thread for each
+  // direction, beside everything else.
+  virtual void move_blocks(bool to_host, std::span<const BlockMove> moves) = 0;
+
+  // The most tokens that begin() makes of a batch of so many or fewer.
+  virtual int64_t filled_up(int64_t tokens) const = 0;
+  // What follows is for this batch, whose memory may change afterwards.
+  virtual BatchSize begin(const Batch& batch) = 0;
+  // Queues the operations that `body` calls for, or the same ones again that an earlier batch of the same size called
+  // for: they depend on nothing but the batch.
+  virtual void run(const std::function<void()>& body) = 0;
+  // Memory that earlier calls worked on is about to go: waits for them, and repeats none.
+  virtual void forget() = 0;
+  // All of the batch is queued; waits until all is done of the oldest batch that was not yet waited for.
+  virtual void end() = 0;
+  virtual void wait() = 0;
+  // Waits until nothing is queued, so that memory can go. Throws nothing: what has failed has been told.
+  virtual void drain() noexcept = 0;
+
+  virtual void embed(const EmbedArgs& args) = 0;
+  // cos and sin of every token's angles position · inv_freq, times scale: output [tokens, 2, half].
+  virtual void rotation_table(const float* inv_freq, int64_t half, float scale, float* output) = 0;
   virtual void gemm(const GemmArgs& args) = 0;
   virtual void norm(const NormArgs& args) = 0;
   virtual void rope_and_store(const RopeAndStoreArgs& args) = 0;
   virtual void attention(const AttentionArgs& args) = 0;
   // x[t, i] = act(x[t, i]) for i < width; gated: act(x[t, i]) * x[t, round_up(width, kPad) + i].
-  virtual void activate(Activation kind, bool gated, float* x, int64_t tokens, int64_t width, int64_t ld) = 0;
+  virtual void activate(Activation kind, bool gated, void* x, int64_t tokens, int64_t width, int64_t ld) = 0;
   // output[i] += input[i].
   virtual void add(const float* input, float* output, int64_t count) = 0;
-  // What a row of logits is sampled by, on whichever thread has it.
-  virtual const LogitKernels& logit_kernels() const = 0;
-  // Runs body(i, thread) for i in [0, count) on the device's host threads.
-  virtual void parallel_for(int64_t count, void (*body)(void*, int64_t, int), void* context) = 0;
+
+  // Chooses tokens by rows of logits that lie on the device.
+  virtual std::unique_ptr<TokenSampler> make_sampler(int64_t vocab_size) = 0;
 };
 
 }  // namespace fastserve

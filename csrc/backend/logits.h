@@ -10,6 +10,12 @@ constexpr int64_t kLogitBlock = 512;
 // Floats that collect() may write beyond those it keeps.
 constexpr int64_t kLogitSlack = 16;
 
+// Why a row of logits gives no token.
+constexpr const char* kNotANumberMessage = "the model produced a logit that is not a number";
+constexpr const char* kInfiniteMessage = "the model produced an infinite logit";
+constexpr const char* kNothingToChooseMessage =
+    "every token is masked: logit_bias or min_tokens leaves nothing to choose";
+
 // The weight of a logit: e^((logit - maximum) · scale), or 0 when it is below `cut`, which is finite.
 struct Weighting {
   float maximum;

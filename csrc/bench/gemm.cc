@@ -1,9 +1,9 @@
 // Products with each weight matrix of a model, by weight format and number of rows. Matrices come from memory, as they
 // do in a forward pass: there are as many copies of each as the caches cannot hold, used in turn.
 #include <algorithm>
-#include <cstring>
+#include <map>
 
-#include "backend/cpu/cpu_backend.h"
+#include "backend/device.h"
 #include "bench/limits.h"
 #include "bench/random_model.h"
 
@@ -15,11 +15,12 @@ using namespace fastserve::bench;
 // The head computes logits only where a token is sampled: never for a whole prompt.
 constexpr int64_t kMostHeadRows = 64;
 // A sample is this long at least, so that the clock and a sleeping thread do not matter.
-constexpr double kSampleSeconds = 4e-3;
+constexpr double kSampleSeconds = 4e-3, kDeviceSampleSeconds = 20e-3;
 
 struct Shape {
   const char* name;
   int64_t n, k;
+  bool wide = false;  // its products go to the residual, or are logits
 };
 
 const std::vector<std::string>& matrix_names() {
@@ -29,10 +30,10 @@ const std::vector<std::string>& matrix_names() {
 
 std::vector<Shape> shapes(const ModelSpec& spec) {
   return {{"qkv", spec.qkv_width(), spec.hidden_size},
-          {"out", spec.hidden_size, spec.num_heads * spec.head_dim},
+          {"out", spec.hidden_size, spec.num_heads * spec.head_dim, true},
           {"up", spec.up_offset() + spec.intermediate_size, spec.hidden_size},
-          {"down", spec.hidden_size, spec.intermediate_size},
-          {"head", spec.vocab_size, spec.hidden_size}};
+          {"down", spec.hidden_size, spec.intermediate_size, true},
+          {"head", spec.vocab_size, spec.hidden_size, true}};
 }
 
 // One matrix as often as it takes to be cold, and a product with the next copy at every call.
@@ -42,8 +43,9 @@ class Product {
       : backend_(backend),
         ld_input_(round_up(shape.k, kPad)),
         ld_output_(round_up(shape.n, kPad)),
-        input_(most_rows * ld_input_ * sizeof(float)),
-        output_(most_rows * ld_output_ * sizeof(float)) {
+        input_(random_activations(backend, most_rows * ld_input_)),
+        output_(backend.allocate(most_rows * ld_output_ * static_cast<int64_t>(sizeof(float)))),
+        wide_(shape.wide) {
     const RandomRows weights(format, shape.k);
     int64_t bytes = 0;
     do {
@@ -51,8 +53,6 @@ class Product {
       fill(backend, *copies_.back(), weights);
       bytes += copies_.back()->bytes();
     } while (bytes < cold_bytes);
-    const auto values = random_floats(most_rows * ld_input_, 1.0f);
-    std::memcpy(input_.as<float>(), values.data(), values.size() * sizeof(float));
   }
 
   int64_t bytes() const { return copies_.front()->bytes(); }
@@ -61,15 +61,18 @@ class Product {
   double seconds(int64_t rows, int64_t calls) {
     return seconds_of([&] {
              for (int64_t i = 0; i < calls; ++i) {
-               backend_.gemm({.input = input_.as<float>(),
+               backend_.gemm({.input = input_.as<void>(),
                               .ld_input = ld_input_,
                               .weight = copies_[next_++ % copies_.size()].get(),
                               .bias = nullptr,
-                              .output = output_.as<float>(),
+                              .output = output_.as<void>(),
                               .ld_output = ld_output_,
                               .m = rows,
+                              .wide = wide_,
                               .accumulate = false});
              }
+             backend_.end();
+             backend_.wait();
            }) /
            static_cast<double>(calls);
   }
@@ -78,6 +81,7 @@ class Product {
   Backend& backend_;
   int64_t ld_input_, ld_output_;
   Buffer input_, output_;
+  bool wide_;
   std::vector<std::unique_ptr<Matrix>> copies_;
   size_t next_ = 0;
 };
@@ -87,12 +91,13 @@ void run(const Options& options, Report& report) {
   const auto matrices = options.choices("matrix", matrix_names());
   const auto formats = options.choices("weights", weight_names());
   const auto rows = options.integers("rows", 1, 65536);
-  const auto backend = make_cpu_backend(options.threads());
+  const double sample = options.on_host() ? kSampleSeconds : kDeviceSampleSeconds;
+  std::map<DType, std::unique_ptr<Backend>> backends;
   Limits limits(options, report.isa());
 
   std::vector<Report::Column> columns = {{"preset", "model"}, {"matrix", "matrix"},   {"n", "n"},
                                          {"k", "k"},          {"weights", "weights"}, {"rows", "rows"}};
-  for (Report::Column& column : Measured::columns()) columns.push_back(std::move(column));
+  for (Report::Column& column : Measured::columns(limits)) columns.push_back(std::move(column));
   report.columns(columns);
 
   for (const std::string& name : presets) {
@@ -105,6 +110,9 @@ void run(const Options& options, Report& report) {
           if (m <= kMostHeadRows || std::string(shape.name) != "head") wanted.push_back(m);
         }
         if (wanted.empty()) continue;
+        const DType dtype = options.on_host() ? DType::kFloat32 : dtype_of(format);
+        std::unique_ptr<Backend>& backend = backends[dtype];
+        if (backend == nullptr) backend = make_backend(options.device(), dtype, options.threads());
         Product product(*backend, shape, format, *std::max_element(wanted.begin(), wanted.end()), options.cold_bytes());
         std::vector<Measured> measured;
         std::vector<int64_t> calls;
@@ -113,7 +121,7 @@ void run(const Options& options, Report& report) {
           measured.emplace_back(
               Work{static_cast<double>(product.bytes()), 2 * size * static_cast<double>(m), arithmetic_of(format)});
           const double once = std::min(product.seconds(m, 1), product.seconds(m, 1));
-          calls.push_back(std::max<int64_t>(1, static_cast<int64_t>(kSampleSeconds / once)));
+          calls.push_back(std::max<int64_t>(1, static_cast<int64_t>(sample / once)));
         }
         for (int round = 0; round < options.repeats(); ++round) {
           for (size_t i = 0; i < wanted.size(); ++i) {
@@ -138,10 +146,11 @@ int main(int count, char** arguments) {
       "gemm",
       "Products of activations with each weight matrix of a model, in GB/s of weights and GFLOP/s, and their "
       "shares of\nwhat memory and the multiply-add units reach beside them.");
-  options.add("preset", "NAME,...", "smollm2", "shapes of: smollm2, llama-1b");
+  options.add_device();
+  options.add("preset", "NAME,...", "smollm2", "shapes of: smollm2, llama-1b, llama-8b, tiny", "llama-8b");
   options.add("matrix", "NAME,...", "qkv,out,up,down,head", "which of its matrices; up: gate and up");
   options.add("weights", "NAME,...", "bfloat16,q8_0,q4_0",
               "how weights are held: float32, bfloat16, int8, q8_0, q4_0, q4_1");
-  options.add("rows", "N,...", "1,8,32,512", "tokens in a product; the head takes at most 64");
+  options.add("rows", "N,...", "1,8,32,512", "tokens in a product; the head takes at most 64", "1,8,32,64,512,2048");
   return run_main(count, arguments, options, run);
 }

@@ -18,7 +18,8 @@ namespace {
 
 constexpr int kNumberWidth = 9;
 constexpr int kTextWidth = 12;
-constexpr double kBusy = 0.5;  // of the cores
+constexpr double kBusy = 0.5;               // of the cores
+constexpr const char* kDeviceCold = "512";  // ten times the caches of the largest devices
 
 std::string join(const std::vector<std::string>& parts) {
   std::string joined;
@@ -105,15 +106,22 @@ Options::Options(std::string name, std::string summary) : name_(std::move(name))
   add("threads", "N", "0", "threads; 0: one a core");
   add("isa", "NAME", "", "instruction set: " + join(isa_names()) + " (default: FASTSERVE_ISA, else the first)");
   add("repeats", "N", "5", "measurements of everything, in turn; medians are told");
-  add("cold", "MB", std::to_string(default_cold()), "read that much before touching any of it again");
+  add("cold", "MB", std::to_string(default_cold()), "read that much before touching any of it again", kDeviceCold);
   add("json", "FILE", "", "also write the result as JSON");
 }
 
 void Options::add(const std::string& name, const std::string& value, const std::string& fallback,
-                  const std::string& help) {
+                  const std::string& help, const std::string& on_device) {
   order_.push_back(name);
-  options_[name] = {value, fallback, help};
+  options_[name] = {value, fallback, help, on_device};
 }
+
+void Options::add_device() {
+  add("device", "NAME", "cpu", "where the work is done: cpu, cuda, or one of several: cuda:1");
+  add("limit-gemm", "N", "8192", "on a device, its limit is that of products of matrices so large");
+}
+
+std::string Options::device() const { return options_.contains("device") ? text("device") : "cpu"; }
 
 bool Options::parse(int count, char** arguments) {
   for (int i = 1; i < count; ++i) {
@@ -123,12 +131,18 @@ bool Options::parse(int count, char** arguments) {
     const std::string name = given.substr(0, equals);
     const auto found = name.starts_with("--") ? options_.find(name.substr(2)) : options_.end();
     if (found == options_.end()) throw UsageError("there is no option '" + name + "'; --help lists them");
+    found->second.given = true;
     if (equals != std::string::npos) {
       found->second.value = given.substr(equals + 1);
     } else if (++i < count) {
       found->second.value = arguments[i];
     } else {
       throw UsageError(name + " needs a value");
+    }
+  }
+  if (!on_host()) {
+    for (auto& [name, option] : options_) {
+      if (!option.given && !option.on_device.empty()) option.value = option.on_device;
     }
   }
   return true;
@@ -140,7 +154,9 @@ std::string Options::help() const {
     const Option& option = options_.at(name);
     std::string line = "  --" + name + " " + option.value_name;
     line.resize(std::max<size_t>(line.size() + 2, 22), ' ');
-    text += line + option.help + (option.value.empty() ? "" : " (default " + option.value + ")") + "\n";
+    const std::string device =
+        option.on_device.empty() || !options_.contains("device") ? "" : "; on a device " + option.on_device;
+    text += line + option.help + (option.value.empty() ? "" : " (default " + option.value + device + ")") + "\n";
   }
   return text;
 }
@@ -241,6 +257,9 @@ int run_main(int count, char** arguments, Options& options, const std::function<
     } catch (const std::exception& error) {
       throw UsageError(error.what());
     }
+#ifdef FS_CUDA_PLUGIN
+    setenv("FASTSERVE_CUDA_PLUGIN", FS_CUDA_PLUGIN, 0);  // this build's, unless another is asked for
+#endif
     const std::string path = options.text("json");
     // Found out before the work, and without emptying what is there.
     if (!path.empty() && !open_file(path, "a")) throw UsageError("--json: cannot write '" + path + "'");

@@ -36,8 +36,12 @@ double seconds_of(Body&& body) {
 class Options {
  public:
   Options(std::string name, std::string summary);
-  // Declares an option; `fallback` is what it is when not given.
-  void add(const std::string& name, const std::string& value, const std::string& fallback, const std::string& help);
+  // Declares an option; `fallback` is what it is when not given, and `on_device` the same on a device that is not the
+  // host, where that is not empty.
+  void add(const std::string& name, const std::string& value, const std::string& fallback, const std::string& help,
+           const std::string& on_device = "");
+  // Declares --device, and --limit-gemm for the limits there.
+  void add_device();
   // Throws UsageError. Returns false when help was asked for.
   bool parse(int count, char** arguments);
 
@@ -53,10 +57,14 @@ class Options {
   int repeats() const { return static_cast<int>(integer("repeats", 1, 1000000)); }
   // Far more than the caches hold.
   int64_t cold_bytes() const { return integer("cold", 1, 1 << 20) << 20; }
+  // Where the work is done: cpu without the option.
+  std::string device() const;
+  bool on_host() const { return device() == "cpu"; }
 
  private:
   struct Option {
-    std::string value_name, value, help;
+    std::string value_name, value, help, on_device;
+    bool given = false;
   };
   std::vector<std::string> split(const std::string& name) const;
 

@@ -45,17 +45,24 @@ Arithmetic arithmetic_of(KvFormat format) {
   return format == KvFormat::kBFloat16 ? Arithmetic::kBFloat16 : Arithmetic::kInt8;
 }
 
-Limits::Limits(const Options& options, const std::string& isa, int threads)
-    : pool_(threads), peak_(find_peak(isa)), buffer_(options.cold_bytes()) {
+Limits::Limits(const Options& options, const std::string& isa, int threads) : peak_(find_peak(isa)) {
+  if (!options.on_host()) {
+    gemm_size_ = options.integer("limit-gemm", 64, 1 << 16);
+    probe_ = make_device_probe(options.device(), DType::kBFloat16, options.cold_bytes());
+    return;
+  }
+  pool_ = std::make_unique<ThreadPool>(threads);
+  buffer_ = Buffer(options.cold_bytes());
   std::memset(buffer_.as<char>(), 1, buffer_.bytes());  // pages nobody wrote to are all the same one
 }
 
 double Limits::read() {
+  if (probe_ != nullptr) return read_.emplace_back(probe_->copy_rate());
   const auto kernel = peak_ != nullptr ? peak_->read : kPortablePeak.read;
-  const int64_t pieces = kPieces * pool_.size(), blocks = static_cast<int64_t>(buffer_.bytes()) / 4096;
+  const int64_t pieces = kPieces * pool_->size(), blocks = static_cast<int64_t>(buffer_.bytes()) / 4096;
   std::atomic<uint64_t> total{0};
   const double seconds = seconds_of([&] {
-    pool_.run(pieces, [&](int64_t piece, int) {
+    pool_->run(pieces, [&](int64_t piece, int) {
       const int64_t first = piece * blocks / pieces * 4096, last = (piece + 1) * blocks / pieces * 4096;
       total += kernel(buffer_.as<char>() + first, last - first);
     });
@@ -66,12 +73,16 @@ double Limits::read() {
 }
 
 double Limits::compute(Arithmetic arithmetic) {
+  if (probe_ != nullptr) {
+    if (arithmetic != Arithmetic::kBFloat16) return kUnknown;
+    return compute_[static_cast<int>(arithmetic)].emplace_back(probe_->gemm_rate(gemm_size_));
+  }
   if (peak_ == nullptr) return kUnknown;
   const auto kind = static_cast<int>(arithmetic);
-  const int64_t pieces = kPieces * pool_.size();
+  const int64_t pieces = kPieces * pool_->size();
   std::atomic<int64_t> operations{0};
   const auto run = [&](int64_t steps) {
-    return seconds_of([&] { pool_.run(pieces, [&](int64_t, int) { operations += peak_->run[kind](steps); }); });
+    return seconds_of([&] { pool_->run(pieces, [&](int64_t, int) { operations += peak_->run[kind](steps); }); });
   };
   constexpr int64_t kTrial = 256;
   const double trial = run(kTrial);  // also wakes the threads
@@ -82,7 +93,33 @@ double Limits::compute(Arithmetic arithmetic) {
   return compute_[kind].back();
 }
 
+double Limits::transfer(DeviceProbe::Transfer transfer) {
+  return transfer_[static_cast<int>(transfer)].emplace_back(probe_->transfer_rate(transfer));
+}
+
+void Limits::report_device(Report& report) const {
+  std::string line;
+  const auto tell = [&](const Samples& samples, const std::string& key, const std::string& what,
+                        const std::string& unit) {
+    if (samples.empty()) return;
+    const double value = median(samples) / 1e9;
+    report.fact(key, value);
+    char text[160];
+    std::snprintf(text, sizeof text, "%s%s %.1f %s", line.empty() ? "" : ", ", what.c_str(), value, unit.c_str());
+    line += text;
+  };
+  const Samples& products = compute_[static_cast<int>(Arithmetic::kBFloat16)];
+  if (!products.empty()) report.fact("gemm_library", probe_->gemm_library());
+  tell(read_, "limit_copy_gb_s", "copies read and write", "GB/s");
+  tell(products, "limit_bfloat16_gflop_s", "bfloat16 products of " + probe_->gemm_library(), "GFLOP/s");
+  tell(transfer_[0], "limit_to_host_gb_s", "pinned memory takes", "GB/s");
+  tell(transfer_[1], "limit_to_device_gb_s", "gives", "GB/s");
+  tell(transfer_[2], "limit_both_ways_gb_s", "both at once", "GB/s");
+  std::printf("limits: %s\n", line.c_str());
+}
+
 void Limits::report(Report& report) const {
+  if (probe_ != nullptr) return report_device(report);
   report.fact("threads", int64_t{threads()});
   report.fact("limit_read_gb_s", median(read_) / 1e9);
   report.fact("limit_float32_gflop_s", median(compute_[0]) / 1e9);
@@ -102,10 +139,11 @@ void Measured::add(double seconds, double read, double compute) {
   compute_percent_.push_back(100 * work_.flops / seconds / compute);
 }
 
-std::vector<Report::Column> Measured::columns() {
+std::vector<Report::Column> Measured::columns(const Limits& limits) {
+  const bool host = limits.probe() == nullptr;
   return {{"seconds", ""},           {"milliseconds", "ms", 3},
-          {"gb_s", "GB/s", 1},       {"read_percent", "% of read", 1},
-          {"gflop_s", "GFLOP/s", 1}, {"compute_percent", "% of mul-add", 1}};
+          {"gb_s", "GB/s", 1},       {"read_percent", host ? "% of read" : "% of copy", 1},
+          {"gflop_s", "GFLOP/s", 1}, {"compute_percent", host ? "% of mul-add" : "% of GEMM", 1}};
 }
 
 std::vector<Report::Value> Measured::values() const {

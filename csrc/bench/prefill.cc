@@ -35,8 +35,11 @@ void run(const Options& options, Report& report) {
   std::vector<std::unique_ptr<Runtime>> runtimes;
   std::vector<Measured> measured;
   for (const Candidate& model : models) {
-    runtimes.push_back(random_model(
-        model, {.block_size = kBlockSize, .num_blocks = blocks, .max_tokens = chunk, .threads = options.threads()}));
+    runtimes.push_back(random_model(model, {.block_size = kBlockSize,
+                                            .num_blocks = blocks,
+                                            .max_tokens = chunk,
+                                            .threads = options.threads(),
+                                            .device = options.device()}));
     std::vector<BatchPlan> first = prompt(model.spec, std::min(longest, chunk), chunk);  // warms up
     open_slot(first.front(), 0, longest, 0, blocks);
     run_plans(*runtimes.back(), std::move(first));
@@ -67,7 +70,7 @@ void run(const Options& options, Report& report) {
                                          {"dtype", "dtype"},
                                          {"tokens", "tokens"},
                                          {"tokens_per_second", "tokens/s", 1}};
-  for (Report::Column& column : Measured::columns()) columns.push_back(std::move(column));
+  for (Report::Column& column : Measured::columns(limits)) columns.push_back(std::move(column));
   report.columns(columns);
   for (size_t i = 0; i < models.size(); ++i) {
     for (size_t j = 0; j < lengths.size(); ++j) {
@@ -87,8 +90,8 @@ int main(int count, char** arguments) {
   Options options("prefill",
                   "Prompts of a model with random weights through the runtime, in tokens/s, GB/s of weights and KV and "
                   "GFLOP/s, and\ntheir shares of what memory and the multiply-add units reach beside them.");
-  add_model_options(options);
+  add_model_options(options, {.host_only = false});
   options.add("tokens", "N,...", "512,2048", "lengths of prompts");
-  options.add("chunk", "N", "512", "tokens of an iteration, as --max-num-batched-tokens");
+  options.add("chunk", "N", "512", "tokens of an iteration, as --max-num-batched-tokens", "2048");
   return run_main(count, arguments, options, run);
 }

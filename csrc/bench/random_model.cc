@@ -19,14 +19,14 @@ constexpr float kMagnitude = 0.035f;  // uniform in ±0.035: a standard deviatio
 using Generator = std::mt19937;  // seeded alike every time
 
 ModelSpec llama(int64_t vocab_size, int64_t hidden, int64_t layers, int64_t heads, int64_t kv_heads, int64_t inner,
-                float theta) {
+                float theta, int64_t head_dim = 64, bool tied = true) {
   ModelSpec spec{};
   spec.vocab_size = vocab_size;
   spec.hidden_size = hidden;
   spec.num_layers = layers;
   spec.num_heads = heads;
   spec.num_kv_heads = kv_heads;
-  spec.head_dim = 64;
+  spec.head_dim = head_dim;
   spec.intermediate_size = inner;
   spec.max_position = 8192;
   spec.rms_norm = true;
@@ -34,7 +34,7 @@ ModelSpec llama(int64_t vocab_size, int64_t hidden, int64_t layers, int64_t head
   spec.activation = Activation::kSilu;
   spec.gated_mlp = true;
   spec.rope_scale = 1.0f;
-  spec.tied_embeddings = true;
+  spec.tied_embeddings = tied;
   for (int64_t i = 0; i < spec.head_dim / 2; ++i) {
     spec.rope_inv_freq.push_back(std::pow(theta, -2.0f * static_cast<float>(i) / static_cast<float>(spec.head_dim)));
   }
@@ -62,12 +62,14 @@ constexpr uint16_t kByteScale = 0x0C00, kNibbleScale = 0x1C00, kNibbleMinimum = 
 }  // namespace
 
 const std::vector<std::string>& preset_names() {
-  static const std::vector<std::string> names = {"smollm2", "llama-1b"};
+  static const std::vector<std::string> names = {"smollm2", "llama-1b", "llama-8b", "tiny"};
   return names;
 }
 
 ModelSpec preset(const std::string& name) {
   if (name == "smollm2") return llama(49152, 576, 30, 9, 3, 1536, 1e5f);
+  if (name == "llama-8b") return llama(128256, 4096, 32, 32, 8, 14336, 5e5f, 128, false);
+  if (name == "tiny") return llama(512, 128, 2, 4, 2, 192, 1e4f, 32);
   FS_CHECK(name == "llama-1b", "no preset is called '", name, "'");
   return llama(128256, 2048, 16, 32, 8, 8192, 5e5f);
 }
@@ -123,6 +125,29 @@ std::vector<float> random_floats(int64_t count, float magnitude) {
   return values;
 }
 
+DType dtype_of(WeightFormat format) { return format == WeightFormat::kFloat32 ? DType::kFloat32 : DType::kBFloat16; }
+
+Buffer random_activations(Backend& backend, int64_t count) {
+  constexpr int64_t kDrawn = int64_t{1} << 20;
+  const std::vector<float> values = random_floats(std::min(count, kDrawn), 1.0f);
+  const DType dtype = backend.activations();
+  std::vector<std::byte> bytes(values.size() * size_of(dtype));
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (dtype == DType::kFloat32) {
+      std::memcpy(bytes.data() + i * 4, &values[i], 4);
+    } else {
+      const uint16_t bits = dtype == DType::kBFloat16 ? to_bf16(values[i]).bits : to_half(values[i]).bits;
+      std::memcpy(bytes.data() + i * 2, &bits, 2);
+    }
+  }
+  Buffer buffer = backend.allocate(count * size_of(dtype));
+  for (int64_t first = 0; first < count; first += static_cast<int64_t>(values.size())) {
+    const int64_t part = std::min(count - first, static_cast<int64_t>(values.size()));
+    backend.upload(bytes.data(), buffer.as<std::byte>() + first * size_of(dtype), part * size_of(dtype));
+  }
+  return buffer;
+}
+
 std::vector<int32_t> random_tokens(int64_t count, int64_t vocab_size) {
   Generator generator(3);
   std::uniform_int_distribution<int32_t> draw(0, static_cast<int32_t>(vocab_size) - 1);
@@ -145,6 +170,7 @@ Cost cost_of(const ModelSpec& spec, WeightFormat weights, KvFormat kv) {
       bits = 32;
       break;
     case WeightFormat::kBFloat16:
+    case WeightFormat::kFloat16:
       bits = 16;
       break;
     case WeightFormat::kInt8:
@@ -166,12 +192,13 @@ Cost cost_of(const ModelSpec& spec, WeightFormat weights, KvFormat kv) {
 }
 
 void add_model_options(Options& options, const ModelDefaults& defaults) {
-  options.add("preset", "NAME,...", defaults.presets, "shapes of: smollm2, llama-1b");
+  if (!defaults.host_only) options.add_device();
+  options.add("preset", "NAME,...", defaults.presets, "shapes of: smollm2, llama-1b, llama-8b, tiny", "llama-8b");
   options.add("weights", "NAME,...", defaults.weights,
-              "how weights are held: float32, bfloat16, int8, q8_0, q4_0, q4_1");
+              "how weights are held: float32, bfloat16, int8, q8_0, q4_0, q4_1", "bfloat16");
   options.add("dtype", "NAME", "auto",
               "of keys and values: float32, bfloat16, int8; auto: float32 with float32 weights, else bfloat16");
-  options.add("memory", "GB", defaults.gigabytes, "refuse what takes more");
+  options.add("memory", "GB", defaults.gigabytes, "refuse what takes more", "60");
 }
 
 std::vector<Candidate> candidates(const Options& options, int64_t kv_tokens, int copies) {
@@ -212,6 +239,7 @@ std::unique_ptr<Runtime> random_model(const Candidate& candidate, const RuntimeS
   const int64_t hidden = spec.hidden_size, q = spec.num_heads * spec.head_dim, kv = spec.num_kv_heads * spec.head_dim;
   if (shard.has_embedding(spec)) matrices.push_back({"token_embedding.weight", {shard.num_tokens, hidden}});
   if (shard.last_stage) norms.push_back("final_norm.weight");
+  if (shard.last_stage && !spec.tied_embeddings) matrices.push_back({"lm_head.weight", {shard.num_tokens, hidden}});
   for (int64_t i = 0; i < spec.num_layers; ++i) {
     const std::string prefix = "layers." + std::to_string(i) + ".";
     norms.push_back(prefix + "attn_norm.weight");
@@ -224,12 +252,14 @@ std::unique_ptr<Runtime> random_model(const Candidate& candidate, const RuntimeS
     matrices.push_back({prefix + "up.weight", {spec.intermediate_size, hidden}});
     matrices.push_back({prefix + "down.weight", {hidden, spec.intermediate_size}});
   }
-  RuntimeOptions given{.dtype = candidate.format == WeightFormat::kFloat32 ? DType::kFloat32 : DType::kBFloat16,
+  RuntimeOptions given{.device = size.device,
+                       .dtype = dtype_of(candidate.format),
                        .kv_format = candidate.kv,
                        .block_size = size.block_size,
                        .num_blocks = size.num_blocks,
                        .max_tokens = size.max_tokens,
-                       .threads = size.threads};
+                       .threads = size.threads,
+                       .num_host_blocks = size.num_host_blocks};
   for (const auto& [name, shape] : matrices) given.formats[name] = candidate.format;
   auto runtime = std::make_unique<Runtime>(spec, shard, given, neighbours);
   const std::vector<float> ones(hidden, 1.0f);

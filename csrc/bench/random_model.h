@@ -12,7 +12,8 @@
 
 namespace fastserve::bench {
 
-// Llama-like shapes: "smollm2" (SmolLM2-135M) and "llama-1b" (Llama-3.2-1B).
+// Llama-like shapes: "smollm2" (SmolLM2-135M), "llama-1b" (Llama-3.2-1B), "llama-8b" (Llama-3.1-8B), and "tiny", with
+// which the benchmarks themselves are tested.
 const std::vector<std::string>& preset_names();
 ModelSpec preset(const std::string& name);
 
@@ -38,9 +39,13 @@ class RandomRows {
 void fill(Backend& backend, Matrix& matrix, const RandomRows& rows);
 
 std::vector<float> random_floats(int64_t count, float magnitude);
+// So many random activations, in the backend's memory and of its type.
+Buffer random_activations(Backend& backend, int64_t count);
+// What a backend computes in whose matrices are held in this format.
+DType dtype_of(WeightFormat format);
 std::vector<int32_t> random_tokens(int64_t count, int64_t vocab_size);
 
-// What forward passes need. The head and the token embedding are one matrix; a pair is a query and a position it sees.
+// What forward passes need, of matrices the layers' and the head; a pair is a query and a position it sees.
 struct Cost {
   double weight_bytes, layer_parameters, head_parameters, kv_bytes_per_token, flops_per_pair;
 };
@@ -57,6 +62,7 @@ struct Candidate {
 // What --preset, --weights and --memory are when not given.
 struct ModelDefaults {
   std::string presets = "smollm2", weights = "bfloat16,q8_0,q4_0", gigabytes = "6";
+  bool host_only = true;  // else --device says where, and llama-8b is the model there
 };
 // Adds --preset, --weights, --dtype and --memory.
 void add_model_options(Options& options, const ModelDefaults& defaults = {});
@@ -69,6 +75,8 @@ struct RuntimeSize {
   int64_t num_blocks;
   int64_t max_tokens;
   int threads;
+  std::string device = "cpu";
+  int64_t num_host_blocks = 0;
 };
 std::unique_ptr<Runtime> random_model(const Candidate& candidate, const RuntimeSize& size);
 // A part of it.

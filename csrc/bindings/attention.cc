@@ -26,20 +26,20 @@ class PyAttention {
   PyAttention(int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, const std::string& kv_dtype,
               int64_t block_size, int64_t num_blocks, int threads)
       : num_heads_(num_heads),
-        layout_{parse_kv_format(kv_dtype), 1, num_kv_heads, head_dim, block_size},
+        shape_{parse_kv_format(kv_dtype), 1, num_kv_heads, head_dim, block_size},
         num_blocks_(num_blocks),
         backend_(make_cpu_backend(threads)) {
     FS_CHECK(num_kv_heads > 0 && num_heads % num_kv_heads == 0 && head_dim > 0 && block_size > 0 && num_blocks > 0,
              "Attention: sizes must be positive, and num_heads a multiple of num_kv_heads");
-    pool_ = Buffer(layout_.block_bytes() * num_blocks);
-    backend_->set_kv_pool(layout_, pool_.as<char>());
+    pool_ = Buffer(block_bytes() * num_blocks);
+    backend_->set_kv_pool(shape_, pool_.as<char>());
   }
 
   py::array run(const Array<float>& qkv, const std::vector<Piece>& pieces) {
     prepare(qkv, pieces);
     store();
     attend();
-    const int64_t width = num_heads_ * layout_.head_dim;
+    const int64_t width = num_heads_ * shape_.head_dim;
     std::vector<float> values(tokens_ * width);
     for (int64_t i = 0; i < tokens_; ++i) {
       std::memcpy(values.data() + i * width, output_.as<float>() + i * ld_output_, width * sizeof(float));
@@ -62,17 +62,17 @@ class PyAttention {
     return {storing, best([&] { attend(); })};
   }
 
-  int64_t block_bytes() const { return layout_.block_bytes(); }
+  int64_t block_bytes() const { return backend_->block_bytes(shape_); }
 
  private:
   void prepare(const Array<float>& qkv, const std::vector<Piece>& pieces) {
-    const int64_t width = (num_heads_ + 2 * layout_.num_kv_heads) * layout_.head_dim;
+    const int64_t width = (num_heads_ + 2 * shape_.num_kv_heads) * shape_.head_dim;
     FS_CHECK(qkv.ndim() == 2 && qkv.shape(1) == width, "Attention: qkv must be [tokens, ", width, "]");
     tables_.clear();
     rows_.clear();
     tokens_ = 0;
     for (const auto& [tokens, start, table] : pieces) {
-      FS_CHECK(tokens > 0 && start >= 0 && start + tokens <= static_cast<int64_t>(table.size()) * layout_.block_size,
+      FS_CHECK(tokens > 0 && start >= 0 && start + tokens <= static_cast<int64_t>(table.size()) * shape_.block_size,
                "Attention: a row's table has no block for its last position");
       for (const int32_t block : table) {
         FS_CHECK(block >= 0 && block < num_blocks_, "Attention: no block ", block, " in ", num_blocks_);
@@ -83,8 +83,9 @@ class PyAttention {
     }
     FS_CHECK(tokens_ == qkv.shape(0), "Attention: the rows have ", tokens_, " tokens, qkv ", qkv.shape(0));
     for (size_t i = 0; i < rows_.size(); ++i) rows_[i].table = tables_[i].data();
+    backend_->begin({.rows = rows_, .token_ids = {}, .positions = {}, .logit_tokens = {}});
     ld_ = round_up(width, kPad);
-    ld_output_ = round_up(num_heads_ * layout_.head_dim, kPad);
+    ld_output_ = round_up(num_heads_ * shape_.head_dim, kPad);
     qkv_ = Buffer(tokens_ * ld_ * sizeof(float));
     output_ = Buffer(tokens_ * ld_output_ * sizeof(float));
     for (int64_t i = 0; i < tokens_; ++i) {
@@ -100,8 +101,6 @@ class PyAttention {
                               .k_norm = nullptr,
                               .eps = 0,
                               .num_heads = num_heads_,
-                              .rows = rows_.data(),
-                              .num_rows = static_cast<int64_t>(rows_.size()),
                               .layer = 0});
   }
   void attend() {
@@ -110,16 +109,14 @@ class PyAttention {
                          .output = output_.as<float>(),
                          .ld_output = ld_output_,
                          .num_heads = num_heads_,
-                         .query_group = num_heads_ / layout_.num_kv_heads,
+                         .query_group = num_heads_ / shape_.num_kv_heads,
                          .query_offset = 0,
                          .scale = 1.0f,
-                         .rows = rows_.data(),
-                         .num_rows = static_cast<int64_t>(rows_.size()),
                          .layer = 0});
   }
 
   const int64_t num_heads_;
-  const KvLayout layout_;
+  const KvShape shape_;
   const int64_t num_blocks_;
   std::unique_ptr<Backend> backend_;
   Buffer pool_, qkv_, output_;

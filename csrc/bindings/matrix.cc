@@ -35,7 +35,13 @@ class PyMatrix {
     for (const int32_t id : ids) FS_CHECK(id >= 0 && id < matrix_->n, "rows: no row ", id, " in ", matrix_->n);
     const auto count = static_cast<int64_t>(ids.size());
     std::vector<float> values(count * matrix_->k);
-    backend_->embed(*matrix_, ids.data(), count, values.data(), matrix_->k, false);
+    backend_->begin({.rows = {}, .token_ids = ids, .positions = {}, .logit_tokens = {}});
+    backend_->embed({.table = matrix_.get(),
+                     .by = EmbeddedBy::kToken,
+                     .first = 0,
+                     .output = values.data(),
+                     .ld = matrix_->k,
+                     .accumulate = false});
     return to_array(std::move(values), {count, matrix_->k});
   }
 
@@ -93,6 +99,7 @@ class PyMatrix {
                     .output = output_.as<float>(),
                     .ld_output = ld_output_,
                     .m = m_,
+                    .wide = true,
                     .accumulate = accumulate});
   }
 

@@ -10,6 +10,8 @@
 #include <tuple>
 #include <utility>
 
+#include "backend/device.h"
+#include "backend/device_probe.h"
 #include "bindings/arrays.h"
 #include "bindings/communicator.h"
 #include "bindings/plan.h"
@@ -120,17 +122,13 @@ py::tuple write_result(StepResult result, int64_t vocab_size) {
 struct PyRuntime {
   PyRuntime(const py::handle& spec, const std::string& dtype, const std::string& kv_dtype, int64_t block_size,
             int64_t num_blocks, int64_t max_tokens, int threads, int64_t num_host_blocks, int64_t swap_bandwidth,
-            const std::map<std::string, std::string>& formats, const py::object& shard, py::object given_links)
+            const std::map<std::string, std::string>& formats, const py::object& shard, py::object given_links,
+            const std::string& device)
       : links(std::move(given_links)),
         model(read_spec(spec)),
-        options{parse_dtype(dtype),
-                parse_kv_format(kv_dtype),
-                block_size,
-                num_blocks,
-                max_tokens,
-                threads,
-                num_host_blocks,
-                swap_bandwidth,
+        options{device,     parse_dtype(dtype), parse_kv_format(kv_dtype),
+                block_size, num_blocks,         max_tokens,
+                threads,    num_host_blocks,    swap_bandwidth,
                 {}} {
     for (const auto& [name, format] : formats) options.formats[name] = parse_weight_format(format);
     FS_CHECK(block_size > 0 && num_blocks > 0 && max_tokens > 0 && threads >= 0,
@@ -170,11 +168,12 @@ struct PyRuntime {
 void register_runtime(py::module_& module) {
   py::class_<PyRuntime>(module, "Runtime", "Executes batch plans in submission order on a thread of its own.")
       .def(py::init<const py::handle&, const std::string&, const std::string&, int64_t, int64_t, int64_t, int, int64_t,
-                    int64_t, const std::map<std::string, std::string>&, const py::object&, py::object>(),
+                    int64_t, const std::map<std::string, std::string>&, const py::object&, py::object,
+                    const std::string&>(),
            py::arg("spec"), py::arg("dtype"), py::arg("kv_dtype"), py::arg("block_size"), py::arg("num_blocks"),
            py::arg("max_tokens"), py::arg("threads"), py::arg("num_host_blocks") = 0, py::arg("swap_bandwidth") = 0,
            py::arg("formats") = std::map<std::string, std::string>(), py::arg("shard") = py::none(),
-           py::arg("links") = py::none())
+           py::arg("links") = py::none(), py::arg("device") = "cpu")
       .def(
           "load_tensor",
           [](PyRuntime& self, const std::string& name, const std::string& type, const std::vector<int64_t>& shape,
@@ -188,6 +187,20 @@ void register_runtime(py::module_& module) {
           py::arg("name"), py::arg("dtype"), py::arg("shape"), py::arg("data").noconvert(), py::arg("first_row") = 0,
           "Stores one tensor, or its rows from `first_row` on, given as bytes, under its canonical name.")
       .def("finish_loading", [](PyRuntime& self) { self.runtime->finish_loading(); })
+      .def(
+          "free_bytes",
+          [](PyRuntime& self, int64_t rows) {
+            py::gil_scoped_release release;
+            return self.runtime->free_bytes(rows);
+          },
+          py::arg("rows"), "Of the device, beside the largest iteration; -1 where its memory is the host's.")
+      .def(
+          "set_pools",
+          [](PyRuntime& self, int64_t num_blocks, int64_t num_host_blocks) {
+            py::gil_scoped_release release;
+            self.runtime->set_pools(num_blocks, num_host_blocks);
+          },
+          py::arg("num_blocks"), py::arg("num_host_blocks"), "Other pools, which are empty.")
       .def(
           "submit",
           [](PyRuntime& self, const py::handle& plan, bool logits) {
@@ -249,10 +262,31 @@ void register_runtime(py::module_& module) {
 
   module.def(
       "block_bytes",
-      [](const py::handle& spec, const std::string& kv_dtype, int64_t block_size) {
-        return Runtime::kv_layout(read_spec(spec), parse_kv_format(kv_dtype), block_size).block_bytes();
+      [](const py::handle& spec, const std::string& kv_dtype, int64_t block_size, const std::string& device) {
+        return block_bytes(device, Runtime::kv_shape(read_spec(spec), parse_kv_format(kv_dtype), block_size));
       },
-      py::arg("spec"), py::arg("kv_dtype"), py::arg("block_size"), "Bytes of one KV block of a model.");
+      py::arg("spec"), py::arg("kv_dtype"), py::arg("block_size"), py::arg("device") = "cpu",
+      "Bytes of one KV block of a model on a device.");
+
+  // The clock is the device's, whoever asks for it.
+  module.def(
+      "time_batches",
+      [](const std::string& device, int64_t most) {
+        FS_CHECK(most > 0, "time_batches: at least one batch, got ", most);
+        make_device_probe(device, DType::kBFloat16, 0)->time_batches(most);
+      },
+      py::arg("device"), py::arg("most"),
+      "For benchmarks: from now on, times the batches of all runtimes on the device. None may be under way.");
+  module.def(
+      "take_batch_times",
+      [](const std::string& device) {
+        std::vector<std::pair<double, double>> spans;
+        for (const BatchSpan& span : make_device_probe(device, DType::kBFloat16, 0)->take_times()) {
+          spans.emplace_back(span.begin, span.end);
+        }
+        return spans;
+      },
+      py::arg("device"), "When the kernels of those batches began and ended, in seconds since the first; ends it.");
 }
 
 }  // namespace fastserve

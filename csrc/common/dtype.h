@@ -11,6 +11,9 @@ namespace fastserve {
 struct Bf16 {
   uint16_t bits;
 };
+struct Half {  // IEEE binary16
+  uint16_t bits;
+};
 
 // Always inlined, because kernels compiled for different instruction sets share them.
 [[gnu::always_inline]] inline float to_float(Bf16 x) {
@@ -36,51 +39,70 @@ struct Bf16 {
   return __builtin_bit_cast(float, sign | ((exponent + 112) << 23) | (mantissa << 13));
 }
 
+// Round to nearest, ties to even; what is too large becomes infinite, NaN stays NaN.
+[[gnu::always_inline]] inline Half to_half(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x), magnitude = bits & 0x7fffffffu;
+  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  const auto with_sign = [&](uint32_t half) { return Half{static_cast<uint16_t>(half | sign)}; };
+  if (magnitude > 0x7f800000u) return with_sign(0x7e00u);
+  if (magnitude >= 0x47800000u) return with_sign(0x7c00u);  // 2^16 and more
+  if (magnitude < 0x38800000u) {  // below 2^-14: multiples of 2^-24, which is the last bit of a float near 0.5
+    const float sum = __builtin_bit_cast(float, magnitude) + 0.5f;
+    return with_sign(__builtin_bit_cast(uint32_t, sum) - 0x3f000000u);
+  }
+  return with_sign((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13);
+}
+
 // What the runtime computes in.
-enum class DType { kFloat32, kBFloat16 };
+enum class DType { kFloat32, kBFloat16, kFloat16 };
 
 // How keys and values are held: in a type as they are, or as int8 with one float32 scale for each token's K and V of
 // each head.
-enum class KvFormat { kFloat32, kBFloat16, kInt8 };
+enum class KvFormat { kFloat32, kBFloat16, kFloat16, kInt8 };
 
 // How a weight matrix is held. The quantized ones: kInt8 has one float32 scale an output; the others are GGUF's types
 // of these names, blocks of 32 inputs with a float16 scale (and minimum), held in the bits of the file.
-enum class WeightFormat { kFloat32, kBFloat16, kInt8, kQ8_0, kQ4_0, kQ4_1 };
+enum class WeightFormat { kFloat32, kBFloat16, kFloat16, kInt8, kQ8_0, kQ4_0, kQ4_1 };
 
 constexpr WeightFormat format_of(DType dtype) {
-  return dtype == DType::kFloat32 ? WeightFormat::kFloat32 : WeightFormat::kBFloat16;
+  return dtype == DType::kFloat32    ? WeightFormat::kFloat32
+         : dtype == DType::kBFloat16 ? WeightFormat::kBFloat16
+                                     : WeightFormat::kFloat16;
 }
 constexpr bool is_quantized(WeightFormat format) {
-  return format != WeightFormat::kFloat32 && format != WeightFormat::kBFloat16;
+  return format != WeightFormat::kFloat32 && format != WeightFormat::kBFloat16 && format != WeightFormat::kFloat16;
 }
 
 inline WeightFormat parse_weight_format(const std::string& name) {
   if (name == "float32") return WeightFormat::kFloat32;
   if (name == "bfloat16") return WeightFormat::kBFloat16;
+  if (name == "float16") return WeightFormat::kFloat16;
   if (name == "int8") return WeightFormat::kInt8;
   if (name == "q8_0") return WeightFormat::kQ8_0;
   if (name == "q4_0") return WeightFormat::kQ4_0;
   if (name == "q4_1") return WeightFormat::kQ4_1;
-  fail("csrc/common/dtype.h", __LINE__, "a weight format must be float32, bfloat16, int8, q8_0, q4_0 or q4_1, got '",
-       name, "'");
+  fail("csrc/common/dtype.h", __LINE__,
+       "a weight format must be float32, bfloat16, float16, int8, q8_0, q4_0 or q4_1, got '", name, "'");
 }
 
 inline DType parse_dtype(const std::string& name) {
   if (name == "float32") return DType::kFloat32;
   if (name == "bfloat16") return DType::kBFloat16;
-  fail("csrc/common/dtype.h", __LINE__, "dtype must be float32 or bfloat16, got '", name, "'");
+  if (name == "float16") return DType::kFloat16;
+  fail("csrc/common/dtype.h", __LINE__, "dtype must be float32, bfloat16 or float16, got '", name, "'");
 }
 
 inline KvFormat parse_kv_format(const std::string& name) {
   if (name == "float32") return KvFormat::kFloat32;
   if (name == "bfloat16") return KvFormat::kBFloat16;
+  if (name == "float16") return KvFormat::kFloat16;
   if (name == "int8") return KvFormat::kInt8;
-  fail("csrc/common/dtype.h", __LINE__, "a KV cache type must be float32, bfloat16 or int8, got '", name, "'");
+  fail("csrc/common/dtype.h", __LINE__, "a KV cache type must be float32, bfloat16, float16 or int8, got '", name, "'");
 }
 
 constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 constexpr int64_t size_of(KvFormat format) {
-  return format == KvFormat::kFloat32 ? 4 : format == KvFormat::kBFloat16 ? 2 : 1;
+  return format == KvFormat::kFloat32 ? 4 : format == KvFormat::kInt8 ? 1 : 2;
 }
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }

@@ -103,8 +103,8 @@ LogitRow::LogitRow(const LogitKernels& kernels, std::span<float> logits)
     numbers &= !std::isnan(maxima_[b]);
     maximum_ = std::max(maximum_, maxima_[b]);
   }
-  FS_CHECK(numbers, "the model produced a logit that is not a number");
-  FS_CHECK(maximum_ < kInfinity, "the model produced an infinite logit");
+  FS_CHECK(numbers, kNotANumberMessage);
+  FS_CHECK(maximum_ < kInfinity, kInfiniteMessage);
 }
 
 std::span<float> LogitRow::block(int64_t index) const {

@@ -40,9 +40,7 @@ void adjust(std::span<float> logits, const SamplingParams& params, const TokenCo
   }
 }
 
-void check_choice(const LogitRow& row) {
-  FS_CHECK(row.maximum() > kMasked, "every token is masked: logit_bias or min_tokens leaves nothing to choose");
-}
+void check_choice(const LogitRow& row) { FS_CHECK(row.maximum() > kMasked, kNothingToChooseMessage); }
 
 // What tokens are drawn by: min-p, top-k and top-p each raise the smallest logit that stays.
 Weighting choose(LogitRow& row, const SamplingParams& params) {

@@ -32,12 +32,10 @@ class Transformer {
   Transformer(const ModelSpec& spec, const Shard& shard, const Weights& weights, Backend& backend, int64_t max_tokens,
               const Neighbours& neighbours, std::function<void(std::exception_ptr)> failed);
 
-  // Runs a ragged batch. rows: the jobs' tokens, back to back; token_ids and positions: [tokens]; logit_tokens: batch
-  // indices of the tokens whose logits are wanted. Returns logits [logit_tokens, shard.num_tokens], row stride
+  // Runs a ragged batch. Returns logits [logit_tokens, shard.num_tokens] in the backend's memory, row stride
   // ld_logits(), valid until the next call; null where this is not the last stage, and the next one gets the residual
   // while this one goes on. All ranks take part.
-  float* forward(std::span<const Row> rows, std::span<const int32_t> token_ids, std::span<const int32_t> positions,
-                 std::span<const int32_t> logit_tokens);
+  float* forward(const Batch& batch);
 
   // Waits until the next stage has been sent all that forward() had for it; `flushed` is whether it has. Throws when it
   // cannot be. From any thread; nothing to do in the last stage.
@@ -47,19 +45,28 @@ class Transformer {
   int64_t ld_logits() const { return round_up(shard_.num_tokens, kPad); }
 
  private:
-  void rotation_table(std::span<const int32_t> positions);
-  void normalize(const NormWeights& norm, const float* input, float* output, int64_t rows);
-  void embed(std::span<const int32_t> token_ids, std::span<const int32_t> positions);
-  void linear(const Linear& weights, const float* input, int64_t ld_input, float* output, int64_t ld_output, int64_t m,
-              bool accumulate);
-  // Adds a product to the residual whose inputs are shared out over the ranks of the stage.
-  void add_to_residual(const Linear& weights, const float* input, int64_t ld_input, int64_t m);
-  float* logits(std::span<const int32_t> logit_tokens);
-  void attention_block(int64_t layer, std::span<const Row> rows, int64_t tokens);
-  void mlp_block(int64_t layer, const float* input, int64_t tokens);
+  enum class Rows { kAll, kOfLogits };
 
-  std::span<std::byte> residual_bytes(int64_t tokens) const {
-    return {residual_->as<std::byte>(), static_cast<size_t>(tokens * ld_hidden_) * sizeof(float)};
+  Buffer floats(int64_t count) { return backend_.allocate(count * static_cast<int64_t>(sizeof(float))); }
+  Buffer activations(int64_t count) { return backend_.allocate(count * size_of(backend_.activations())); }
+
+  void embed(int64_t tokens);
+  void layers(int64_t tokens);
+  void attention_block(int64_t layer, int64_t tokens);
+  void mlp_block(int64_t layer, const void* input, int64_t tokens);
+  void logits(int64_t count);
+  void normalize(const NormWeights& norm, const float* input, void* output, int64_t count, Rows rows = Rows::kAll);
+  // To activations.
+  void linear(const Linear& weights, const void* input, int64_t ld_input, void* output, int64_t ld_output, int64_t m);
+  // Adds a product to the residual whose inputs are shared out over the ranks of the stage.
+  void add_to_residual(const Linear& weights, const void* input, int64_t ld_input, int64_t m);
+  void all_reduce(float* values, int64_t count);
+
+  float* residual() const { return residuals_[turn_].as<float>(); }
+  // The residual as messages carry it.
+  std::span<std::byte> message(int64_t tokens) const {
+    const Buffer& held = backend_.on_host() ? residuals_[turn_] : messages_[turn_];
+    return {held.as<std::byte>(), static_cast<size_t>(tokens * ld_hidden_) * sizeof(float)};
   }
 
   const ModelSpec& spec_;
@@ -67,21 +74,23 @@ class Transformer {
   const Weights& weights_;
   Backend& backend_;
   const Neighbours neighbours_;
+  const int64_t most_tokens_;  // of one batch, filled up
   const int64_t ld_hidden_, ld_qkv_, ld_heads_, ld_inner_;
 
-  // [max_tokens, ld_hidden]. Two where there is a next stage, which may still be sent the one while the other fills.
+  // [most_tokens, ld_hidden]. Two where there is a next stage, which may still be sent the one while the other fills.
   Buffer residuals_[2];
+  Buffer messages_[2];  // the same on the host, where the backend's memory is elsewhere and there are other stages
   int turn_ = 0;
-  Buffer* residual_ = &residuals_[0];
-  Buffer partial_;  // [max_tokens, ld_hidden], with other ranks in the stage only: their sums' shares
-  std::vector<int32_t> local_ids_;
-  Buffer normal_;   // [max_tokens, ld_hidden]
-  Buffer normal2_;  // [max_tokens, ld_hidden], parallel residual only
-  Buffer qkv_;      // [max_tokens, ld_qkv]
-  Buffer heads_;    // [max_tokens, ld_heads]: attention output
-  Buffer inner_;    // [max_tokens, ld_inner]
-  Buffer cos_sin_;  // [max_tokens, 2, rotary_half]
-  Buffer logits_;   // grows with the number of logit rows
+  Buffer partial_;        // [most_tokens, ld_hidden], with other ranks in the stage only: their sums' shares
+  Buffer reduced_;        // the same on the host, where the backend's memory is elsewhere
+  Buffer normal_;         // activations [most_tokens, ld_hidden]
+  Buffer normal2_;        // activations [most_tokens, ld_hidden], parallel residual only
+  Buffer qkv_;            // activations [most_tokens, ld_qkv]
+  Buffer heads_;          // activations [most_tokens, ld_heads]: attention output
+  Buffer inner_;          // activations [most_tokens, ld_inner]
+  Buffer rope_inv_freq_;  // [rotary_half]
+  Buffer cos_sin_;        // [most_tokens, 2, rotary_half]
+  Buffer logits_;         // grows with the number of logit rows
   std::optional<Sender> sender_;
 };
 

@@ -85,7 +85,7 @@ Weights::Weights(const ModelSpec& spec, const Shard& shard, DType dtype, const W
 
 void Weights::make_vector(Vector& vector, int64_t size) {
   vector.size = size;
-  vector.data = Buffer(round_up(size, kPad) * sizeof(float));
+  vector.data = backend_.allocate(round_up(size, kPad) * static_cast<int64_t>(sizeof(float)));
 }
 
 void Weights::make_norm(const std::string& name, NormWeights& norm, int64_t size) {
@@ -132,7 +132,9 @@ void Weights::load(const std::string& name, SourceType type, const std::vector<i
   } else {
     const int64_t expected = source_bytes(type, target.rows);
     FS_CHECK(bytes == expected, "tensor '", name, "' has ", bytes, " bytes; its shape and type ask for ", expected);
-    dequantize(type, data, target.rows, target.vector);
+    std::vector<float> values(target.rows);
+    dequantize(type, data, target.rows, values.data());
+    backend_.upload(values.data(), target.vector, target.rows * static_cast<int64_t>(sizeof(float)));
     target.loaded = target.rows;
   }
 }

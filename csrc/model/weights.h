@@ -13,7 +13,7 @@
 
 namespace fastserve {
 
-// A vector of float32, zero-padded to kPad; empty when the model has none.
+// A vector of float32 in the backend's memory, zero-padded to kPad; empty when the model has none.
 struct Vector {
   int64_t size = 0;
   Buffer data;
@@ -65,8 +65,8 @@ class Weights {
  private:
   struct Target {
     Matrix* matrix;  // else a vector
-    float* vector;
-    int64_t first;  // row or element at which the tensor starts
+    float* vector;   // in the backend's memory
+    int64_t first;   // row or element at which the tensor starts
     int64_t rows;
     int64_t columns;     // of a matrix
     int64_t loaded = 0;  // rows

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <system_error>
 #include <utility>
 
@@ -159,7 +158,7 @@ void CopyEngine::work(Stream& stream) {
     move_blocks(copy);
     lock.lock();
     if (bandwidth_ > 0) {
-      const int64_t bytes = blocks_of(copy.runs) * pool_.layout().block_bytes();
+      const int64_t bytes = blocks_of(copy.runs) * pool_.block_bytes();
       stream.wake.wait_until(lock, begin + least_time(bytes, bandwidth_), [&] { return stop_; });
       if (stop_) return;
     }
@@ -170,10 +169,12 @@ void CopyEngine::work(Stream& stream) {
 }
 
 void CopyEngine::move_blocks(const Copy& copy) const {
+  std::vector<BlockMove> moves;
   for (const BlockRun& run : copy.runs) {
-    std::memcpy(pool_.block(destination_tier(copy.direction), run.destination),
-                pool_.block(source_tier(copy.direction), run.source), run.count * pool_.layout().block_bytes());
+    moves.push_back({pool_.block(destination_tier(copy.direction), run.destination),
+                     pool_.block(source_tier(copy.direction), run.source), run.count * pool_.block_bytes()});
   }
+  pool_.backend().move_blocks(copy.direction == kOffload, moves);
 }
 
 }  // namespace fastserve

@@ -25,7 +25,9 @@ class SlotsAfter {
     if (known != after_.end()) return known->second;
     const auto found = slots_.find(slot);
     State state{found != slots_.end(), 0, false, {}};
-    if (state.open) state = {true, found->second.computed, found->second.last_sampled >= 0, found->second.table};
+    if (state.open)
+      state = {true, found->second.computed, found->second.last_sampled >= 0 || found->second.sampling > 0,
+               found->second.table};
     return after_.emplace(slot, std::move(state)).first->second;
   }
 

@@ -59,12 +59,12 @@ struct StepResult {
 
 // What the runtime remembers of one job: a cache the engine can rebuild.
 struct Slot {
+  int64_t job = 0;  // tells it from others that have the slot before or after it
   int32_t prompt_length = 0;
-  SamplingParams params;
-  TokenCounts counts;
   std::vector<int32_t> table;
   int64_t computed = 0;  // positions whose KV is in the pool
   int32_t last_sampled = -1;
+  int64_t sampling = 0;  // plans that are to sample its next tokens and have not yet
 };
 
 struct PlanLimits {

@@ -1,7 +1,7 @@
 // Executes plans in submission order on a thread of its own, and their copies on two more.
 #pragma once
 
-#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -11,11 +11,14 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "backend/backend.h"
+#include "common/thread_pool.h"
 #include "model/shard.h"
 #include "model/spec.h"
+#include "model/token_sampler.h"
 #include "model/transformer.h"
 #include "model/weights.h"
 #include "runtime/copy_engine.h"
@@ -26,6 +29,7 @@
 namespace fastserve {
 
 struct RuntimeOptions {
+  std::string device;  // cpu or cuda
   DType dtype;
   KvFormat kv_format;
   int64_t block_size;
@@ -52,6 +56,11 @@ class Runtime {
   void load_tensor(const std::string& name, SourceType type, const std::vector<int64_t>& shape, int64_t first_row,
                    const void* data, int64_t bytes);
   void finish_loading();
+  // Bytes of the device's memory that nobody has, once the largest iteration has run, of which `rows` are sampled; -1
+  // where its memory is the host's. Nor while plans run. All ranks take part.
+  int64_t free_bytes(int64_t rows);
+  // Other pools, which are empty. Nor while plans or copies run.
+  void set_pools(int64_t num_blocks, int64_t num_host_blocks);
 
   // Queues a plan and starts its copies. Throws, doing neither, when loading is not finished, the runtime has failed or
   // a copy is illegal (see CopyEngine::submit): copies run before the plan's turn to be checked comes.
@@ -71,26 +80,39 @@ class Runtime {
   // Waits until the next stage has all it was to get from the plans whose results are there. Throws when it cannot.
   void flush() { transformer_.flush(); }
 
-  const char* instruction_set() const { return backend_->name(); }
+  const char* instruction_set() const { return backend_->name(); }  // or the device
   int threads() const { return backend_->threads(); }
   int64_t weight_bytes() const { return weights_.bytes(); }
   // The bytes of one block, for tests; nothing may be writing it.
-  std::span<const std::byte> block(Tier tier, int64_t index) const;
-  static KvLayout kv_layout(const ModelSpec& spec, KvFormat format, int64_t block_size);
+  std::vector<std::byte> block(Tier tier, int64_t index) const;
+  static KvShape kv_shape(const ModelSpec& spec, KvFormat format, int64_t block_size);
 
  private:
+  // A plan whose operations are queued.
+  struct Launched {
+    BatchPlan plan;
+    StepResult result;
+    std::chrono::steady_clock::time_point begin;
+    std::vector<std::pair<int32_t, int64_t>> sampled;  // slots of the rows with logits, and which job they held
+    bool sampling = false;                             // the sampler is at it
+  };
+
   void work();
   const Communicator* any_neighbour() const;
   void fail(const std::exception_ptr& error);
-  StepResult execute(const BatchPlan& plan);
+  Launched launch(BatchPlan plan);
+  StepResult finish(Launched launched);
   void apply_deltas(const BatchPlan& plan);
+  Batch batch_of(const BatchPlan& plan);
+  void make_pools();
+  void check_idle(const char* what);
   std::vector<float> all_logits(const float* logits, int64_t count);
-  void sample_rows(const BatchPlan& plan, float* logits, StepResult& result);
-  void note_samples(const BatchPlan& plan, const StepResult& result);
+  void sample_rows(Launched& launched, float* logits);
+  std::vector<Sampled> take_samples(const Launched& launched);
 
   const ModelSpec spec_;
   const Shard shard_;
-  const RuntimeOptions options_;
+  RuntimeOptions options_;
   const Neighbours neighbours_;
 
   std::mutex mutex_;
@@ -103,9 +125,11 @@ class Runtime {
 
   std::unique_ptr<Backend> backend_;
   Weights weights_;
-  KvPool pool_;
-  CopyEngine copies_;
+  std::optional<KvPool> pool_;
+  std::optional<CopyEngine> copies_;
   Transformer transformer_;                        // has a thread that calls fail()
+  std::unique_ptr<ThreadPool> sampler_threads_;    // where not the backend samples, but the host for it
+  std::unique_ptr<TokenSampler> sampler_;          // in the last stage
   std::optional<SharedSampling> shared_sampling_;  // where the stage has other ranks
   bool loaded_ = false;
 
@@ -113,6 +137,9 @@ class Runtime {
   std::unordered_map<int32_t, Slot> slots_;
   std::vector<Row> rows_;
   std::vector<int32_t> token_ids_, positions_, logit_tokens_;
+  int64_t jobs_ = 0;  // opened so far
+  Buffer host_logits_;
+  std::chrono::steady_clock::time_point last_end_;
 
   std::thread worker_;
 };

@@ -68,7 +68,9 @@ def describe(model: str) -> dict[str, Any]:
         "chat_template": tokenizer is not None and tokenizer.chat_template is not None,
         "eos_token_ids": list(spec.eos_token_ids),
         "kv_bytes_per_token": {
-            dtype: block_bytes(spec, dtype, _BLOCK) // _BLOCK for dtype in KV_CACHE_DTYPES if dtype != "auto"
+            dtype: block_bytes(spec, dtype, _BLOCK, "cuda" if dtype == "float16" else "cpu") // _BLOCK
+            for dtype in KV_CACHE_DTYPES
+            if dtype != "auto"
         },
         "instruction_sets": [name for name in instruction_sets() if not name.endswith("_emulated")],
         "mpi": mpi_library(),

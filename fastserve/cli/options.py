@@ -32,7 +32,7 @@ _engine = functools.partial(panel_option, "Engine")
 _sampling = functools.partial(panel_option, "Sampling")
 
 HARDWARE: dict[str, Any] = {
-    "dtype": _engine(str | None, "bfloat16", "Type of computation: bfloat16 or float32."),
+    "dtype": _engine(str | None, "bfloat16", "Type of computation: bfloat16, float32, or on a CUDA device float16."),
     "kv_cache_dtype": _engine(
         str | None,
         "auto",
@@ -44,7 +44,7 @@ HARDWARE: dict[str, Any] = {
         "Weights in memory: auto keeps the blocks of a quantized GGUF file (Q8_0, Q4_0, Q4_1), unless --dtype is "
         "float32; int8 quantizes any model, with one scale an output; none converts all weights to --dtype.",
     ),
-    "device": _engine(str | None, "cpu", "Where to run: cpu."),
+    "device": _engine(str | None, "cpu", "Where to run: cpu, cuda, or one of several such devices: cuda:1."),
     "threads": _engine(int | None, "0", "Threads of each rank; 0 is its share of the cores."),
     "tensor_parallel_size": _engine(int | None, "1", "Ranks that share every matrix of the model."),
     "pipeline_parallel_size": _engine(

@@ -201,5 +201,5 @@ def test_tokens_that_int8_has_no_levels_for(value: float, isa: str, monkeypatch:
 
 
 def test_unknown_types_are_named() -> None:
-    with pytest.raises(_C.Error, match="a KV cache type must be float32, bfloat16 or int8, got 'float16'"):
-        _C.Attention(HEADS, KV_HEADS, 16, "float16", 16, 1)
+    with pytest.raises(_C.Error, match="a KV cache type must be float32, bfloat16, float16 or int8, got 'half'"):
+        _C.Attention(HEADS, KV_HEADS, 16, "half", 16, 1)

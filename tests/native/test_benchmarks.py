@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from fastserve import _C
 
 FOLDER = Path(__file__).parents[2] / "build" / "bench"
+EMULATED = FOLDER.parent / "simt" / "_cuda.so"  # the CUDA backend, on the CPU
 QUICK = {
     "gemm": ["--weights", "bfloat16,q4_0", "--rows", "1,65"],
     "attention": ["--dtype", "bfloat16,int8", "--rows", "2", "--context", "40", "--tokens", "30"],
@@ -19,14 +21,22 @@ QUICK = {
     "prefill": ["--weights", "bfloat16", "--tokens", "20,33", "--chunk", "16"],
     "swap": ["--blocks", "3"],
 }
+ON_DEVICE = {
+    "gemm": ["--matrix", "qkv,out", "--weights", "bfloat16,q4_0", "--rows", "1,9"],
+    "attention": ["--rows", "2", "--context", "40", "--tokens", "30"],
+    "decode": ["--rows", "1,3", "--context", "20", "--steps", "3"],
+    "prefill": ["--tokens", "20,33", "--chunk", "16"],
+    "swap": ["--blocks", "3", "--rows", "2", "--context", "20", "--steps", "3", "--beside", "1"],
+}
 ROWS = {"gemm": 5 * 2 * 2 - 2, "attention": 4, "decode": 2, "prefill": 2, "swap": 6}  # 65 rows: not of the head
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="not built: make build-bench")
 
 
-def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(name: str, *arguments: str, plugin: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [FOLDER / name, "--cold", "8", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+    variables = dict(os.environ) if plugin is None else {**os.environ, "FASTSERVE_CUDA_PLUGIN": str(plugin)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=250, env=variables)
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -49,6 +59,40 @@ def test_a_table_and_the_same_as_json(name: str, tmp_path: Path) -> None:
         assert f"{row['gb_s']:.1f}" in cells
         assert row["seconds"] > 0
         assert row["read_percent"] > 0
+
+
+@pytest.mark.skipif(not EMULATED.is_file(), reason="not built: make build-cuda")
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_on_a_device(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    options = ["--device", "cuda", "--preset", "tiny", "--cold", "1", "--limit-gemm", "64", "--repeats", "1"]
+    done = run(name, *options, "--json", str(file), *ON_DEVICE[name], plugin=EMULATED)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    result = json.loads(file.read_text())
+    rows = result["results"]
+    assert len(rows) == {"gemm": 8, "attention": 2, "decode": 2, "prefill": 2, "swap": 6}[name]
+    assert all(row["seconds"] > 0 and row["preset"] == "tiny" for row in rows)
+    if name == "swap":
+        assert min(result[f"limit_{which}_gb_s"] for which in ("to_host", "to_device", "both_ways")) > 0
+        assert all(row["memcpy_percent"] > 0 for row in rows)
+        assert result["decode_seconds"] > 0 and result["decode_seconds_beside_copies"] > 0
+        assert result["beside_offload_gb_s"] >= 0 and result["beside_upload_gb_s"] >= 0  # slow here: maybe none yet
+        return
+    assert result["gemm_library"] and result["limit_copy_gb_s"] > 0 and result["limit_bfloat16_gflop_s"] > 0
+    for row in rows:
+        assert row["read_percent"] > 0
+        if row.get("weights") != "q4_0":
+            assert row["compute_percent"] > 0
+    if name == "decode":
+        assert all(0 <= row["idle_percent"] < 100 for row in rows)
+
+
+def test_a_build_without_the_device_says_so_in_one_line(tmp_path: Path) -> None:
+    done = run("decode", "--device", "cuda", plugin=tmp_path / "_cuda.so")
+    assert done.returncode == 1 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("decode: the CUDA backend cannot be used: ")
 
 
 def test_what_a_decode_reads_and_computes(tmp_path: Path) -> None:
@@ -86,7 +130,7 @@ def test_every_instruction_set_has_its_own_limits(isa: str, tmp_path: Path) -> N
         ("gemm", ["--weights", "q5_0"], "--weights must be of float32, bfloat16, int8, q8_0, q4_0, q4_1, got 'q5_0'"),
         ("attention", ["--context"], "--context needs a value"),
         ("attention", ["--rows", "4000", "--context", "100000"], "take more than 4 GB"),
-        ("decode", ["--preset", "gpt-5"], "--preset must be of smollm2, llama-1b, got 'gpt-5'"),
+        ("decode", ["--preset", "gpt-5"], "--preset must be of smollm2, llama-1b, llama-8b, tiny, got 'gpt-5'"),
         ("decode", ["--preset", "llama-1b", "--weights", "float32,bfloat16"], "raise --memory"),
         ("prefill", ["--isa", "mmx"], "--isa must be of "),
         ("prefill", ["--json", "/no/such/folder/file"], "cannot write '/no/such/folder/file'"),

@@ -9,7 +9,8 @@ import models
 import numpy as np
 import pytest
 import torch
-from models import CASES, GGUF_CASES, Case, Quantization
+from machines import DEVICES
+from models import CASES, GGUF_CASES, Case
 from synthetic import whole
 from tolerance import logits_tolerance
 
@@ -23,9 +24,10 @@ from fastserve.types import SamplingParams
 PROMPT = [(37 * i * i + 11 * i + 5) % models.VOCAB_SIZE for i in range(40)]
 
 
-def _greedy(source: ModelSource, prompt: list[int], tokens: int) -> list[int]:
-    runtime = NativeRuntime(source, RuntimeConfig(dtype="float32", num_blocks=16))
-    engine = Engine(SchedulerConfig(num_blocks=16, max_model_len=96), runtime, CostModel.constant(0.01))
+def _greedy(source: ModelSource, prompt: list[int], tokens: int, device: str = "cpu") -> list[int]:
+    runtime = NativeRuntime(source, RuntimeConfig(dtype="float32", num_blocks=16, device=device))
+    scheduling = SchedulerConfig(num_blocks=16, max_model_len=96, max_in_flight=2)
+    engine = Engine(scheduling, runtime, CostModel.constant(0.01))
     params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
     job = engine.add_job("job", prompt, params, seed=0, vocab_size=source.spec.vocab_size)
     while engine.has_work:
@@ -33,28 +35,31 @@ def _greedy(source: ModelSource, prompt: list[int], tokens: int) -> list[int]:
     return job.output
 
 
-def _check(model: Any, source: ModelSource, dtypes: list[str]) -> None:
+def _check(model: Any, source: ModelSource, dtypes: list[str], device: str = "cpu") -> None:
     longest = max(source.spec.hidden_size, source.spec.intermediate_size)
     expected, bounds = models.logits(model, PROMPT), logits_tolerance(model, PROMPT, dtypes, longest)
     for dtype in dtypes:
         options = {"dtype": "bfloat16", "kv_cache_dtype": "int8"} if dtype == "int8 kv" else {"dtype": dtype}
+        options["device"] = device
         difference = np.abs(whole(source, PROMPT, **options) - expected)
         worst = (difference / bounds[dtype]).max()
         assert worst <= 1, f"{dtype}: up to {worst:.2f} × the bound"
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_hugging_face_model(case: Case, tmp_path: Path) -> None:
+def test_hugging_face_model(case: Case, device: str, tmp_path: Path) -> None:
     model = models.save(case, tmp_path)
     source = open_model(str(tmp_path))
-    _check(model, source, ["float32", "bfloat16", "int8 kv"])
+    _check(model, source, ["float32", "bfloat16", "float16" if device == "cuda" else "int8 kv"], device)
     with torch.no_grad():
         expected = model.generate(
             torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
         )
-    assert _greedy(source, PROMPT, 40) == expected[0, len(PROMPT) :].tolist()
+    assert _greedy(source, PROMPT, 40, device) == expected[0, len(PROMPT) :].tolist()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("case", "kind"),
     [(case, "F32") for case in GGUF_CASES]
@@ -66,13 +71,13 @@ def test_hugging_face_model(case: Case, tmp_path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else value.id,
 )
-def test_gguf_model(case: Case, kind: str, tmp_path: Path) -> None:
+def test_gguf_model(case: Case, kind: str, device: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    model = models.save_gguf(case, path, quantization=Quantization[kind])
+    model = models.save_gguf(case, path, quantization=kind)
     source = open_model(str(path))
-    _check(model, source, ["float32"])
+    _check(model, source, ["float32"], device)
     assert (
-        _greedy(source, PROMPT, 30)
+        _greedy(source, PROMPT, 30, device)
         == model.generate(
             torch.tensor([PROMPT]), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0
         )[0, len(PROMPT) :].tolist()

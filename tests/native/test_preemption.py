@@ -3,11 +3,14 @@ alone, to the byte."""
 
 from __future__ import annotations
 
+import gc
 from functools import cache
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from machines import HAS_CUDA, NO_CUDA
 from synthetic import VOCAB, SyntheticModel, gpt_spec, llama_spec
 
 from fastserve.config import RuntimeConfig, SchedulerConfig
@@ -21,7 +24,10 @@ MODELS = {
     "llama": SyntheticModel(llama_spec(max_position=340)),
     "gpt2": SyntheticModel(gpt_spec(max_position=340)),
 }
-DTYPES = [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")]  # of computation and of the KV cache
+DTYPES = {  # of computation and of the KV cache
+    "cpu": [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")],
+    "cuda": [("float32", "auto"), ("bfloat16", "auto"), ("float16", "auto")],
+}
 MAX_LEN = 330  # past the first segment of attention
 EOS = 3
 
@@ -44,13 +50,14 @@ PROMPTS = st.one_of(st.integers(1, 40), st.integers(200, 290))
 JOBS = st.lists(st.tuples(PROMPTS, st.integers(1, 24), SAMPLING, st.integers(0, 30)), min_size=2, max_size=8)
 
 
-def _engine(model: str, dtype: tuple[str, str], blocks: int, **options: Any) -> Engine:
+def _engine(model: str, device: str, dtype: tuple[str, str], blocks: int, **options: Any) -> Engine:
     config = SchedulerConfig(num_blocks=blocks, max_model_len=MAX_LEN, **options)
     runtime = NativeRuntime(
         MODELS[model],
         RuntimeConfig(
             dtype=dtype[0],  # type: ignore[arg-type]
             kv_cache_dtype=dtype[1],  # type: ignore[arg-type]
+            device=device,
             num_blocks=blocks,
             block_size=config.block_size,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -73,9 +80,9 @@ def _add(engine: Engine, index: int, length: int, output: int, sampling: dict[st
 
 @cache
 def _alone(
-    model: str, dtype: tuple[str, str], index: int, length: int, output: int, sampling: tuple[Any, ...]
+    model: str, device: str, dtype: tuple[str, str], index: int, length: int, output: int, sampling: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    engine = _engine(model, dtype, blocks=128, max_num_seqs=1, block_size=16, policy="fcfs")
+    engine = _engine(model, device, dtype, blocks=128, max_num_seqs=1, block_size=16, policy="fcfs")
     job = _add(engine, index, length, output, dict(sampling))
     while engine.has_work:
         engine.step()
@@ -85,12 +92,26 @@ def _alone(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), jobs=JOBS)
 def test_tokens_are_those_of_running_alone(data: st.DataObject, jobs: list[Any]) -> None:
-    model, dtype = data.draw(st.sampled_from(sorted(MODELS))), data.draw(st.sampled_from(DTYPES))
+    _check("cpu", data, jobs)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not HAS_CUDA, reason=NO_CUDA)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data(), jobs=JOBS)
+def test_tokens_are_those_of_running_alone_on_cuda(data: st.DataObject, jobs: list[Any]) -> None:
+    _check("cuda", data, jobs)
+    gc.collect()  # engines, whose parts know each other, and their device memory
+
+
+def _check(device: str, data: st.DataObject, jobs: list[Any]) -> None:
+    model, dtype = data.draw(st.sampled_from(sorted(MODELS))), data.draw(st.sampled_from(DTYPES[device]))
     block_size = data.draw(st.sampled_from([4, 16, 20]))
     needed = max(-(-(length + max(output, 4)) // block_size) for length, output, *_ in jobs)
     max_num_seqs = data.draw(st.integers(1, 6))
     engine = _engine(
         model,
+        device,
         dtype,
         # The largest job fits, and then little beside it, or everything.
         blocks=needed + data.draw(st.one_of(st.integers(0, 12), st.just(300))),
@@ -116,5 +137,5 @@ def test_tokens_are_those_of_running_alone(data: st.DataObject, jobs: list[Any])
     event(f"recomputed: {any(job.metrics.recomputed_tokens for *_, job in running)}")
     for index, length, output, sampling, job in running:
         logprobs = [(item.logprob, item.top) for item in job.logprobs]
-        alone = _alone(model, dtype, index, length, output, tuple(sampling.items()))
+        alone = _alone(model, device, dtype, index, length, output, tuple(sampling.items()))
         assert (job.output, logprobs, job.finish_reason) == alone

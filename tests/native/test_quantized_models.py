@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import GGUF_CASES, Quantization
+from machines import MACHINES, use
+from models import GGUF_CASES
 from synthetic import VOCAB, Driver, QuantizedModel, SyntheticModel, llama_spec, whole
 from tolerance import logits_tolerance
 
@@ -18,7 +19,7 @@ from fastserve import LLM, SamplingParams
 from fastserve.config import QUANTIZATIONS, RuntimeConfig
 from fastserve.loaders import open_model
 from fastserve.loaders.quantization import format_bytes, weight_formats
-from fastserve.native import NativeRuntime, instruction_sets
+from fastserve.native import NativeRuntime
 from fastserve.tokenizer import Tokenizer
 
 WIDE = llama_spec(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=96)
@@ -31,16 +32,16 @@ def _options(kind: str) -> dict[str, str]:
     return {"dtype": "bfloat16", "quantization": "int8" if kind == "int8" else "auto"}
 
 
-@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("kind", SOURCES)
 @settings(max_examples=5, deadline=None)
 @given(data=st.data())
-def test_no_bit_depends_on_batch_chunks_or_threads(kind: str, isa: str, data: st.DataObject) -> None:
-    lengths = st.lists(st.integers(1, 300), min_size=1, max_size=7)
+def test_no_bit_depends_on_batch_chunks_or_threads(kind: str, machine: str, data: st.DataObject) -> None:
+    lengths = st.lists(st.integers(1, 300), min_size=1, max_size=3 if machine == "cuda" else 7)
     sequences = [np.random.default_rng(i).integers(0, VOCAB, n).tolist() for i, n in enumerate(data.draw(lengths))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTSERVE_ISA", isa)
-        driver = Driver(SOURCES[kind], sequences, threads=data.draw(st.integers(1, 3)), **_options(kind))
+        options = {**_options(kind), "device": use(machine, patch)}
+        driver = Driver(SOURCES[kind], sequences, threads=data.draw(st.integers(1, 3)), **options)
         left = {slot: len(tokens) for slot, tokens in enumerate(sequences)}
         while left:
             running = data.draw(st.lists(st.sampled_from(sorted(left)), min_size=1, unique=True))
@@ -48,7 +49,7 @@ def test_no_bit_depends_on_batch_chunks_or_threads(kind: str, isa: str, data: st
             driver.step(chunks)
             left = {slot: left[slot] - chunks.get(slot, 0) for slot in left if left[slot] > chunks.get(slot, 0)}
         for slot, tokens in enumerate(sequences):
-            assert np.array_equal(driver.all_logits(slot), whole(SOURCES[kind], tokens, **_options(kind)))
+            assert np.array_equal(driver.all_logits(slot), whole(SOURCES[kind], tokens, **options))
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
@@ -56,7 +57,7 @@ def test_no_bit_depends_on_batch_chunks_or_threads(kind: str, isa: str, data: st
 def test_a_gguf_file_end_to_end(case: models.Case, kind: str, tmp_path: Path) -> None:
     """Against transformers on the dequantized weights: the error is that of activations rounded to int8."""
     path = tmp_path / "model.gguf"
-    model = models.save_gguf(case, path, quantization=Quantization[kind])
+    model = models.save_gguf(case, path, quantization=kind)
     source = open_model(str(path))
     assert kind.lower() in weight_formats(source, "bfloat16", "auto").values()
     longest = max(source.spec.hidden_size, source.spec.intermediate_size)

@@ -177,7 +177,7 @@ def test_block_bytes_of_smollm2() -> None:
     assert block_bytes(spec, "bfloat16", 16) == 30 * 3 * 64 * 16 * 2 * 2
     assert block_bytes(spec, "float32", 16) == 2 * block_bytes(spec, "bfloat16", 16)
     assert block_bytes(spec, "int8", 16) == block_bytes(spec, "bfloat16", 16) // 2 + 30 * 3 * 16 * 2 * 4  # scales
-    with pytest.raises(_C.Error, match="a KV cache type must be float32, bfloat16 or int8, got 'auto'"):
+    with pytest.raises(_C.Error, match="a KV cache type must be float32, bfloat16, float16 or int8, got 'auto'"):
         block_bytes(spec, "auto", 16)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from machines import DEVICES
 from synthetic import VOCAB, SyntheticModel, gpt_spec, llama_spec, plan
 
 from fastserve import _C
@@ -28,12 +29,17 @@ Copy = tuple[int, int, Sequence[tuple[int, int]]]  # id, direction, (source, des
 
 
 def _runtime(
-    blocks: int = 8, host_blocks: int = 8, bandwidth: int | None = None, spec: ModelSpec = SPEC
+    blocks: int = 8,
+    host_blocks: int = 8,
+    bandwidth: int | None = None,
+    spec: ModelSpec = SPEC,
+    device: str = "cpu",
 ) -> NativeRuntime:
     return NativeRuntime(
         SyntheticModel(spec),
         RuntimeConfig(
             dtype="float32",
+            device=device,
             block_size=BLOCK,
             num_blocks=blocks,
             num_host_blocks=host_blocks,
@@ -116,9 +122,11 @@ def _job(runtime: NativeRuntime, *, swaps: bool) -> tuple[list[int], list[bytes]
     return tokens, logits
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("spec", [SPEC, gpt_spec()], ids=["llama", "gpt2"])
-def test_a_job_whose_blocks_were_away_goes_on_as_if_they_had_not(spec: ModelSpec) -> None:
-    assert _job(_runtime(spec=spec), swaps=True) == _job(_runtime(spec=spec), swaps=False)
+def test_a_job_whose_blocks_were_away_goes_on_as_if_they_had_not(spec: ModelSpec, device: str) -> None:
+    swapped, kept = (_job(_runtime(spec=spec, device=device), swaps=swaps) for swaps in (True, False))
+    assert swapped == kept
 
 
 MOVES = st.tuples(st.permutations(range(8)), st.permutations(range(6)), st.integers(0, 6), st.integers(0, 6))
@@ -159,14 +167,15 @@ def test_blocks_move_as_in_a_model_of_two_arrays(pools: NativeRuntime, rounds: l
         assert b"".join(_read(pools, host=False, block=block) for block in range(8)) == device.tobytes()
 
 
-@pytest.fixture(scope="module")
-def pools() -> NativeRuntime:
+@pytest.fixture(scope="module", params=DEVICES)
+def pools(request: pytest.FixtureRequest) -> NativeRuntime:
     """Eight device blocks, all different, and six empty host blocks."""
-    runtime = _runtime(8, 6)
+    runtime = _runtime(8, 6, device=request.param)
     _fill(runtime, 8)
     contents = {_read(runtime, host=False, block=block) for block in range(8)}
-    assert len(contents) == 8 and all(len(content) == BYTES for content in contents)
-    assert {_read(runtime, host=True, block=block) for block in range(6)} == {bytes(BYTES)}
+    size = block_bytes(SPEC, "float32", BLOCK, request.param)
+    assert len(contents) == 8 and all(len(content) == size for content in contents)
+    assert {_read(runtime, host=True, block=block) for block in range(6)} == {bytes(size)}
     return runtime
 
 

@@ -23,7 +23,7 @@ ACTIVATIONS = 32 / 12 / 127**2
 # Weights in int8 have levels of 1/127 of their row's largest, taken to be 4.5 standard deviations at most; so have a
 # token's K and V.
 INT8_WEIGHTS = 4.5**2 / 12 / 127**2
-UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
+UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-12}
 _NOISE = 2.0**-12
 
 

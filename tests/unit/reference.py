@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-import gguf
 import numpy as np
+import pytest
 
 from fastserve.loaders import ModelSource, ModelSpec, WeightTensor
 
@@ -18,14 +18,16 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.maximum(x, 0),
 }
-_QUANTIZATIONS = {name.lower(): kind for name, kind in gguf.GGMLQuantizationType.__members__.items()}
+_PLAIN = {"f32": np.float32, "f16": np.float16}
 
 
 def values(tensor: WeightTensor) -> Array:
-    """The tensor as float32, decoded by the `gguf` library."""
-    kind = _QUANTIZATIONS[tensor.dtype]
-    width = {"F32": np.float32, "F16": np.float16}.get(kind.name, np.uint8)
-    return gguf.quants.dequantize(tensor.data.view(width).reshape(tensor.shape[0], -1), kind).reshape(tensor.shape)
+    """The tensor as float32; where it is neither that nor float16, decoded by the `gguf` library."""
+    if tensor.dtype in _PLAIN:
+        return tensor.data.view(_PLAIN[tensor.dtype]).reshape(tensor.shape).astype(np.float32)
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType[tensor.dtype.upper()]
+    return gguf.quants.dequantize(tensor.data.reshape(tensor.shape[0], -1), kind).reshape(tensor.shape)
 
 
 def weights(source: ModelSource) -> dict[str, Array]:

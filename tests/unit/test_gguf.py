@@ -36,7 +36,7 @@ def test_logits_equal_transformers(case: models.Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quantization", [Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1], ids=lambda kind: kind.name)
 def test_every_dtype_passes_through_raw(quantization: Q, tmp_path: Path) -> None:
-    model = models.save_gguf(_case("llama-mqa-bias"), tmp_path / "model.gguf", quantization=quantization)
+    model = models.save_gguf(_case("llama-mqa-bias"), tmp_path / "model.gguf", quantization=quantization.name)
     source = open_model(str(tmp_path / "model.gguf"))
     assert source.weights_dtype == quantization.name.lower()
     got = {tensor.name: reference.values(tensor) for tensor in source.tensors()}

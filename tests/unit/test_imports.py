@@ -163,6 +163,11 @@ def test_serving_loads_no_training_library() -> None:
     assert not loaded_after("from fastserve import LLM, AsyncLLM") & {"torch", "transformers", "gguf", "typer", "rich"}
 
 
+def test_an_engine_in_one_process_needs_no_server_library() -> None:
+    loaded = loaded_after("from fastserve import LLM, AsyncLLM")
+    assert not loaded & {"msgspec", "zmq", "fastapi", "uvicorn", "starlette", "prometheus_client"}
+
+
 def test_public_names() -> None:
     for name in fastserve.__all__:
         assert getattr(fastserve, name) is not None

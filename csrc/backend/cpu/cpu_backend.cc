@@ -1,9 +1,13 @@
 #include "backend/cpu/cpu_backend.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
 #include <vector>
 
 #include "backend/cpu/gemm_blocks.h"
+#include "backend/cpu/host_sampler.h"
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/paged_attention.h"
 #include "common/buffer.h"
@@ -62,8 +66,17 @@ class CpuBackend final : public Backend {
 
   const char* name() const override { return kernels_.name; }
   int threads() const override { return pool_.size(); }
+  DType activations() const override { return DType::kFloat32; }
+  bool on_host() const override { return true; }
+  int64_t depth() const override { return 1; }
+
+  Buffer allocate(int64_t bytes) override { return Buffer(bytes); }
+  Buffer allocate_host(int64_t bytes) override { return Buffer(bytes); }
+  void upload(const void* from, void* to, int64_t bytes) override { std::memcpy(to, from, bytes); }
+  void download(const void* from, void* to, int64_t bytes) override { std::memcpy(to, from, bytes); }
 
   std::unique_ptr<Matrix> make_matrix(int64_t n, int64_t k, WeightFormat format) override {
+    FS_CHECK(format != WeightFormat::kFloat16, "the CPU holds no weights in float16: use bfloat16 or float32");
     if (is_quantized(format)) {
       cpu::check_quantized(format, k);
       return std::make_unique<QuantizedMatrix>(n, k, format, kernels_.panel);
@@ -98,27 +111,59 @@ class CpuBackend final : public Backend {
     });
   }
 
-  void set_kv_pool(const KvLayout& layout, void* base) override { attention_.set_pool(layout, base); }
+  int64_t block_bytes(const KvShape& shape) const override { return cpu::layout_of(shape).block_bytes(); }
+  void set_kv_pool(const KvShape& shape, void* base) override { attention_.set_pool(cpu::layout_of(shape), base); }
 
-  void embed(const Matrix& table, const int32_t* token_ids, int64_t tokens, float* output, int64_t ld,
-             bool accumulate) override {
-    const auto zeros = [&](int64_t t) {
-      if (token_ids[t] >= 0) return false;
-      if (!accumulate) std::fill_n(output + t * ld, table.k, 0.0f);
-      return true;
-    };
-    if (const auto* quantized = dynamic_cast<const QuantizedMatrix*>(&table)) {
-      split_rows(tokens, table.k, [&](int64_t t) {
-        if (zeros(t)) return;
-        cpu::unpack_quantized(quantized->layout, quantized->panel(0), token_ids[t], output + t * ld, accumulate);
-      });
-      return;
-    }
-    const auto& matrix = static_cast<const PackedMatrix&>(table);
-    split_rows(tokens, matrix.k, [&](int64_t t) {
-      if (zeros(t)) return;
-      kernels_.unpack_row(matrix.layout, matrix.data.as<char>(), token_ids[t], output + t * ld, accumulate);
+  int64_t free_bytes() const override { return -1; }
+
+  void move_blocks(bool, std::span<const BlockMove> moves) override {
+    for (const BlockMove& move : moves) std::memcpy(move.to, move.from, move.bytes);
+  }
+
+  BatchSize begin(const Batch& batch) override {
+    rows_.assign(batch.rows.begin(), batch.rows.end());
+    token_ids_.assign(batch.token_ids.begin(), batch.token_ids.end());
+    positions_.assign(batch.positions.begin(), batch.positions.end());
+    logit_tokens_.assign(batch.logit_tokens.begin(), batch.logit_tokens.end());
+    token_rows_.clear();
+    for (const Row& row : rows_) token_rows_.insert(token_rows_.end(), row.tokens, &row);
+    return {static_cast<int64_t>(token_ids_.size()), static_cast<int64_t>(logit_tokens_.size())};
+  }
+  int64_t filled_up(int64_t tokens) const override { return tokens; }
+  void run(const std::function<void()>& body) override { body(); }
+  void forget() override {}
+  void end() override {}
+  void wait() override {}
+  void drain() noexcept override {}
+
+  void embed(const EmbedArgs& args) override {
+    const Matrix& table = *args.table;
+    const std::vector<int32_t>& ids = args.by == EmbeddedBy::kToken ? token_ids_ : positions_;
+    const auto* quantized = dynamic_cast<const QuantizedMatrix*>(&table);
+    split_rows(static_cast<int64_t>(ids.size()), table.k, [&](int64_t t) {
+      float* output = args.output + t * args.ld;
+      const int64_t row = ids[t] - args.first;
+      if (row < 0 || row >= table.n) {
+        if (!args.accumulate) std::fill_n(output, table.k, 0.0f);
+      } else if (quantized != nullptr) {
+        cpu::unpack_quantized(quantized->layout, quantized->panel(0), row, output, args.accumulate);
+      } else {
+        const auto& matrix = static_cast<const PackedMatrix&>(table);
+        kernels_.unpack_row(matrix.layout, matrix.data.as<char>(), row, output, args.accumulate);
+      }
     });
+  }
+
+  // In float32 throughout, as the reference implementations compute angles.
+  void rotation_table(const float* inv_freq, int64_t half, float scale, float* output) override {
+    for (const int32_t position : positions_) {
+      for (int64_t i = 0; i < half; ++i) {
+        const float angle = static_cast<float>(position) * inv_freq[i];
+        output[i] = std::cos(angle) * scale;
+        output[half + i] = std::sin(angle) * scale;
+      }
+      output += 2 * half;
+    }
   }
 
   void gemm(const GemmArgs& args) override {
@@ -134,8 +179,8 @@ class CpuBackend final : public Backend {
     char* operand = reserve(operand_, round_up(args.m, group_rows) * row_bytes);
     split_rows(ceil_div(args.m, group_rows), layout.k * group_rows, [&](int64_t group) {
       const int64_t row = group * group_rows;
-      kernels_.place_rows(layout, args.input + row * args.ld_input, args.ld_input, std::min(group_rows, args.m - row),
-                          group_rows, operand + row * row_bytes);
+      kernels_.place_rows(layout, input_of(args) + row * args.ld_input, args.ld_input,
+                          std::min(group_rows, args.m - row), group_rows, operand + row * row_bytes);
     });
     const GemmBlocks blocks = cut_gemm(layout, args.m, form.element_bytes, kernels_, threads());
     const int64_t panels = layout.panels(), partial_columns = ceil_div(panels, blocks.pieces) * layout.panel;
@@ -148,7 +193,7 @@ class CpuBackend final : public Backend {
                            .operand = operand + row * row_bytes,
                            .group_rows = group_rows,
                            .bias = args.bias,
-                           .output = args.output + row * args.ld_output,
+                           .output = output_of(args) + row * args.ld_output,
                            .ld_output = args.ld_output,
                            .m = std::min(blocks.rows, args.m - row),
                            .first_panel = share * panels / blocks.pieces,
@@ -171,8 +216,8 @@ class CpuBackend final : public Backend {
 
   void norm(const NormArgs& args) override {
     split_rows(args.rows, args.width, [&](int64_t row) {
-      const float* x = args.input + row * args.ld;
-      float* y = args.output + row * args.ld;
+      const float* x = args.input + (args.of_logits ? logit_tokens_[row] : row) * args.ld;
+      float* y = static_cast<float*>(args.output) + row * args.ld;
       if (args.bias == nullptr) {
         kernels_.rms_norm(x, args.weight, y, args.width, args.eps);
       } else {
@@ -182,23 +227,21 @@ class CpuBackend final : public Backend {
   }
 
   void rope_and_store(const RopeAndStoreArgs& args) override {
-    const KvLayout& kv = attention_.layout();
+    const cpu::KvLayout& kv = attention_.layout();
     // One job's chunk may hold all tokens, or every job one.
-    token_rows_.clear();
-    for (int64_t r = 0; r < args.num_rows; ++r) token_rows_.insert(token_rows_.end(), args.rows[r].tokens, r);
     split_rows(static_cast<int64_t>(token_rows_.size()), (args.num_heads + 2 * kv.num_kv_heads) * kv.head_dim,
                [&](int64_t token) {
-                 const Row& row = args.rows[token_rows_[token]];
+                 const Row& row = *token_rows_[token];
                  rotate_token(args, token);
                  attention_.store(args, row, token - row.first);
                });
   }
 
-  void attention(const AttentionArgs& args) override { attention_.run(args); }
+  void attention(const AttentionArgs& args) override { attention_.run(args, rows_); }
 
-  void activate(Activation kind, bool gated, float* x, int64_t tokens, int64_t width, int64_t ld) override {
+  void activate(Activation kind, bool gated, void* x, int64_t tokens, int64_t width, int64_t ld) override {
     split_rows(tokens, width, [&](int64_t t) {
-      float* row = x + t * ld;
+      float* row = static_cast<float*>(x) + t * ld;
       kernels_.activate(kind, row, gated ? row + round_up(width, kPad) : nullptr, width);
     });
   }
@@ -210,19 +253,20 @@ class CpuBackend final : public Backend {
     });
   }
 
-  const LogitKernels& logit_kernels() const override { return kernels_.logits; }
-
-  void parallel_for(int64_t count, void (*body)(void*, int64_t, int), void* context) override {
-    pool_.run(count, [&](int64_t i, int thread) { body(context, i, thread); });
+  std::unique_ptr<TokenSampler> make_sampler(int64_t vocab_size) override {
+    return make_host_sampler(pool_, vocab_size);
   }
 
  private:
+  static const float* input_of(const GemmArgs& args) { return static_cast<const float*>(args.input); }
+  static float* output_of(const GemmArgs& args) { return static_cast<float*>(args.output); }
+
   void gemm_quantized(const GemmArgs& args, const QuantizedMatrix& matrix) {
     const cpu::QuantizedLayout& layout = matrix.layout;
     const int64_t row_bytes = layout.operand_bytes(kernels_.quant_bytes);
     char* operand = reserve(operand_, round_up(args.m, kTileRows) * row_bytes);
     split_rows(args.m, layout.k, [&](int64_t row) {
-      kernels_.quantize_input(layout, args.input + row * args.ld_input, operand + row * row_bytes);
+      kernels_.quantize_input(layout, input_of(args) + row * args.ld_input, operand + row * row_bytes);
     });
     const int64_t panel_floats = round_up(layout.k, cpu::kBlockInputs) * layout.panel / 4;
     const int64_t panels = layout.panels();
@@ -232,7 +276,7 @@ class CpuBackend final : public Backend {
                                .weight = matrix.panel(0),
                                .operand = operand,
                                .bias = args.bias,
-                               .output = args.output,
+                               .output = output_of(args),
                                .ld_output = args.ld_output,
                                .m = args.m,
                                .first_panel = piece * panels / pieces,
@@ -265,14 +309,14 @@ class CpuBackend final : public Backend {
   }
 
   void rotate_token(const RopeAndStoreArgs& args, int64_t token) const {
-    const KvLayout& kv = attention_.layout();
+    const cpu::KvLayout& kv = attention_.layout();
     const auto prepare = [&](float* head, const float* norm) {
       if (norm != nullptr) kernels_.rms_norm(head, norm, head, kv.head_dim, args.eps);
       if (args.cos_sin != nullptr) {
         kernels_.rotate(head, args.cos_sin + token * 2 * args.rotary_half, args.rotary_half);
       }
     };
-    float* head = args.qkv + token * args.ld;
+    float* head = static_cast<float*>(args.qkv) + token * args.ld;
     for (int64_t h = 0; h < args.num_heads; ++h, head += kv.head_dim) prepare(head, args.q_norm);
     for (int64_t h = 0; h < kv.num_kv_heads; ++h, head += kv.head_dim) prepare(head, args.k_norm);
   }
@@ -281,7 +325,10 @@ class CpuBackend final : public Backend {
   ThreadPool pool_;
   std::vector<Buffer> scratch_;  // one a thread
   Buffer operand_;
-  std::vector<int64_t> token_rows_;  // the row of every token
+  // The batch, and the row of every token.
+  std::vector<Row> rows_;
+  std::vector<int32_t> token_ids_, positions_, logit_tokens_;
+  std::vector<const Row*> token_rows_;
   cpu::PagedAttention attention_;
 };
 

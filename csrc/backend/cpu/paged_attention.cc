@@ -60,7 +60,7 @@ void store_head(const KvLayout& kv, const float* k, const float* v, int64_t slot
 
 void PagedAttention::store(const RopeAndStoreArgs& args, const Row& row, int64_t i) const {
   const int64_t position = row.start + i, slot = position % kv_.block_size;
-  const float* k = args.qkv + (row.first + i) * args.ld + args.num_heads * kv_.head_dim;
+  const float* k = static_cast<const float*>(args.qkv) + (row.first + i) * args.ld + args.num_heads * kv_.head_dim;
   const float* v = k + kv_.num_kv_heads * kv_.head_dim;
   char* block = base_ + row.table[position / kv_.block_size] * kv_.block_bytes();
   for (int64_t h = 0; h < kv_.num_kv_heads; ++h, k += kv_.head_dim, v += kv_.head_dim) {
@@ -75,12 +75,14 @@ void PagedAttention::store(const RopeAndStoreArgs& args, const Row& row, int64_t
       case KvFormat::kInt8:
         store_head(kv_, k, v, slot, reinterpret_cast<uint8_t*>(head));
         break;
+      case KvFormat::kFloat16:  // refused by layout_of()
+        break;
     }
   }
 }
 
-void PagedAttention::run(const AttentionArgs& args) {
-  if (cut(args) < kSerialPairs) {
+void PagedAttention::run(const AttentionArgs& args, std::span<const Row> rows) {
+  if (cut(args, rows) < kSerialPairs) {
     for (const Task& task : tasks_) attend(args, task, 0);
     return;
   }
@@ -90,14 +92,13 @@ void PagedAttention::run(const AttentionArgs& args) {
 
 // Makes the list of tasks and returns how many pairs they are. Heads one after the other, so that one's K and V stay in
 // the cache; later queries see more, so the longest tiles come first.
-int64_t PagedAttention::cut(const AttentionArgs& args) {
+int64_t PagedAttention::cut(const AttentionArgs& args, std::span<const Row> rows) {
   const int64_t ld = kv_.head_dim_padded();
   const auto seen = [](const Tile& tile) { return tile.row->start + tile.first + tile.queries; };
   int64_t pairs = 0, largest = 0;
   tiles_.clear();
   tasks_.clear();
-  for (int64_t i = 0; i < args.num_rows; ++i) {
-    const Row& row = args.rows[i];
+  for (const Row& row : rows) {
     for (int64_t head = 0; head < kv_.num_kv_heads; ++head) {
       const int64_t group_begin = head * args.query_group - args.query_offset;
       const int64_t first_head = std::max<int64_t>(0, group_begin);
@@ -138,9 +139,9 @@ void PagedAttention::attend(const AttentionArgs& args, const Task& task, int thr
                                                                         : kernels_.attention_int8;
   const Tile& tile = tiles_[task.tile];
   const int64_t token = tile.row->first + tile.first, column = tile.first_head * kv_.head_dim;
-  const AttentionTile work{.q = args.qkv + token * args.ld + column,
+  const AttentionTile work{.q = static_cast<const float*>(args.qkv) + token * args.ld + column,
                            .ld_q = args.ld,
-                           .output = args.output + token * args.ld_output + column,
+                           .output = static_cast<float*>(args.output) + token * args.ld_output + column,
                            .ld_output = args.ld_output,
                            .queries = tile.queries,
                            .heads = tile.heads,

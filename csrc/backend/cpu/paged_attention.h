@@ -1,10 +1,12 @@
 // Attention over the paged KV pool: stores K and V, cuts the work and shares it out.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "backend/backend.h"
 #include "backend/cpu/kernels.h"
+#include "backend/cpu/kv_layout.h"
 #include "common/buffer.h"
 #include "common/thread_pool.h"
 
@@ -22,7 +24,7 @@ class PagedAttention {
 
   // Writes K and V of the row's i-th token.
   void store(const RopeAndStoreArgs& args, const Row& row, int64_t i) const;
-  void run(const AttentionArgs& args);
+  void run(const AttentionArgs& args, std::span<const Row> rows);
 
  private:
   // Some queries of one row at one KV head.
@@ -38,7 +40,7 @@ class PagedAttention {
     int64_t tile, segment;
   };
 
-  int64_t cut(const AttentionArgs& args);
+  int64_t cut(const AttentionArgs& args, std::span<const Row> rows);
   void attend(const AttentionArgs& args, const Task& task, int thread);
   int64_t head_offset(int64_t layer, int64_t kv_head) const {
     return layer * kv_.layer_elements() + kv_head * kv_.head_elements();

@@ -1,0 +1,65 @@
+// Which kernels an iteration's attention takes.
+#include "backend/backend.h"
+#include "backend/cuda/attention_kernels.h"
+
+namespace fastserve::cuda {
+namespace {
+
+constexpr float kLog2E = 1.44269504f;  // weights are powers of two
+
+// A device has work enough from about this many blocks on. Theirs is the choice between few blocks that read little and
+// many that fill it.
+constexpr int64_t kPrefillBlocks = 264;  // of 8 warps
+constexpr int64_t kDecodeBlocks = 2048;  // of which some may find no segment
+
+}  // namespace
+
+AttentionShape attention_shape(const AttentionCall& call, const DeviceBatch& batch) {
+  const KvView& pool = call.pool;
+  FS_CHECK(pool.head_dim <= kMaxHeadDim, "attention takes heads of up to ", kMaxHeadDim, " dimensions, got ",
+           pool.head_dim);
+  const int64_t size = size_of(call.dtype);
+  return {call.qkv,
+          call.output,
+          call.ld,
+          call.ld_output,
+          static_cast<int>(call.num_heads),
+          static_cast<int>(pool.head_dim),
+          static_cast<int>(call.query_group),
+          static_cast<int>(call.query_offset),
+          call.scale * kLog2E,
+          static_cast<const unsigned char*>(pool.base) + call.layer * pool.layer_elements() * size,
+          pool.block_elements() * size,
+          pool.head_elements() * size,
+          static_cast<int>(pool.num_kv_heads),
+          static_cast<int>(pool.block_size),
+          static_cast<int>(pool.head_dim_padded() * size),
+          batch.rows,
+          batch.tables};
+}
+
+void attention(const AttentionCall& call, const DeviceBatch& batch, cudaStream_t stream) {
+  const AttentionShape shape = attention_shape(call, batch);
+  if (call.dtype == DType::kFloat32) {
+    if (batch.num_tokens > 0) attention_f32(shape, batch.token_rows, batch.num_tokens, stream);
+    return;
+  }
+  if (batch.num_tiles > 0) {
+    const int block_warps = batch.num_tiles * call.num_heads < kPrefillBlocks ? 4 : 8;
+    attention_prefill(call.dtype, shape, batch.tiles, batch.num_tiles, block_warps, stream);
+  }
+  if (batch.num_decodes > 0) {
+    const int64_t splits = batch.num_decodes * call.num_heads <= kCounters
+                               ? ceil_div(kDecodeBlocks, batch.num_decodes * call.pool.num_kv_heads)
+                               : 1;
+    attention_decode(call.dtype, shape, batch.decode_rows, batch.num_decodes, batch.max_context, splits, call.workspace,
+                     stream);
+  }
+}
+
+int64_t attention_workspace(int64_t num_heads, int64_t head_dim, int64_t decodes, int64_t max_context) {
+  const int64_t row_floats = round_up(head_dim, 16) + 2;
+  return 4 * (kCounters + decodes * num_heads * ceil_div(max_context, kSegment) * row_floats);
+}
+
+}  // namespace fastserve::cuda

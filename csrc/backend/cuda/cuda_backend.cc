@@ -1,0 +1,296 @@
+// A CUDA device as a backend: keeps batches, streams and workspaces, and calls the kernels.
+#include <algorithm>
+#include <deque>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "backend/cuda/batch_clock.h"
+#include "backend/cuda/cuda_sampler.h"
+#include "backend/cuda/device_batch.h"
+#include "backend/cuda/graphs.h"
+#include "backend/cuda/kernels.h"
+#include "backend/cuda/matrix.h"
+#include "backend/cuda/runtime_api.h"
+#include "backend/device.h"
+
+namespace fastserve::cuda {
+
+namespace {
+
+// Batches queued at a time: while one runs, the host puts the next together.
+constexpr int64_t kDepth = 2;
+
+std::string device_name(int device) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, device));
+  FS_CHECK(properties.major >= 8, "the CUDA backend needs compute capability 8.0 or later; ", properties.name, " has ",
+           properties.major, ".", properties.minor);
+  return properties.name;
+}
+
+const char* name_of(DType dtype) {
+  return dtype == DType::kFloat32 ? "float32" : dtype == DType::kBFloat16 ? "bfloat16" : "float16";
+}
+
+bool holds(KvFormat format, DType dtype) {
+  return format == (dtype == DType::kFloat32    ? KvFormat::kFloat32
+                    : dtype == DType::kBFloat16 ? KvFormat::kBFloat16
+                                                : KvFormat::kFloat16);
+}
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(DType dtype, int device) : dtype_(dtype), device_(device), name_(device_name(device)) {}
+  ~CudaBackend() override { static_cast<void>(cudaDeviceSynchronize()); }
+
+  const char* name() const override { return name_.c_str(); }
+  int threads() const override { return 1; }
+  DType activations() const override { return dtype_; }
+  bool on_host() const override { return false; }
+  int64_t depth() const override { return kDepth; }
+
+  Buffer allocate(int64_t bytes) override { return release(Memory(Place::kDevice, bytes)); }
+  Buffer allocate_host(int64_t bytes) override { return release(Memory(Place::kPinned, bytes)); }
+
+  void upload(const void* from, void* to, int64_t bytes) override {
+    use_device();
+    if (bytes == 0) return;
+    compute_.synchronize();
+    check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+  }
+  void download(const void* from, void* to, int64_t bytes) override {
+    use_device();
+    if (bytes == 0) return;
+    compute_.synchronize();
+    check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));
+  }
+
+  std::unique_ptr<Matrix> make_matrix(int64_t n, int64_t k, WeightFormat format) override {
+    use_device();
+    FS_CHECK(is_quantized(format) || format == format_of(dtype_), "weights in another type than the ", name_of(dtype_),
+             " that the model is computed in");
+    return std::make_unique<CudaMatrix>(n, k, format, staging_);
+  }
+  void load_rows(Matrix& matrix, int64_t first_row, int64_t rows, SourceType type, const void* source) override {
+    use_device();
+    static_cast<CudaMatrix&>(matrix).load_rows(first_row, rows, type, source);
+  }
+
+  int64_t block_bytes(const KvShape& shape) const override { return layout_of(shape).block_bytes(); }
+  void set_kv_pool(const KvShape& shape, void* base) override {
+    FS_CHECK(holds(shape.format, dtype_), "the CUDA backend holds keys and values as the model is computed, in ",
+             name_of(dtype_), ": use a kv_cache_dtype of auto");
+    pool_ = {{layout_of(shape)}, base};
+    batches_ = std::make_unique<BatchUploader>(shape.block_size);
+    graphs_.clear();
+  }
+  int64_t free_bytes() const override {
+    use_device();
+    size_t free = 0, total = 0;
+    check(cudaMemGetInfo(&free, &total));
+    return static_cast<int64_t>(free);
+  }
+
+  // A direction has its own stream. Neither waits for the compute stream: the engine copies only blocks that no queued
+  // batch writes or reads, and uses them again when the copy is known to be done.
+  void move_blocks(bool to_host, std::span<const BlockMove> moves) override {
+    use_device();
+    const auto kind = to_host ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice;
+    const Mover& mover = movers_[to_host ? 0 : 1];
+    for (const BlockMove& move : moves) check(cudaMemcpyAsync(move.to, move.from, move.bytes, kind, mover.stream));
+    mover.done.record(mover.stream);
+    mover.done.synchronize();
+  }
+
+  int64_t filled_up(int64_t tokens) const override { return filled_up_rows(tokens); }
+  BatchSize begin(const Batch& batch) override {
+    use_device();
+    if (batches_ == nullptr) batches_ = std::make_unique<BatchUploader>(1);  // no rows without a pool
+    batch_ = batches_->upload(batch, compute_);
+    begun_ = true;
+    if (batches_->moved()) graphs_.clear();
+    return {batch_.num_tokens, batch_.num_logits};
+  }
+  void run(const std::function<void()>& body) override {
+    if (std::exchange(begun_, false)) BatchClock::instance().begin(compute_);
+    if (!batches_->replayable()) return body();
+    graphs_.run({batch_.num_tokens, batch_.max_context}, compute_, body);
+  }
+  void forget() override {
+    compute_.synchronize();
+    graphs_.clear();
+  }
+
+  void end() override {
+    BatchClock::instance().end(compute_);
+    if (idle_.empty()) idle_.push_back(std::make_unique<Done>());
+    idle_.back()->record(compute_);
+    queued_.push_back(std::move(idle_.back()));
+    idle_.pop_back();
+  }
+  void wait() override {
+    queued_.front()->synchronize();
+    idle_.push_back(std::move(queued_.front()));
+    queued_.pop_front();
+  }
+
+  void drain() noexcept override { static_cast<void>(cudaStreamSynchronize(compute_)); }
+
+  void embed(const EmbedArgs& args) override {
+    const auto& table = static_cast<const CudaMatrix&>(*args.table);
+    const bool by_token = args.by == EmbeddedBy::kToken;
+    cuda::embed({.table = table.view(),
+                 .ids = by_token ? batch_.token_ids : batch_.positions,
+                 .last_sampled = by_token && sampler_ != nullptr ? sampler_->last_sampled() : nullptr,
+                 .first = static_cast<int32_t>(args.first),
+                 .count = static_cast<int32_t>(table.n),
+                 .tokens = batch_.num_tokens,
+                 .output = args.output,
+                 .ld = args.ld,
+                 .accumulate = args.accumulate},
+                compute_);
+  }
+  void rotation_table(const float* inv_freq, int64_t half, float scale, float* output) override {
+    cuda::rotation_table(batch_.positions, batch_.num_tokens, inv_freq, half, scale, output, compute_);
+  }
+  void gemm(const GemmArgs& args) override {
+    if (args.m == 0) return;
+    cuda::gemm({.dtype = dtype_,
+                .input = args.input,
+                .ld_input = args.ld_input,
+                .weight = static_cast<const CudaMatrix&>(*args.weight).view(),
+                .bias = args.bias,
+                .output = args.output,
+                .ld_output = args.ld_output,
+                .m = args.m,
+                .wide = args.wide,
+                .accumulate = args.accumulate,
+                .workspace = products_.as<void>()},
+               compute_);
+  }
+  void norm(const NormArgs& args) override {
+    if (args.rows == 0) return;
+    cuda::norm({.dtype = dtype_,
+                .input = args.input,
+                .order = args.of_logits ? batch_.logit_tokens : nullptr,
+                .output = args.output,
+                .weight = args.weight,
+                .bias = args.bias,
+                .rows = args.rows,
+                .width = args.width,
+                .ld = args.ld,
+                .eps = args.eps},
+               compute_);
+  }
+  void rope_and_store(const RopeAndStoreArgs& args) override {
+    cuda::rope_and_store({.dtype = dtype_,
+                          .qkv = args.qkv,
+                          .ld = args.ld,
+                          .cos_sin = args.cos_sin,
+                          .rotary_half = args.rotary_half,
+                          .q_norm = args.q_norm,
+                          .k_norm = args.k_norm,
+                          .eps = args.eps,
+                          .num_heads = args.num_heads,
+                          .pool = pool_,
+                          .layer = args.layer},
+                         batch_, compute_);
+  }
+  void attention(const AttentionArgs& args) override {
+    const int64_t bytes = attention_workspace(args.num_heads, pool_.head_dim, batch_.num_decodes, batch_.max_context);
+    if (static_cast<int64_t>(attention_.bytes()) < bytes) {  // never while recording: a first run has been here before
+      compute_.synchronize();
+      attention_ = Memory(Place::kDevice, bytes + bytes / 2);
+      graphs_.clear();
+    }
+    cuda::attention({.dtype = dtype_,
+                     .qkv = args.qkv,
+                     .ld = args.ld,
+                     .output = args.output,
+                     .ld_output = args.ld_output,
+                     .num_heads = args.num_heads,
+                     .query_group = args.query_group,
+                     .query_offset = args.query_offset,
+                     .scale = args.scale,
+                     .pool = pool_,
+                     .layer = args.layer,
+                     .workspace = attention_.as<void>()},
+                    batch_, compute_);
+  }
+  void activate(Activation kind, bool gated, void* x, int64_t tokens, int64_t width, int64_t ld) override {
+    cuda::activate(dtype_, kind, gated, x, tokens, width, ld, compute_);
+  }
+  void add(const float* input, float* output, int64_t count) override { cuda::add(input, output, count, compute_); }
+
+  std::unique_ptr<TokenSampler> make_sampler(int64_t vocab_size) override {
+    use_device();
+    auto sampler = std::make_unique<CudaSampler>(vocab_size, compute_, [this] { graphs_.clear(); });
+    sampler_ = sampler.get();
+    return sampler;
+  }
+
+ private:
+  // Threads see device 0 until they say otherwise.
+  void use_device() const { check(cudaSetDevice(device_)); }
+
+  static Buffer release(Memory memory) {
+    const size_t bytes = memory.bytes();
+    const Place place = memory.place();
+    return Buffer(
+        memory.release(), bytes,
+        place == Place::kDevice ? [](void* data, size_t) { static_cast<void>(cudaFree(data)); }
+                                : [](void* data, size_t) { static_cast<void>(cudaFreeHost(data)); });
+  }
+
+  // Spins, then yields: a batch that is waited for is nearly done.
+  class Done {
+   public:
+    Done() { check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
+    ~Done() { static_cast<void>(cudaEventDestroy(event_)); }
+    Done(const Done&) = delete;
+    Done& operator=(const Done&) = delete;
+    void record(cudaStream_t stream) const { check(cudaEventRecord(event_, stream)); }
+    void synchronize() const { check(cudaEventSynchronize(event_)); }
+
+   private:
+    cudaEvent_t event_ = nullptr;
+  };
+  struct Mover {
+    Stream stream;
+    Event done;
+  };
+
+  const DType dtype_;
+  const int device_;
+  const std::string name_;
+  Stream compute_;
+  Mover movers_[2];  // to the host, and back
+  KvView pool_{};
+  std::unique_ptr<BatchUploader> batches_;
+  DeviceBatch batch_{};
+  bool begun_ = false;  // and nothing run of it
+  Graphs graphs_;
+  Staging staging_;                                  // of weights on their way to the device
+  Memory products_{Place::kDevice, kGemmWorkspace};  // workspaces: of products, ...
+  Memory attention_;                                 // ... and of attention
+  const CudaSampler* sampler_ = nullptr;             // the runtime's
+  std::vector<std::unique_ptr<Done>> idle_;
+  std::deque<std::unique_ptr<Done>> queued_;
+};
+
+}  // namespace
+
+}  // namespace fastserve::cuda
+
+extern "C" __attribute__((visibility("default"))) fastserve::Backend* fastserve_make_cuda_backend(
+    fastserve::DType dtype, int device) {
+  using namespace fastserve::cuda;
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  FS_CHECK(status == cudaSuccess && count > 0, "no CUDA device is to be had: ", cudaGetErrorString(status));
+  FS_CHECK(device >= 0 && device < count, "there is no CUDA device ", device, " among ", count);
+  check(cudaSetDevice(device));
+  return new CudaBackend(dtype, device);
+}

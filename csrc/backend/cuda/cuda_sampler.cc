@@ -1,0 +1,194 @@
+#include "backend/cuda/cuda_sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+
+#include "common/dtype.h"
+
+namespace fastserve::cuda {
+
+namespace {
+
+constexpr int64_t kPlaces = 1024;  // to begin with
+
+std::vector<std::pair<int32_t, float>> summed(const std::vector<std::pair<int32_t, float>>& biases) {
+  std::map<int32_t, float> sums;
+  for (const auto& [token, bias] : biases) sums[token] += bias;
+  return {sums.begin(), sums.end()};
+}
+
+template <class T>
+size_t append(std::vector<std::byte>& bytes, const std::vector<T>& values) {
+  const size_t at = round_up(static_cast<int64_t>(bytes.size()), 16);
+  bytes.resize(at + values.size() * sizeof(T));
+  if (!values.empty()) std::memcpy(bytes.data() + at, values.data(), values.size() * sizeof(T));
+  return at;
+}
+
+void reserve(Memory& memory, size_t bytes, cudaStream_t stream) {
+  if (memory.bytes() >= bytes) return;
+  check(cudaStreamSynchronize(stream));  // what is queued works on the one before
+  memory = Memory(Place::kDevice, std::bit_ceil(bytes));
+}
+
+}  // namespace
+
+CudaSampler::CudaSampler(int64_t vocab_size, cudaStream_t stream, std::function<void()> moved)
+    : vocab_size_(vocab_size), stream_(stream), moved_(std::move(moved)) {
+  FS_CHECK(vocab_size <= kMaxVocab, "the CUDA backend samples from at most ", kMaxVocab, " tokens, the model has ",
+           vocab_size);
+}
+
+void CudaSampler::open(int32_t slot, const SamplingParams& params, std::span<const int32_t> prompt,
+                       std::span<const int32_t> outputs) {
+  FS_CHECK(params.logprobs <= kMaxTop, "the CUDA backend reports at most ", kMaxTop, " alternatives of a token, not ",
+           params.logprobs);
+  close(slot);
+  Job job{params, take_place(), {}};
+  job.params.bias = summed(params.bias);
+  if (params.needs_history()) {
+    job.counts = take_counts();
+    bytes_.clear();
+    append(bytes_, std::vector<int32_t>(prompt.begin(), prompt.end()));
+    const size_t after = append(bytes_, std::vector<int32_t>(outputs.begin(), outputs.end()));
+    const auto* tokens = history_.reserve(bytes_.size() + 16, stream_);
+    history_.upload(bytes_, stream_);
+    count_tokens(job.counts.as<uint32_t>(), vocab_size_, reinterpret_cast<const int32_t*>(tokens),
+                 static_cast<int64_t>(prompt.size()), reinterpret_cast<const int32_t*>(tokens + after),
+                 static_cast<int64_t>(outputs.size()), stream_);
+  }
+  jobs_.emplace(slot, std::move(job));
+}
+
+// What is queued may still write there; what comes after is queued behind it.
+void CudaSampler::close(int32_t slot) {
+  const auto job = jobs_.find(slot);
+  if (job == jobs_.end()) return;
+  places_.push_back(job->second.place);
+  if (job->second.counts.bytes() > 0) counts_.push_back(std::move(job->second.counts));
+  jobs_.erase(job);
+}
+
+int32_t CudaSampler::take_place() {
+  if (places_.empty()) {
+    const auto held = static_cast<int64_t>(last_sampled_.bytes() / sizeof(int32_t));
+    const int64_t wanted = std::max(kPlaces, 2 * held);
+    Memory larger(Place::kDevice, wanted * sizeof(int32_t));
+    check(cudaStreamSynchronize(stream_));
+    if (held > 0) {
+      check(cudaMemcpyAsync(larger.as<void>(), last_sampled_.as<void>(), last_sampled_.bytes(),
+                            cudaMemcpyDeviceToDevice, stream_));
+      check(cudaStreamSynchronize(stream_));
+    }
+    last_sampled_ = std::move(larger);
+    for (int64_t place = wanted; place-- > held;) places_.push_back(static_cast<int32_t>(place));
+    moved_();
+  }
+  const int32_t place = places_.back();
+  places_.pop_back();
+  return place;
+}
+
+Memory CudaSampler::take_counts() {
+  if (counts_.empty()) return {Place::kDevice, count_table_size(vocab_size_) * sizeof(uint32_t)};
+  Memory counts = std::move(counts_.back());
+  counts_.pop_back();
+  return counts;
+}
+
+SampleRow CudaSampler::row_of(const SampleRequest& request) {
+  const Job& job = jobs_.at(request.slot);
+  const SamplingParams& params = job.params;
+  SampleRow row;
+  row.logits = static_cast<int32_t>(request.row);
+  row.slot = job.place;
+  row.output_index = request.output_index;
+  row.seed = params.seed;
+  row.set_temperature(params.temperature, params.min_p);
+  row.top_k = params.top_k;
+  row.top_p = params.top_p;
+  row.logprobs = params.logprobs;
+  row.bias = static_cast<int32_t>(biases_.size());
+  for (const auto& [token, bias] : params.bias) biases_.push_back({token, bias});
+  row.biases = static_cast<int32_t>(biases_.size()) - row.bias;
+  row.stop = static_cast<int32_t>(stops_.size());
+  if (request.output_index < params.min_tokens) {
+    stops_.insert(stops_.end(), params.stop_tokens.begin(), params.stop_tokens.end());
+  }
+  row.stops = static_cast<int32_t>(stops_.size()) - row.stop;
+  row.repetition_penalty = params.repetition_penalty;
+  row.presence_penalty = params.presence_penalty;
+  row.frequency_penalty = params.frequency_penalty;
+  row.counts = job.counts.as<uint32_t>();
+  return row;
+}
+
+void CudaSampler::sample(float* logits, int64_t ld, std::span<const SampleRequest> requests) {
+  const auto count = static_cast<int64_t>(requests.size());
+  Transfer& transfer = transfers_[next_];
+  next_ = (next_ + 1) % kTransfers;
+  Batch batch{&transfer, {}, static_cast<size_t>(round_up(count * int64_t{sizeof(SampleResult)}, 16))};
+  std::vector<SampleRow> rows;
+  biases_.clear();
+  stops_.clear();
+  bool draws = false, tops = false;
+  for (const SampleRequest& request : requests) {
+    rows.push_back(row_of(request));
+    batch.alternatives.push_back(rows.back().logprobs);
+    draws = draws || jobs_.at(request.slot).params.temperature != 0.0f;
+    tops = tops || rows.back().logprobs > 0;
+  }
+  if (count > 0) {
+    bytes_.clear();
+    const size_t rows_at = append(bytes_, rows), biases_at = append(bytes_, biases_), stops_at = append(bytes_, stops_);
+    const std::byte* given = rows_.reserve(bytes_.size() + 16, stream_);
+    rows_.upload(bytes_, stream_);
+    reserve(results_, batch.tops_offset + count * kMaxTop * sizeof(TopToken), stream_);
+    reserve(workspace_, sample_workspace(count, vocab_size_, static_cast<int64_t>(biases_.size())), stream_);
+    cuda::sample({.num_rows = count,
+                  .vocab = vocab_size_,
+                  .ld = ld,
+                  .draws = draws,
+                  .logits = logits,
+                  .rows = reinterpret_cast<const SampleRow*>(given + rows_at),
+                  .biases = reinterpret_cast<const SampleBias*>(given + biases_at),
+                  .stop_tokens = reinterpret_cast<const int32_t*>(given + stops_at),
+                  .last_sampled = last_sampled_.as<int32_t>(),
+                  .results = results_.as<SampleResult>(),
+                  .tops = reinterpret_cast<TopToken*>(results_.as<std::byte>() + batch.tops_offset),
+                  .workspace = workspace_.as<void>()},
+                 stream_);
+    const size_t bytes = tops ? batch.tops_offset + count * kMaxTop * sizeof(TopToken) : batch.tops_offset;
+    check(cudaMemcpyAsync(transfer.reserve(bytes), results_.as<void>(), bytes, cudaMemcpyDeviceToHost, stream_));
+    transfer.mark(stream_);
+  }
+  sampling_.push_back(std::move(batch));
+}
+
+std::vector<Sampled> CudaSampler::take() {
+  const Batch batch = std::move(sampling_.front());
+  sampling_.pop_front();
+  std::vector<Sampled> sampled;
+  if (batch.alternatives.empty()) return sampled;
+  const auto* bytes = static_cast<const std::byte*>(batch.transfer->reserve(0));  // waits for the copy
+  const auto* results = reinterpret_cast<const SampleResult*>(bytes);
+  const auto* tops = reinterpret_cast<const TopToken*>(bytes + batch.tops_offset);
+  for (size_t i = 0; i < batch.alternatives.size(); ++i, tops += kMaxTop) {
+    Sampled& each = sampled.emplace_back(Sampled{results[i].token, results[i].logprob, {}, {}});
+    if (results[i].error != SampleError::kNone) {
+      each = {.token = -1, .logprob = std::nanf(""), .top = {}, .error = describe(results[i].error)};
+      continue;
+    }
+    for (int32_t j = 0; j < batch.alternatives[i] && tops[j].token >= 0; ++j) {
+      each.top.emplace_back(tops[j].token, tops[j].logprob);
+    }
+  }
+  return sampled;
+}
+
+void CudaSampler::note(int32_t slot, int32_t) {
+  FS_CHECK(false, "slot ", slot, " is sampled on this device, and nowhere else");
+}
+
+}  // namespace fastserve::cuda

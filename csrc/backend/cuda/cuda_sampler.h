@@ -1,0 +1,69 @@
+// Chooses tokens on the device.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <deque>
+#include <functional>
+#include <unordered_map>
+#include <vector>
+
+#include "backend/cuda/sampling.h"
+#include "backend/cuda/transfers.h"
+#include "model/token_sampler.h"
+
+namespace fastserve::cuda {
+
+class CudaSampler final : public TokenSampler {
+ public:
+  // Calls `moved` when last_sampled() has changed.
+  CudaSampler(int64_t vocab_size, cudaStream_t stream, std::function<void()> moved);
+
+  // [slots], on the device: the tokens that stand for last_of().
+  const int32_t* last_sampled() const { return last_sampled_.as<int32_t>(); }
+
+  void open(int32_t slot, const SamplingParams& params, std::span<const int32_t> prompt,
+            std::span<const int32_t> outputs) override;
+  void close(int32_t slot) override;
+  void sample(float* logits, int64_t ld, std::span<const SampleRequest> requests) override;
+  std::vector<Sampled> take() override;
+  int32_t last_of(int32_t slot) const override { return -1 - jobs_.at(slot).place; }
+  void note(int32_t slot, int32_t token) override;
+
+ private:
+  struct Job {
+    SamplingParams params;  // no bias of a token twice
+    int32_t place;          // in last_sampled_
+    Memory counts;          // of tokens, where penalties look at them
+  };
+  struct Batch {
+    Transfer* transfer;
+    std::vector<int32_t> alternatives;  // of each row; -1: not even the token's logprob
+    size_t tops_offset;
+  };
+
+  int32_t take_place();
+  Memory take_counts();
+  SampleRow row_of(const SampleRequest& request);
+
+  const int64_t vocab_size_;
+  const cudaStream_t stream_;
+  const std::function<void()> moved_;
+
+  std::unordered_map<int32_t, Job> jobs_;
+  std::vector<int32_t> places_;  // that are free
+  std::vector<Memory> counts_;   // likewise
+  Memory last_sampled_, workspace_, results_;
+  Uploads rows_, history_;
+
+  // Of the batch that is put together.
+  std::vector<SampleBias> biases_;
+  std::vector<int32_t> stops_;
+  std::vector<std::byte> bytes_;
+
+  std::array<Transfer, kTransfers> transfers_;
+  size_t next_ = 0;
+  std::deque<Batch> sampling_;
+};
+
+}  // namespace fastserve::cuda

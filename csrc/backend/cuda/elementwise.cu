@@ -1,0 +1,182 @@
+// Embedding, activation and sums: what touches each element once.
+#include "backend/cuda/kernels.h"
+#include "backend/cuda/vector.cuh"
+#include "backend/cuda/weight_element.cuh"
+
+namespace fastserve::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kEmbedStep = 8;  // elements that a thread takes together
+
+unsigned blocks_of(int64_t items) { return static_cast<unsigned>(ceil_div(items, kThreads)); }
+
+template <WeightFormat kFormat>
+__device__ __forceinline__ void load_weights(float (&x)[kEmbedStep], const DeviceMatrix& table, int64_t row,
+                                             int64_t column) {
+  if constexpr (kFormat == WeightFormat::kFloat32) {
+    load(x, static_cast<const float*>(table.data) + row * table.k_padded + column);
+  } else if constexpr (kFormat == WeightFormat::kBFloat16) {
+    load(x, static_cast<const Bf16*>(table.data) + row * table.k_padded + column);
+  } else if constexpr (kFormat == WeightFormat::kFloat16) {
+    load(x, static_cast<const Half*>(table.data) + row * table.k_padded + column);
+  } else {
+    const float scale = channel_scale<kFormat>(table, row);
+#pragma unroll
+    for (int i = 0; i < kEmbedStep; ++i) {
+      const float weight = column + i < table.k ? weight_element<kFormat>(table, row, column + i) : 0.0f;
+      x[i] = kFormat == WeightFormat::kInt8 ? weight * scale : weight;
+    }
+  }
+}
+
+// Grid: (tokens, steps of a row).
+template <WeightFormat kFormat>
+__global__ void __launch_bounds__(kThreads) embed_kernel(EmbedCall call) {
+  const int64_t token = blockIdx.x;
+  const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kEmbedStep;
+  if (column >= call.table.k) return;
+  int32_t id = call.ids[token];
+  if (id < 0 && call.last_sampled != nullptr) id = call.last_sampled[-1 - id];
+  const bool here = id >= call.first && id < call.first + call.count;
+  if (call.accumulate && !here) return;
+  float x[kEmbedStep] = {};
+  if (here) load_weights<kFormat>(x, call.table, id - call.first, column);
+  float* output = call.output + token * call.ld + column;
+  if (call.accumulate) {
+    float y[kEmbedStep];
+    load(y, output);
+#pragma unroll
+    for (int i = 0; i < kEmbedStep; ++i) x[i] += y[i];
+  }
+  store(output, x);
+}
+
+template <Activation kKind>
+__device__ __forceinline__ float activated(float x) {
+  if constexpr (kKind == Activation::kSilu) {
+    return x / (1.0f + expf(-x));
+  } else if constexpr (kKind == Activation::kGelu) {
+    return 0.5f * x * (1.0f + erff(x * 0.7071067812f));
+  } else if constexpr (kKind == Activation::kGeluTanh) {
+    // 0.5 x (1 + tanh u) = x · sigmoid(2u), u = √(2/π) (x + 0.044715 x³)
+    const float u = 0.7978845608f * x * fmaf(x * x, 0.044715f, 1.0f);
+    return x / (1.0f + expf(-2.0f * u));
+  } else {
+    return fmaxf(x, 0.0f);
+  }
+}
+
+// Grid: (tokens, steps of a row). Columns of the padding are zero, and so is what comes of them.
+template <class T, Activation kKind, bool kGated>
+__global__ void __launch_bounds__(kThreads) activate_kernel(T* x, int64_t width, int64_t ld, int64_t to_gate) {
+  constexpr int kStep = kVector<T>;
+  const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kStep;
+  if (column >= width) return;
+  T* at = x + blockIdx.x * ld + column;
+  float value[kStep], gate[kStep];
+  load(value, at);
+  if constexpr (kGated) load(gate, at + to_gate);
+#pragma unroll
+  for (int i = 0; i < kStep; ++i) {
+    value[i] = activated<kKind>(value[i]);
+    if constexpr (kGated) value[i] *= gate[i];
+  }
+  store(at, value);
+}
+
+template <class T, Activation kKind>
+void launch_activate(bool gated, void* x, int64_t tokens, int64_t width, int64_t ld, cudaStream_t stream) {
+  const LaunchConfig config{.grid = dim3(static_cast<unsigned>(tokens), blocks_of(ceil_div(width, kVector<T>))),
+                            .block = dim3(kThreads),
+                            .shared_bytes = 0,
+                            .stream = stream};
+  if (gated) {
+    launch(activate_kernel<T, kKind, true>, config, static_cast<T*>(x), width, ld, round_up(width, kPad));
+  } else {
+    launch(activate_kernel<T, kKind, false>, config, static_cast<T*>(x), width, ld, round_up(width, kPad));
+  }
+}
+
+template <class T>
+void activate_rows(Activation kind, bool gated, void* x, int64_t tokens, int64_t width, int64_t ld,
+                   cudaStream_t stream) {
+  switch (kind) {
+    case Activation::kSilu:
+      return launch_activate<T, Activation::kSilu>(gated, x, tokens, width, ld, stream);
+    case Activation::kGelu:
+      return launch_activate<T, Activation::kGelu>(gated, x, tokens, width, ld, stream);
+    case Activation::kGeluTanh:
+      return launch_activate<T, Activation::kGeluTanh>(gated, x, tokens, width, ld, stream);
+    case Activation::kRelu:
+      return launch_activate<T, Activation::kRelu>(gated, x, tokens, width, ld, stream);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) add_kernel(const float* input, float* output, int64_t count) {
+  constexpr int kStep = kVector<float>;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kStep;
+  if (first + kStep <= count) {
+    float x[kStep], y[kStep];
+    load(x, input + first);
+    load(y, output + first);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) y[i] += x[i];
+    store(output + first, y);
+  } else {
+    for (int64_t i = first; i < count; ++i) output[i] += input[i];
+  }
+}
+
+}  // namespace
+
+void embed(const EmbedCall& call, cudaStream_t stream) {
+  if (call.tokens == 0) return;
+  const LaunchConfig config{
+      .grid = dim3(static_cast<unsigned>(call.tokens), blocks_of(ceil_div(call.table.k, kEmbedStep))),
+      .block = dim3(kThreads),
+      .shared_bytes = 0,
+      .stream = stream};
+  switch (call.table.format) {
+    case WeightFormat::kFloat32:
+      return launch(embed_kernel<WeightFormat::kFloat32>, config, call);
+    case WeightFormat::kBFloat16:
+      return launch(embed_kernel<WeightFormat::kBFloat16>, config, call);
+    case WeightFormat::kFloat16:
+      return launch(embed_kernel<WeightFormat::kFloat16>, config, call);
+    case WeightFormat::kInt8:
+      return launch(embed_kernel<WeightFormat::kInt8>, config, call);
+    case WeightFormat::kQ8_0:
+      return launch(embed_kernel<WeightFormat::kQ8_0>, config, call);
+    case WeightFormat::kQ4_0:
+      return launch(embed_kernel<WeightFormat::kQ4_0>, config, call);
+    case WeightFormat::kQ4_1:
+      return launch(embed_kernel<WeightFormat::kQ4_1>, config, call);
+  }
+}
+
+void activate(DType dtype, Activation kind, bool gated, void* x, int64_t tokens, int64_t width, int64_t ld,
+              cudaStream_t stream) {
+  if (tokens == 0) return;
+  switch (dtype) {
+    case DType::kFloat32:
+      return activate_rows<float>(kind, gated, x, tokens, width, ld, stream);
+    case DType::kBFloat16:
+      return activate_rows<Bf16>(kind, gated, x, tokens, width, ld, stream);
+    case DType::kFloat16:
+      return activate_rows<Half>(kind, gated, x, tokens, width, ld, stream);
+  }
+}
+
+void add(const float* input, float* output, int64_t count, cudaStream_t stream) {
+  if (count == 0) return;
+  launch(add_kernel,
+         {.grid = dim3(blocks_of(ceil_div(count, kVector<float>))),
+          .block = dim3(kThreads),
+          .shared_bytes = 0,
+          .stream = stream},
+         input, output, count);
+}
+
+}  // namespace fastserve::cuda

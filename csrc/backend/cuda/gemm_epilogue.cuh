@@ -1,0 +1,62 @@
+// What becomes of a product's sums, the same in every kernel: parts in ascending order, int8's scale, bias, what the
+// output held.
+#pragma once
+
+#include "backend/cuda/kernels.h"
+#include "backend/cuda/simt.cuh"
+
+namespace fastserve::cuda {
+
+// The slab of 64 inputs at which a part begins. Depends on k alone.
+__device__ __forceinline__ int part_begin(int slabs, int part) { return slabs * part / kGemmParts; }
+
+template <bool kScaled>
+__device__ __forceinline__ float scaled_and_biased(const GemmCall& call, int64_t column, float sum) {
+  if constexpr (kScaled) sum *= static_cast<const float*>(call.weight.scales)[column];
+  return call.bias == nullptr ? sum : sum + call.bias[column];
+}
+
+// Writes one output.
+template <class T, bool kScaled>
+__device__ __forceinline__ void put(const GemmCall& call, int64_t row, int64_t column, float sum) {
+  const float value = scaled_and_biased<kScaled>(call, column, sum);
+  const int64_t index = row * call.ld_output + column;
+  if (call.wide) {
+    float* output = static_cast<float*>(call.output) + index;
+    *output = call.accumulate ? *output + value : value;
+  } else {
+    static_cast<T*>(call.output)[index] = narrow<T>(value);
+  }
+}
+
+// Writes 8 neighbouring outputs from a column on that is a multiple of 8, or as many as there are.
+template <class T, bool kScaled>
+__device__ __forceinline__ void put_eight(const GemmCall& call, int64_t row, int64_t column, float (&sums)[8]) {
+  if (column + 8 > call.weight.n) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (column + i < call.weight.n) put<T, kScaled>(call, row, column + i, sums[i]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sums[i] = scaled_and_biased<kScaled>(call, column + i, sums[i]);
+  const int64_t index = row * call.ld_output + column;
+  if (call.wide) {
+    auto* output = reinterpret_cast<float4*>(static_cast<float*>(call.output) + index);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float4 value = {sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]};
+      if (call.accumulate) {
+        const float4 old = output[i];
+        value = {old.x + value.x, old.y + value.y, old.z + value.z, old.w + value.w};
+      }
+      output[i] = value;
+    }
+  } else {
+    *reinterpret_cast<uint4*>(static_cast<T*>(call.output) + index) = {
+        pack<T>(sums[0], sums[1]), pack<T>(sums[2], sums[3]), pack<T>(sums[4], sums[5]), pack<T>(sums[6], sums[7])};
+  }
+}
+
+}  // namespace fastserve::cuda

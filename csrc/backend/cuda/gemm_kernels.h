@@ -1,0 +1,21 @@
+// The products behind gemm(), by the type of the activations. Arguments have been checked.
+#pragma once
+
+#include "backend/cuda/gemm_plan.h"
+#include "backend/cuda/kernels.h"
+
+namespace fastserve::cuda {
+
+void gemm_f32(const GemmCall& call, cudaStream_t stream);
+void gemm_bf16(const GemmCall& call, GemmKernel kernel, cudaStream_t stream);
+void gemm_f16(const GemmCall& call, GemmKernel kernel, cudaStream_t stream);
+
+// gemm() with a kernel of the caller's choice, which must be able to run; float32 has only one.
+void gemm_with(GemmKernel kernel, const GemmCall& call, cudaStream_t stream);
+
+// Makes the call's output columns [first_column, first_column + columns) of the sums [m, ld_sums] of 16-bit
+// activations: bias, accumulation, rounding as in gemm(). The columns begin at a multiple of 8; not for int8.
+void finish_product(const GemmCall& call, const float* sums, int64_t ld_sums, int64_t first_column, int64_t columns,
+                    cudaStream_t stream);
+
+}  // namespace fastserve::cuda

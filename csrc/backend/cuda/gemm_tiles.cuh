@@ -1,0 +1,187 @@
+// Products of many rows: a block has a tile of the output, its warps parts of that, and all share the copies. The
+// parts of the inputs are summed one after the other, or (kSplit) by a block each, the last of which adds them.
+#pragma once
+
+#include "backend/cuda/gemm_epilogue.cuh"
+#include "backend/cuda/gemm_operands.cuh"
+#include "backend/cuda/gemm_plan.h"
+
+namespace fastserve::cuda {
+
+constexpr int kWarpTiles = 4, kWarpColumns = kWarpTiles * kUnitOutputs;  // of every warp
+// Row tiles that go through the columns together: their rows, and the columns under way, stay in the L2 cache.
+constexpr int kBandTiles = 16;
+
+template <class Weights, int kRows, int kColumns, int kWarpRows, int kStages, bool kSplit>
+struct TilesKernel {
+  using T = typename Weights::Element;
+  static constexpr int kAcross = kColumns / kWarpColumns, kThreads = kRows / kWarpRows * kAcross * kWarp;
+  static constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kColumns / kUnitOutputs;
+  static constexpr int kActivationBytes = kRows * kRowBytes, kWeightBytes = kColumnTiles * Weights::kTileBytes;
+  static constexpr int kStageBytes = kActivationBytes + kWeightBytes + kColumnTiles * Weights::kScaleBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static_assert(kStageBytes % 128 == 0);
+
+  using Sums = float[kRowTiles][kWarpTiles][4];
+
+  // Adds the products of one slab, which is in shared memory at `stage`.
+  static __device__ __forceinline__ void multiply(const char* stage, int warp, int lane, Sums& sums) {
+    const char* rows = stage + warp / kAcross * kWarpRows * kRowBytes;
+    const int tile = warp % kAcross * kWarpTiles;
+    const char* weights = stage + kActivationBytes;
+    const typename Weights::template Fragments<kWarpTiles> fragments(
+        weights + tile * Weights::kTileBytes, weights + kWeightBytes + tile * Weights::kScaleBytes, lane);
+    uint32_t a[2][kRowTiles][4], b[2][kWarpTiles][2];  // of this step and the next
+    const auto load = [&](int step) {
+      fragments.step(step, b[step % 2]);
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) load_activations(a[step % 2][r], rows + r * 16 * kRowBytes, step, lane);
+    };
+    load(0);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (step + 1 < kSteps) load(step + 1);
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+        for (int c = 0; c < kWarpTiles; ++c) mma_16x8x16<T>(sums[r][c], a[step % 2][r], b[step % 2][c]);
+      }
+    }
+  }
+
+  // The parts [first_part, last_part), each summed from zero, added in ascending order.
+  static __device__ __forceinline__ void sum_parts(const GemmCall& call, int64_t first_row, int64_t first_column,
+                                                   int first_part, int last_part, Sums& total) {
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+    char* ring = shared_memory<char>();
+    const int slabs = static_cast<int>(call.weight.k_padded / kSlab);
+    const int begin = part_begin(slabs, first_part), end = part_begin(slabs, last_part);
+    const typename Weights::template Copy<kColumnTiles, kThreads> copy_weights(call.weight, first_column, thread);
+    const SlabCopy<kRows, kRowChunks, kThreads, true> copy_rows(call.input, call.ld_input * 2 / kChunk, first_row,
+                                                                call.m, thread);
+    const auto issue = [&](int slab, int stage) {
+      char* to = ring + stage * kStageBytes;
+      copy_weights(to + kActivationBytes, to + kActivationBytes + kWeightBytes, slab);
+      copy_rows(to, slab);
+    };
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+      if (begin + stage < end) issue(begin + stage, stage);
+      commit_copies();
+    }
+    int stage = 0, free_stage = kStages - 1, slab = begin;
+#pragma unroll 1
+    for (int part = first_part; part < last_part; ++part) {
+      Sums sums = {};
+#pragma unroll 1
+      for (const int part_end = part_begin(slabs, part + 1); slab < part_end; ++slab) {
+        wait_copies<kStages - 2>();
+        __syncthreads();  // everyone's copies are there, and nobody reads free_stage any more
+        if (slab + kStages - 1 < end) issue(slab + kStages - 1, free_stage);
+        commit_copies();
+        multiply(ring + stage * kStageBytes, warp, lane, sums);
+        free_stage = stage;
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+      }
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+        for (int c = 0; c < kWarpTiles; ++c) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            total[r][c][i] = part == first_part ? sums[r][c][i] : total[r][c][i] + sums[r][c][i];
+          }
+        }
+      }
+    }
+  }
+
+  // Leaves this block's part in the workspace; true in the block of a tile that comes last, which then has all parts
+  // added up in `sums`.
+  static __device__ __forceinline__ bool gather_parts(const GemmCall& call, int tile, int part, Sums& sums) {
+    const int thread = static_cast<int>(threadIdx.x);
+    constexpr int kVectors = kRowTiles * kWarpTiles;
+    auto* counter = static_cast<unsigned*>(call.workspace) + tile;
+    auto* parts = reinterpret_cast<float4*>(static_cast<char*>(call.workspace) + kGemmCounterBytes) +
+                  static_cast<int64_t>(tile) * kGemmParts * kVectors * kThreads + thread;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const float (&s)[4] = sums[v / kWarpTiles][v % kWarpTiles];
+      parts[(part * kVectors + v) * kThreads] = {s[0], s[1], s[2], s[3]};
+    }
+    __threadfence();
+    __syncthreads();
+    bool last = false;
+    if (thread == 0) {
+      last = atomicAdd(counter, 1u) == kGemmParts - 1;
+      if (last) *counter = 0;  // for the next product
+    }
+    if (__syncthreads_or(last) == 0) return false;
+    __threadfence();
+#pragma unroll 1  // or all loads at once would not fit in registers
+    for (int p = 0; p < kGemmParts; ++p) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        float (&s)[4] = sums[v / kWarpTiles][v % kWarpTiles];
+        const float4 next = parts[(p * kVectors + v) * kThreads];
+        s[0] = p == 0 ? next.x : s[0] + next.x;
+        s[1] = p == 0 ? next.y : s[1] + next.y;
+        s[2] = p == 0 ? next.z : s[2] + next.z;
+        s[3] = p == 0 ? next.w : s[3] + next.w;
+      }
+    }
+    return true;
+  }
+
+  // Each lane has 2 columns of each of 4 tiles; four lanes exchange them so that each has a whole row of one tile, and
+  // writes are of whole vectors.
+  static __device__ __forceinline__ void write(const GemmCall& call, int64_t first_row, int64_t first_column,
+                                               const Sums& sums) {
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+    const int64_t row = first_row + warp / kAcross * kWarpRows + lane / 4;
+    const int64_t column = first_column + warp % kAcross * kWarpColumns + lane % 4 * kUnitOutputs;
+#pragma unroll
+    for (int half = 0; half < kRowTiles * 2; ++half) {
+      float x[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = sums[half / 2][i / 2][half % 2 * 2 + i % 2];
+#pragma unroll
+      for (int bit = 1; bit <= 2; bit *= 2) {
+        const bool upper = (lane & bit) != 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if ((i / 2 & bit) != 0) continue;
+          const float given = __shfl_xor_sync(kAllLanes, upper ? x[i] : x[i + 2 * bit], bit);
+          x[i] = upper ? given : x[i];
+          x[i + 2 * bit] = upper ? x[i + 2 * bit] : given;
+        }
+      }
+      const int64_t at = row + half * 8;
+      if (at < call.m && column < call.weight.n) put_eight<T, Weights::kScaled>(call, at, column, x);
+    }
+  }
+};
+
+// Blocks [tiles of the output] or, split, [tiles][parts].
+template <class Weights, int kRows, int kColumns, int kWarpRows, int kStages, bool kSplit>
+__global__ void __launch_bounds__(TilesKernel<Weights, kRows, kColumns, kWarpRows, kStages, kSplit>::kThreads, 1)
+    gemm_tiles_kernel(GemmCall call) {
+  using Kernel = TilesKernel<Weights, kRows, kColumns, kWarpRows, kStages, kSplit>;
+  const int row_tiles = static_cast<int>((call.m + kRows - 1) / kRows);
+  const int column_tiles = static_cast<int>((call.weight.n + kColumns - 1) / kColumns);
+  const int tile = static_cast<int>(blockIdx.x);
+  const int band = tile / (kBandTiles * column_tiles), in_band = tile - band * kBandTiles * column_tiles;
+  const int left = row_tiles - band * kBandTiles, height = left < kBandTiles ? left : kBandTiles;
+  const int64_t first_row = static_cast<int64_t>(band * kBandTiles + in_band % height) * kRows;
+  const int64_t first_column = static_cast<int64_t>(in_band / height) * kColumns;
+  typename Kernel::Sums sums = {};
+  if constexpr (kSplit) {
+    const int part = static_cast<int>(blockIdx.y);
+    Kernel::sum_parts(call, first_row, first_column, part, part + 1, sums);
+    if (Kernel::gather_parts(call, tile, part, sums)) Kernel::write(call, first_row, first_column, sums);
+  } else {
+    Kernel::sum_parts(call, first_row, first_column, 0, kGemmParts, sums);
+    Kernel::write(call, first_row, first_column, sums);
+  }
+}
+
+}  // namespace fastserve::cuda

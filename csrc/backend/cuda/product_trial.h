@@ -1,0 +1,78 @@
+// Whether another library's matrix product may stand in for ours: what is measured of it, and what follows from that.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend/cuda/kernels.h"
+#include "backend/cuda/runtime_api.h"
+
+namespace fastserve::cuda {
+
+// Row counts at which a candidate's results are compared bit by bit, and those at which it is timed.
+constexpr std::array<int64_t, 10> kComparedRows = {1, 2, 8, 16, 17, 64, 100, 128, 512, 2048};
+constexpr std::array<int64_t, 4> kTimedRows = {1, 32, 512, 2048};
+using RowSeconds = std::array<double, kTimedRows.size()>;
+
+struct ProductTrial {
+  std::string name;
+  bool runs;              // at every row count
+  bool same_across_rows;  // a row has the same bits at every row count
+  bool same_as_ours;      // and those of gemm()
+  RowSeconds seconds;
+};
+
+// One way of computing products of a shape: queues the product; false if it cannot.
+using Product = std::function<bool(const GemmCall&, cudaStream_t)>;
+// Seconds that what `body` queues takes on the stream.
+using DeviceClock = std::function<double(cudaStream_t, const std::function<void()>& body)>;
+double time_on_device(cudaStream_t stream, const std::function<void()>& body);
+
+// Random operands of one shape, on the device.
+class ProductTrials {
+ public:
+  // The shape is that of 16-bit weights [n, k_padded]; `workspace` is that of gemm().
+  ProductTrials(DType dtype, int64_t n, int64_t k_padded, bool wide, void* workspace, cudaStream_t stream,
+                DeviceClock clock = time_on_device);
+
+  ProductTrial measure(const std::string& name, const Product& product);
+  const RowSeconds& ours() const { return ours_; }
+
+ private:
+  GemmCall call(int64_t rows, const Memory& output) const;
+  bool differs(const Memory& a, const Memory& b, int64_t rows);
+  // Of the median of some runs.
+  double seconds(int64_t rows, const Product& product);
+
+  DType dtype_;
+  int64_t n_, k_padded_;
+  bool wide_;
+  void* workspace_;
+  cudaStream_t stream_;
+  DeviceClock clock_;
+  Memory input_, weight_, by_us_, most_, output_, flag_;
+  RowSeconds ours_;
+};
+
+struct ProductChoice {
+  int trial;                          // or -1: none
+  int64_t from_rows;                  // products of so many rows and more are the trial's, the others ours
+  std::vector<std::string> verdicts;  // on every trial
+};
+// A trial whose bits are not ours must serve every row count, and so must be as fast as ours (within 5 %) for few rows;
+// one whose bits are ours serves from where it is faster. Of those that are faster for the most rows, the fastest
+// there.
+ProductChoice choose_product(std::span<const ProductTrial> trials, const RowSeconds& ours);
+
+// ---- kernels (product_trial.cu)
+
+// Sets *flag if any of the words differ.
+void mark_differences(const uint32_t* a, const uint32_t* b, int64_t words, uint32_t* flag, cudaStream_t stream);
+
+}  // namespace fastserve::cuda

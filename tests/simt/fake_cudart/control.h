@@ -1,0 +1,26 @@
+// What tests set of the fake runtime. The environment sets it too: FASTSERVE_SIMT_EAGERNESS, _SEED and _MEMORY.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace fake_cudart {
+
+// From here on. Work that is queued on a stream is carried out
+//   lazy:   when something waits for it, and not before;
+//   random: at some call of the API before that;
+//   eager:  at once.
+// The seed also orders the threads of kernels.
+void configure(const std::string& eagerness, uint64_t seed);
+
+// Bytes of memory the device has.
+void set_device_memory(size_t bytes);
+
+// Throws what a call that cannot throw has found (those that destructors make) and what guards around allocations show.
+void check_errors();
+
+// How many allocations, streams, events and graphs there are that nobody has freed.
+size_t live_objects();
+
+}  // namespace fake_cudart

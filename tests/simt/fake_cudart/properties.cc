@@ -1,0 +1,159 @@
+// What the device says of itself: one of compute capability 9.0.
+#include <cstdio>
+#include <cstring>
+
+#include "fake_cudart/device.h"
+#include "machine/machine.h"
+
+using fake_cudart::Device;
+using fake_cudart::enter;
+
+namespace {
+
+constexpr int kProcessors = 132;
+constexpr int kSharedPerProcessor = 228 * 1024;
+constexpr int kL2 = 50 * 1024 * 1024;
+
+struct Name {
+  cudaError_t status;
+  const char* name;
+  const char* text;
+};
+
+constexpr Name kNames[] = {
+    {cudaSuccess, "cudaSuccess", "no error"},
+    {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
+    {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
+    {cudaErrorInvalidPitchValue, "cudaErrorInvalidPitchValue", "invalid pitch argument"},
+    {cudaErrorInvalidMemcpyDirection, "cudaErrorInvalidMemcpyDirection", "invalid copy direction"},
+    {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
+    {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
+    {cudaErrorIllegalState, "cudaErrorIllegalState", "the operation cannot be performed in the present state"},
+    {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
+    {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
+     "operation not permitted when stream is capturing"},
+    {cudaErrorUnknown, "cudaErrorUnknown", "unknown error"},
+};
+
+const Name& find(cudaError_t status) {
+  static constexpr Name kUnknown{cudaErrorUnknown, "unrecognized error code", "unrecognized error code"};
+  for (const Name& name : kNames) {
+    if (name.status == status) return name;
+  }
+  return kUnknown;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* cudaGetErrorName(cudaError_t status) { return find(status).name; }
+const char* cudaGetErrorString(cudaError_t status) { return find(status).text; }
+
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int index) { return index == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaGetDevice(int* index) {
+  *index = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  *least = 0;
+  *greatest = -5;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int index) {
+  return enter("cudaGetDeviceProperties", [&](Device& self, Device::Lock&) {
+    if (index != 0) return cudaErrorInvalidDevice;
+    *properties = {};
+    std::snprintf(properties->name, sizeof properties->name, "emulated CUDA device");
+    properties->totalGlobalMem = self.total_bytes;
+    properties->sharedMemPerBlock = 48 * 1024;
+    properties->sharedMemPerBlockOptin = simt::kMaxShared;
+    properties->sharedMemPerMultiprocessor = kSharedPerProcessor;
+    properties->regsPerBlock = properties->regsPerMultiprocessor = 65536;
+    properties->warpSize = simt::kLanes;
+    properties->maxThreadsPerBlock = simt::kMaxThreads;
+    properties->maxThreadsPerMultiProcessor = 2048;
+    properties->maxThreadsDim[0] = properties->maxThreadsDim[1] = 1024;
+    properties->maxThreadsDim[2] = 64;
+    properties->maxGridSize[0] = 0x7fffffff;
+    properties->maxGridSize[1] = properties->maxGridSize[2] = 65535;
+    properties->major = 9;
+    properties->minor = 0;
+    properties->multiProcessorCount = kProcessors;
+    properties->l2CacheSize = kL2;
+    properties->asyncEngineCount = 2;
+    properties->concurrentKernels = 1;
+    properties->unifiedAddressing = 1;
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index) {
+  if (index != 0) return cudaErrorInvalidDevice;
+  switch (attribute) {
+    case cudaDevAttrMaxThreadsPerBlock:
+      *value = simt::kMaxThreads;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = 48 * 1024;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = simt::kMaxShared;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = kSharedPerProcessor;
+      return cudaSuccess;
+    case cudaDevAttrWarpSize:
+      *value = simt::kLanes;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = kProcessors;
+      return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      *value = 2048;
+      return cudaSuccess;
+    case cudaDevAttrMaxRegistersPerMultiprocessor:
+      *value = 65536;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = kL2;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      return cudaSuccess;
+    case cudaDevAttrAsyncEngineCount:
+      *value = 2;
+      return cudaSuccess;
+    default:
+      fake_cudart::error(simt::join("cudaDeviceGetAttribute: the emulated device does not know attribute ",
+                                    static_cast<int>(attribute)));
+  }
+}
+
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  if (function == nullptr) return cudaErrorInvalidValue;
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize &&
+      (value < 0 || static_cast<size_t>(value) > simt::kMaxShared)) {
+    return cudaErrorInvalidValue;
+  }
+  return cudaSuccess;
+}
+}

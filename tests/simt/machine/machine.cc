@@ -1,0 +1,106 @@
+#include "machine/machine.h"
+
+#include <cstring>
+#include <vector>
+
+#include "machine/block.h"
+#include "machine/faults.h"
+
+namespace simt {
+
+void run(const Launch& launch, const std::function<void()>& body, uint64_t seed) {
+  Random random(seed);
+  std::vector<uint3> order;
+  for (unsigned z = 0; z < launch.grid.z; ++z) {
+    for (unsigned y = 0; y < launch.grid.y; ++y) {
+      for (unsigned x = 0; x < launch.grid.x; ++x) order.push_back({x, y, z});
+    }
+  }
+  random.shuffle(order);
+
+  const CaughtSignals signals;
+  Block& now = block();
+  now.begin(launch, body, random.next());
+  try {
+    for (const uint3& index : order) now.run(index);
+  } catch (...) {
+    now.end();
+    throw;
+  }
+  now.end();
+}
+
+void fault(const std::string& what) { block().fault(what); }
+
+int lane() { return block().running()->lane; }
+
+void meet(const char* operation, unsigned mask, const Site& site, void* payload, Resolve resolve) {
+  block().meet(operation, mask, site, payload, resolve);
+}
+
+bool block_barrier(const char* operation, const Site& site, bool predicate) {
+  return block().barrier(operation, site, predicate);
+}
+
+unsigned char* shared_memory() { return block().shared(); }
+
+namespace {
+
+void check_alignment(const char* operation, const void* address, size_t alignment) {
+  if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
+    fault(join(operation, " wants an address that is a multiple of ", alignment, ", got ", address));
+  }
+}
+
+}  // namespace
+
+void check_shared(const char* operation, const void* address, size_t bytes, size_t alignment) {
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  const auto begin = reinterpret_cast<uintptr_t>(block().shared());
+  const size_t size = block().launch().shared_bytes;
+  if (at < begin || at > begin + size || bytes > begin + size - at) {
+    fault(join(operation, " is out of the block's ", size, " bytes of shared memory, at byte ",
+               static_cast<ptrdiff_t>(at - begin)));
+  }
+  check_alignment(operation, address, alignment);
+}
+
+void check_global(const char* operation, const void* address, size_t bytes, size_t alignment) {
+  const auto is_device_memory = block().launch().is_device_memory;
+  if (is_device_memory != nullptr && !is_device_memory(address, bytes)) {
+    fault(join(operation, " of ", bytes, " bytes at ", address, ", which are not the device's"));
+  }
+  check_alignment(operation, address, alignment);
+}
+
+void begin_copy(void* to, const void* from, bool valid) {
+  check_shared("copy_async", to, 16, 16);
+  check_global("copy_async", from, valid ? 16 : 0, 16);
+  std::memset(to, 0xff, 16);
+  block().running()->copies.push_back({to, from, valid});
+}
+
+void commit_copies() {
+  Thread& thread = *block().running();
+  size_t open = thread.copies.size();
+  for (const size_t group : thread.copy_groups) open -= group;
+  thread.copy_groups.push_back(open);
+}
+
+void wait_copies(int open) {
+  Thread& thread = *block().running();
+  size_t groups = 0, count = 0;
+  while (thread.copy_groups.size() - groups > static_cast<size_t>(open)) count += thread.copy_groups[groups++];
+  for (size_t i = 0; i < count; ++i) {
+    const Copy& copy = thread.copies[i];
+    if (copy.valid) {
+      std::memcpy(copy.to, copy.from, 16);
+    } else {
+      std::memset(copy.to, 0, 16);
+    }
+  }
+  thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<ptrdiff_t>(count));
+  thread.copy_groups.erase(thread.copy_groups.begin(), thread.copy_groups.begin() + static_cast<ptrdiff_t>(groups));
+}
+
+}  // namespace simt
