@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "backend/cuda/batch_clock.h"
+#include "backend/cuda/cublaslt.h"
 #include "backend/cuda/cuda_sampler.h"
 #include "backend/cuda/device_batch.h"
 #include "backend/cuda/graphs.h"
@@ -157,18 +158,23 @@ class CudaBackend final : public Backend {
   }
   void gemm(const GemmArgs& args) override {
     if (args.m == 0) return;
-    cuda::gemm({.dtype = dtype_,
-                .input = args.input,
-                .ld_input = args.ld_input,
-                .weight = static_cast<const CudaMatrix&>(*args.weight).view(),
-                .bias = args.bias,
-                .output = args.output,
-                .ld_output = args.ld_output,
-                .m = args.m,
-                .wide = args.wide,
-                .accumulate = args.accumulate,
-                .workspace = products_.as<void>()},
-               compute_);
+    const GemmCall call{.dtype = dtype_,
+                        .input = args.input,
+                        .ld_input = args.ld_input,
+                        .weight = static_cast<const CudaMatrix&>(*args.weight).view(),
+                        .bias = args.bias,
+                        .output = args.output,
+                        .ld_output = args.ld_output,
+                        .m = args.m,
+                        .wide = args.wide,
+                        .accumulate = args.accumulate,
+                        .workspace = products_.as<void>()};
+    if (CublasLt::available() && dtype_ != DType::kFloat32 && !is_quantized(call.weight.format)) {
+      // Tried out in the first iteration, which is never recorded.
+      cublas_.tune(dtype_, call.weight.n, call.weight.k_padded, call.wide, call.workspace, compute_);
+      if (cublas_.gemm(call, compute_)) return;
+    }
+    cuda::gemm(call, compute_);
   }
   void norm(const NormArgs& args) override {
     if (args.rows == 0) return;
@@ -275,7 +281,8 @@ class CudaBackend final : public Backend {
   Staging staging_;                                  // of weights on their way to the device
   Memory products_{Place::kDevice, kGemmWorkspace};  // workspaces: of products, ...
   Memory attention_;                                 // ... and of attention
-  const CudaSampler* sampler_ = nullptr;             // the runtime's
+  CublasLt cublas_;
+  const CudaSampler* sampler_ = nullptr;  // the runtime's
   std::vector<std::unique_ptr<Done>> idle_;
   std::deque<std::unique_ptr<Done>> queued_;
 };
