@@ -199,7 +199,7 @@ def test_sampling_options_reach_the_job(shell: Shell) -> None:
         ("generate --prompt a --kv-cache-memory lots", "--kv-cache-memory: must be a size such as 512M"),
         ("generate --prompt a --starvation-limit soon", "--starvation-limit: must be a number of seconds or none"),
         ("generate --prompt a --cost /no/such.json", "--cost: cannot read /no/such.json"),
-        ("generate --prompt a --device cuda", "--device: this build has no CUDA backend"),
+        ("generate --prompt a --device gpu", "--device: must be cpu, cuda or one such as cuda:1"),
         ("generate", '--prompt: is missing; give one with --prompt "…"'),
         ("generate --prompt=", "--prompt: must hold at least one token"),
         ("generate --prompt-token-ids 1,x", "--prompt-token-ids: must be integers such as 504,3575,282; got '1,x'"),

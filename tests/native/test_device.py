@@ -1,0 +1,138 @@
+"""What a CUDA device does beside a model's arithmetic: it chooses tokens, runs ahead of the host, has memory of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from machines import CUDA
+from models import CASES, save
+from synthetic import VOCAB, PoisonedModel, SyntheticModel, llama_spec, plan
+
+from fastserve import LLM, SamplingParams
+from fastserve.config import RuntimeConfig, SchedulerConfig
+from fastserve.cost import CostModel
+from fastserve.engine import Engine
+from fastserve.native import NativeRuntime
+from fastserve.types import InvalidRequest, Job
+
+SAMPLING: list[dict[str, Any]] = [
+    dict(temperature=0.0, logprobs=3),
+    dict(temperature=0.8, top_p=0.9, logprobs=0),
+    dict(temperature=1.2, top_k=7),
+    dict(temperature=1.0, min_p=0.05),
+    dict(temperature=0.9, repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2, logprobs=20),
+    dict(temperature=1.0, min_tokens=6, logit_bias={3: 4.0, 9: -2.0}),
+    dict(temperature=0.0, repetition_penalty=1.5),
+]
+
+
+def _jobs(device: str, in_flight: int) -> list[Job]:
+    runtime = NativeRuntime(SyntheticModel(llama_spec()), RuntimeConfig(dtype="float32", num_blocks=40, device=device))
+    config = SchedulerConfig(num_blocks=40, max_model_len=96, max_num_seqs=5, max_in_flight=in_flight)
+    engine = Engine(config, runtime, CostModel(per_iteration=0.01, per_token=0.001))
+    jobs = [
+        engine.add_job(
+            f"job-{i}",
+            [(31 * i + 7 * j) % VOCAB for j in range(5 + 9 * i)],
+            SamplingParams(max_tokens=16, **sampling),
+            seed=7919 * i,
+            vocab_size=VOCAB,
+            eos_token_ids=[3],
+        )
+        for i, sampling in enumerate(SAMPLING)
+    ]
+    while engine.has_work:
+        engine.step()
+    return jobs
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_tokens_are_chosen_as_on_the_cpu(device: str, in_flight: int) -> None:
+    """In float32, where logits differ in their last bits only. Two in flight: the second's tokens are the first's
+    samples, which the host has not seen yet."""
+    for here, there in zip(_jobs(device, in_flight), _jobs("cpu", 1), strict=True):
+        assert (here.output, here.finish_reason) == (there.output, there.finish_reason)
+        assert len(here.logprobs) == len(there.logprobs)
+        for one, other in zip(here.logprobs, there.logprobs, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert [token for token, _ in one.top] == [token for token, _ in other.top]
+            assert [value for _, value in one.top] == pytest.approx([value for _, value in other.top], abs=1e-4)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize(("poison", "message"), [(np.nan, "not a number"), (np.inf, "number|infinite")])
+def test_a_model_gone_wrong_fails_the_job_and_no_other(device: str, poison: float, message: str) -> None:
+    runtime = NativeRuntime(
+        PoisonedModel(llama_spec(), poison), RuntimeConfig(dtype="bfloat16", num_blocks=4, device=device)
+    )
+    batch = plan(0, [(0, 0, 2, 1), (1, 0, 2, 1)], [5, 0, 5, 6], opened=[(0, 2), (1, 2)], table=[(0, 0, 0), (1, 0, 1)])
+    runtime.submit(batch)
+    result = runtime.poll()
+    assert result is not None and result.tokens[0] == -1 and 0 <= result.tokens[1] < VOCAB
+    assert result.errors.keys() == {0}
+    assert any(part in result.errors[0] for part in message.split("|"))
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_a_small_pool_swaps_and_changes_no_token(device: str, tmp_path: Path) -> None:
+    """The whole way: pools in the device's own memory, pinned memory beside it, jobs that take turns."""
+    save(next(case for case in CASES if case.id == "llama-gqa-tied"), tmp_path)
+    prompts = [[(13 * i + j) % 97 for j in range(20 + 3 * i)] for i in range(6)]
+    params = [SamplingParams(temperature=0.7, seed=i, max_tokens=24, ignore_eos=True) for i in range(6)]
+    outputs = []
+    for memory in ("1M", "24K"):
+        options: dict[str, Any] = dict(device=device, skip_tokenizer=True, block_size=4, max_num_seqs=3)
+        with LLM(tmp_path, kv_cache_memory=memory, swap_space="1M", policy="mlfq", **options) as llm:
+            results = llm.generate(prompts, params)
+            assert llm.info["kv_cache_bytes"] <= {"1M": 2**20, "24K": 24 * 1024}[memory]
+        outputs.append([result.outputs[0].token_ids for result in results])
+        preempted = sum(result.metrics.preemptions for result in results)
+    assert outputs[0] == outputs[1]
+    assert preempted > 0
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_the_pool_takes_what_the_device_has_left(device: str, tmp_path: Path) -> None:
+    save(CASES[0], tmp_path)
+    with LLM(tmp_path, device=device, skip_tokenizer=True, max_num_seqs=2, swap_space=0) as llm:
+        assert llm.info["kv_cache_bytes"] > 100 * 2**20
+    with pytest.raises(InvalidRequest, match=r"kv_cache_memory: must .* fit in the \d+M that the device has left"):
+        LLM(tmp_path, device=device, skip_tokenizer=True, kv_cache_memory="900G")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "device: must be cpu, cuda or one such as cuda:1, got 'gpu'"),
+        ({"device": "cuda:x"}, "device: must be cpu, cuda or one such as cuda:1"),
+        ({"dtype": "float16"}, "dtype: float16 is for CUDA devices"),
+        ({"kv_cache_dtype": "float16"}, "dtype: float16 is for CUDA devices"),
+        ({"device": "cuda", "kv_cache_dtype": "int8"}, "kv_cache_dtype: must be auto or the bfloat16 of dtype"),
+        ({"device": "cuda", "dtype": "float16", "kv_cache_dtype": "bfloat16"}, "kv_cache_dtype: must be auto or the"),
+    ],
+)
+def test_what_a_device_does_not_do_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        RuntimeConfig(**options)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(InvalidRequest, match="device: there is no CUDA device 77 among"):
+        NativeRuntime(SyntheticModel(llama_spec()), RuntimeConfig(num_blocks=2, device=f"{device}:77"))
+
+
+def test_a_build_without_cuda_says_so_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastserve", "generate", "--prompt", "a", "--device", "cuda"]
+    environment = {**os.environ, "FASTSERVE_CUDA_PLUGIN": str(tmp_path / "_cuda.so")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "--device: the CUDA backend cannot be used" in done.stderr
