@@ -1,4 +1,4 @@
-"""What a CUDA device does beside a model's arithmetic: it chooses tokens, runs ahead of the host, has memory of its own."""
+"""What a CUDA device does besides a model's arithmetic: it chooses tokens, runs ahead, has memory of its own."""
 
 from __future__ import annotations
 
