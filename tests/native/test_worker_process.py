@@ -146,7 +146,9 @@ def test_one_line_where_it_cannot_start(server: Server, capfd: pytest.CaptureFix
     failed = server.hear(Failed)
     assert "/nowhere/model.gguf" in failed.message and "\n" not in failed.message
     assert engine.wait(PATIENCE) == 2
-    assert capfd.readouterr() == ("", "")
+    said = capfd.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1, "an engine that no server started says it here, too"
+    assert failed.message in said.err
 
 
 SERVER_DIES = """

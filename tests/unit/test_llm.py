@@ -219,7 +219,7 @@ def test_without_a_tokenizer_token_ids_are_served(world: ToyWorld) -> None:
         ({"admission": "never"}, "admission: must be one of paged, reserve; got 'never'"),
         ({"slowdown_limit": 0}, "slowdown_limit: must be above 0, or none, got 0"),
         ({"dtype": "float16"}, "dtype: float16 is for CUDA devices"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: must be one of auto, float32, bfloat16, int8; got 'fp8'"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: must be one of auto, float32, bfloat16, float16, int8; got 'fp8'"),
         ({"device": "tpu"}, "device: must be cpu, cuda or one such as cuda:1"),
         ({"max_model_len": 257}, "max_model_len: must be at most 256"),
         ({"max_model_len": 0}, "max_model_len: must be at least 1"),
