@@ -117,7 +117,7 @@ def assemble(
         shard = placement.shard(source, layers)
         pools = _Pools(
             kv_cache_memory,
-            swap_space if scheduling.swaps else 0,
+            swap_space,
             block_bytes(
                 spec if shard is None else shard.local(spec), running.kv_dtype, running.block_size, running.device
             ),
@@ -228,9 +228,10 @@ class _Pools:
         return -(-running.max_num_batched_tokens // running.block_size)
 
     def _swapped(self, promised: int) -> int:
-        return host_blocks(
+        blocks = host_blocks(
             self.swap_space, self.block_bytes, promised=promised, host_share=self.host_share, ranks=self.ranks
         )
+        return blocks if self.scheduling.swaps else 0
 
 
 def _digest(*values: Any) -> str:
