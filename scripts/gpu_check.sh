@@ -104,7 +104,7 @@ run_tests() {
 # A few cases of each kernel: racecheck is a hundred times slower than the machine.
 sanitize() {
   local tool status=0
-  local short=(tests/cuda/test_attention.py tests/cuda/test_elementwise.py tests/cuda/test_gemm.py tests/cuda/test_sampling.py)
+  local short=(tests/cuda/test_attention_kernels.py tests/cuda/test_elementwise.py tests/cuda/test_gemm_kernels.py tests/cuda/test_sampling.py)
   local which="segments_merge or heads_are_rotated or accumulation or norms_of_chosen or greedy_is_the_first or fill_a_batch_up"
   for tool in memcheck racecheck; do
     timeout -k 5 40 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \

@@ -126,7 +126,7 @@ def test_the_kv_cache_is_of_the_type_of_computation_unless_told() -> None:
     assert [RuntimeConfig(dtype=dtype).kv_dtype for dtype in ("float32", "bfloat16")] == ["float32", "bfloat16"]
     assert RuntimeConfig(dtype="float32", kv_cache_dtype="int8").kv_dtype == "int8"
     for wrong in (None, 8, ["int8"], "fp8"):
-        with pytest.raises(InvalidRequest, match="kv_cache_dtype: must be one of auto, float32, bfloat16, .*int8; got"):
+        with pytest.raises(InvalidRequest, match="kv_cache_dtype: must be one of auto, float32, bfloat16"):
             RuntimeConfig(kv_cache_dtype=wrong)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-// Matrices on the device and their products, for tests/cuda/test_gemm.py.
+// Matrices on the device and their products, for tests/cuda/test_gemm_kernels.py.
 #include "backend/cuda/gemm_kernels.h"
 
 #include <pybind11/numpy.h>
