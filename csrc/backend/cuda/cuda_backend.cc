@@ -147,6 +147,7 @@ class CudaBackend final : public Backend {
     idle_.push_back(std::move(queued_.front()));
     queued_.pop_front();
   }
+  bool done() const override { return queued_.front()->passed(); }
 
   void drain() noexcept override { static_cast<void>(cudaStreamSynchronize(compute_)); }
 
@@ -271,6 +272,7 @@ class CudaBackend final : public Backend {
     Done& operator=(const Done&) = delete;
     void record(cudaStream_t stream) const { check(cudaEventRecord(event_, stream)); }
     void synchronize() const { check(cudaEventSynchronize(event_)); }
+    bool passed() const { return cudaEventQuery(event_) != cudaErrorNotReady; }  // errors are synchronize()'s to tell
 
    private:
     cudaEvent_t event_ = nullptr;
