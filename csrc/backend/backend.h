@@ -181,6 +181,8 @@ class Backend {
   // All of the batch is queued; waits until all is done of the oldest batch that was not yet waited for.
   virtual void end() = 0;
   virtual void wait() = 0;
+  // Whether wait() would return, or throw, at once. Only while there is such a batch.
+  virtual bool done() const = 0;
   // Waits until nothing is queued, so that memory can go. Throws nothing: what has failed has been told.
   virtual void drain() noexcept = 0;
 

@@ -194,6 +194,15 @@ void Runtime::work() {
   const auto room = [&] {
     return static_cast<int64_t>(launched.size()) < (any_neighbour() == nullptr ? backend_->depth() : 1);
   };
+  const auto runs = [](const Launched& each) { return !each.result.error && !each.plan.rows.empty(); };
+  const auto done = [&](Launched& oldest) {
+    try {
+      return backend_->done();
+    } catch (...) {
+      oldest.result.error = std::current_exception();
+      return true;
+    }
+  };
   std::unique_lock lock(mutex_);
   for (;;) {
     submitted_.wait(lock, [&] { return stop_ || failure_ || !plans_.empty() || !launched.empty(); });
@@ -207,6 +216,16 @@ void Runtime::work() {
       lock.lock();
       if (!launched.back().result.error && room() && !plans_.empty()) continue;
     }
+    // A plan that comes while the oldest runs is launched behind it: were it launched afterwards, the device would be
+    // idle meanwhile.
+    while (room() && runs(launched.front()) && plans_.empty() && !stop_ && !failure_) {
+      lock.unlock();
+      const bool over = done(launched.front());
+      if (!over) std::this_thread::yield();
+      lock.lock();
+      if (over) break;
+    }
+    if (room() && runs(launched.front()) && !plans_.empty()) continue;
     Launched oldest = std::move(launched.front());
     launched.pop_front();
     lock.unlock();

@@ -328,3 +328,17 @@ def test_shards_of_heads(kernels: ModuleType, dtype: str) -> None:
 def test_heads_that_are_too_large_are_refused(kernels: ModuleType) -> None:
     with pytest.raises(kernels.Error, match="attention takes heads of up to 256 dimensions, got 272"):
         Jobs(kernels, Shape(272, 16, 1, 1, (1,)), "bfloat16").run([Part(0, 0, 1)])
+
+
+def test_the_workspace_fits_beside_a_pool(kernels: ModuleType) -> None:
+    """Nobody sets memory aside for it, so it must not grow with rows times the longest context without bound."""
+    shape = {"dtype": "bfloat16", "num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+    counters = kernels.attention_workspace(**shape, decodes=0, max_context=0)
+    segments = {rows: rows * 32 * 4 for rows in (1, 64)}  # of 1,024 positions: a vector and two numbers for each
+    for rows, count in segments.items():
+        assert kernels.attention_workspace(**shape, decodes=rows, max_context=1024) == counters + 4 * 130 * count
+    # One block for each row and KV head fills the device: nobody leaves anything for others.
+    assert kernels.attention_workspace(**shape, decodes=256, max_context=1 << 17) == counters
+    for rows in range(1, 513):
+        for context in (1 << 10, 1 << 17, 1 << 20):
+            assert kernels.attention_workspace(**shape, decodes=rows, max_context=context) <= counters + 2**30

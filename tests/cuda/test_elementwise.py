@@ -359,6 +359,12 @@ def test_activations_equal_float64(kernels: Any, dtype: str, kind: str, gated: b
     np.testing.assert_array_equal(actual[:, pad:], inputs[:, pad:])
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 1027, 2048])
+def test_words_reach_the_device_and_come_back(kernels: Any, count: int) -> None:
+    words = np.random.default_rng(count).integers(0, 2**32, count, np.uint32)
+    np.testing.assert_array_equal(kernels.copy_there_and_back(words=words), words)
+
+
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 1027, 2048])
 def test_sums_are_float32_sums(kernels: Any, count: int) -> None:
     a, b = _random(1, count), _random(2, count)

@@ -59,6 +59,17 @@ def test_streams_that_nothing_orders_race(cuda: ModuleType) -> None:
         cuda.copy(back, 0, a, 0, 4 * COUNT, second)
 
 
+def test_a_write_from_pageable_memory_may_still_be_on_its_way(cuda: ModuleType) -> None:
+    """The default stream has to be waited for: other streams do not wait for it."""
+    stream, a, values, back = cuda.Stream(), device(cuda), RAMP.copy(), pinned(cuda)
+    a.begin_write(values)
+    values[:] = 0  # taken over already
+    assert np.array_equal(a.read(), RAMP)
+    a.begin_write(ONES)
+    with pytest.raises(cuda.Error, match=r"race: cudaMemcpy of 400 bytes.* writes and .* reads"):
+        cuda.copy(back, 0, a, 0, 4 * COUNT, stream)
+
+
 def test_an_event_orders_streams(cuda: ModuleType) -> None:
     first, second, event = cuda.Stream(), cuda.Stream(), cuda.Event()
     a, host, back = device(cuda), pinned(cuda, RAMP), pinned(cuda)

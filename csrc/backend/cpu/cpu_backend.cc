@@ -134,6 +134,7 @@ class CpuBackend final : public Backend {
   void forget() override {}
   void end() override {}
   void wait() override {}
+  bool done() const override { return true; }
   void drain() noexcept override {}
 
   void embed(const EmbedArgs& args) override {

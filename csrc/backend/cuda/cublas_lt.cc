@@ -69,7 +69,7 @@ bool load(void* library, Library& found) {
 
 void check_status(Status status) { FS_CHECK(status == 0, "cuBLASLt: status ", status); }
 
-class Loaded final : public CublasLt {
+class Loaded final : public ReferenceProducts {
  public:
   explicit Loaded(const Library& library) : library_(library), workspace_(Place::kDevice, kWorkspace) {
     check_status(library_.create(&handle_));
@@ -128,7 +128,7 @@ class Loaded final : public CublasLt {
 
 }  // namespace
 
-std::unique_ptr<CublasLt> CublasLt::open() {
+std::unique_ptr<ReferenceProducts> ReferenceProducts::open() {
   for (const char* file : {"libcublasLt.so.13", "libcublasLt.so.12"}) {
     void* library = dlopen(file, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
     Library found{};

@@ -11,11 +11,11 @@
 
 namespace fastserve::cuda {
 
-class CublasLt {
+class ReferenceProducts {
  public:
   // Null where the library is not to be found: libcublasLt.so.13 or .12, where the loader looks (LD_LIBRARY_PATH).
-  static std::unique_ptr<CublasLt> open();
-  virtual ~CublasLt() = default;
+  static std::unique_ptr<ReferenceProducts> open();
+  virtual ~ReferenceProducts() = default;
 
   virtual std::string name() const = 0;
   // Prepares products output[m, n] = input[m, k] · weight[n, k]ᵀ of row-major matrices of `type`, sums in float32.

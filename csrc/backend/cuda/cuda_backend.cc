@@ -44,7 +44,10 @@ bool holds(KvFormat format, DType dtype) {
 class CudaBackend final : public Backend {
  public:
   CudaBackend(DType dtype, int device) : dtype_(dtype), device_(device), name_(device_name(device)) {}
-  ~CudaBackend() override { static_cast<void>(cudaDeviceSynchronize()); }
+  ~CudaBackend() override {
+    static_cast<void>(cudaSetDevice(device_));  // on whichever thread this is
+    static_cast<void>(cudaDeviceSynchronize());
+  }
 
   const char* name() const override { return name_.c_str(); }
   int threads() const override { return 1; }
@@ -52,14 +55,22 @@ class CudaBackend final : public Backend {
   bool on_host() const override { return false; }
   int64_t depth() const override { return kDepth; }
 
-  Buffer allocate(int64_t bytes) override { return release(Memory(Place::kDevice, bytes)); }
-  Buffer allocate_host(int64_t bytes) override { return release(Memory(Place::kPinned, bytes)); }
+  Buffer allocate(int64_t bytes) override {
+    use_device();
+    return release(Memory(Place::kDevice, bytes));
+  }
+  Buffer allocate_host(int64_t bytes) override {
+    use_device();
+    return release(Memory(Place::kPinned, bytes));
+  }
 
   void upload(const void* from, void* to, int64_t bytes) override {
     use_device();
     if (bytes == 0) return;
     compute_.synchronize();
     check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+    // From memory that is not pinned it may still be on its way, and our streams do not wait for the default one.
+    check(cudaStreamSynchronize(nullptr));
   }
   void download(const void* from, void* to, int64_t bytes) override {
     use_device();
@@ -136,6 +147,7 @@ class CudaBackend final : public Backend {
     idle_.push_back(std::move(queued_.front()));
     queued_.pop_front();
   }
+  bool done() const override { return queued_.front()->passed(); }
 
   void drain() noexcept override { static_cast<void>(cudaStreamSynchronize(compute_)); }
 
@@ -205,9 +217,10 @@ class CudaBackend final : public Backend {
                          batch_, compute_);
   }
   void attention(const AttentionArgs& args) override {
-    const int64_t bytes = attention_workspace(args.num_heads, pool_.head_dim, batch_.num_decodes, batch_.max_context);
+    const int64_t bytes = attention_workspace(args.num_heads, pool_, batch_.num_decodes, batch_.max_context);
     if (static_cast<int64_t>(attention_.bytes()) < bytes) {  // never while recording: a first run has been here before
       compute_.synchronize();
+      attention_ = Memory();  // first, or both would have to fit
       attention_ = Memory(Place::kDevice, bytes + bytes / 2);
       graphs_.clear();
     }
@@ -259,6 +272,7 @@ class CudaBackend final : public Backend {
     Done& operator=(const Done&) = delete;
     void record(cudaStream_t stream) const { check(cudaEventRecord(event_, stream)); }
     void synchronize() const { check(cudaEventSynchronize(event_)); }
+    bool passed() const { return cudaEventQuery(event_) != cudaErrorNotReady; }  // errors are synchronize()'s to tell
 
    private:
     cudaEvent_t event_ = nullptr;

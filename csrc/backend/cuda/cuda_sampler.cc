@@ -160,7 +160,7 @@ void CudaSampler::sample(float* logits, int64_t ld, std::span<const SampleReques
                   .workspace = workspace_.as<void>()},
                  stream_);
     const size_t bytes = tops ? batch.tops_offset + count * kMaxTop * sizeof(TopToken) : batch.tops_offset;
-    check(cudaMemcpyAsync(transfer.reserve(bytes), results_.as<void>(), bytes, cudaMemcpyDeviceToHost, stream_));
+    queue_copy(transfer.reserve(bytes), results_.as<void>(), bytes, stream_);
     transfer.mark(stream_);
   }
   sampling_.push_back(std::move(batch));

@@ -129,6 +129,15 @@ __global__ void __launch_bounds__(kThreads) add_kernel(const float* input, float
   }
 }
 
+__global__ void __launch_bounds__(kThreads) copy_kernel(const uint32_t* from, uint32_t* to, int64_t words) {
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 4;
+  if (first + 4 <= words) {
+    *reinterpret_cast<uint4*>(to + first) = *reinterpret_cast<const uint4*>(from + first);
+  } else {
+    for (int64_t i = first; i < words; ++i) to[i] = from[i];
+  }
+}
+
 }  // namespace
 
 void embed(const EmbedCall& call, cudaStream_t stream) {
@@ -167,6 +176,14 @@ void activate(DType dtype, Activation kind, bool gated, void* x, int64_t tokens,
     case DType::kFloat16:
       return activate_rows<Half>(kind, gated, x, tokens, width, ld, stream);
   }
+}
+
+void copy_words(const void* from, void* to, int64_t bytes, cudaStream_t stream) {
+  FS_CHECK(bytes % 4 == 0, "whole words are copied, not ", bytes, " bytes");
+  if (bytes == 0) return;
+  launch(copy_kernel,
+         {.grid = dim3(blocks_of(ceil_div(bytes, 16))), .block = dim3(kThreads), .shared_bytes = 0, .stream = stream},
+         static_cast<const uint32_t*>(from), static_cast<uint32_t*>(to), bytes / 4);
 }
 
 void add(const float* input, float* output, int64_t count, cudaStream_t stream) {

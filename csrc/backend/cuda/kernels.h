@@ -142,6 +142,11 @@ void rope_and_store(const RopeAndStoreCall& call, const DeviceBatch& batch, cuda
 void activate(DType dtype, Activation kind, bool gated, void* x, int64_t tokens, int64_t width, int64_t ld,
               cudaStream_t stream);
 
+// Copies whole words of 4 bytes, from and to multiples of 16, between the device's memory and pinned memory of the
+// host, by a kernel: a device's copy engines take what they are given one after the other, and so what an iteration
+// waits for would stand behind KV blocks.
+void copy_words(const void* from, void* to, int64_t bytes, cudaStream_t stream);
+
 // output[i] += input[i]
 void add(const float* input, float* output, int64_t count, cudaStream_t stream);
 
@@ -166,7 +171,8 @@ struct AttentionCall {
 // Causal attention of every token over its job's pool blocks, its own chunk included (which is in the pool by now).
 // Contexts are cut at absolute multiples of kSegment positions; segments merge in ascending order.
 void attention(const AttentionCall& call, const DeviceBatch& batch, cudaStream_t stream);
-// Bytes that `decodes` rows of up to max_context positions may need.
-int64_t attention_workspace(int64_t num_heads, int64_t head_dim, int64_t decodes, int64_t max_context);
+// Bytes that `decodes` rows of up to max_context positions may need. Few where each row has one block for each KV head,
+// because there are rows enough to fill the device, or too many and too long ones to leave parts of all in memory.
+int64_t attention_workspace(int64_t num_heads, const KvLayout& pool, int64_t decodes, int64_t max_context);
 
 }  // namespace fastserve::cuda

@@ -7,9 +7,19 @@
 #include <span>
 #include <utility>
 
+#include "backend/cuda/kernels.h"
 #include "backend/cuda/runtime_api.h"
 
 namespace fastserve::cuda {
+
+// As many bytes a kernel copies, past whatever the copy engines are at; more are worth one of them.
+constexpr size_t kMostByKernel = size_t{1} << 20;
+
+// Queues a copy of whole words between pinned memory and the device's.
+inline void queue_copy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
+  if (bytes <= kMostByKernel) return copy_words(from, to, static_cast<int64_t>(bytes), stream);
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream));
+}
 
 // More than batches are queued at a time.
 constexpr size_t kTransfers = 3;
@@ -44,13 +54,13 @@ class Uploads {
     }
     return device_.as<std::byte>();
   }
-  // Queues the upload to the address that reserve() gave for as many bytes.
+  // Queues the upload, of whole words, to the address that reserve() gave for as many bytes.
   void upload(std::span<const std::byte> data, cudaStream_t stream) {
     Transfer& transfer = transfers_[next_];
     next_ = (next_ + 1) % kTransfers;
     void* pinned = transfer.reserve(data.size());
     std::memcpy(pinned, data.data(), data.size());
-    check(cudaMemcpyAsync(device_.as<void>(), pinned, data.size(), cudaMemcpyHostToDevice, stream));
+    queue_copy(device_.as<void>(), pinned, data.size(), stream);
     transfer.mark(stream);
   }
   // Whether the address has changed since this was last asked.

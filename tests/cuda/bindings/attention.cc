@@ -22,7 +22,9 @@ class PagedAttention {
                  int64_t query_offset, float scale, int64_t decodes, int64_t max_context)
       : pool_(pool),
         workspace_(Place::kDevice,
-                   static_cast<size_t>(attention_workspace(num_heads, head_dim, decodes, max_context))) {
+                   static_cast<size_t>(attention_workspace(
+                       num_heads, {{parse_kv_format(dtype), num_layers, num_kv_heads, head_dim, block_size}}, decodes,
+                       max_context))) {
     call_.dtype = parse_dtype(dtype);
     call_.num_heads = num_heads;
     call_.query_group = query_group;
@@ -81,6 +83,15 @@ class PagedAttention {
 
 void register_attention(py::module_& module) {
   module.attr("PREFILL_TILE") = kPrefillTile;
+  module.def(
+      "attention_workspace",
+      [](const std::string& dtype, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t decodes,
+         int64_t max_context) {
+        const KvLayout pool{{parse_kv_format(dtype), 1, num_kv_heads, head_dim, 16}};
+        return attention_workspace(num_heads, pool, decodes, max_context);
+      },
+      py::arg("dtype"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("decodes"),
+      py::arg("max_context"));
   py::class_<PagedAttention>(module, "PagedAttention")
       .def(py::init<const std::string&, const py::array&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                     int64_t, float, int64_t, int64_t>(),

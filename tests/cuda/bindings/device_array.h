@@ -20,6 +20,7 @@ class DeviceArray {
     memory_ = Memory(Place::kDevice, static_cast<size_t>(dense.nbytes()));
     if (dense.nbytes() == 0) return;
     check(cudaMemcpy(data(), dense.data(), static_cast<size_t>(dense.nbytes()), cudaMemcpyHostToDevice));
+    check(cudaStreamSynchronize(nullptr));  // for which other streams do not wait
   }
   // None is a null pointer.
   static DeviceArray optional(const pybind11::object& values) {

@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <string>
 
 #include "backend/cuda/kernels.h"
@@ -130,6 +131,18 @@ py::array add_arrays(const py::array& input, const py::array& output) {
   return device_output.numpy();
 }
 
+// Through pinned memory to the device and back.
+py::array_t<uint32_t> copy_there_and_back(const py::array_t<uint32_t, py::array::c_style>& words) {
+  const auto bytes = static_cast<size_t>(words.nbytes());
+  const Memory there(Place::kPinned, bytes), device(Place::kDevice, bytes), back(Place::kPinned, bytes);
+  std::memcpy(there.as<void>(), words.data(), bytes);
+  const Stream stream;
+  copy_words(there.as<void>(), device.as<void>(), words.nbytes(), stream);
+  copy_words(device.as<void>(), back.as<void>(), words.nbytes(), stream);
+  stream.synchronize();
+  return py::array_t<uint32_t>(words.size(), back.as<uint32_t>());
+}
+
 }  // namespace
 
 void register_elementwise(py::module_& module) {
@@ -145,6 +158,7 @@ void register_elementwise(py::module_& module) {
   module.def("activate", &activate_rows, py::arg("dtype"), py::arg("kind"), py::arg("gated"), py::arg("x"),
              py::arg("width"));
   module.def("add", &add_arrays, py::arg("input"), py::arg("output"));
+  module.def("copy_there_and_back", &copy_there_and_back, py::arg("words"));
 }
 
 }  // namespace fastserve::cuda

@@ -43,6 +43,7 @@ float load(DType dtype, const char* from) {
 struct DeviceArray {
   explicit DeviceArray(const std::vector<char>& host) : memory(Place::kDevice, host.size()) {
     check(cudaMemcpy(memory.as<void>(), host.data(), host.size(), cudaMemcpyHostToDevice));
+    check(cudaStreamSynchronize(nullptr));  // for which other streams do not wait
   }
   std::vector<char> download() const {
     std::vector<char> host(memory.bytes());

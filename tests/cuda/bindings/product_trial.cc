@@ -44,6 +44,7 @@ ProductTrial measure(const std::string& dtype, int64_t n, int64_t k, bool wide, 
   const std::vector<float> ones(n, 1.0f);
   const Memory bias(Place::kDevice, n * sizeof(float));
   check(cudaMemcpy(bias.as<void>(), ones.data(), bias.bytes(), cudaMemcpyHostToDevice));
+  check(cudaStreamSynchronize(nullptr));  // for which other streams do not wait
   ProductTrial trial = trials.measure(kind, stand_in(kind, bias.as<float>()));
   stream.synchronize();
   return trial;
@@ -80,12 +81,14 @@ void register_product_trial(py::module_& module) {
             check(cudaMemcpy(memory.as<float>() + i * stride, from.data(i, first), columns * sizeof(float),
                              cudaMemcpyHostToDevice));
           }
+          check(cudaStreamSynchronize(nullptr));  // for which other streams do not wait
           return memory;
         };
         Stream stream;
         const Memory output = rows(onto, 0, n, ld);
         Memory device_bias(Place::kDevice, ld * sizeof(float));
         check(cudaMemcpy(device_bias.as<void>(), bias.data(), n * sizeof(float), cudaMemcpyHostToDevice));
+        check(cudaStreamSynchronize(nullptr));
         const GemmCall call{.dtype = DType::kBFloat16,
                             .input = nullptr,
                             .ld_input = 0,

@@ -20,6 +20,7 @@ template <class T>
 Memory upload(const std::vector<T>& values) {
   Memory memory(Place::kDevice, values.size() * sizeof(T));
   if (!values.empty()) check(cudaMemcpy(memory.as<void>(), values.data(), memory.bytes(), cudaMemcpyHostToDevice));
+  check(cudaStreamSynchronize(nullptr));  // for which other streams do not wait
   return memory;
 }
 

@@ -90,6 +90,10 @@ bool hammer(int threads, int rounds) {
   return std::find(right.begin(), right.end(), 0) == right.end();
 }
 
+void write(const Memory& memory, const py::array_t<float>& values) {
+  check(cudaMemcpy(memory.as<void>(), values.data(), static_cast<size_t>(values.nbytes()), cudaMemcpyDefault));
+}
+
 }  // namespace
 
 void register_streams(py::module_& module) {
@@ -104,9 +108,11 @@ void register_streams(py::module_& module) {
       // the default stream, and for nothing else.
       .def("write",
            [](const Memory& memory, const py::array_t<float>& values) {
-             check(
-                 cudaMemcpy(memory.as<void>(), values.data(), static_cast<size_t>(values.nbytes()), cudaMemcpyDefault));
+             write(memory, values);
+             check(cudaStreamSynchronize(nullptr));
            })
+      // Which other streams may not see yet.
+      .def("begin_write", write)
       .def("read",
            [](const Memory& memory) {
              py::array_t<float> values(static_cast<py::ssize_t>(memory.bytes() / 4));

@@ -74,6 +74,17 @@ cudaError_t copy(Device& self, Device::Lock& lock, const char* function, const R
   Task task;
   task.name = simt::join(function, " of ", to.width * to.count, " bytes, ", name(kind));
   add_ranges(task, to, true);
+  if (waits && source == nullptr && on_device(target)) {
+    // From pageable memory to the device's, who calls is waited for only until the bytes have been taken over (CUDA
+    // Runtime API, "API synchronization behavior"): other streams need not see them yet.
+    const auto staged = std::make_shared<std::vector<char>>();
+    for (size_t i = 0; i < from.count; ++i) staged->insert(staged->end(), from.row(i), from.row(i) + from.width);
+    task.action = [to, staged] {
+      for (size_t i = 0; i < to.count; ++i) std::memcpy(to.row(i), staged->data() + i * to.width, to.width);
+    };
+    self.submit(stream, std::move(task));
+    return cudaSuccess;
+  }
   add_ranges(task, from, false);
   task.action = [to, from] {
     for (size_t i = 0; i < to.count; ++i) std::memmove(to.row(i), from.row(i), to.width);
