@@ -6,6 +6,6 @@
 #include "register_all.h"
 
 PYBIND11_MODULE(_kernels, module) {
-  pybind11::register_exception<fastserve::Error>(module, "Error", PyExc_RuntimeError);
+  pybind11::register_local_exception<fastserve::Error>(module, "Error", PyExc_RuntimeError);
   fastserve::cuda::register_all(module);
 }
