@@ -122,6 +122,15 @@ bool Communicator::advance() {
   return guarded([&] { return do_advance(); });
 }
 
+void Communicator::look(double seconds) {
+  guarded([&] {
+    do_look();
+    FS_CHECK(seconds < patience_.seconds, members_[rank_].text(), " has waited ", seconds,
+             " seconds for its device, which waits for those of other ranks");
+    if (patience_.ask) patience_.ask();
+  });
+}
+
 void Communicator::close() {
   if (closed_) return;
   guarded([&] { do_close(); });

@@ -1,7 +1,13 @@
-"""A model over several ranks that compute on CUDA devices, or all on one: what they send crosses the host."""
+"""A model over several ranks that compute on CUDA devices. What they send each other crosses the host, or goes by NCCL:
+the emulated devices' stand-in for it, which is in their plugin."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +15,25 @@ import pytest
 from machines import CUDA
 from models import CASES, save
 
-from fastserve import LLM, SamplingParams
+from fastserve import LLM, SamplingParams, _C
 
 PROMPTS = [[3, 5, 7, 9, 11] * 4, [1, 2, 3]]
+PROGRAM = Path(__file__).parent / "programs" / "shares_model.py"
+THROUGH_HOST = "exchanges with others through the host's memory"
+EMULATED = Path(os.environ.get("FASTSERVE_CUDA_PLUGIN", "/nowhere"))
+WAYS = ["host", "nccl", "nccl graphs"]
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How ranks exchange from here on."""
+    way: str = request.param
+    if way.startswith("nccl") and not EMULATED.exists():
+        pytest.skip("GPUs' own NCCL takes a GPU for each rank")
+    monkeypatch.setenv("FASTSERVE_NCCL", "0" if way == "host" else str(EMULATED))
+    monkeypatch.setenv("FASTSERVE_NCCL_GRAPHS", "1" if way == "nccl graphs" else "0")
+    monkeypatch.setenv("FASTSERVE_DEBUG", "1")
+    return way
 
 
 def _tokens(path: Path, **options: Any) -> list[list[int]]:
@@ -24,8 +46,15 @@ def _tokens(path: Path, **options: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("device", [CUDA])
-@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
-def test_tokens_are_those_of_one_cpu(device: str, tensor: int, pipeline: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("way", "tensor", "pipeline"),
+    [(way, *layout) for way in WAYS for layout in [(2, 1), (1, 2), (2, 2)] if way != "nccl graphs" or layout == (2, 1)],
+    indirect=["way"],
+)
+def test_tokens_are_those_of_one_cpu(
+    device: str, way: str, tensor: int, pipeline: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     save(next(case for case in CASES if case.id == "llama-gqa-tied"), tmp_path)
     layout = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
     assert _tokens(tmp_path, device=f"{device}:0", **layout) == _tokens(tmp_path)
+    assert (THROUGH_HOST in capfd.readouterr().err) == (way == "host")

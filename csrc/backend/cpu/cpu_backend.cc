@@ -134,6 +134,7 @@ class CpuBackend final : public Backend {
   void forget() override {}
   void end() override {}
   void wait() override {}
+  std::unique_ptr<DeviceCommunicator> connect(Communicator&, int, int, int64_t) override { return nullptr; }
   void drain() noexcept override {}
 
   void embed(const EmbedArgs& args) override {

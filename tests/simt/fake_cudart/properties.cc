@@ -1,4 +1,6 @@
 // What the device says of itself: one of compute capability 9.0.
+#include <unistd.h>
+
 #include <cstdio>
 #include <cstring>
 
@@ -80,6 +82,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int index) {
     if (index != 0) return cudaErrorInvalidDevice;
     *properties = {};
     std::snprintf(properties->name, sizeof properties->name, "emulated CUDA device");
+    const auto process = static_cast<int>(getpid());  // each has a device of its own
+    std::memcpy(properties->uuid.bytes, &process, sizeof process);
     properties->totalGlobalMem = self.total_bytes;
     properties->sharedMemPerBlock = 48 * 1024;
     properties->sharedMemPerBlockOptin = simt::kMaxShared;
