@@ -4,21 +4,17 @@ the emulated devices' stand-in for it, which is in their plugin."""
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from deaths import check_others_name
 from machines import CUDA
 from models import CASES, save
 
-from fastserve import LLM, SamplingParams, _C
+from fastserve import LLM, SamplingParams
 
 PROMPTS = [[3, 5, 7, 9, 11] * 4, [1, 2, 3]]
-PROGRAM = Path(__file__).parent / "programs" / "shares_model.py"
 THROUGH_HOST = "exchanges with others through the host's memory"
 EMULATED = Path(os.environ.get("FASTSERVE_CUDA_PLUGIN", "/nowhere"))
 WAYS = ["host", "nccl", "nccl graphs"]
@@ -58,3 +54,21 @@ def test_tokens_are_those_of_one_cpu(
     layout = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
     assert _tokens(tmp_path, device=f"{device}:0", **layout) == _tokens(tmp_path)
     assert (THROUGH_HOST in capfd.readouterr().err) == (way == "host")
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("way", ["host", "nccl"], indirect=True)
+@pytest.mark.parametrize(
+    ("layout", "killed", "doing"),
+    [
+        ((2, 1), 1, ["waits for it", "comes"]),  # joins
+        ((2, 1), 1, ["leads", "loads"]),  # the other's device waits for its share of a sum,
+        ((1, 2), 1, ["leads", "loads"]),  # to be rid of what it sends,
+        ((1, 2), 0, ["tells a plan", "follows"]),  # or for what it is to receive
+    ],
+    ids=str,
+)
+def test_all_others_name_a_killed_rank(
+    device: str, way: str, layout: tuple[int, int], killed: int, doing: list[str]
+) -> None:
+    check_others_name(killed, layout, [f"{device} {each}" for each in doing])
