@@ -122,11 +122,14 @@ bool Communicator::advance() {
   return guarded([&] { return do_advance(); });
 }
 
-void Communicator::look(double seconds) {
+void Communicator::look(double seconds, std::span<const int> awaited) {
   guarded([&] {
     do_look();
-    FS_CHECK(seconds < patience_.seconds, members_[rank_].text(), " has waited ", seconds,
-             " seconds for its device, which waits for those of other ranks");
+    if (seconds >= patience_.seconds) {
+      std::string others;
+      for (const int r : awaited) others += (others.empty() ? "" : " or ") + members_[r].text();
+      FS_CHECK(false, members_[rank_].text(), " has waited ", seconds, " seconds for ", others);
+    }
     if (patience_.ask) patience_.ask();
   });
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deaths import check_others_name
+from deaths import check_others_name, started
 from machines import CUDA
 from models import CASES, save
 
@@ -72,3 +72,16 @@ def test_all_others_name_a_killed_rank(
     device: str, way: str, layout: tuple[int, int], killed: int, doing: list[str]
 ) -> None:
     check_others_name(killed, layout, [f"{device} {each}" for each in doing])
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("way", ["nccl"], indirect=True)
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("without", [0, 1])
+def test_what_one_rank_lacks_none_uses(device: str, way: str, layout: tuple[int, int], without: int) -> None:
+    lacks = {without: {"FASTSERVE_NCCL": "/nowhere/libnccl.so.2"}}
+    with started(layout, [f"{device} leads", f"{device} follows"], lacks) as processes:
+        told = [process.communicate(timeout=60)[1] for process in processes]
+        assert processes[0].returncode == 0, told[0]
+        assert all(THROUGH_HOST in each for each in told), told
+        assert "there is no /nowhere/libnccl.so.2" in told[without]

@@ -81,6 +81,9 @@ class NcclCommunicator final : public DeviceCommunicator {
         size_(size),
         parts_(Place::kDevice, static_cast<size_t>(most * size) * sizeof(float)),
         repeatable_(set("FASTSERVE_NCCL_GRAPHS")) {
+    for (int r = first; r < first + size; ++r) {
+      if (r != ranks.rank()) awaited_.push_back(r);
+    }
     owner_.open_.push_back(this);
   }
   ~NcclCommunicator() override {
@@ -136,7 +139,7 @@ class NcclCommunicator final : public DeviceCommunicator {
   bool repeatable() const override { return repeatable_; }
 
   void look(double seconds) {
-    ranks_.look(seconds);
+    ranks_.look(seconds, awaited_);
     if (!joined_ || comm_ == nullptr) return;
     nccl::Result state = nccl::kSuccess;
     check_result(library_.state(comm_, &state));
@@ -180,6 +183,7 @@ class NcclCommunicator final : public DeviceCommunicator {
   const nccl::Library library_;
   Communicator& ranks_;
   const int first_, size_;
+  std::vector<int> awaited_;
   const Memory parts_;  // of a sum, every rank's
   const bool repeatable_;
   nccl::Comm comm_ = nullptr;

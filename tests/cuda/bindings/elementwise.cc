@@ -130,6 +130,14 @@ py::array add_arrays(const py::array& input, const py::array& output) {
   return device_output.numpy();
 }
 
+py::array sum_of_parts(const py::array& parts) {
+  const DeviceArray device_parts(parts), output(py::array_t<float>(parts.shape(1)));
+  const Stream stream;
+  sum_parts(device_parts.as<float>(), parts.shape(0), parts.shape(1), output.as<float>(), stream);
+  stream.synchronize();
+  return output.numpy();
+}
+
 }  // namespace
 
 void register_elementwise(py::module_& module) {
@@ -145,6 +153,7 @@ void register_elementwise(py::module_& module) {
   module.def("activate", &activate_rows, py::arg("dtype"), py::arg("kind"), py::arg("gated"), py::arg("x"),
              py::arg("width"));
   module.def("add", &add_arrays, py::arg("input"), py::arg("output"));
+  module.def("sum_parts", &sum_of_parts, py::arg("parts"));
 }
 
 }  // namespace fastserve::cuda
