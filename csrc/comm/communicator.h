@@ -105,7 +105,8 @@ class Communicator {
   bool wait_until(Message& message, TimePoint until);
   // Moves what can be moved of the messages that were begun; whether some are not done.
   bool advance();
-  // For a wait of another kind for some of these ranks, which has taken so many seconds: throws what would end one here.
+  // For a wait of another kind for some of these ranks, which has taken so many seconds: throws what would end one of
+  // these here.
   void look(double seconds, std::span<const int> awaited);
   // Waits of this communicator advance the other as well, which must not be gone before.
   void advance_meanwhile(Communicator& other) { meanwhile_ = &other; }

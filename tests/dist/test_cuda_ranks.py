@@ -77,11 +77,20 @@ def test_all_others_name_a_killed_rank(
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("way", ["nccl"], indirect=True)
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=str)
-@pytest.mark.parametrize("without", [0, 1])
-def test_what_one_rank_lacks_none_uses(device: str, way: str, layout: tuple[int, int], without: int) -> None:
-    lacks = {without: {"FASTSERVE_NCCL": "/nowhere/libnccl.so.2"}}
-    with started(layout, [f"{device} leads", f"{device} follows"], lacks) as processes:
+@pytest.mark.parametrize(
+    ("environments", "reason"),
+    [
+        ({0: {"FASTSERVE_NCCL": "/nowhere/libnccl.so.2"}}, "there is no /nowhere/libnccl.so.2"),
+        ({1: {"FASTSERVE_NCCL": "/nowhere/libnccl.so.2"}}, "there is no /nowhere/libnccl.so.2"),
+        ({0: {"FASTSERVE_SIMT_DEVICE": "1"}, 1: {"FASTSERVE_SIMT_DEVICE": "1"}}, "ranks share a device"),
+    ],
+    ids=["first lacks it", "second lacks it", "one device"],
+)
+def test_none_uses_nccl_unless_all_can(
+    device: str, way: str, layout: tuple[int, int], environments: dict[int, dict[str, str]], reason: str
+) -> None:
+    with started(layout, [f"{device} leads", f"{device} follows"], environments) as processes:
         told = [process.communicate(timeout=60)[1] for process in processes]
         assert processes[0].returncode == 0, told[0]
         assert all(THROUGH_HOST in each for each in told), told
-        assert "there is no /nowhere/libnccl.so.2" in told[without]
+        assert all(reason in told[rank] for rank in environments), told
