@@ -12,6 +12,7 @@
 #include <memory>
 #include <span>
 
+#include "backend/device_communicator.h"
 #include "common/buffer.h"
 #include "common/dtype.h"
 
@@ -135,6 +136,7 @@ struct BlockMove {
   int64_t bytes;
 };
 
+class Communicator;
 class TokenSampler;
 
 class Backend {
@@ -183,6 +185,10 @@ class Backend {
   virtual void wait() = 0;
   // Whether wait() would return, or throw, at once. Only while there is such a batch.
   virtual bool done() const = 0;
+  // Ranks [first, first + count) of `ranks` join; all of them call it. `most` floats are the most of a sum. Null where
+  // their devices, or what it takes, do not allow it: on all of them, which exchange through the host's memory then.
+  // `ranks` must outlive it, and is asked for news of the others in waits on this thread.
+  virtual std::unique_ptr<DeviceCommunicator> connect(Communicator& ranks, int first, int count, int64_t most) = 0;
   // Waits until nothing is queued, so that memory can go. Throws nothing: what has failed has been told.
   virtual void drain() noexcept = 0;
 

@@ -54,6 +54,10 @@ class AcrossHosts final : public Communicator {
     const bool local_open = local_->advance();
     return flat_->advance() || local_open;
   }
+  void do_look() override {
+    local_->look(0, {});
+    flat_->look(0, {});
+  }
   std::unique_ptr<Communicator> do_split(int color, int key) override;
   void do_abort(const std::string& reason) override {
     local_->abort(reason);

@@ -122,6 +122,18 @@ bool Communicator::advance() {
   return guarded([&] { return do_advance(); });
 }
 
+void Communicator::look(double seconds, std::span<const int> awaited) {
+  guarded([&] {
+    do_look();
+    if (seconds >= patience_.seconds) {
+      std::string others;
+      for (const int r : awaited) others += (others.empty() ? "" : " or ") + members_[r].text();
+      FS_CHECK(false, members_[rank_].text(), " has waited ", seconds, " seconds for ", others);
+    }
+    if (patience_.ask) patience_.ask();
+  });
+}
+
 void Communicator::close() {
   if (closed_) return;
   guarded([&] { do_close(); });

@@ -105,6 +105,9 @@ class Communicator {
   bool wait_until(Message& message, TimePoint until);
   // Moves what can be moved of the messages that were begun; whether some are not done.
   bool advance();
+  // For a wait of another kind for some of these ranks, which has taken so many seconds: throws what would end one of
+  // these here.
+  void look(double seconds, std::span<const int> awaited);
   // Waits of this communicator advance the other as well, which must not be gone before.
   void advance_meanwhile(Communicator& other) { meanwhile_ = &other; }
 
@@ -136,6 +139,7 @@ class Communicator {
   virtual bool do_test(Message& message) = 0;
   virtual bool do_wait_until(Message& message, TimePoint until) = 0;
   virtual bool do_advance() = 0;
+  virtual void do_look() = 0;
   virtual std::unique_ptr<Communicator> do_split(int color, int key) = 0;
   virtual void do_abort(const std::string& reason) = 0;
   virtual void do_close() = 0;

@@ -16,6 +16,7 @@ class Local final : public Communicator {
   bool do_test(Message&) override { return true; }
   bool do_wait_until(Message&, TimePoint) override { return true; }
   bool do_advance() override { return false; }
+  void do_look() override {}
   std::unique_ptr<Communicator> do_split(int color, int) override {
     return color < 0 ? nullptr : std::make_unique<Local>(members()[0], patience());
   }

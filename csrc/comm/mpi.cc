@@ -201,6 +201,8 @@ class Mpi final : public Communicator {
     return open_ > 0;
   }
 
+  void do_look() override { World::get().check_aborted(true); }
+
   bool do_wait_until(Message& message, TimePoint until) override {
     const auto begin = Clock::now();
     const auto spin_until = std::min(begin + kSpinTime, until);

@@ -50,6 +50,10 @@ class SharedMemory final : public Communicator {
   bool do_test(Message& message) override;
   bool do_wait_until(Message& message, TimePoint until) override;
   bool do_advance() override { return progress(), open_ > 0; }
+  void do_look() override {
+    check_aborted();
+    check_others();
+  }
   std::unique_ptr<Communicator> do_split(int color, int key) override {
     return share_memory(*this, ranks_of(color, key));
   }
@@ -72,6 +76,7 @@ class SharedMemory final : public Communicator {
   template <class Ready>
   bool wait_for(int peer, Ready&& ready, TimePoint until = kForever);
   bool look_after(int peer, Clock::time_point begin);
+  void check_others() const;
   void check_aborted() const;
   void ring(int peer);
 
@@ -116,12 +121,16 @@ void SharedMemory::ring(int peer) {
   futex_wake(other.bell);
 }
 
-// Throws when the wait for `peer` cannot end well. Whether nothing more will come of that one.
-bool SharedMemory::look_after(int peer, Clock::time_point begin) {
+void SharedMemory::check_others() const {
   for (int r = 0; r < size(); ++r) {
     if (r == rank() || segment_->held(r)) continue;
     FS_CHECK(desk(r).state.load() == kLeft, members()[r].text(), " is gone");
   }
+}
+
+// Throws when the wait for `peer` cannot end well. Whether nothing more will come of that one.
+bool SharedMemory::look_after(int peer, Clock::time_point begin) {
+  check_others();
   const double seconds = Seconds(Clock::now() - begin).count();
   FS_CHECK(seconds < patience().seconds, members()[rank()].text(), " has waited ", seconds, " seconds for ",
            members()[peer].text());

@@ -20,7 +20,7 @@ Transformer::Transformer(const ModelSpec& spec, const Shard& shard, const Weight
       ld_qkv_(round_up(spec.qkv_width(), kPad)),
       ld_heads_(round_up(spec.num_heads * spec.head_dim, kPad)),
       ld_inner_(round_up(spec.up_offset() + spec.intermediate_size, kPad)),
-      residuals_{floats(most_tokens_ * ld_hidden_), floats(shard.last_stage ? 0 : most_tokens_ * ld_hidden_)},
+      residuals_{floats(most_tokens_ * ld_hidden_), Buffer()},
       partial_(floats(neighbours.tensor != nullptr ? most_tokens_ * ld_hidden_ : 0)),
       normal_(activations(most_tokens_ * ld_hidden_)),
       normal2_(activations(spec.parallel_residual ? most_tokens_ * ld_hidden_ : 0)),
@@ -32,13 +32,19 @@ Transformer::Transformer(const ModelSpec& spec, const Shard& shard, const Weight
   FS_CHECK(shard.first_stage == (neighbours.receives == nullptr) && shard.last_stage == (neighbours.sends == nullptr),
            "a stage receives unless it is the first, and sends unless it is the last");
   backend.upload(spec.rope_inv_freq.data(), rope_inv_freq_.as<float>(), static_cast<int64_t>(rope_inv_freq_.bytes()));
+  Communicator *tensor = neighbours.tensor, *receives = neighbours.receives, *sends = neighbours.sends;
+  if (tensor != nullptr) stage_ = backend.connect(*tensor, 0, tensor->size(), most_tokens_ * ld_hidden_);
+  if (receives != nullptr) before_ = backend.connect(*receives, receives->rank() - 1, 2, 0);
+  if (sends != nullptr) after_ = backend.connect(*sends, sends->rank(), 2, 0);
+  const bool host_receives = receives != nullptr && !before_, host_sends = sends != nullptr && !after_;
+  if (host_sends) residuals_[1] = floats(most_tokens_ * ld_hidden_);
   if (!backend.on_host()) {
     const auto bytes = static_cast<int64_t>(residuals_[0].bytes());
-    if (neighbours.receives != nullptr || neighbours.sends != nullptr) messages_[0] = backend.allocate_host(bytes);
-    if (neighbours.sends != nullptr) messages_[1] = backend.allocate_host(bytes);
-    if (neighbours.tensor != nullptr) reduced_ = backend.allocate_host(bytes);
+    if (host_receives || host_sends) messages_[0] = backend.allocate_host(bytes);
+    if (host_sends) messages_[1] = backend.allocate_host(bytes);
+    if (tensor != nullptr && !stage_) reduced_ = backend.allocate_host(bytes);
   }
-  if (neighbours.sends != nullptr) {
+  if (host_sends) {
     sender_.emplace(*neighbours.sends, neighbours.sends->rank() + 1, std::move(failed));
   }
 }
@@ -60,12 +66,17 @@ float* Transformer::forward(const Batch& batch) {
     layers(size.tokens);
     if (shard_.last_stage) logits(size.logits);
   };
-  if (neighbours_.tensor == nullptr && shard_.first_stage && shard_.last_stage) {
+  const bool repeatable = neighbours_.tensor == nullptr || (stage_ && stage_->repeatable());
+  if (repeatable && shard_.first_stage && shard_.last_stage) {
     backend_.run(body);
   } else {
-    body();  // which waits for other ranks now and then
+    body();  // in which the host waits for other ranks now and then, or devices do
   }
   if (shard_.last_stage) return logits_.as<float>();
+  if (after_) {
+    after_->send(residual(), size.tokens * ld_hidden_, 1);
+    return nullptr;
+  }
   const std::span<std::byte> sent = message(size.tokens);
   if (!backend_.on_host()) backend_.download(residual(), sent.data(), static_cast<int64_t>(sent.size()));
   sender_->send(sent);
@@ -83,6 +94,7 @@ void Transformer::embed(int64_t tokens) {
     backend_.rotation_table(rope_inv_freq_.as<float>(), static_cast<int64_t>(spec_.rope_inv_freq.size()),
                             spec_.rope_scale, cos_sin_.as<float>());
   }
+  if (before_) return before_->receive(residual(), tokens * ld_hidden_, 0);
   if (!shard_.first_stage) {
     Communicator& pipeline = *neighbours_.receives;
     const std::span<std::byte> received = message(tokens);
@@ -179,6 +191,7 @@ void Transformer::add_to_residual(const Linear& weights, const void* input, int6
 }
 
 void Transformer::all_reduce(float* values, int64_t count) {
+  if (stage_) return stage_->all_reduce_sum(values, count);
   const auto bytes = count * static_cast<int64_t>(sizeof(float));
   float* reduced = backend_.on_host() ? values : reduced_.as<float>();
   if (!backend_.on_host()) backend_.download(values, reduced, bytes);

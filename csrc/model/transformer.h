@@ -4,11 +4,13 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <span>
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/device_communicator.h"
 #include "comm/communicator.h"
 #include "comm/sender.h"
 #include "common/buffer.h"
@@ -38,7 +40,8 @@ class Transformer {
   float* forward(const Batch& batch);
 
   // Waits until the next stage has been sent all that forward() had for it; `flushed` is whether it has. Throws when it
-  // cannot be. From any thread; nothing to do in the last stage.
+  // cannot be. From any thread; nothing to do in the last stage, nor where devices send: a batch is done when they
+  // have.
   void flush();
   bool flushed() const { return !sender_ || sender_->idle(); }
 
@@ -77,12 +80,13 @@ class Transformer {
   const int64_t most_tokens_;  // of one batch, filled up
   const int64_t ld_hidden_, ld_qkv_, ld_heads_, ld_inner_;
 
-  // [most_tokens, ld_hidden]. Two where there is a next stage, which may still be sent the one while the other fills.
+  // [most_tokens, ld_hidden]. Two where the host sends to a next stage, which may still be sent the one while the other
+  // fills.
   Buffer residuals_[2];
-  Buffer messages_[2];  // the same on the host, where the backend's memory is elsewhere and there are other stages
+  Buffer messages_[2];  // the same on the host, where the backend's memory is elsewhere and the host sends or receives
   int turn_ = 0;
   Buffer partial_;        // [most_tokens, ld_hidden], with other ranks in the stage only: their sums' shares
-  Buffer reduced_;        // the same on the host, where the backend's memory is elsewhere
+  Buffer reduced_;        // the same on the host, where the backend's memory is elsewhere and the host sums
   Buffer normal_;         // activations [most_tokens, ld_hidden]
   Buffer normal2_;        // activations [most_tokens, ld_hidden], parallel residual only
   Buffer qkv_;            // activations [most_tokens, ld_qkv]
@@ -91,6 +95,7 @@ class Transformer {
   Buffer rope_inv_freq_;  // [rotary_half]
   Buffer cos_sin_;        // [most_tokens, 2, rotary_half]
   Buffer logits_;         // grows with the number of logit rows
+  std::unique_ptr<DeviceCommunicator> stage_, before_, after_;  // where devices reach each other: in place of the host
   std::optional<Sender> sender_;
 };
 

@@ -369,3 +369,17 @@ def test_words_reach_the_device_and_come_back(kernels: Any, count: int) -> None:
 def test_sums_are_float32_sums(kernels: Any, count: int) -> None:
     a, b = _random(1, count), _random(2, count)
     np.testing.assert_array_equal(kernels.add(input=a, output=b), a + b)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_parts_are_summed_in_rank_order(kernels: Any, ranks: int) -> None:
+    """To the bit: another order would give other bits for numbers of such different sizes."""
+    generator = np.random.default_rng(ranks)
+    count = 64 * 21  # more than a block's, and not a multiple of it
+    parts = (generator.standard_normal((ranks, count)) * 10.0 ** generator.integers(-3, 4, (ranks, count))).astype(
+        np.float32
+    )
+    expected = parts[0].copy()
+    for part in parts[1:]:
+        expected += part
+    np.testing.assert_array_equal(kernels.sum_parts(parts), expected)

@@ -135,6 +135,7 @@ class CpuBackend final : public Backend {
   void end() override {}
   void wait() override {}
   bool done() const override { return true; }
+  std::unique_ptr<DeviceCommunicator> connect(Communicator&, int, int, int64_t) override { return nullptr; }
   void drain() noexcept override {}
 
   void embed(const EmbedArgs& args) override {

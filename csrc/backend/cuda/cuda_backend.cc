@@ -13,6 +13,7 @@
 #include "backend/cuda/graphs.h"
 #include "backend/cuda/kernels.h"
 #include "backend/cuda/matrix.h"
+#include "backend/cuda/nccl.h"
 #include "backend/cuda/runtime_api.h"
 #include "backend/device.h"
 
@@ -67,7 +68,7 @@ class CudaBackend final : public Backend {
   void upload(const void* from, void* to, int64_t bytes) override {
     use_device();
     if (bytes == 0) return;
-    compute_.synchronize();
+    finish_queued();
     check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
     // From memory that is not pinned it may still be on its way, and our streams do not wait for the default one.
     check(cudaStreamSynchronize(nullptr));
@@ -75,7 +76,7 @@ class CudaBackend final : public Backend {
   void download(const void* from, void* to, int64_t bytes) override {
     use_device();
     if (bytes == 0) return;
-    compute_.synchronize();
+    finish_queued();
     check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));
   }
 
@@ -131,7 +132,7 @@ class CudaBackend final : public Backend {
     graphs_.run({batch_.num_tokens, batch_.max_context}, compute_, body);
   }
   void forget() override {
-    compute_.synchronize();
+    finish_queued();
     graphs_.clear();
   }
 
@@ -143,13 +144,24 @@ class CudaBackend final : public Backend {
     idle_.pop_back();
   }
   void wait() override {
+    if (nccl_.used()) nccl_.wait_until([&] { return queued_.front()->passed(); });
     queued_.front()->synchronize();
     idle_.push_back(std::move(queued_.front()));
     queued_.pop_front();
   }
-  bool done() const override { return queued_.front()->passed(); }
+  bool done() const override { return queued_.front()->settled(); }
 
-  void drain() noexcept override { static_cast<void>(cudaStreamSynchronize(compute_)); }
+  std::unique_ptr<DeviceCommunicator> connect(Communicator& ranks, int first, int count, int64_t most) override {
+    use_device();
+    return nccl_.connect(ranks, first, count, most);
+  }
+  void drain() noexcept override {
+    try {
+      finish_queued();
+    } catch (...) {  // after which nothing waits for others
+      static_cast<void>(cudaStreamSynchronize(compute_));
+    }
+  }
 
   void embed(const EmbedArgs& args) override {
     const auto& table = static_cast<const CudaMatrix&>(*args.table);
@@ -219,7 +231,7 @@ class CudaBackend final : public Backend {
   void attention(const AttentionArgs& args) override {
     const int64_t bytes = attention_workspace(args.num_heads, pool_, batch_.num_decodes, batch_.max_context);
     if (static_cast<int64_t>(attention_.bytes()) < bytes) {  // never while recording: a first run has been here before
-      compute_.synchronize();
+      finish_queued();
       attention_ = Memory();  // first, or both would have to fit
       attention_ = Memory(Place::kDevice, bytes + bytes / 2);
       graphs_.clear();
@@ -254,6 +266,15 @@ class CudaBackend final : public Backend {
   // Threads see device 0 until they say otherwise.
   void use_device() const { check(cudaSetDevice(device_)); }
 
+  void finish_queued() {
+    if (nccl_.used()) nccl_.wait_until([&] { return passed(cudaStreamQuery(compute_)); });
+    compute_.synchronize();
+  }
+  static bool passed(cudaError_t status) {
+    if (status != cudaErrorNotReady) check(status);
+    return status == cudaSuccess;
+  }
+
   static Buffer release(Memory memory) {
     const size_t bytes = memory.bytes();
     const Place place = memory.place();
@@ -272,7 +293,8 @@ class CudaBackend final : public Backend {
     Done& operator=(const Done&) = delete;
     void record(cudaStream_t stream) const { check(cudaEventRecord(event_, stream)); }
     void synchronize() const { check(cudaEventSynchronize(event_)); }
-    bool passed() const { return cudaEventQuery(event_) != cudaErrorNotReady; }  // errors are synchronize()'s to tell
+    bool settled() const { return cudaEventQuery(event_) != cudaErrorNotReady; }  // errors are synchronize()'s to tell
+    bool passed() const { return CudaBackend::passed(cudaEventQuery(event_)); }
 
    private:
     cudaEvent_t event_ = nullptr;
@@ -292,6 +314,7 @@ class CudaBackend final : public Backend {
   DeviceBatch batch_{};
   bool begun_ = false;  // and nothing run of it
   Graphs graphs_;
+  Nccl nccl_{device_, compute_, [this] { graphs_.clear(); }};
   Staging staging_;                                  // of weights on their way to the device
   Memory products_{Place::kDevice, kGemmWorkspace};  // workspaces: of products, ...
   Memory attention_;                                 // ... and of attention

@@ -138,6 +138,21 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(const uint32_t* from, ui
   }
 }
 
+__global__ void __launch_bounds__(kThreads)
+    sum_parts_kernel(const float* parts, int64_t ranks, int64_t count, float* output) {
+  constexpr int kStep = kVector<float>;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kStep;
+  if (first >= count) return;
+  float sum[kStep], part[kStep];
+  load(sum, parts + first);
+  for (int64_t rank = 1; rank < ranks; ++rank) {
+    load(part, parts + rank * count + first);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) sum[i] += part[i];
+  }
+  store(output + first, sum);
+}
+
 }  // namespace
 
 void embed(const EmbedCall& call, cudaStream_t stream) {
@@ -194,6 +209,16 @@ void add(const float* input, float* output, int64_t count, cudaStream_t stream) 
           .shared_bytes = 0,
           .stream = stream},
          input, output, count);
+}
+
+void sum_parts(const float* parts, int64_t ranks, int64_t count, float* output, cudaStream_t stream) {
+  if (count == 0) return;
+  launch(sum_parts_kernel,
+         {.grid = dim3(blocks_of(ceil_div(count, kVector<float>))),
+          .block = dim3(kThreads),
+          .shared_bytes = 0,
+          .stream = stream},
+         parts, ranks, count, output);
 }
 
 }  // namespace fastserve::cuda

@@ -150,6 +150,10 @@ void copy_words(const void* from, void* to, int64_t bytes, cudaStream_t stream);
 // output[i] += input[i]
 void add(const float* input, float* output, int64_t count, cudaStream_t stream);
 
+// output[i] = ((parts[0][i] + parts[1][i]) + parts[2][i]) + …: parts [ranks, count], ranks > 0, count a multiple
+// of 4.
+void sum_parts(const float* parts, int64_t ranks, int64_t count, float* output, cudaStream_t stream);
+
 // ---- attention (attention.cu, attention_{prefill,decode,f32}.cu)
 
 struct AttentionCall {

@@ -143,6 +143,14 @@ py::array_t<uint32_t> copy_there_and_back(const py::array_t<uint32_t, py::array:
   return py::array_t<uint32_t>(words.size(), back.as<uint32_t>());
 }
 
+py::array sum_of_parts(const py::array& parts) {
+  const DeviceArray device_parts(parts), output(py::array_t<float>(parts.shape(1)));
+  const Stream stream;
+  sum_parts(device_parts.as<float>(), parts.shape(0), parts.shape(1), output.as<float>(), stream);
+  stream.synchronize();
+  return output.numpy();
+}
+
 }  // namespace
 
 void register_elementwise(py::module_& module) {
@@ -159,6 +167,7 @@ void register_elementwise(py::module_& module) {
              py::arg("width"));
   module.def("add", &add_arrays, py::arg("input"), py::arg("output"));
   module.def("copy_there_and_back", &copy_there_and_back, py::arg("words"));
+  module.def("sum_parts", &sum_of_parts, py::arg("parts"));
 }
 
 }  // namespace fastserve::cuda

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 
@@ -14,7 +15,8 @@ from fastserve.links import connect_runtime
 from fastserve.native import NativeRuntime
 
 path, rank, tensor, pipeline = sys.argv[1], *map(int, sys.argv[2:5])
-doing, wide = sys.argv[5].removeprefix("wide "), sys.argv[5].startswith("wide ")
+*manner, doing = sys.argv[5].split(maxsplit=1) if sys.argv[5].startswith(("wide ", "cuda ")) else [sys.argv[5]]
+wide, cuda = "wide" in manner, "cuda" in manner
 group = Group(_C.join_shared_memory(path, rank, tensor * pipeline), Grid(tensor, pipeline))
 links = connect_runtime(group)
 
@@ -35,6 +37,8 @@ try:
     if doing == "waits for it":
         say("waits")
     source, config = (WIDE, WIDE_CONFIG) if wide else (SMALL, SMALL_CONFIG)
+    if cuda:
+        config = dataclasses.replace(config, device="cuda")
     runtime = NativeRuntime(source, config, shard_of(source, group), links)
     if doing == "loads":
         hang()

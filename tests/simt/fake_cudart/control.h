@@ -1,4 +1,5 @@
-// What tests set of the fake runtime. The environment sets it too: FASTSERVE_SIMT_EAGERNESS, _SEED and _MEMORY.
+// What tests set of the fake runtime. The environment sets it too: FASTSERVE_SIMT_EAGERNESS, _SEED and _MEMORY, and
+// by _DEVICE which device it is.
 #pragma once
 
 #include <cstddef>

@@ -15,6 +15,7 @@ namespace {
 constexpr size_t kGuard = 1024;  // bytes around each allocation
 constexpr size_t kAlignment = 512;
 constexpr unsigned char kPoison = 0xff;
+constexpr auto kOtherProcesses = std::chrono::microseconds(50);
 
 thread_local bool in_host_function = false;
 thread_local cudaError_t last_error = cudaSuccess;
@@ -259,26 +260,35 @@ void Device::carry_out(Operation& operation, Lock& lock) {
   if (operation.task.is_host_function) lock.lock();
   operation.state = Operation::State::kDone;
   operation.task.action = nullptr;
+  operation.task.ready = nullptr;
   operation.after.clear();
   operation.done_at = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
   done_.notify_all();
   if (thrown) std::rethrow_exception(thrown);
 }
 
-void Device::finish(std::shared_ptr<Operation> operation, Lock& lock) {
+void Device::finish(std::shared_ptr<Operation> operation, Lock& lock, bool wait) {
   std::vector<std::shared_ptr<Operation>> stack{std::move(operation)};
   while (!stack.empty()) {
     const std::shared_ptr<Operation> top = stack.back();
     if (top->state == Operation::State::kDone) {
       stack.pop_back();
     } else if (top->state == Operation::State::kRunning) {
+      if (!wait) return;
       done_.wait(lock);
     } else {
       const size_t depth = stack.size();
       for (const auto& before : top->after) {
         if (before->state != Operation::State::kDone) stack.push_back(before);
       }
-      if (stack.size() == depth) carry_out(*top, lock);
+      if (stack.size() > depth) continue;
+      if (!top->task.ready || top->task.ready()) {
+        carry_out(*top, lock);
+      } else if (wait) {
+        done_.wait_for(lock, kOtherProcesses);
+      } else {
+        return;
+      }
     }
   }
 }
@@ -300,6 +310,7 @@ void Device::abandon() {
     if (operation->state != Operation::State::kPending) continue;
     operation->state = Operation::State::kDone;
     operation->task.action = nullptr;
+    operation->task.ready = nullptr;
     operation->after.clear();
   }
   for (CUstream_st* stream : streams) stream->capture = nullptr;
@@ -314,9 +325,9 @@ void Device::progress(Lock& lock) {
     if (operation->state == Operation::State::kPending) waiting.push_back(operation);
   }
   if (eagerness == Eagerness::kEager) {
-    for (const auto& operation : waiting) finish(operation, lock);
+    for (const auto& operation : waiting) finish(operation, lock, false);
   } else if (!waiting.empty() && random.below(2) == 0) {
-    finish(waiting[random.below(waiting.size())], lock);
+    finish(waiting[random.below(waiting.size())], lock, false);
   }
 }
 

@@ -92,8 +92,9 @@ class Device {
   // Queues an operation with this clock, which gets the actor's next number. Throws if it races with another.
   std::shared_ptr<Operation> enqueue(Task task, size_t actor, Clock clock,
                                      std::vector<std::shared_ptr<Operation>> after);
-  // Carries out what it comes after and itself; unlocks for host functions.
-  void finish(std::shared_ptr<Operation> operation, Lock& lock);
+  // Carries out what it comes after and itself; unlocks for host functions. What waits for other processes is waited
+  // for too, or, as where the host does not wait for the device, left where it is.
+  void finish(std::shared_ptr<Operation> operation, Lock& lock, bool wait = true);
   void finish_all(Lock& lock);
   // The host waits for it.
   void synchronize(const std::shared_ptr<Operation>& operation, Lock& lock);

@@ -45,6 +45,7 @@ struct Task {
   std::vector<const char*> mentioned;  // allocations that it may touch
   std::function<void()> action;
   bool is_host_function = false;
+  std::function<bool()> ready;  // waits for other processes first, until this is so; null: does not
 };
 
 struct Operation {

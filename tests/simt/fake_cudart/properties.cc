@@ -1,5 +1,8 @@
 // What the device says of itself: one of compute capability 9.0.
+#include <unistd.h>
+
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "fake_cudart/device.h"
@@ -80,6 +83,9 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int index) {
     if (index != 0) return cudaErrorInvalidDevice;
     *properties = {};
     std::snprintf(properties->name, sizeof properties->name, "emulated CUDA device");
+    const char* named = std::getenv("FASTSERVE_SIMT_DEVICE");  // else each process has a device of its own
+    const int identity = named != nullptr ? std::atoi(named) : static_cast<int>(getpid());
+    std::memcpy(properties->uuid.bytes, &identity, sizeof identity);
     properties->totalGlobalMem = self.total_bytes;
     properties->sharedMemPerBlock = 48 * 1024;
     properties->sharedMemPerBlockOptin = simt::kMaxShared;

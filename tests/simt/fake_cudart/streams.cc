@@ -42,7 +42,9 @@ void check_not_captured(const CUstream_st* stream, const char* function) {
 // first or some later time, or a loop of the caller's would not end.
 cudaError_t ask(Device& self, const std::shared_ptr<Operation>& operation, Device::Lock& lock) {
   if (operation == nullptr) return cudaSuccess;
-  if (operation->state != Operation::State::kDone && self.random.below(3) == 0) self.finish(operation, lock);
+  if (operation->state != Operation::State::kDone && self.random.below(3) == 0) {
+    self.finish(operation, lock, false);
+  }
   if (operation->state != Operation::State::kDone) return cudaErrorNotReady;
   self.host.join(operation->clock);
   return cudaSuccess;
