@@ -42,6 +42,7 @@ from fastserve.distributed import mpi_library
 
 _HOSTS = ("one", "two")
 _ADDRESSES = ("10.213.0.1", "10.213.0.2")
+_LINE_UP = 10.0  # seconds it may take to come up
 _DEVICE = "line"
 _SHELL = Path(__file__).with_name("remote_shell.py")
 _MARGIN = 1.0  # seconds beside the heartbeat's timeout: until this program sees what the server has found
@@ -82,6 +83,7 @@ def two_hosts() -> Iterator[list[str]]:
         for space, address in zip(spaces, _ADDRESSES, strict=True):
             ip("-n", space, "address", "add", f"{address}/24", "dev", _DEVICE)
             ip("-n", space, "link", "set", _DEVICE, "up")
+        until_up(spaces)
         yield spaces
     finally:
         for space in spaces:
@@ -90,6 +92,15 @@ def two_hosts() -> Iterator[list[str]]:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(process, signal.SIGKILL)
                 ip("netns", "delete", space)
+
+
+def until_up(spaces: Sequence[str]) -> None:
+    """Waits for the line, which takes a moment: a rank that came first would not find it. Raises CannotRun."""
+    end = time.monotonic() + _LINE_UP
+    while not all("state UP" in ip("-n", space, "link", "show", _DEVICE) for space in spaces):
+        if time.monotonic() > end:
+            raise CannotRun(f"the line between the hosts is not up after {_LINE_UP:.0f} seconds")
+        time.sleep(0.01)
 
 
 def processes_of(space: str) -> set[int]:
