@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "backend/cuda/batch_clock.h"
-#include "backend/cuda/cublas_lt.h"
 #include "backend/cuda/kernels.h"
+#include "backend/cuda/reference_products.h"
 #include "backend/cuda/runtime_api.h"
 #include "backend/device_probe.h"
 

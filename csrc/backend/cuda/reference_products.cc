@@ -1,4 +1,4 @@
-#include "backend/cuda/cublas_lt.h"
+#include "backend/cuda/reference_products.h"
 
 #include <dlfcn.h>
 
