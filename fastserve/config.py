@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -97,6 +97,8 @@ class SchedulerConfig:
     # A job keeps its KV until served this many times what bringing it back costs. 0, as in the paper: jobs that take
     # turns may do nothing but bring it back, for as long as they do.
     repayment: float = 16.0
+    enable_prefix_caching: bool = True  # whether jobs share the KV of what they have in common
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)  # of a tenant's share; 1 for those not named
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, str):
@@ -127,6 +129,11 @@ class SchedulerConfig:
                 f"must be at least max_num_seqs ({self.max_num_seqs}), so that every row of an iteration can decode; "
                 f"got {self.max_num_batched_tokens}",
             )
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise InvalidRequest(
+                "enable_prefix_caching", f"must be True or False, got {self.enable_prefix_caching!r}"
+            )
+        object.__setattr__(self, "tenant_weights", _checked_weights(self.tenant_weights))
         if not _is_number(self.repayment) or not 0 <= self.repayment < math.inf:
             raise InvalidRequest("repayment", f"must be a number from 0 on, got {self.repayment!r}")
         for option, low, unit in (
@@ -144,6 +151,15 @@ class SchedulerConfig:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _checked_weights(given: Any) -> dict[str, float]:
+    if not isinstance(given, Mapping):
+        raise InvalidRequest("tenant_weights", f"must be a dict from tenants to numbers above 0, got {given!r}")
+    for tenant, weight in given.items():
+        if not isinstance(tenant, str) or not _is_number(weight) or not 0 < weight < math.inf:
+            raise InvalidRequest("tenant_weights", f"must give names numbers above 0, got {tenant!r}: {weight!r}")
+    return {tenant: float(weight) for tenant, weight in given.items()}
 
 
 def _checked_limit(option: str, value: Any, low: int, unit: str) -> float | None:

@@ -80,6 +80,9 @@ class Engine:
         vocab_size: int,
         eos_token_ids: Collection[int] = (),
         priority: int = 0,
+        tenant: str = "",
+        program: str | None = None,
+        cache_salt: str = "",
         arrival: float | None = None,
         known_output: int | None = None,
         output: Sequence[int] = (),
@@ -87,6 +90,8 @@ class Engine:
     ) -> Job:
         """Queue one prompt for one output (`params.n` is the caller's business). `arrival` is on the engine's clock.
 
+        `tenant` is whose job it is, `program` what it is a call of, and KV is shared between jobs of one tenant and one
+        `cache_salt`.
         `known_output`, how many tokens it will put out unless a limit ends it before, is for policies that are oracles.
         `output` is what an engine that is lost had put out already: the job goes on behind it, with the tokens that
         the other engine would have sampled next. Updates, logprobs and metrics are of what comes from here on.
@@ -128,6 +133,9 @@ class Engine:
             stop_tokens=stop_tokens,
             index=self._jobs_added,
             priority=priority,
+            tenant=tenant,
+            program=program,
+            cache_salt=cache_salt,
             known_output=None if known_output is None else min(known_output, max_output),
             output=so_far,
             waiting_since=waiting_since,

@@ -193,6 +193,7 @@ class JobMetrics:
     decode_seconds: float = 0.0  # in iterations that worked on its output
     # queue time is what is left of the job's completion time
     swap_seconds: float = 0.0  # of that, with its KV on the way back from the host
+    cached_tokens: int = 0  # of the prompt, whose KV was found when the job first ran
 
     @property
     def jct(self) -> float | None:
@@ -230,6 +231,7 @@ class JobMetrics:
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,
             "swap_seconds": self.swap_seconds,
+            "cached_tokens": self.cached_tokens,
         }
 
 
@@ -248,7 +250,8 @@ class Job:
 
     Positions: token i of `prompt + output` has position i. `computed` counts the positions whose KV is in the job's
     blocks or is being written by a plan in flight; `served` is the highest value it reached in a completed
-    iteration, so positions below `served` are recomputation and are never charged.
+    iteration, so positions below `served` are recomputation and are never charged. Nor are the `cached` first ones,
+    which other jobs have computed.
     """
 
     job_id: str
@@ -260,6 +263,12 @@ class Job:
     stop_tokens: frozenset[int]
     index: int = 0  # arrival order, unique; ties in every policy break by it
     priority: int = 0
+    tenant: str = ""  # whose job it is: tenants share the device by their weights
+    program: str | None = None  # the program that it is a call of
+    cache_salt: str = ""  # KV is shared only between jobs of one tenant and one salt
+    inherited: float = 0.0  # modelled solo seconds that earlier calls of its program were served
+    group: int | None = None  # of prompts that begin alike, for policies that learn; None: too short to tell
+    cached: int = 0  # first positions that it need not compute, as far as is known
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens that this engine sampled
     computed: int = 0

@@ -13,8 +13,9 @@ class Policy(ABC):
     """A deterministic index over the live jobs. It knows no clock (it is told `now`), no memory and no device.
 
     It reads what the scheduler keeps up to date in a job and changes nothing of it: `next_seconds` (modelled solo time
-    of its next iteration), `attained` (what `on_service` has reported), `waiting_since` and `waited`, `arrival`,
-    `index`, `max_output`, `prompt`, `output` and `served`. Every call costs O(log n) in the number of jobs.
+    of its next iteration), `attained` (what `on_service` has reported), `inherited` (what earlier calls of its program
+    had), `waiting_since` and `waited`, `arrival`, `index`, `max_output`, `prompt`, `output`, `served`, `tenant`,
+    `program` and `group`. Every call costs O(log n) in the number of jobs.
     """
 
     @abstractmethod
@@ -31,6 +32,10 @@ class Policy(ABC):
 
         The service of several iterations may come in one call, though never later than `horizon` allows.
         """
+
+    def refresh(self, job: Job, now: float) -> None:
+        """A job that was never served has less or more to compute than when it came: its `next_seconds` are others."""
+        return None
 
     def horizon(self, job: Job) -> float:
         """Seconds of its own service until the job's place may change; 0: tell me after every iteration.

@@ -42,6 +42,9 @@ class ByPriority(Policy):
     def on_service(self, job: Job, own_seconds: float, now: float) -> None:
         self._policies[job.priority].on_service(job, own_seconds, now)
 
+    def refresh(self, job: Job, now: float) -> None:
+        self._policies[job.priority].refresh(job, now)
+
     def horizon(self, job: Job) -> float:
         return self._policies[job.priority].horizon(job)
 
