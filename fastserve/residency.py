@@ -20,7 +20,7 @@ from typing import Final, cast
 from .config import SchedulerConfig
 from .cost import Cost, Link
 from .decode_rows import DecodeRows
-from .kv import BlockManager, BurstReserve, CopyRow, Holder, LinkEstimate, Moves, Want, plan_moves
+from .kv import BlockManager, BurstReserve, CacheCounters, CopyRow, Holder, LinkEstimate, Moves, Want, plan_moves
 from .planning import PlanBuilder
 from .policies import Policy
 from .types import DEVICE, HOST, OFFLOAD, UPLOAD, Job
@@ -54,6 +54,7 @@ class Residency:
         self.iteration_seconds = cost.decode_seconds(1)  # of the latest iteration
         self.wants: list[Want] = []  # of the jobs that the batch being chosen lacks
         self.closed = False  # nobody else may start: a better job waits for room to, or there is no token left
+        self.cache_counters = CacheCounters()
         self.copied = [0, 0]  # blocks, by direction, and ...
         self.copy_seconds = 0.0  # ... seconds of all copies that were acknowledged
         self._config = config

@@ -78,6 +78,16 @@ class BlockManager:
         return len(self._free_host) + self._spare_copies
 
     @property
+    def cached(self) -> int:
+        """Blocks on the device that no owner has and whose KV is kept for who may come."""
+        return 0
+
+    @property
+    def cached_host(self) -> int:
+        """The same on the host."""
+        return 0
+
+    @property
     def transfers(self) -> int:
         """Copies that are not acknowledged."""
         return len(self._transfers)
