@@ -3,12 +3,14 @@
 from .audit import check_blocks
 from .block import Block
 from .blocks import BlockManager, CopyRow, Done
+from .counters import CacheCounters
 from .swap import BurstReserve, Holder, LinkEstimate, Moves, Want, plan_moves
 
 __all__ = [
     "Block",
     "BlockManager",
     "BurstReserve",
+    "CacheCounters",
     "CopyRow",
     "Done",
     "Holder",

@@ -86,6 +86,16 @@ class BlockManager:
         return len(self._free_host) + len(self._spare) + self.cache.cached_host
 
     @property
+    def cached(self) -> int:
+        """Blocks on the device that no owner has and whose KV is kept for who may come."""
+        return self.cache.cached
+
+    @property
+    def cached_host(self) -> int:
+        """The same on the host."""
+        return self.cache.cached_host
+
+    @property
     def transfers(self) -> int:
         """Copies that are not acknowledged."""
         return len(self._transfers)
@@ -133,6 +143,11 @@ class BlockManager:
         """The owner's whole table, which is on the device, as (index, block)."""
         table = self._tables.get(owner)
         return [(index, block.device) for index, block in enumerate(table.blocks)] if table else []
+
+    def path(self, owner: int) -> list[Block]:
+        """Those of the owner's blocks that are in the index."""
+        table = self._tables.get(owner)
+        return table.blocks[: table.shared] if table else []
 
     def common(self, owner: int) -> int:
         """How many of the owner's blocks, from the first on, others have, too."""
@@ -254,9 +269,10 @@ class BlockManager:
         if table is None or table.moving:
             return False
         blocks = _leavable(table)
-        if any(block.host != NOWHERE for block in blocks):
-            return True
-        return bool(blocks) and self.free_host_blocks > 0
+        if not blocks or any(block.host != NOWHERE for block in blocks):
+            return bool(blocks)
+        own = sum([block in self._spare for block in table.blocks])  # which it keeps, once some are away
+        return self.free_host_blocks > own
 
     def offload(self, owner: int, blocks: int) -> tuple[list[CopyRow], int]:
         """Take up to `blocks` blocks off the device: those with a good copy on the host, then as many as find a place.

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from .block import NOWHERE, Block
+from .counters import CacheCounters
 
 _MOST_USES: Final = 16  # that count: what was asked for a thousand times yesterday is no better than that
 _SLACK: Final = 1024  # entries of a heap that are out of date, beside as many as there are good ones
@@ -31,7 +32,7 @@ class PrefixCache:
     def __init__(self) -> None:
         self.cached = 0  # blocks that nobody has, on the device ...
         self.cached_host = 0  # ... and on the host only
-        self.evicted = 0  # blocks whose content was thrown away
+        self.counters = CacheCounters()
         self._index: dict[bytes, Block] = {}
         self._clock = 0.0
         self._now = 0.0
@@ -77,7 +78,7 @@ class PrefixCache:
     def remove(self, block: Block) -> list[Block]:
         """Take a block that nobody has out of the index, with all below it; returns them, the ends of paths first."""
         self._clock = max(self._clock, block.score)
-        gone = [block]
+        gone, above = [block], block.parent
         for each in gone:  # which grows meanwhile
             gone += each.children
         for each in reversed(gone):
@@ -87,7 +88,9 @@ class PrefixCache:
                 each.parent, each.counted = None, False
             del self._index[each.key]  # type: ignore[arg-type]
             each.key = None
-        self.evicted += len(gone)
+        if above is not None and self._is_leaf(above):
+            self._push_device(above)
+        self.counters.evicted += len(gone)
         return gone[::-1]
 
     def moved(self, block: Block) -> None:
