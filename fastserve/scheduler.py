@@ -100,6 +100,9 @@ class Scheduler:
         job.inherited = self.programs.served(job)
         self.policy.add(job, now)
         self.programs.arrived(job, now)
+        if self.policy.settles():
+            for batch in self.batches:
+                self._version += self._charges.tell_decodes(batch, now, everyone=True)
         self.jobs[job.job_id] = job
         self._version += 1
 

@@ -11,11 +11,12 @@ from ..types import InvalidRequest
 from .base import Policy
 from .fcfs import FirstComeFirstServed
 from .gittins import Gittins
-from .indices import Indices
+from .indices import Indices, shared_seconds
 from .lengths import LengthDistribution
 from .mlfq import MultiLevelFeedbackQueue
 from .priority import ByPriority
 from .srpt import ShortestRemainingTime
+from .tenant import ByTenant
 
 
 def _fcfs(config: SchedulerConfig, cost: Cost, programs: Programs) -> Callable[[], Policy]:
@@ -53,7 +54,7 @@ def _gittins(config: SchedulerConfig, cost: Cost, programs: Programs) -> Callabl
     )
 
 
-# Each gives what makes one policy a priority value.
+# Each gives what makes one policy for each tenant of each priority value.
 POLICIES: dict[str, Callable[[SchedulerConfig, Cost, Programs], Callable[[], Policy]]] = {
     "fcfs": _fcfs,
     "mlfq": _mlfq,
@@ -73,7 +74,15 @@ def create_policy(config: SchedulerConfig, cost: Cost, programs: Programs | None
     """
     if config.policy not in POLICIES:
         raise InvalidRequest("policy", f"must be one of {', '.join(POLICIES)}; got {config.policy!r}")
-    return ByPriority(POLICIES[config.policy](config, cost, Programs() if programs is None else programs))
+    make = POLICIES[config.policy](config, cost, Programs() if programs is None else programs)
+    return ByPriority(
+        lambda: ByTenant(
+            make,
+            quantum=cost.decode_seconds(1),
+            shared=shared_seconds(cost, config.max_num_seqs),
+            weights=config.tenant_weights,
+        )
+    )
 
 
 __all__ = ["ONLINE_POLICIES", "POLICIES", "Policy", "create_policy"]

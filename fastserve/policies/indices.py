@@ -81,6 +81,11 @@ def gittins(
     return best, spent, decodes
 
 
+def shared_seconds(cost: Cost, batch: int) -> float:
+    """What the others pay of a token's solo time: their part of what an iteration costs whatever is in it."""
+    return max(0.0, cost.decode_seconds(1) - cost.prefill_charge(1, 2)) * (1 - 1 / batch)
+
+
 class Indices:
     """Those of one distribution of lengths and its programs, made anew with its tables; policies may share them.
 
@@ -95,9 +100,8 @@ class Indices:
         self._cost = cost
         self._lengths = lengths
         self._programs = Programs() if programs is None else programs
-        quantum = cost.decode_seconds(1)
-        self.shared = max(0.0, quantum - cost.prefill_charge(1, 2)) * (1 - 1 / batch)  # of a token, paid by the others
-        self._unit = quantum - self.shared
+        self.shared = shared_seconds(cost, batch)
+        self._unit = cost.decode_seconds(1) - self.shared
         self._version = -1
         self._known: dict[Kind, tuple[Key, float]] = {}
         self._decodes: list[float] = []  # seconds of a token, by bucket
