@@ -17,6 +17,7 @@ class Reuse:
         """`block_size`: tokens of a KV block."""
         self.prompt_tokens = 0
         self.found_tokens = 0
+        self.has_content = False  # whether any prompt could have been found at all
         self._block_size = block_size
         # A tree of what was seen: (where a part begins, its identity) → its number, and by number how much of it was.
         self._parts: dict[tuple[int, int], int] = {}
@@ -34,6 +35,7 @@ class Reuse:
             self.prompt_tokens += call.prompt_tokens
             following = call.then
             if call.content is not None:
+                self.has_content = True
                 found = min(self._common(call), call.prompt_tokens - 1)
                 self.found_tokens += found - found % self._block_size
                 self._learn(call, call.prompt_tokens)

@@ -82,9 +82,9 @@ ARRIVALS: dict[str, _Entry[Arrivals]] = {
 }
 
 
-def parse_load(workload: str, arrivals: str) -> Synthetic | ProgramLoad:
-    """The jobs that both texts name. Raises InvalidRequest, listing the choices."""
-    process = parse_arrivals(arrivals)
+def parse_load(workload: str, arrivals: str | Arrivals) -> Synthetic | ProgramLoad:
+    """The jobs that both name. Raises InvalidRequest, listing the choices."""
+    process = parse_arrivals(arrivals) if isinstance(arrivals, str) else arrivals
     if _name(workload) in PROGRAMS:
         return ProgramLoad(_parse("workload", workload, PROGRAMS), process)
     return Synthetic(parse_workload(workload), process)

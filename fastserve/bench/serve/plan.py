@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from ...types import InvalidRequest
-from ...workloads import Recorded, SimJob, Synthetic, parse_arrivals, parse_workload
+from ...workloads import Recorded, SimJob, parse_arrivals, parse_load
 from ...workloads.arrivals import Arrivals, Gamma, Poisson
 from ...workloads.checks import check_count, check_real
 from ...workloads.synthetic import MAX_RATE, MIN_RATE
@@ -72,7 +72,7 @@ class Plan:
         process = self._process()
         if self.trace is None:
             count = self.num_jobs or DEFAULT_JOBS
-            source = Synthetic(parse_workload(self.workload or "sharegpt"), process or Poisson())
+            source = parse_load(self.workload or "sharegpt", process or Poisson())
             jobs = list(source.jobs(self.seed, count, rate or DEFAULT_RATE))
         else:
             jobs = self._recorded(self.trace, rate if self.kind == "trace" else None)
