@@ -49,5 +49,7 @@ def check_blocks(manager: BlockManager) -> None:
     gone = sum(table.missing - table.moving == len(table.blocks) for table in tables.values())
     partial = {table.owner for table in tables.values() if 0 < table.missing < len(table.blocks)}
     if (spare, leaving, gone, partial) != (set(manager._spare), manager.leaving, manager.gone, set(manager.partial)):
-        raise RuntimeError(f"{len(spare)} spare copies, {leaving} leaving blocks or {gone} absent owners: not as counted")
+        raise RuntimeError(
+            f"{len(spare)} spare copies, {leaving} leaving blocks or {gone} absent owners: not as counted"
+        )
     manager.cache.check_integrity()

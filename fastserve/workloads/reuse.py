@@ -10,7 +10,7 @@ class Reuse:
     """Tokens of prompts that other prompts, and the answers in them, began with.
 
     It is a bound: a job finds what any job before it held, at once and for ever, in whole KV blocks, and computes at
-    least its last token. Of which of two jobs comes first it is hardly a matter: who comes later finds what they share.
+    least its last token. Users share nothing with each other. Of which of two jobs comes first it is hardly a matter: who comes later finds what they share.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -19,9 +19,11 @@ class Reuse:
         self.found_tokens = 0
         self.has_content = False  # whether any prompt could have been found at all
         self._block_size = block_size
-        # A tree of what was seen: (where a part begins, its identity) → its number, and by number how much of it was.
+        # Trees of what was seen, one a user: (where a part begins, its identity) → its number, and by number how much
+        # of it was.
+        self._roots: dict[str | None, int] = {}
         self._parts: dict[tuple[int, int], int] = {}
-        self._seen: list[int] = [0]
+        self._seen: list[int] = []
 
     @property
     def rate(self) -> float | None:
@@ -47,7 +49,7 @@ class Reuse:
 
     def _common(self, job: SimJob) -> int:
         """Tokens that the prompt begins with and that were seen."""
-        place, tokens = 0, 0
+        place, tokens = self._root(job), 0
         for identity in job.content or ():
             part = self._parts.get((place, identity))
             if part is None:
@@ -59,9 +61,15 @@ class Reuse:
             place = part
         return tokens
 
+    def _root(self, job: SimJob) -> int:
+        root = self._roots.setdefault(job.user, len(self._seen))
+        if root == len(self._seen):
+            self._seen.append(0)
+        return root
+
     def _learn(self, job: SimJob, tokens: int) -> None:
         """The first tokens of the prompt are seen."""
-        place = 0
+        place = self._root(job)
         for identity in job.content or ():
             if tokens <= 0:
                 return

@@ -222,16 +222,16 @@ def test_the_bound_is_what_brute_force_finds(
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_bound_counts_answers_that_later_prompts_hold(spec: str) -> None:
-    block, reuse, seen, found = 16, Reuse(16), set[tuple[int, ...]](), 0
+    block, reuse, seen, found = 16, Reuse(16), set[tuple[str | None, tuple[int, ...]]](), 0
     for job in heads(spec, 4, 40):
         reuse.add(job)
         for call in calls_of(job):
             tokens = tuple(tokens_of(call))
             ends = range(block, len(tokens), block)
-            found += max((end for end in ends if tokens[:end] in seen), default=0)
+            found += max((end for end in ends if (job.user, tokens[:end]) in seen), default=0)
             if call.then is not None:  # with its answer, but for the last token
                 tokens = tuple(tokens_of(call.then)[: call.prompt_tokens + call.output_tokens - 1])
-            seen |= {tokens[:end] for end in range(block, len(tokens) + 1, block)}
+            seen |= {(job.user, tokens[:end]) for end in range(block, len(tokens) + 1, block)}
     assert reuse.found_tokens == found > 0
 
 

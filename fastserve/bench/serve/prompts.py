@@ -66,6 +66,7 @@ class Asking:
     words: bool = False  # prompts of words, rather than of token ids; chats and programs are always of words
     ignore_eos: bool = True
     temperature: float = 0.0
+    program_ids: bool = True  # say which calls are of one program, where the server knows what that is
     extra_body: dict[str, Any] = field(default_factory=dict)
 
     def new_text(self, job: SimJob, salt: tuple[int, ...], said: Said) -> str:
@@ -106,7 +107,7 @@ class Asking:
             values["user"] = job.user
         if job.priority:
             values["priority"] = job.priority
-        if job.program is not None and target.owner == "fastserve":  # nobody else knows it
+        if self.program_ids and job.program is not None and target.owner == "fastserve":  # nobody else knows it
             values["program_id"] = f"{'-'.join(map(str, salt[:-1]))}-{job.program}"
         return _encode(values | self.extra_body)
 
@@ -143,4 +144,4 @@ def asking(endpoint: str, words: bool, ignore_eos: bool, temperature: float, ext
             raise InvalidRequest("extra_body", f"must be a JSON object: {error}") from None
         if not isinstance(more, dict):
             raise InvalidRequest("extra_body", f"must be a JSON object, got {extra_body!r}")
-    return Asking(endpoint, words, ignore_eos, temperature, more)
+    return Asking(endpoint, words, ignore_eos, temperature, extra_body=more)

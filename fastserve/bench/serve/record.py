@@ -33,7 +33,7 @@ class JobRecord:
     program: str | None = None
     user: str | None = None
     cached_tokens: int | None = None  # of the prompt, as the server counts; None: it does not
-    said: list[str] | None = None  # the answer's text, where a later call repeats it
+    said: list[str] | None = None  # the answer's text, in programs of several calls
     error: str | None = None  # its kind, in a few words; None: the answer is whole
     detail: str = ""  # of the error, a line
 

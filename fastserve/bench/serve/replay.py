@@ -139,7 +139,7 @@ class Replay:
         for exchange in list(self._open):
             exchange.give_up(UNFINISHED)
         for record in self._records:
-            if record.end is None:
+            if record.end is None and record.error is None:
                 record.error = UNFINISHED
         self._over.set()
 
@@ -165,10 +165,9 @@ class Replay:
         record.due = due
         said, asked = self._said.get(index, (Said(), None))[0], None
         salt = (*self.salt, index)
-        if self.asking.words or self.asking.endpoint == "chat" or record.said is not None or record.call > 0:
+        if self.asking.words or self.asking.endpoint == "chat" or record.said is not None:
             asked = self.asking.new_text(job, salt, said)
-            if record.said is not None:
-                self._said[index] = said, asked
+            self._said[index] = said, asked
         body = self.asking.body(job, self.target, salt, asked, said)
         request = self.target.request(self.asking.endpoint, body)
         exchange = Exchange(
@@ -196,20 +195,20 @@ class Replay:
         if timer is not None:
             timer.cancel()
         record = exchange.record
+        said = self._said.pop(record.index, None)
         self._left -= 1
         self._failed += record.error is not None
         if self._calls[record.index].then is not None and not self._interrupted:
-            self._follow(record)
+            self._follow(record, said)
         if self._waiting and not self._interrupted:
             loop = asyncio.get_running_loop()
             self._send(self._waiting.popleft(), loop.time() - self._origin)
         if not self._left:
             self._over.set()
 
-    def _follow(self, record: JobRecord) -> None:
+    def _follow(self, record: JobRecord, said: tuple[Said, str] | None) -> None:
         """A call has ended, and there is another behind it."""
         loop, job, following = asyncio.get_running_loop(), self._calls[record.index], record.index + 1
-        said = self._said.pop(record.index, None)
         if record.error is not None or record.end is None:
             for later in range(following, record.index + sum(1 for _ in calls_of(job))):
                 self._records[later].error = "never asked"
@@ -238,7 +237,7 @@ class Replay:
 def _record(index: int, place: int, job: SimJob, arrival: float) -> JobRecord:
     record = JobRecord(index, arrival, job.prompt_tokens, job.output_tokens)
     record.call, record.program, record.user = place, job.program, job.user
-    if job.then is not None:
+    if job.then is not None or place:
         record.said = []
     return record
 
