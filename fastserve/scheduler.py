@@ -429,7 +429,8 @@ class Scheduler:
             self._release(job, now)
 
     def _release(self, job: Job, now: float) -> None:
-        self.residency.release(job, now)
+        """Its KV is cache from here on: for its program's next call, if that is likely to come soon."""
+        self.residency.release(job, now, self.programs.keep_until(job, now))
         self.residency.prefixes.ended(job)
         self._version += 1  # others may find room
 
