@@ -91,6 +91,7 @@ class Scheduler:
                 f"{self.blocks.block_size} tokens, and there are {self.blocks.num_blocks}; shorten the prompt, lower "
                 "max_tokens or raise kv_cache_memory",
             )
+        self.residency.prefixes.arrived(job)
         if job.output:
             self._charges.resumed(job)
         else:
@@ -127,6 +128,10 @@ class Scheduler:
         A plan without rows waits for KV that is moving; when the last job has left, one closes the slots that are still
         open, and the executor is as it was at the start.
         """
+        for job in self.residency.prefixes.take_found():
+            self._charges.arrived(job)
+            self.policy.refresh(job, now)
+            self._version += 1
         batch = self.batches[self._next_plan % len(self.batches)]
         residency = self.residency
         self._version += self._charges.tell_all(now) + self._charges.tell_decodes(batch, now)
@@ -184,12 +189,15 @@ class Scheduler:
             for job in batch.prefills:
                 if (tokens := chunks.cut(job.computed, min(job.known - job.computed, budget), job.known)) == 0:
                     break
+                if job.slot is None and not self.residency.can_open(job):
+                    self._version += 1  # others have taken its room
+                    break
                 taken += self._prefill(plan, job, tokens, prefills, now)
                 budget -= tokens
             for job in batch.prefills[len(prefills) :]:  # there is no time for them: they wait, and it counts
                 self._pause(job, now)
-            if prefills:
-                self._version += 1  # they have other rows next time
+            if prefills or (batch.prefills and len(self.batches) > 1):
+                self._version += 1  # they have other rows next time, or another batch takes what they would start with
         closed, copies = self.residency.tell(plan, taken)
         iteration = Iteration(
             plan_id=self._next_plan,
@@ -313,7 +321,7 @@ class Scheduler:
         """A row for so many of the job's tokens; returns how many blocks that took."""
         if job.waiting_since is not None:
             self._runs(job, now)
-        taken = self.residency.open(job, plan) if job.slot is None else 0
+        taken = self.residency.open(job, plan) if job.slot is None else self.residency.extend(job)
         assert job.slot is not None
         row = Row(job, job.computed, tokens, job.computed + tokens == job.known)
         rows.append(row)
@@ -322,6 +330,7 @@ class Scheduler:
         job.pending += row.samples
         job.primed = row.samples
         job.in_flight += 1
+        self.residency.prefixes.computed(job)
         again = self._charges.prefill(job, row.start, end)
         job.metrics.recomputed_tokens += again
         self.recomputed_tokens += again
@@ -420,7 +429,9 @@ class Scheduler:
             self._release(job, now)
 
     def _release(self, job: Job, now: float) -> None:
-        self.residency.release(job, now)
+        """Its KV is cache from here on: for its program's next call, if that is likely to come soon."""
+        self.residency.release(job, now, self.programs.keep_until(job, now))
+        self.residency.prefixes.ended(job)
         self._version += 1  # others may find room
 
 
