@@ -257,6 +257,8 @@ def _limits(config: SchedulerConfig) -> dict[str, Any]:
         "slowdown_limit": config.slowdown_limit,
         "admission": config.admission,
         "swap_mode": config.swap_mode if config.num_host_blocks else "recompute",
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "tenant_weights": dict(config.tenant_weights),
         "block_size": config.block_size,
         "num_blocks": config.num_blocks,
         "num_host_blocks": config.num_host_blocks,

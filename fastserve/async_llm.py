@@ -12,8 +12,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar
 
 from .config import STREAMING_STALL_LIMIT
-from .outputs import LiveRequest, Request, RequestOutput
-from .serving import EngineError, Message, Prompt, ServingCore
+from .origin import checked_origin
+from .outputs import LiveRequest, RequestOutput
+from .requests import Message, Prompt, Request
+from .serving import EngineError, ServingCore
 from .types import SamplingParams
 
 if TYPE_CHECKING:
@@ -81,14 +83,18 @@ class AsyncLLM(ServingCore):
         request_id: str | None = None,
         *,
         priority: int = 0,
+        tenant: str = "",
+        program_id: str | None = None,
+        cache_salt: str = "",
     ) -> AsyncIterator[RequestOutput]:
-        """The answers so far, whenever they grow; the last output is `finished`. Lower `priority` goes first.
+        """The answers so far, whenever they grow; the last output is `finished`. `priority` and all else is as LLM's.
 
         Closing the iterator, or cancelling the task that waits for it, aborts the request. Raises InvalidRequest, here
         or when iteration starts, and EngineError when the engine has stopped.
         """
-        params = _given(sampling_params)
-        return self._outputs(self._request(prompt, params, request_id=request_id, priority=priority))
+        origin = checked_origin(tenant, program_id, cache_salt)
+        more = {"request_id": request_id, "priority": priority, "origin": origin}
+        return self._outputs(self._request(prompt, _given(sampling_params), **more))
 
     def chat(
         self,
@@ -97,10 +103,14 @@ class AsyncLLM(ServingCore):
         request_id: str | None = None,
         *,
         priority: int = 0,
+        tenant: str = "",
+        program_id: str | None = None,
+        cache_salt: str = "",
     ) -> AsyncIterator[RequestOutput]:
         """Like generate, for the next message of a conversation."""
-        params = _given(sampling_params)
-        return self._outputs(self._chat_request(messages, params, request_id=request_id, priority=priority))
+        origin = checked_origin(tenant, program_id, cache_salt)
+        more = {"request_id": request_id, "priority": priority, "origin": origin}
+        return self._outputs(self._chat_request(messages, _given(sampling_params), **more))
 
     def abort(self, request_id: str) -> None:
         """End a request: its stream closes with finish_reason "abort". Nothing happens when it is unknown or done."""

@@ -74,10 +74,10 @@ class Charges:
         """Of all that are not decoding."""
         return sum([self.tell(job, now) for job in list(self._untold)])
 
-    def tell_decodes(self, batch: DecodeRows, now: float) -> int:
-        """Of decodes whose service may change their places."""
+    def tell_decodes(self, batch: DecodeRows, now: float, *, everyone: bool = False) -> int:
+        """Of decodes whose service may change their places, or of `everyone`."""
         told = 0
-        for job in batch.expired():
+        for job in batch.jobs if everyone else batch.expired():
             batch.sync(job)
             if (own := batch.take_service(job)) > 0.0:
                 job.attained += own

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import sys
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
+from .config import STREAMING_STALL_LIMIT
 from .types import InvalidRequest
+
+_SCHEDULING: Final = (
+    "policy", "max_num_seqs", "max_num_batched_tokens", "stall_limit", "block_size", "num_levels", "starvation_limit",
+    "slowdown_limit", "admission", "swap_mode", "enable_prefix_caching", "tenant_weights",
+)  # fmt: skip
+_RUNNING: Final = ("dtype", "kv_cache_dtype", "quantization", "device", "threads")
 
 
 class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
@@ -31,6 +38,8 @@ class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
     swap_mode: str = "proactive"
     swap_bandwidth: str | int | None = None
     admission: str = "paged"
+    enable_prefix_caching: bool = True
+    tenant_weights: dict[str, float] = {}
     starvation_limit: float | None = 60.0
     slowdown_limit: float | None = None
     num_levels: int = 12
@@ -41,6 +50,16 @@ class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
     cost: str | None = None  # the file of a profile
     stages: list[int] | None = None  # layers of each, as an engine before this one has measured it
     host_share: int = 1  # of the host's memory, one part in so many is this engine's: others run beside it
+
+    def scheduling(self) -> dict[str, Any]:
+        """Fields of SchedulerConfig that do not depend on the model."""
+        told = {name: getattr(self, name) for name in _SCHEDULING}
+        told["stall_limit"] = STREAMING_STALL_LIMIT if self.stall_limit == "auto" else self.stall_limit
+        return told
+
+    def running(self) -> dict[str, Any]:
+        """The same of RuntimeConfig."""
+        return {name: getattr(self, name) for name in _RUNNING}
 
     def to_json(self) -> str:
         return msgspec.json.encode(self, enc_hook=_plain).decode()

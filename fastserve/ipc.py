@@ -42,6 +42,9 @@ class Add(Message):
     arrival: float
     output: list[int]
     waiting_since: float | None = None  # without output it waits since `arrival`
+    tenant: str = ""
+    program: str | None = None
+    cache_salt: str = ""
 
 
 class Abort(Message):
@@ -122,6 +125,13 @@ class LevelStatus(msgspec.Struct, array_like=True, gc=False):
     oldest_wait: float  # seconds
 
 
+class TenantStatus(msgspec.Struct, array_like=True, gc=False):
+    """A tenant, as one Status tells of it."""
+
+    name: str
+    seconds: float  # of service, modelled, since the Status before
+
+
 class Status(Message):
     """Sent every quarter of a second while there is work and every second otherwise: it is the heartbeat, too.
 
@@ -148,6 +158,14 @@ class Status(Message):
     hidden_copy_seconds: float  # of those, beside an iteration that did not wait for them
     busy_seconds: float  # of iterations
     modelled_seconds: float = 0.0  # of those that were started, by the cost model
+    prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
+    prefix_hits: int = 0  # of those, the ones found
+    evicted_blocks: int = 0  # of the prefix cache
+    # What is now, and no counter.
+    device_blocks_cached: int = 0  # that nobody uses, and that are kept for who may come
+    host_blocks_cached: int = 0
+    programs: int = 0  # alive
+    tenants: list[TenantStatus] = []  # those that were served since the Status before
 
 
 class JobStatus(msgspec.Struct, array_like=True, gc=False):
@@ -164,6 +182,7 @@ class JobStatus(msgspec.Struct, array_like=True, gc=False):
     attained: float  # modelled seconds of service
     waiting: float  # seconds since it last ran
     preemptions: int
+    cached_tokens: int = 0  # of the prompt, found in the cache when it first ran
 
 
 class Jobs(Message):

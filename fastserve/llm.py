@@ -16,8 +16,10 @@ from typing import Any, cast
 from .calibration import Calibration
 from .cost import CostModel
 from .distributed import GroupError
-from .outputs import LiveRequest, Request, RequestOutput
-from .serving import EngineError, Message, Prompt, ServingCore
+from .origin import checked_origin
+from .outputs import LiveRequest, RequestOutput
+from .requests import Message, Prompt, Request
+from .serving import EngineError, ServingCore
 from .types import InvalidRequest, SamplingParams
 
 # Waits are cut to this many seconds, so that Ctrl-C is heard while the runtime works.
@@ -38,15 +40,21 @@ class LLM(ServingCore):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
+        program_id: str | Sequence[str | None] | None = None,
+        cache_salt: str | Sequence[str] = "",
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Answer every prompt; outputs come in the order of the prompts.
 
-        A prompt is text or a list of token ids; both may be mixed. `sampling_params` and `priority` (lower goes first,
-        whatever the policy says) are for all prompts or one for each. Raises InvalidRequest, naming the parameter and
-        the prompt, before any of them starts.
+        A prompt is text or a list of token ids; both may be mixed. All else is for all prompts or one for each:
+        `sampling_params`; `priority` (lower goes first, whatever the policy says); `tenant`, for whom it is: tenants
+        get equal shares of the device, or those of `tenant_weights`; `program_id`, the program of several calls, one
+        after the other, that it is a call of; `cache_salt`: only prompts of one tenant and one salt find in the cache
+        what they have in common. Raises InvalidRequest, naming the parameter and the prompt, before any of them starts.
         """
-        return self._answer(self._requests(prompts, sampling_params, priority), progress)
+        origins = (tenant, program_id, cache_salt)
+        return self._answer(self._requests(prompts, sampling_params, priority, origins), progress)
 
     def chat(
         self,
@@ -54,18 +62,21 @@ class LLM(ServingCore):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
+        program_id: str | Sequence[str | None] | None = None,
+        cache_salt: str | Sequence[str] = "",
         progress: bool = False,
     ) -> list[RequestOutput]:
-        """Continue one conversation, or each of several: lists of {"role": …, "content": …}. Raises InvalidRequest."""
+        """Continue one conversation, or each of several: lists of {"role": …, "content": …}; else as `generate`."""
         given: Any = messages
         several = isinstance(given, (list, tuple)) and bool(given) and isinstance(given[0], (list, tuple))
         conversations = cast(Sequence[Sequence[Message]], messages if several else [messages])
         params = _one_each(sampling_params, len(conversations))
-        priorities = _priorities(priority, len(conversations))
+        more = _more(len(conversations), priority, tenant, program_id, cache_salt)
         requests = []
-        for i, (conversation, each, first) in enumerate(zip(conversations, params, priorities, strict=True)):
+        for i, (conversation, each, rest) in enumerate(zip(conversations, params, more, strict=True)):
             with _naming(i, len(conversations)):
-                requests.append(self._chat_request(conversation, each, priority=first))
+                requests.append(self._chat_request(conversation, each, **_told(*rest)))
         return self._answer(requests, progress)
 
     def stream(
@@ -74,19 +85,31 @@ class LLM(ServingCore):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
+        program_id: str | Sequence[str | None] | None = None,
+        cache_salt: str | Sequence[str] = "",
     ) -> Generator[RequestOutput, None, None]:
         """Like generate, but yields a request's answers so far whenever they grow; the last of each is `finished`.
 
         Prompts are checked at once. Leaving the iterator early (closing it, an exception) aborts what is unfinished.
         """
-        return self._stream(self._requests(prompts, sampling_params, priority))
+        origins = (tenant, program_id, cache_salt)
+        return self._stream(self._requests(prompts, sampling_params, priority, origins))
 
     def stream_chat(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        tenant: str = "",
+        program_id: str | None = None,
+        cache_salt: str = "",
     ) -> Generator[RequestOutput, None, None]:
         """Like stream, for the next message of a conversation."""
         (params,) = _one_each(sampling_params, 1)
-        return self._stream([self._chat_request(messages, params)])
+        origin = checked_origin(tenant, program_id, cache_salt)
+        return self._stream([self._chat_request(messages, params, priority=priority, origin=origin)])
 
     def replay(
         self,
@@ -95,6 +118,9 @@ class LLM(ServingCore):
         *,
         request_ids: Sequence[str] | None = None,
         priority: int | Sequence[int] = 0,
+        tenant: str | Sequence[str] = "",
+        program_id: str | Sequence[str | None] | None = None,
+        cache_salt: str | Sequence[str] = "",
     ) -> list[RequestOutput]:
         """Answer requests that arrive over time: (seconds after the start, prompt, parameters), in any order.
 
@@ -104,13 +130,13 @@ class LLM(ServingCore):
         """
         if request_ids is not None and len(request_ids) != len(requests):
             raise InvalidRequest("request_ids", f"must be one for each of {len(requests)}, got {len(request_ids)}")
-        priorities = _priorities(priority, len(requests))
+        more = _more(len(requests), priority, tenant, program_id, cache_salt)
         made = []
-        for i, (offset, prompt, params) in enumerate(requests):
+        for i, ((offset, prompt, params), rest) in enumerate(zip(requests, more, strict=True)):
             with _naming(i, len(requests)):
                 _check_offset(offset)
                 name = request_ids[i] if request_ids else None
-                made.append(self._request(prompt, params, request_id=name, priority=priorities[i]))
+                made.append(self._request(prompt, params, request_id=name, **_told(*rest)))
         self._check(made)
         start = self._clock()
         due = sorted(((start + requests[i][0], i) for i in range(len(made))), reverse=True)  # the next one is last
@@ -146,7 +172,7 @@ class LLM(ServingCore):
         For a new LLM: raises EngineError once it has served a request. `on_sample` sees the rows (start, tokens) and
         the seconds of each iteration.
         """
-        if next(self._numbers) > 0:
+        if self._intake.made > 0:
             raise EngineError("profiling takes an engine that has served no request")
         return self._measured().measure(full=full, on_sample=on_sample)
 
@@ -164,13 +190,14 @@ class LLM(ServingCore):
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: int | Sequence[int],
+        origins: tuple[Any, Any, Any],
     ) -> list[Request]:
         prompts = _as_list(prompts)
-        params, priorities = _one_each(sampling_params, len(prompts)), _priorities(priority, len(prompts))
+        params, more = _one_each(sampling_params, len(prompts)), _more(len(prompts), priority, *origins)
         requests = []
-        for i, (prompt, each, first) in enumerate(zip(prompts, params, priorities, strict=True)):
+        for i, (prompt, each, rest) in enumerate(zip(prompts, params, more, strict=True)):
             with _naming(i, len(prompts)):
-                requests.append(self._request(prompt, each, priority=first))
+                requests.append(self._request(prompt, each, **_told(*rest)))
         return requests
 
     def _answer(self, requests: list[Request], progress: bool) -> list[RequestOutput]:
@@ -293,13 +320,30 @@ def _one_each(params: Any, count: int) -> Sequence[SamplingParams]:
     return params
 
 
-def _priorities(given: Any, count: int) -> Sequence[int]:
-    """One for each; that they are integers is checked with the request they belong to."""
-    if not isinstance(given, Sequence) and not getattr(given, "ndim", 0):
+def _more(count: int, priority: Any, tenant: Any, program_id: Any, cache_salt: Any) -> list[tuple[Any, ...]]:
+    """What else is said of each of several prompts, for `_told`."""
+    each = [
+        _spread("priority", priority, "an integer", count),
+        _spread("tenant", tenant, "a string", count),
+        _spread("program_id", program_id, "a string", count),
+        _spread("cache_salt", cache_salt, "a string", count),
+    ]
+    return list(zip(*each, strict=True))
+
+
+def _told(priority: Any, *origin: Any) -> dict[str, Any]:
+    """As a request takes it; what it is, is checked here or there."""
+    return {"priority": priority, "origin": checked_origin(*origin)}
+
+
+def _spread(field: str, given: Any, one: str, count: int) -> Sequence[Any]:
+    """One for each prompt."""
+    several = isinstance(given, Sequence) or bool(getattr(given, "ndim", 0))
+    if not several or (isinstance(given, str) and field != "priority"):
         return [given] * count
     if isinstance(given, str) or len(given) != count:
-        raise InvalidRequest("priority", f"must be an integer, or one for each of {count}, got {given!r:.80}")
-    return cast(Sequence[int], given)
+        raise InvalidRequest(field, f"must be {one}, or one for each of {count}, got {given!r:.80}")
+    return cast(Sequence[Any], given)
 
 
 def _check_offset(seconds: Any) -> None:

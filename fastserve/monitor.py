@@ -9,7 +9,7 @@ from .backlog import Backlog
 from .config import SchedulerConfig
 from .cost import Cost
 from .engine import Engine, IterationRecord
-from .ipc import Jobs, JobStatus, LevelStatus, Status
+from .ipc import Jobs, JobStatus, LevelStatus, Status, TenantStatus
 from .types import DEVICE, HOST, OFFLOAD, UPLOAD, BatchPlan, FinishReason, Job
 
 _TIERS: Final = {DEVICE: "device", HOST: "host", None: "none"}
@@ -28,6 +28,8 @@ class Monitor:
         self._prefill_tokens = self._decode_tokens = 0
         self._busy = self._modelled = self._stalled = self._hidden = 0.0
         self._last_completed = -math.inf
+        self._told: dict[Job, float] = {}  # service of live jobs that a Status has told of
+        self._untold: dict[str, float] = {}  # service that none has told of, by tenant
 
     def on_submit(self, plan: BatchPlan) -> None:
         """A plan is handed to the runtime."""
@@ -44,8 +46,15 @@ class Monitor:
             self._stalled += record.completed - max(record.submitted, self._last_completed)
         self._last_completed = record.completed
 
+    def added(self, job: Job) -> None:
+        """A job has come, maybe with what a lost engine has served of it."""
+        if job.attained > 0.0:
+            self._told[job] = job.attained
+
     def ended(self, job: Job) -> None:
-        """A job has left the engine."""
+        """A job has left the engine, in whatever way."""
+        self._serve(job, job.attained)
+        self._told.pop(job, None)
         if job.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._backlog.ended(len(job.output))
 
@@ -78,6 +87,13 @@ class Monitor:
             hidden_copy_seconds=self._hidden,
             busy_seconds=self._busy,
             modelled_seconds=self._modelled,
+            prefix_queries=residency.cache_counters.queries,
+            prefix_hits=residency.cache_counters.hits,
+            evicted_blocks=residency.cache_counters.evicted,
+            device_blocks_cached=blocks.cached,
+            host_blocks_cached=blocks.cached_host,
+            programs=len({(job.tenant, job.program) for job in jobs if job.program is not None}),
+            tenants=self._served(engine),
         )
 
     def jobs(self, engine: Engine, query: int, now: float) -> Jobs:
@@ -100,9 +116,25 @@ class Monitor:
                     attained=attained,
                     waiting=_waiting(job, now),
                     preemptions=job.metrics.preemptions,
+                    cached_tokens=job.metrics.cached_tokens,
                 )
             )
         return Jobs(query, listed)
+
+    def _served(self, engine: Engine) -> list[TenantStatus]:
+        """Who was served since this was last asked."""
+        for job in engine.jobs:
+            if job.slot is not None or job.attained > 0.0:
+                self._serve(job, engine.scheduler.progress(job)[1])
+        served, self._untold = self._untold, {}
+        return [TenantStatus(tenant, seconds) for tenant, seconds in served.items()]
+
+    def _serve(self, job: Job, attained: float) -> None:
+        """The job has had so much service by now."""
+        new = attained - self._told.get(job, 0.0)
+        if new > 0.0:
+            self._told[job] = attained
+            self._untold[job.tenant] = self._untold.get(job.tenant, 0.0) + new
 
     def _levels(self, engine: Engine, now: float) -> list[LevelStatus]:
         policy = engine.scheduler.policy

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from .requests import Request
 from .tokenizer import IncrementalDetokenizer, Tokenizer
-from .types import FinishReason, Job, JobMetrics, SamplingParams, TokenLogprobs
+from .types import FinishReason, Job, JobMetrics, TokenLogprobs
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,7 +58,8 @@ class RequestOutput:
     def metrics(self) -> JobMetrics:
         """Of the request as a whole: from its arrival to the last token of its last answer.
 
-        With n > 1, preemptions and recomputed tokens are sums, and the seconds are those of the answer that came last.
+        With n > 1, preemptions and recomputed tokens are sums, cached tokens those of the first answer, as the others
+        find what it has computed, and the seconds those of the answer that came last.
         """
         each = [output.metrics for output in self.outputs]
         last = max(each, key=lambda metrics: metrics.finish or 0.0)
@@ -68,7 +70,13 @@ class RequestOutput:
             finish=last.finish if self.finished else None,
             preemptions=sum(metrics.preemptions for metrics in each),
             recomputed_tokens=sum(metrics.recomputed_tokens for metrics in each),
+            cached_tokens=each[0].cached_tokens,
         )
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt whose KV was found in the cache."""
+        return self.outputs[0].metrics.cached_tokens
 
 
 def _earliest(times: Iterable[float | None]) -> float | None:
@@ -132,18 +140,6 @@ class Completion:
             last = self._token_ids[-1]
             return last if last in self.job.params.stop_token_ids else None
         return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """A prompt on its way in: turned into tokens, its seed drawn."""
-
-    request_id: str
-    prompt: str | None
-    token_ids: list[int]
-    params: SamplingParams
-    seed: int
-    priority: int = 0  # lower goes first, whatever the policy says
 
 
 class LiveRequest:

@@ -84,6 +84,7 @@ class Residency:
         self._reserve = BurstReserve()
         self._promised = 0  # blocks set aside for the longest outputs, with admission "reserve"
         self._room = self._unpromised = 0  # blocks that the decision being made has not given away
+        self._given = 0  # blocks that it has, to those who will take them when they run
         self._starting = 0  # jobs to which it has given some to start with
         self._growth = 0  # blocks that those which decode take before others can be made free
         self._looked = 0  # iterations since the last decision
@@ -113,6 +114,7 @@ class Residency:
         self.wants = []
         self.closed = False
         self._room = self.blocks.free_blocks
+        self._given = 0
         self._unpromised = self.blocks.num_blocks - self._promised
         self._starting = 0
         self._growth = rows * _GROWTH // self.blocks.block_size
@@ -158,6 +160,7 @@ class Residency:
                 self._want(job, blocks + owed)
                 return False
             self._room -= blocks
+            self._given += blocks - _unused(path)
         self._starting += 1
         self._begun[job] = None
         if path:
@@ -178,6 +181,7 @@ class Residency:
             self._want(job, blocks, first=first)
             return False
         self._room -= blocks
+        self._given += blocks
         return True
 
     def _want(self, job: Job, blocks: int, *, first: bool = False) -> None:
@@ -228,7 +232,8 @@ class Residency:
             self.release(job, now)
         freed = self.blocks.free_blocks > free
         for job in moves.uploads:
-            if not self.blocks.can_upload(job.index) or self._to_return(job) > self.blocks.free_blocks:
+            room = self.blocks.free_blocks - self._given
+            if not self.blocks.can_upload(job.index) or self._to_return(job) > room:
                 continue
             copies, table = self.blocks.upload(job.index)
             table += self.blocks.grow(job.index, job.known)
@@ -292,7 +297,7 @@ class Residency:
         return self.blocks.away(job.index) + self._lacking(job)
 
     def _lacking(self, job: Job) -> int:
-        """Blocks that a job has to grow by to go on: none but the next, unless it starts behind what others computed."""
+        """Blocks that a job has to grow by to go on: one at most, unless it starts behind what others computed."""
         return max(0, self.blocks.blocks_for(job.known) - self.blocks.held(job.index))
 
     def _enst(self, job: Job, now: float) -> float:

@@ -26,6 +26,7 @@ from .cost import Cost, Link, stage_cost
 from .decode_rows import DecodeRows
 from .planning import Iteration, PlanBuilder, Row
 from .policies import create_policy
+from .programs import Programs
 from .residency import Residency
 from .selection import Selection, select
 from .types import (
@@ -55,7 +56,8 @@ class Scheduler:
         """
         self.config = config
         self.cost = cost = stage_cost(cost, config.pipeline_parallel_size)
-        self.policy = create_policy(config, cost)
+        self.programs = Programs()
+        self.policy = create_policy(config, cost, self.programs)
         self.residency = Residency(config, self.policy, cost, link)
         self.blocks = self.residency.blocks
         self._charges = Charges(self.policy, cost)
@@ -96,7 +98,12 @@ class Scheduler:
             self._charges.arrived(job)
         if job.waiting_since is None:
             job.waiting_since = now if job.output else job.arrival
+        job.inherited = self.programs.served(job)
         self.policy.add(job, now)
+        self.programs.arrived(job, now)
+        if self.policy.settles():
+            for batch in self.batches:
+                self._version += self._charges.tell_decodes(batch, now, everyone=True)
         self.jobs[job.job_id] = job
         self._version += 1
 
@@ -415,13 +422,15 @@ class Scheduler:
         if reason not in (FinishReason.ABORT, FinishReason.ERROR):
             self.policy.on_finish(job, len(job.output), now)
         self.policy.remove(job)
+        self.programs.ended(job, now)
         del self.jobs[job.job_id]
         self._version += 1
         if not job.in_flight:
             self._release(job, now)
 
     def _release(self, job: Job, now: float) -> None:
-        self.residency.release(job, now)
+        """Its KV is cache from here on: for its program's next call, if that is likely to come soon."""
+        self.residency.release(job, now, self.programs.keep_until(job, now))
         self.residency.prefixes.ended(job)
         self._version += 1  # others may find room
 

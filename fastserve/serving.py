@@ -1,6 +1,6 @@
 """A model, its runtime and the engine put together; requests go in, outputs come out. LLM and AsyncLLM build on it.
 
-    prompt ──_request──▶ Request ──_add──▶ Engine ──_step──▶ LiveRequest ──output──▶ RequestOutput
+    prompt ──Intake──▶ Request ──_add──▶ Engine ──_step──▶ LiveRequest ──output──▶ RequestOutput
                                            │ ▲
                                     submit ▼ │ poll
                                        NativeRuntime
@@ -11,15 +11,11 @@ A request is `n` jobs of the engine; a job is followed by a Completion, which tu
 from __future__ import annotations
 
 import copy
-import itertools
 import os
-import random
-import secrets
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -29,16 +25,13 @@ from .config import check_integer
 from .cost import CostModel
 from .distributed import Grid
 from .engine import Engine, IterationRecord
-from .outputs import Completion, LiveRequest, Request
+from .outputs import Completion, LiveRequest
+from .requests import Intake, Message, Prompt, Request
 from .seeds import derived_seed
-from .tokenizer import Tokenizer
 from .types import MAX_SEED, FinishReason, InvalidRequest, SamplingParams
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Prompt = str | Sequence[int]  # text, or token ids
-Message = Mapping[str, Any]  # role and content, as in OpenAI's API
 
 
 class EngineError(RuntimeError):
@@ -70,6 +63,8 @@ class ServingCore:
         swap_mode: Literal["proactive", "reactive", "recompute"] = "proactive",
         swap_bandwidth: str | int | None = None,
         admission: Literal["paged", "reserve"] = "paged",
+        enable_prefix_caching: bool = True,
+        tenant_weights: Mapping[str, float] | None = None,
         seed: int = 0,
         starvation_limit: float | None = 60.0,
         slowdown_limit: float | None = None,
@@ -112,6 +107,10 @@ class ServingCore:
         swap_bandwidth   slows each direction of swapping to so many bytes a second, at least 1M, to try a slow link
         admission        paged: a job starts when its prompt fits in the KV cache; reserve: when its longest output
                          does, too, so that it never gives up its place
+        enable_prefix_caching  KV stays when its job has ended, until its memory is needed, and prompts that begin alike
+                         share it; no token changes by that
+        tenant_weights   shares of the device between tenants (generate's `tenant`) who all want it: 1 for who is not
+                         named here
         seed             draws the seeds of requests that bring none
         starvation_limit seconds after which mlfq, skip-join-mlfq and gittins let a waiting job go first; None: never
         slowdown_limit   so does one that has waited this many times its own service; None: never
@@ -148,10 +147,7 @@ class ServingCore:
         self._failure: EngineError | None = None
         self._live: dict[str, LiveRequest] = {}
         self._jobs: dict[str, tuple[LiveRequest, Completion]] = {}
-        self._seeds = random.Random(check_integer("seed", seed, 0, MAX_SEED))
-        self._numbers = itertools.count()
-        # Names of requests that bring none must not be names that a caller thinks of.
-        self._request_prefix = f"req-{secrets.token_hex(4)}"
+        check_integer("seed", seed, 0, MAX_SEED)
 
         grid = Grid(tensor_parallel_size, pipeline_parallel_size)
         scheduler: dict[str, Any] = {
@@ -165,6 +161,8 @@ class ServingCore:
             "slowdown_limit": slowdown_limit,
             "admission": admission,
             "swap_mode": swap_mode,
+            "enable_prefix_caching": enable_prefix_caching,
+            "tenant_weights": {} if tenant_weights is None else tenant_weights,
         }
         runtime: dict[str, Any] = {
             "dtype": dtype,
@@ -205,6 +203,7 @@ class ServingCore:
         self.model: str = assembly.info["model"]
         self.spec = assembly.spec
         self.tokenizer = assembly.tokenizer
+        self._intake = Intake(self.model, self.tokenizer, seed)
         self.cost = assembly.cost
         self._info = assembly.info
         self._calibration: Calibration | None = assembly.calibration
@@ -228,60 +227,15 @@ class ServingCore:
 
     # --- prompts in --------------------------------------------------------------------------------------------------
 
-    def _request(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        *,
-        request_id: str | None = None,
-        text: str | None = None,
-        priority: int = 0,
-    ) -> Request:
-        """Turn a prompt into a request. `text` is what to report as the prompt where `prompt` holds token ids.
-
-        Raises InvalidRequest when the prompt is neither text nor token ids, when text is asked for or given and the
-        model has no tokenizer, when the request's id is no name and its priority no integer of 32 bits. What depends on
-        the engine's limits is checked by `_add`.
-        """
+    def _request(self, prompt: Prompt, params: SamplingParams, **more: Any) -> Request:
+        """Turn a prompt into a request. Raises InvalidRequest; what depends on the engine's limits `_add` checks."""
         self._check_process()
-        given: Any = params
-        if not isinstance(given, SamplingParams):
-            raise InvalidRequest("sampling_params", f"must be SamplingParams, got {given!r:.80}")
-        if request_id is None:
-            request_id = f"{self._request_prefix}-{next(self._numbers)}"
-        check_request_id(request_id)
-        if isinstance(prompt, str):
-            text, token_ids = prompt, self._need_tokenizer("prompt", "pass token ids").encode(prompt)
-        else:
-            token_ids = _token_ids(prompt)
-        if params.stop:
-            self._need_tokenizer("stop", "use stop_token_ids")
-        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-        return Request(
-            request_id=request_id,
-            prompt=text,
-            token_ids=token_ids,
-            params=params,
-            seed=seed,
-            priority=check_integer("priority", priority, -(2**31), 2**31 - 1),
-        )
+        return self._intake.request(prompt, params, **more)
 
-    def _chat_request(
-        self,
-        messages: Sequence[Message],
-        params: SamplingParams,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-    ) -> Request:
-        """A conversation, written out by the model's chat template, as a request. Raises InvalidRequest."""
-        given: Any = messages
-        if not isinstance(given, (list, tuple)) or not all(isinstance(message, Mapping) for message in given):
-            raise InvalidRequest("messages", f"must be a list of dicts with role and content, got {given!r:.80}")
-        tokenizer = self._need_tokenizer("messages", "use generate with token ids")
-        text = tokenizer.apply_chat_template(messages)
-        token_ids = tokenizer.encode_chat(messages)
-        return self._request(token_ids, params, request_id=request_id, text=text, priority=priority)
+    def _chat_request(self, messages: Sequence[Message], params: SamplingParams, **more: Any) -> Request:
+        """The same for a conversation, written out by the model's chat template."""
+        self._check_process()
+        return self._intake.chat_request(messages, params, **more)
 
     def _add(
         self, request: Request, on_news: Callable[[LiveRequest], None], arrival: float | None = None
@@ -306,6 +260,9 @@ class ServingCore:
                     vocab_size=self.spec.vocab_size,
                     eos_token_ids=self.spec.eos_token_ids,
                     priority=request.priority,
+                    tenant=request.origin.tenant,
+                    program=request.origin.program,
+                    cache_salt=request.origin.cache_salt,
                     arrival=arrival,
                 )
                 live.completions.append(Completion(i, job, self.tokenizer))
@@ -403,22 +360,3 @@ class ServingCore:
         if self._engine is None or self._failure is not None:
             raise EngineError(str(self._failure)) from self._failure
         return self._engine
-
-    def _need_tokenizer(self, field: str, instead: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise InvalidRequest(field, f"needs a tokenizer, and {self.model} was loaded without one; {instead}")
-        return self.tokenizer
-
-
-def check_request_id(request_id: Any) -> None:
-    if not isinstance(request_id, str) or not request_id:
-        raise InvalidRequest("request_id", f"must be a string that is not empty, got {request_id!r}")
-
-
-def _token_ids(prompt: Any) -> list[int]:
-    try:
-        if isinstance(prompt, (bytes, bytearray, Mapping)):
-            raise TypeError
-        return [index(token) for token in prompt]
-    except TypeError:
-        raise InvalidRequest("prompt", f"must be text or a list of token ids, got {prompt!r:.80}") from None

@@ -30,7 +30,6 @@ import msgspec
 import zmq
 
 from .assembly import Assembly, assemble
-from .config import STREAMING_STALL_LIMIT
 from .distributed import Grid, GroupError, launched
 from .engine import Engine
 from .engine_options import EngineOptions, worker_command
@@ -137,7 +136,7 @@ class Worker:
 
     def _add(self, add: Add) -> None:
         try:
-            self._engine.add_job(
+            job = self._engine.add_job(
                 str(add.key),
                 add.prompt,
                 add.params,
@@ -145,12 +144,17 @@ class Worker:
                 vocab_size=self._spec.vocab_size,
                 eos_token_ids=self._spec.eos_token_ids,
                 priority=add.priority,
+                tenant=add.tenant,
+                program=add.program,
+                cache_salt=add.cache_salt,
                 arrival=add.arrival,
                 output=add.output,
                 waiting_since=add.waiting_since,
             )
         except InvalidRequest as error:
             self._tell(Refused(add.key, error.field, _message(error)))
+        else:
+            self._monitor.added(job)
 
     def _abort(self, abort: Abort) -> None:
         """Those that a stop string ended were of use: they get their last update, and count as complete."""
@@ -159,7 +163,10 @@ class Worker:
         ended = [job for key in abort.keys if (job := live.get(str(key))) is not None]
         for job in ended:
             self._engine.abort(job.job_id, reason)
-        if abort.stopped and ended:
+        if not abort.stopped:
+            for job in ended:
+                self._monitor.ended(job)
+        elif ended:
             self._tell(Step([self._update(job, None) for job in ended], None))
 
     # --- messages out ------------------------------------------------------------------------------------------------
@@ -233,25 +240,8 @@ def load(options: EngineOptions, on_failure: Callable[[str], None] | None = None
     """`on_failure`: see assemble. Raises InvalidRequest, naming the option, and ModelError, naming the file."""
     return assemble(
         options.model,
-        scheduler={
-            "policy": options.policy,
-            "max_num_seqs": options.max_num_seqs,
-            "max_num_batched_tokens": options.max_num_batched_tokens,
-            "stall_limit": STREAMING_STALL_LIMIT if options.stall_limit == "auto" else options.stall_limit,
-            "block_size": options.block_size,
-            "num_levels": options.num_levels,
-            "starvation_limit": options.starvation_limit,
-            "slowdown_limit": options.slowdown_limit,
-            "admission": options.admission,
-            "swap_mode": options.swap_mode,
-        },
-        runtime={
-            "dtype": options.dtype,
-            "kv_cache_dtype": options.kv_cache_dtype,
-            "quantization": options.quantization,
-            "device": options.device,
-            "threads": options.threads,
-        },
+        scheduler=options.scheduling(),
+        runtime=options.running(),
         max_model_len=options.max_model_len,
         max_in_flight=options.max_in_flight,
         kv_cache_memory=options.kv_cache_memory,

@@ -102,12 +102,28 @@ SCHEDULING: dict[str, Any] = {
         "row); none: never; auto: 1.5 where tokens are streamed to many, else never.",
     ),
     "num_levels": _engine(int | None, "12", "Levels of the MLFQ."),
+    "enable_prefix_caching": _engine(
+        bool | None,
+        "True",
+        "Keep the KV of jobs that have ended until its memory is needed, and share that of prompts which begin alike.",
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+    ),
     "cost": _engine(
         Path | None, "measured once and remembered", "Cost profile to schedule by, as `fastserve profile` writes it."
     ),
 }
 SEED: dict[str, Any] = {"seed": _engine(int | None, "0", "Of the sampling; equal seeds give equal answers.")}
 ENGINE = {**SCHEDULING, **HARDWARE}
+TENANTS: dict[str, Any] = {
+    "tenant_weights": _engine(
+        list[str] | None,
+        "1 each",
+        "Share of the device of a tenant, beside others who want it, too. Repeatable. A tenant is a request's `user`; "
+        "with --api-key it is `key 0`, the first key without a user, or `key 0/USER`.",
+        "--tenant-weight",
+        metavar="NAME=WEIGHT",
+    ),
+}
 
 SAMPLING: dict[str, Any] = {
     "max_tokens": _sampling(int | None, False, "Longest answer, in tokens."),
@@ -149,6 +165,7 @@ OPTION_NAMES = {
     **{name: f"--{name.replace('_', '-')}" for name in ("num_prompts", "batch_size", "warmup", "iterations", "output")},
     **{name: f"--{name.replace('_', '-')}" for name in (*SIMULATION, *SERVING, *LOAD)},
     "stop_token_ids": "--stop-token-id",
+    "tenant_weights": "--tenant-weight",
     "num_blocks": "--kv-blocks",
     "num_host_blocks": "--swap-blocks",
 }
@@ -188,9 +205,25 @@ def takes(**groups: Mapping[str, Any]) -> Callable[[Command], Command]:
 
 
 def engine_options(given: dict[str, Any]) -> dict[str, Any]:
-    """As LLM takes them. Raises InvalidRequest for a limit that is neither a number nor `none`."""
+    """As LLM takes them. Raises InvalidRequest for a limit that is neither a number nor `none`, and for no weight."""
     limits = {name: _limit(name, unit, given[name]) for name, unit in _LIMITS.items() if name in given}
+    if "tenant_weights" in given:
+        limits["tenant_weights"] = dict(map(_weight, given["tenant_weights"]))
     return {**given, **limits}
+
+
+def _weight(text: str) -> tuple[str, float]:
+    """The last = is the one, so that a name may have some."""
+    name, equals, weight = text.rpartition("=")
+    try:
+        number = float(weight)
+    except ValueError:
+        number = -1.0
+    if not equals or not 0 < number < float("inf"):
+        raise InvalidRequest(
+            "tenant_weights", f"must be NAME=WEIGHT with a number above 0, such as ann=2, got {text!r}"
+        )
+    return name, number
 
 
 def _limit(option: str, unit: str, text: str) -> float | str | None:

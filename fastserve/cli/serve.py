@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..types import InvalidRequest
-from .options import ENGINE, ModelOption, engine_options, panel_option, takes
+from .options import ENGINE, TENANTS, ModelOption, engine_options, panel_option, takes
 from .terminal import error_console
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ SERVER: dict[str, Any] = {
 }
 
 
-@takes(server=SERVER, engine=ENGINE)
+@takes(server=SERVER, engine={**ENGINE, **TENANTS})
 def serve(
     *,
     model: ModelOption = "smollm2",
@@ -97,9 +97,11 @@ def serve(
 
     Open requests are finished first (--shutdown-timeout), a second Ctrl-C ends at once. The engine runs in a process of
     its own, or several do (--data-parallel-size); when one dies it is started again, and open requests go on where they
-    were. Requests may bring, beside OpenAI's fields, priority, user, timeout (or the header X-Request-Timeout), top_k,
-    min_p, repetition_penalty, min_tokens, ignore_eos and stop_token_ids. The dashboard is at /; GET /health, /metrics
-    and /v1/fastserve/jobs tell how it is doing, and /openapi.json what there is.
+    were. Requests may bring, beside OpenAI's fields, priority, timeout (or the header X-Request-Timeout), top_k, min_p,
+    repetition_penalty, min_tokens, ignore_eos and stop_token_ids; program_id (or X-Program-Id), the agent that they are
+    a call of; and cache_salt, who else may find their prompts in the cache. A user is a tenant: users share the device
+    fairly (--tenant-weight), and nothing else. The dashboard is at /; GET /health, /metrics and /v1/fastserve/jobs tell
+    how it is doing, and /openapi.json what there is.
     """
     from ..server.run import bind
     from ..server.settings import ServerSettings
@@ -108,6 +110,8 @@ def serve(
     server["api_key"] = [*server.get("api_key", []), *_keys_of_environment()]
     settings = ServerSettings(model=model, **server)
     options = {"model": model, **engine_options(engine)}
+    if "tenant_weights" in options and settings.api_key:
+        options["tenant_weights"] = _of_keys(options["tenant_weights"], len(settings.api_key))
     if isinstance(options.get("cost"), Path):
         options["cost"] = str(options["cost"])
     with bind(settings) as bound:
@@ -162,6 +166,21 @@ def _engine_client(settings: ServerSettings, options: dict[str, Any], tokenizer:
     told = {**options, "rank_timeout": _NAMED_WITHIN * settings.heartbeat_timeout}
     command = client.engine_command(told, engines, settings.launcher)
     return client.EngineClient(command, tokenizer, health=health, engines=engines)
+
+
+def _of_keys(weights: dict[str, float], keys: int) -> dict[str, float]:
+    """By the names that tenants have: a key alone is for its requests without a user."""
+    from ..server.tenants import named
+
+    numbers = {f"key {number}": number for number in range(keys)}
+    weighed = {}
+    for tenant, weight in weights.items():
+        key, _, user = tenant.partition("/")
+        if key not in numbers:
+            told = "key 0" if keys == 1 else f"key 0 to key {keys - 1}"
+            raise InvalidRequest("tenant_weights", f"must name {told}, or a user of one as key 0/USER, got {tenant!r}")
+        weighed[named(numbers[key], user)] = weight
+    return weighed
 
 
 def _keys_of_environment() -> list[str]:

@@ -13,20 +13,10 @@ from ..types import SamplingParams
 from .engine_api import EngineClient
 from .errors import ApiError, refused
 from .load import rows_of
+from .tenants import key_of
 
 _MAX_RETRY = 3600  # seconds
 _RECLAIM_EVERY = 0.05  # seconds: a look at all jobs, while requests are being refused
-
-
-def named(key: int | None, name: str) -> str:
-    """A user: what the holder of an API key, counted from 0, calls somebody; None where there are no keys."""
-    return name if key is None else f"key {key}/{name}"
-
-
-def key_of(user: str) -> str:
-    """The same for all users of a key. Where there are no keys, anybody may take any name."""
-    key, slash, _ = user.partition("/")
-    return key if slash and key.startswith("key ") else ""
 
 
 class Admission:

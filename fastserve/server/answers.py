@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
+from ..origin import Origin
 from ..types import SamplingParams
 from .calls import EXPECTED, Call, failure
 from .engine_api import OpenJob
@@ -22,7 +23,7 @@ from .errors import ApiError, as_api_error
 from .requestlog import RequestLog
 from .service import Service
 from .shapes import DONE, Shape, encode, event
-from .usage import accounting, usage
+from .usage import final_usage, usage
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -39,7 +40,7 @@ class Generation:
     count: int  # of prompts
     shape: Callable[[Sequence[list[int]]], Shape]  # the prompts' tokens
     params: SamplingParams
-    user: str
+    origin: Origin
     priority: int
     timeout: float | None
     stream: bool
@@ -61,7 +62,7 @@ class Answer(Response):
         self._call = Call(
             self._service,
             self._log.request_id,
-            user=asked.user,
+            origin=asked.origin,
             jobs=asked.count * asked.params.n,
             arrival=arrival,
             timeout=asked.timeout,
@@ -159,7 +160,7 @@ class Answer(Response):
 
     def _usage(self) -> Mapping[str, Any]:
         """Of all answers, once they have ended."""
-        return {**usage(self._prompt_tokens, self._call.jobs), "fastserve": accounting(self._call.jobs)}
+        return final_usage(self._prompt_tokens, self._call.jobs, self._asked.params.n)
 
 
 class _Events:

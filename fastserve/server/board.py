@@ -38,7 +38,8 @@ def router(service: Service) -> APIRouter:
 
         Where there are several engines: the next of each, then those after them, and so on; figures are of all.
         Seconds; tokens a second in `throughput`; `finished` has percentiles of the last five minutes, and `regret` the
-        mean completion time of those jobs over what preemptive SRPT would have made of them, null where none ended.
+        mean completion time of those jobs over what preemptive SRPT would have made of them, null where none ended;
+        `tenants` their shares of the service in the last minutes, those that are too small to be named as null.
         """
         try:
             jobs = await asyncio.wait_for(service.engine.list_jobs(), _ENGINE_ANSWERS)
@@ -50,7 +51,8 @@ def router(service: Service) -> APIRouter:
                 **msgspec.structs.asdict(status),
                 "key": job.key,
                 "request_id": service.request_ids.get(job.key),
-                "user": job.user,
+                "user": job.origin.tenant or None,
+                "program_id": job.origin.program,
                 **({"engine": job.engine} if several else {}),
             }
             for job, status in jobs
@@ -76,6 +78,12 @@ def _server(service: Service) -> dict[str, Any]:
         "regret": service.regret(),
         "preemptions": counters["preemptions"],
         "swapped": {"out": counters["offloaded_bytes"], "in": counters["uploaded_bytes"]},
+        "prefix_cache": {
+            "queries": counters["prefix_queries"],
+            "hits": counters["prefix_hits"],
+            "evicted_blocks": counters["evicted_blocks"],
+        },
+        "tenants": _tenants(service),
     }
     if engine.failure is not None:
         told["error"] = engine.failure
@@ -87,8 +95,27 @@ def _server(service: Service) -> dict[str, Any]:
             "running": status.running,
             "backlog": status.backlog,
             "kv": {
-                "device": {"blocks": status.device_blocks, "used": status.device_blocks_used},
-                "host": {"blocks": status.host_blocks, "used": status.host_blocks_used},
+                "device": {
+                    "blocks": status.device_blocks,
+                    "used": status.device_blocks_used,
+                    "cached": status.device_blocks_cached,
+                },
+                "host": {
+                    "blocks": status.host_blocks,
+                    "used": status.host_blocks_used,
+                    "cached": status.host_blocks_cached,
+                },
             },
+            "programs": status.programs,
         }
     return told
+
+
+def _tenants(service: Service) -> list[dict[str, Any]]:
+    """Who has had most of late, and how many jobs each has open."""
+    open_jobs = service.admission.users
+    shares = service.engine.tenants.shares()
+    return [
+        {**each, **({"open_jobs": open_jobs.get(each["tenant"], 0)} if each["tenant"] is not None else {})}
+        for each in shares
+    ]

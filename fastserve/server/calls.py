@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.types import Receive
 
+from ..origin import Origin
 from ..seeds import derived_seed
 from ..types import InvalidRequest, SamplingParams
 from .engine_api import EngineUnavailable, OpenJob
@@ -24,12 +25,19 @@ _BURST = 16384  # prompt tokens handed over in a row before others have the even
 class Call:
     """Opens jobs and closes them whatever happens: a client that goes away, a deadline, a shutdown, an error.
 
-    >>> with Call(service, "req-1", user="", jobs=2, arrival=now) as call:
+    >>> with Call(service, "req-1", origin=NOBODY, jobs=2, arrival=now) as call:
     ...     await call.run(receive, answer(call))
     """
 
     def __init__(
-        self, service: Service, request_id: str, *, user: str, jobs: int, arrival: float, timeout: float | None = None
+        self,
+        service: Service,
+        request_id: str,
+        *,
+        origin: Origin,
+        jobs: int,
+        arrival: float,
+        timeout: float | None = None,
     ) -> None:
         self.request_id = request_id
         self.arrival = arrival
@@ -38,7 +46,7 @@ class Call:
         self.disconnected = False
         self.cause: ApiError | None = None  # of what ended it early
         self._service = service
-        self._user = user
+        self._origin = origin
         self._places = jobs
         self._all_open = False
         self._work: asyncio.Future[None] | None = None
@@ -46,7 +54,7 @@ class Call:
 
     def __enter__(self) -> Call:
         """Raises ApiError where there is no room."""
-        self._service.admission.enter(self._user, self._places)
+        self._service.admission.enter(self._origin.tenant, self._places)
         self._service.calls.add(self)
         return self
 
@@ -55,7 +63,7 @@ class Call:
         for helper in self._helpers:
             helper.cancel()
         with contextlib.ExitStack() as last:  # from its end, and all of it whatever raises
-            last.callback(service.admission.leave, self._user, self._places)
+            last.callback(service.admission.leave, self._origin.tenant, self._places)
             last.callback(service.calls.discard, self)
             for job in reversed(self.jobs):
                 last.callback(service.ended, job)
@@ -68,7 +76,7 @@ class Call:
             return
         live = sum(job.finish_reason is None for job in self.jobs)
         if live < self._places:
-            self._service.admission.leave(self._user, self._places - live)
+            self._service.admission.leave(self._origin.tenant, self._places - live)
             self._places = live
 
     async def open(self, prompts: Sequence[list[int]], params: SamplingParams, priority: int) -> None:
@@ -87,7 +95,7 @@ class Call:
                     params,
                     seed=derived_seed(seed, index),
                     priority=priority,
-                    user=self._user or None,
+                    origin=self._origin,
                     arrival=self.arrival,
                 )
                 self.jobs.append(job)

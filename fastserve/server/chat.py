@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Depends, Request, Response
 
 from .answers import Answer, Generation
-from .openapi import REQUEST_ID, TIMEOUT, generation
+from .openapi import PROGRAM_ID, REQUEST_ID, TIMEOUT, generation
 from .prompts import encode_chat
 from .protocol import ChatRequest
 from .requestlog import RequestLog
-from .requests import require_json, timeout_of, user_of
+from .requests import origin_of, require_json, timeout_of
 from .schemas import ChatCompletion, ChatCompletionChunk
 from .service import Service
 from .shapes import ChatShape, Shape, Style
@@ -24,7 +24,7 @@ def router(service: Service) -> APIRouter:
         "/v1/chat/completions",
         response_class=Response,
         responses=generation(ChatCompletion, ChatCompletionChunk),
-        openapi_extra={"parameters": [REQUEST_ID, TIMEOUT]},
+        openapi_extra={"parameters": [REQUEST_ID, TIMEOUT, PROGRAM_ID]},
     )
     async def create_chat_completion(body: ChatRequest, request: Request) -> Answer:
         """Say the next message of a conversation."""
@@ -65,7 +65,7 @@ def router(service: Service) -> APIRouter:
             count=1,
             shape=shape,
             params=params,
-            user=user_of(log, body),
+            origin=origin_of(request, log, body),
             priority=body.priority or 0,
             timeout=timeout_of(request, body),
             stream=bool(body.stream),

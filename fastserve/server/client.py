@@ -18,6 +18,7 @@ from typing import Any, Final
 from ..distributed import Grid
 from ..engine_options import EngineOptions, worker_command
 from ..ipc import JobStatus, Status
+from ..origin import NOBODY, Origin
 from ..tokenizer import Tokenizer
 from ..types import FinishReason, InvalidRequest, SamplingParams
 from .engine_api import EngineUnavailable
@@ -25,6 +26,7 @@ from .jobs import OpenJob
 from .replica import Replica, fixed_options
 from .router import Router
 from .supervisor import Health
+from .tenants import TenantService
 from .totals import COUNTERS, together
 
 
@@ -67,7 +69,10 @@ class EngineClient:
         self, command: Sequence[str], tokenizer: Tokenizer | None, *, health: Health | None = None, engines: int = 1
     ) -> None:
         self._router = Router(tokenizer, engines)
-        self._replicas = [Replica(number, command, health or Health(), self._router) for number in range(engines)]
+        self.tenants = TenantService()
+        self._replicas = [
+            Replica(number, command, health or Health(), self._router, self.tenants) for number in range(engines)
+        ]
         self._stopping = False
 
     @property
@@ -179,7 +184,7 @@ class EngineClient:
         *,
         seed: int,
         priority: int = 0,
-        user: str | None = None,
+        origin: Origin = NOBODY,
         arrival: float | None = None,
     ) -> OpenJob:
         """Hand over one prompt for one output (`params.n` is the caller's business). `arrival` is on time.monotonic.
@@ -189,7 +194,7 @@ class EngineClient:
         """
         if refusal := self._refusal():
             raise EngineUnavailable(refusal)
-        return self._router.open(prompt, params, seed, priority, user, arrival)
+        return self._router.open(prompt, params, seed, priority, origin, arrival)
 
     def close(self, job: OpenJob) -> None:
         """Nobody wants the job any more: its engine drops it at its next iteration. Idempotent."""

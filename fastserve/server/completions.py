@@ -9,16 +9,16 @@ from fastapi import APIRouter, Depends, Request, Response
 from ..types import FinishReason
 from .answers import Answer, Generation
 from .jobs import OpenJob
-from .openapi import REQUEST_ID, TIMEOUT, generation
+from .openapi import PROGRAM_ID, REQUEST_ID, TIMEOUT, generation
 from .prompts import as_prompts, encode
 from .protocol import CompletionRequest
 from .requestlog import RequestLog
-from .requests import require_json, timeout_of, user_of
+from .requests import origin_of, require_json, timeout_of
 from .schemas import Completion, CompletionChunk
 from .service import Service
 from .shapes import DONE, CompletionShape, Shape, Style
 from .shapes import encode as as_json
-from .usage import accounting, usage
+from .usage import final_usage, usage
 
 _MAX_TOKENS = 16  # OpenAI's default
 
@@ -30,7 +30,7 @@ def router(service: Service) -> APIRouter:
         "/v1/completions",
         response_class=Response,
         responses=generation(Completion, CompletionChunk),
-        openapi_extra={"parameters": [REQUEST_ID, TIMEOUT]},
+        openapi_extra={"parameters": [REQUEST_ID, TIMEOUT, PROGRAM_ID]},
     )
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Go on from a prompt, or from each of several."""
@@ -77,7 +77,7 @@ def router(service: Service) -> APIRouter:
             count=len(given),
             shape=shape,
             params=params,
-            user=user_of(log, body),
+            origin=origin_of(request, log, body),
             priority=body.priority or 0,
             timeout=timeout_of(request, body),
             stream=bool(body.stream),
@@ -92,23 +92,22 @@ def router(service: Service) -> APIRouter:
 async def _echo(service: Service, asked: Generation, log: RequestLog) -> Response:
     """The prompts as they are, with nothing after them: the engine has no part in it."""
     places = asked.count * asked.params.n
-    service.admission.enter(asked.user, places)
+    service.admission.enter(asked.origin.tenant, places)
     try:
         prompts = await asked.prompts()
     finally:
-        service.admission.leave(asked.user, places)
+        service.admission.leave(asked.origin.tenant, places)
     for prompt in prompts:
         service.limits.check("prompt", prompt)
-    job = OpenJob(0, [], asked.params, 0, 0, 0.0, None, None)
+    job = OpenJob(0, [], asked.params, 0, 0, 0.0, asked.origin, None)
     job.end(FinishReason.LENGTH)
     jobs, shape = [job] * places, asked.shape(prompts)
     log.prompt_tokens = sum(map(len, prompts))
     log.tell(jobs)
-    took = usage(log.prompt_tokens, jobs)
-    whole = {**took, "fastserve": accounting(jobs)}
+    whole = final_usage(log.prompt_tokens, jobs, asked.params.n)
     if not asked.stream:
         return Response(as_json(shape.whole(jobs, whole)), media_type="application/json")
-    told = took if asked.usage_always else None
+    told = usage(log.prompt_tokens, jobs) if asked.usage_always else None
     events = [shape.opening(index, told) + shape.chunk(index, job, "", 0, told) for index in range(places)]
     last = shape.closing(whole) if asked.usage else b""
     return Response(b"".join([*events, last, DONE]), media_type="text/event-stream")

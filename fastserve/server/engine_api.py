@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ..ipc import JobStatus, Status
+from ..origin import NOBODY, Origin
 from ..types import JobMetrics, SamplingParams, TokenLogprobs
+from .tenants import TenantService
 
 
 class EngineUnavailable(RuntimeError):
@@ -33,7 +35,7 @@ class OpenJob(Protocol):
         """On time.monotonic."""
 
     @property
-    def user(self) -> str | None: ...
+    def origin(self) -> Origin: ...
     @property
     def output(self) -> Sequence[int]:
         """The tokens so far."""
@@ -111,6 +113,10 @@ class EngineClient(Protocol):
         """Status's counters (totals.COUNTERS), of all engines and those before them: they never fall."""
 
     @property
+    def tenants(self) -> TenantService:
+        """Who has had how much of all engines, and those before them."""
+
+    @property
     def failure(self) -> str | None:
         """Why no engine starts, after all have failed to several times."""
 
@@ -130,7 +136,7 @@ class EngineClient(Protocol):
         *,
         seed: int,
         priority: int = 0,
-        user: str | None = None,
+        origin: Origin = NOBODY,
         arrival: float | None = None,
     ) -> OpenJob:
         """Raises EngineUnavailable."""

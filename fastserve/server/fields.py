@@ -16,8 +16,8 @@ logger = logging.getLogger("fastserve.server")
 # They change nothing of an answer, whatever they are: what is billed, stored, cached or filed under.
 _NO_EFFECT = frozenset(
     {
-        "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-        "prediction", "parallel_tool_calls", "request_id", "cache_salt", "spaces_between_special_tokens",
+        "metadata", "store", "service_tier", "prompt_cache_retention", "prediction", "parallel_tool_calls",
+        "request_id", "spaces_between_special_tokens",
     }
 )  # fmt: skip
 

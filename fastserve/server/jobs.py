@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..ipc import Update
+from ..origin import Origin
 from ..tokenizer import IncrementalDetokenizer, Tokenizer
 from ..types import FinishReason, InvalidRequest, JobMetrics, SamplingParams, TokenLogprobs
 
@@ -42,8 +44,10 @@ class OpenJob:
         "last_token",
         "logprobs",
         "metrics",
+        "origin",
         "output",
         "params",
+        "pieces",
         "priority",
         "prompt",
         "seed",
@@ -52,7 +56,6 @@ class OpenJob:
         "submissions",
         "ticket",
         "told_after",
-        "user",
     )
 
     def __init__(
@@ -63,7 +66,7 @@ class OpenJob:
         seed: int,
         priority: int,
         arrival: float,
-        user: str | None,
+        origin: Origin,
         tokenizer: Tokenizer | None,
     ) -> None:
         self.key = key
@@ -72,7 +75,7 @@ class OpenJob:
         self.seed = seed
         self.priority = priority
         self.arrival = arrival  # time.monotonic
-        self.user = user
+        self.origin = origin
         self.output: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
@@ -84,6 +87,7 @@ class OpenJob:
         self.finished: float | None = None
 
         self.engine = 0  # the number of the one that it is on
+        self.pieces: Sequence[int] = ()  # of its prompt, where there are several (affinity.py)
 
         # The ledger's own: under which key the engine has it, None while it has not, and how engines died with it.
         self.ticket: int | None = None

@@ -260,5 +260,17 @@ def _blame(job: OpenJob, evidence: int) -> int:
 
 def _add(job: OpenJob, ticket: int) -> Add:
     """The job as the engine is told of it, with all that has come of it so far."""
-    output, waiting_since = job.output, job.last_token
-    return Add(ticket, job.prompt, job.params, job.seed, job.priority, job.arrival, output, waiting_since)
+    origin = job.origin
+    return Add(
+        ticket,
+        job.prompt,
+        job.params,
+        job.seed,
+        job.priority,
+        job.arrival,
+        job.output,
+        job.last_token,
+        origin.tenant,
+        origin.program,
+        origin.cache_salt,
+    )

@@ -23,10 +23,11 @@ def _stages(info: Mapping[str, Any]) -> int:
 
 
 class Work(NamedTuple):
-    """What is left to do of a job, whoever does it."""
+    """What is left to do of a job."""
 
     known: int  # tokens of prompt and output that exist
     left: float  # tokens of output that are expected
+    cached: int = 0  # of those that exist, the first that this engine need not compute
 
 
 class Load:
@@ -126,5 +127,5 @@ class Load:
         """
         cost, stages = self._cost, self._stages
         rows = -(-min(self.rows, self._live + len(self._given) + 1) // stages)
-        alone = cost.prefill_seconds(0, work.known) + work.left * cost.decode_seconds(work.known)
+        alone = cost.prefill_seconds(work.cached, work.known - work.cached) + work.left * cost.decode_seconds(work.known)
         return (alone - (1 + work.left) * cost.per_iteration * (1 - 1 / rows)) / stages

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from ..types import JobMetrics
 from .engine_api import EngineState
+from .tenants import TenantService
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
@@ -47,6 +48,9 @@ _COUNTERS = (
     ("uploaded_bytes", "fastserve:swapped_in_bytes", "KV moved back."),
     ("copy_seconds", "fastserve:swap_seconds", "Time in which KV was on its way."),
     ("hidden_copy_seconds", "fastserve:swap_hidden_seconds", "Of that, beside an iteration that did not wait for it."),
+    ("prefix_queries", "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+    ("prefix_hits", "vllm:prefix_cache_hits", "Of those, the ones found."),
+    ("evicted_blocks", "fastserve:prefix_cache_evicted_blocks", "Blocks of the prefix cache given up for others."),
 )
 
 
@@ -59,6 +63,8 @@ class EngineView(Protocol):
     def restarts(self) -> int: ...
     @property
     def counters(self) -> Mapping[str, float]: ...
+    @property
+    def tenants(self) -> TenantService: ...
 
 
 class EndedJob(Protocol):
@@ -140,6 +146,7 @@ class _EngineCollector(Collector):
         counters = self._engine.counters
         for key, name, text in _COUNTERS:
             yield self._counter(name, text, counters[key])
+        yield self._tenants()
         if (regret := self._regret()) is not None:
             yield self._gauge("fastserve:regret", "Mean JCT of late over that under SRPT in hindsight.", regret)
         yield from self._gauges()
@@ -150,6 +157,7 @@ class _EngineCollector(Collector):
         waiting = self._family("vllm:num_requests_waiting", "Other live jobs.")
         usage = self._family("vllm:kv_cache_usage_perc", "Share of the device's KV blocks in use, 1 is all.")
         backlog = self._family("fastserve:backlog_seconds", "Work left in all live jobs, by the cost model.")
+        programs = self._family("fastserve:programs", "Programs that are alive.")
         blocks = self._family("fastserve:kv_blocks", "KV blocks.", "tier", "state")
         jobs = self._family("fastserve:level_jobs", "Jobs of a level.", "level", "state")
         waits = self._family("fastserve:level_oldest_wait_seconds", "Longest wait on a level.", "level")
@@ -164,17 +172,28 @@ class _EngineCollector(Collector):
             waiting.add_metric(of, status.live - status.running)
             usage.add_metric(of, status.device_blocks_used / max(1, status.device_blocks))
             backlog.add_metric(of, status.backlog)
-            for tier, total, taken in (
-                ("device", status.device_blocks, status.device_blocks_used),
-                ("host", status.host_blocks, status.host_blocks_used),
+            programs.add_metric(of, status.programs)
+            for tier, total, taken, cached in (
+                ("device", status.device_blocks, status.device_blocks_used, status.device_blocks_cached),
+                ("host", status.host_blocks, status.host_blocks_used, status.host_blocks_cached),
             ):
                 blocks.add_metric((*of, tier, "used"), taken)
-                blocks.add_metric((*of, tier, "free"), total - taken)
+                blocks.add_metric((*of, tier, "cached"), cached)
+                blocks.add_metric((*of, tier, "free"), total - taken - cached)
             for level, its in enumerate(status.levels):
                 jobs.add_metric((*of, str(level), "waiting"), its.waiting)
                 jobs.add_metric((*of, str(level), "running"), its.running)
                 waits.add_metric((*of, str(level)), its.oldest_wait)
-        yield from (family for family in (running, waiting, usage, backlog, blocks, jobs, waits) if family.samples)
+        families = (running, waiting, usage, backlog, programs, blocks, jobs, waits)
+        yield from (family for family in families if family.samples)
+
+    def _tenants(self) -> Metric:
+        text = "Modelled seconds of service; the largest tenants have names."
+        family = CounterMetricFamily("fastserve:tenant_service_seconds", text, labels=("model_name", "tenant"))
+        tenants = self._engine.tenants
+        for name, seconds in tenants.seconds().items():
+            family.add_metric((self._model, tenants.label(name)), seconds)
+        return family
 
     @property
     def _several(self) -> bool:

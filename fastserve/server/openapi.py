@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
+from ..origin import MAX_LENGTH
 from ..version import __version__
 from .auth import OPEN_PATHS
 from .schemas import ChatCompletionChunk, CompletionChunk, ErrorBody
@@ -129,4 +130,11 @@ TIMEOUT: dict[str, Any] = {
     "required": False,
     "description": "Like the field `timeout`; the shorter counts.",
     "schema": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e9},
+}
+PROGRAM_ID: dict[str, Any] = {
+    "name": "X-Program-Id",
+    "in": "header",
+    "required": False,
+    "description": "Like the field `program_id`, for clients that cannot set it; both have to be the same.",
+    "schema": {"type": "string", "maxLength": MAX_LENGTH},
 }

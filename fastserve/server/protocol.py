@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 
+from ..origin import MAX_LENGTH, check_text
 from ..types import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from .errors import ApiError, refused
 from .fields import check_extra
@@ -13,7 +14,6 @@ from .fields import check_extra
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters; an answer's end is compared with each
 MAX_STOP_TOKENS = 1024  # different ones; each is in every message that hands a job to the engine
-MAX_USER_LENGTH = 256  # characters
 MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_INT = 2**31 - 1  # the runtime's integers
@@ -75,16 +75,6 @@ def _given(description: str, **schema: Any) -> Any:
     return Field(None, description=description, json_schema_extra=schema)
 
 
-def _check_text(field: str, text: str, longest: int) -> None:
-    """Raises ApiError for what is too long, and for half of a surrogate pair, which no other process can be told."""
-    if len(text) > longest:
-        raise refused(field, f"must have at most {longest} characters, got {len(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise refused(field, f"must be valid Unicode, and has a lone surrogate at character {error.start}") from None
-
-
 class _Body(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
@@ -137,7 +127,25 @@ class GenerationRequest(_Body):
     stream: bool | None = _given("Server-sent events while the answer grows; false.")
     stream_options: StreamOptions | None = _given("Only with stream: true.")
     user: str | None = _given(
-        "Whom the job is for: a full queue is shared fairly among users.", maxLength=MAX_USER_LENGTH
+        "Whom the job is for: users share the device and the queue fairly, and find nothing of each other's in the "
+        "cache; each belongs to the API key of its request.",
+        maxLength=MAX_LENGTH,
+    )
+    safety_identifier: str | None = _given("OpenAI's newer name of user, which goes before.", maxLength=MAX_LENGTH)
+    program_id: str | None = _given(
+        "The program, an agent say, that this is a call of: what its calls were served counts together, and its KV is "
+        "kept between them. Within a user.",
+        maxLength=MAX_LENGTH,
+    )
+    cache_salt: str | None = _given(
+        "Only requests of the same user with the same salt find in the cache what they have in common.",
+        minLength=1,
+        maxLength=MAX_LENGTH,
+    )
+    prompt_cache_key: str | None = _given(
+        "Requests with the same key are thought to begin alike: of several engines they go to the same, unless another "
+        "would be done much sooner.",
+        maxLength=MAX_LENGTH,
     )
     priority: _Int | None = _given(
         "Lower goes first, whatever the policy says; 0.", minimum=-(2**31), maximum=2**31 - 1
@@ -209,13 +217,15 @@ class GenerationRequest(_Body):
             raise refused("timeout", f"must be seconds above 0, got {self.timeout}")
         if self.priority is not None and not -(2**31) <= self.priority < 2**31:
             raise refused("priority", f"must be an integer of 32 bits, got {self.priority}")
-        if self.user is not None:
-            _check_text("user", self.user, MAX_USER_LENGTH)
+        for field in ("user", "safety_identifier", "program_id", "cache_salt", "prompt_cache_key"):
+            check_text(field, getattr(self, field) or "")
+        if self.cache_salt == "":  # which would be none, where somebody counts on one
+            raise refused("cache_salt", "must not be empty; leave it out, or send null")
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > MAX_STOPS:
             raise refused("stop", f"must hold at most {MAX_STOPS} texts, got {len(stops)}")
         for text in stops:
-            _check_text("stop", text, MAX_STOP_LENGTH)
+            check_text("stop", text, MAX_STOP_LENGTH)
         return super().check()
 
 

@@ -9,7 +9,7 @@ One JSON object a line, in FastServe's own format of traces, written when a job 
     finish_reason    stop, length, abort (its client went away, or its time was over) or error
     max_tokens       where the request named it
     priority         unless it is 0
-    user             a keyed hash: who is the same can be told within one run of the server, and nothing else
+    user, program    keyed hashes: which are the same can be told within one run of the server, and nothing else
 
 No text and no token is written. Lines are written by a thread of its own, one system call each, so that a slow disk
 delays no request and a server that is killed has written all but its last milliseconds.
@@ -88,8 +88,9 @@ class TraceRecord:
             line["max_tokens"] = job.params.max_tokens
         if job.priority:
             line["priority"] = job.priority
-        if job.user:
-            line["user"] = hashlib.blake2b(job.user.encode(), key=self._key).hexdigest()[:_DIGITS]
+        for name, value in (("user", job.origin.tenant), ("program", job.origin.program)):
+            if value:
+                line[name] = hashlib.blake2b(value.encode(), key=self._key).hexdigest()[:_DIGITS]
         return line
 
     # --- on the thread -----------------------------------------------------------------------------------------------

@@ -14,19 +14,23 @@ from ..ipc import FromEngine, Jobs, JobStatus, ListJobs, Ready, Refused, Status,
 from .jobs import OpenJob
 from .router import Router
 from .supervisor import Health, Send, Supervisor
+from .tenants import TenantService
 from .totals import Totals
 
 
 class Replica:
     """The engine that the router calls `number`. Attributes are for everybody to read."""
 
-    def __init__(self, number: int, command: Sequence[str], health: Health, router: Router) -> None:
+    def __init__(
+        self, number: int, command: Sequence[str], health: Health, router: Router, tenants: TenantService
+    ) -> None:
         self._number = number
         self._router = router
         self._ledger = router.ledgers[number]
         several = len(router.ledgers) > 1
         self.supervisor = Supervisor(command, health, self, f"engine {number}: " if several else "")
         self._totals = Totals()
+        self._tenants = tenants
         self._send: Send | None = None
         self._pids: list[int] = []
         self._queries = itertools.count(1)
@@ -109,6 +113,7 @@ class Replica:
             if isinstance(message, Status):
                 self.status = message
                 self._totals.said(message)
+                self._tenants.said(message.tenants)
             self._router.engine_said(self._number, message)
 
     def engine_down(self, crashed: bool) -> None:

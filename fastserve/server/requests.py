@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from fastapi import Request
 
-from .admission import named
+from ..origin import Origin, check_text
 from .answers import generation_timeout
-from .errors import ApiError
+from .errors import ApiError, refused
 from .protocol import GenerationRequest
 from .requestlog import RequestLog
+from .tenants import named
+
+_PROGRAM_HEADER = "x-program-id"
 
 
 async def require_json(request: Request) -> None:
@@ -18,9 +21,27 @@ async def require_json(request: Request) -> None:
         raise ApiError(415, f"Content-Type must be application/json, got {kind!r}", code="unsupported_media_type")
 
 
-def user_of(log: RequestLog, body: GenerationRequest) -> str:
-    """Who shares the queue."""
-    return named(log.key, body.user or "")
+def origin_of(request: Request, log: RequestLog, body: GenerationRequest) -> Origin:
+    """Users are tenants, each within the API key of its request. Raises ApiError for two different programs."""
+    return Origin(
+        tenant=named(log.key, body.user or body.safety_identifier or ""),
+        program=_program(body.program_id or None, request.headers.get(_PROGRAM_HEADER) or None),
+        cache_salt=body.cache_salt or "",
+        cache_key=body.prompt_cache_key or None,
+    )
+
+
+def _program(field: str | None, header: str | None) -> str | None:
+    if header is None:
+        return field
+    try:
+        program = header.encode("latin-1").decode()  # what a header's bytes are, nobody says; ours are UTF-8
+        check_text("X-Program-Id", program)
+    except UnicodeDecodeError:
+        raise ApiError(400, "X-Program-Id: must be UTF-8", code="invalid_value") from None
+    if field not in (None, program):
+        raise refused("program_id", "must be the same as in the header X-Program-Id, where both are sent")
+    return program
 
 
 def timeout_of(request: Request, body: GenerationRequest) -> float | None:

@@ -12,8 +12,10 @@ nobody sees that but by the clock.
 Blame limits where a job may go (ledger.py): one that may have brought an engine down stays with that engine, so that
 however many there are, a job crashes one of them only.
 
-Answers to one prompt go each its own way, as jobs share no blocks. Once the blocks of a prompt are shared, a job whose
-prompt an engine has is less work there by its prefill, and the same rule will keep them together where that pays.
+A job whose prompt begins like one that an engine has had lately (affinity.py) is less work there, by the prefill of
+what they have in common. So the next turn of a conversation and the next call of an agent go where the last was, unless
+another engine would be done sooner all the same; and answers to one prompt each go their own way, unless they find it
+computed. Where engines are equally good, a program goes to the one it was on.
 """
 
 from __future__ import annotations
@@ -29,13 +31,16 @@ import numpy as np
 from ..backlog import OutputLengths
 from ..config import check_integer
 from ..ipc import Ready, Refused, Status, Step
+from ..origin import Origin
 from ..tokenizer import Tokenizer
 from ..types import MAX_SEED, FinishReason, InvalidRequest, SamplingParams
+from .affinity import Affinity
 from .jobs import OpenJob
 from .ledger import Ledger, confined, order
 from .load import Load, Work
 from .supervisor import Send
 
+_TIED: Final = 32  # jobs that are looked past, as they had better stay where their prompts are
 _LOOK: Final = 1024  # jobs of an engine that may go to others at a time: an engine is heard of four times a second
 
 
@@ -54,6 +59,7 @@ class Router:
         self.failures: list[str | None] = [None] * engines  # why an engine does not start any more
         self._tokenizer = tokenizer
         self._lengths = OutputLengths()
+        self._affinity = Affinity(engines)
         self._context = 2**31 - 1  # tokens of prompt and output at most
         self._keys = 0
         self._turn = 0  # who is first where all are alike
@@ -66,7 +72,7 @@ class Router:
         params: SamplingParams,
         seed: int,
         priority: int,
-        user: str | None,
+        origin: Origin,
         arrival: float | None,
     ) -> OpenJob:
         """Raises InvalidRequest for what can be told to no engine, and for stop strings without a tokenizer."""
@@ -77,9 +83,10 @@ class Router:
         check_integer("priority", priority, -(2**31), 2**31 - 1)
         self._keys += 1
         arrival = time.monotonic() if arrival is None else arrival
-        job = OpenJob(self._keys, tokens, params, seed, priority, arrival, user, self._tokenizer)
-        work = self._work(job)
-        job.engine = self._choose(work)
+        job = OpenJob(self._keys, tokens, params, seed, priority, arrival, origin, self._tokenizer)
+        if len(self.ledgers) > 1:
+            job.pieces = self._affinity.pieces(origin, tokens)
+        job.engine, work = self._choose(job)
         self._turn = (job.engine + 1) % len(self.ledgers)
         self.open_jobs[job.key] = job
         try:
@@ -107,6 +114,7 @@ class Router:
         self._context = ready.max_model_len
         self.failures[engine] = None
         self.loads[engine].came(ready.info)
+        self._affinity.came(engine, ready.info)
         self.ledgers[engine].engine_up(send)
         self._even_out()
 
@@ -124,6 +132,7 @@ class Router:
         """An engine is gone. Each of its jobs waits for it to come back, or goes on where that is expected sooner."""
         self.ledgers[engine].engine_down(crashed=crashed)
         self.loads[engine].went()
+        self._affinity.went(engine)
         self._hand_on(engine, confined)
 
     def engine_fails(self, engine: int, reason: str) -> None:
@@ -136,15 +145,24 @@ class Router:
 
     # --- whose a job is ----------------------------------------------------------------------------------------------
 
-    def _choose(self, work: Work) -> int:
-        """The engine that is expected to be done with it first; they take turns where that is several."""
-        engines = len(self.ledgers)
-        best, least = self._turn, (2, 0.0)
+    def _choose(self, job: OpenJob) -> tuple[int, Work]:
+        """The engine that is expected to be done with it first, and what it is there.
+
+        Where that is several it is the one that the job's program was on, else they take turns.
+        """
+        engines, anywhere = len(self.ledgers), self._work(job)
+        best, most, least = self._turn, anywhere, (2, 0.0, False)
+        home = self._affinity.home(job.origin) if engines > 1 else None
         for engine in (*range(self._turn, engines), *range(self._turn)) if engines > 1 else ():
-            found = self._rank(engine), self.loads[engine].seconds(work)
+            work = self._there(engine, job, anywhere)
+            found = self._rank(engine), self.loads[engine].seconds(work), engine != home
             if found < least:
-                best, least = engine, found
-        return best
+                best, most, least = engine, work, found
+        return best, most
+
+    def _there(self, engine: int, job: OpenJob, work: Work) -> Work:
+        """What a job is to one engine, which may have the beginning of its prompt."""
+        return work._replace(cached=min(self._affinity.found(engine, job.pieces), work.known - 1))
 
     def _rank(self, engine: int) -> int:
         """0 for an engine that takes jobs, or will; 1 while a suspect has it, 2 where it does not start any more."""
@@ -156,9 +174,8 @@ class Router:
             return
         ledger, load = self.ledgers[engine], self.loads[engine]
         for job in sorted(ledger.jobs.values(), key=order):
-            work = self._work(job)
             load.drop(job.key)
-            chosen = engine if stays(job) else self._choose(work)
+            chosen, work = (engine, self._work(job)) if stays(job) else self._choose(job)
             if chosen == engine:
                 load.take(job.key, work)
             else:
@@ -169,7 +186,8 @@ class Router:
         """Give jobs that wait to engines that are expected to be done with them sooner than their own.
 
         Of an engine that works, those beyond its rows that it has not begun, and only to rows that are free. All jobs
-        of an engine are as good as any, so the first that is better off where it is ends the search.
+        of an engine are as good as any, so the first that is better off where it is ends the search, unless that is for
+        what the engine has of its prompt.
         """
         working = [engine for engine in range(len(self.ledgers)) if self._works(engine)]
         for engine, ledger in enumerate(self.ledgers):
@@ -178,14 +196,22 @@ class Router:
             most = -self._spare(engine) if works else len(ledger.jobs)
             if not others or most <= 0:
                 continue
+            tied = 0
             for job in list(islice(ledger.waiting(), min(most, _LOOK))):
                 work = self._work(job)
-                seconds, best = min((self.loads[other].seconds(work), other) for other in others)
+                there = [self._there(other, job, work) for other in others]
+                seconds, best, moved = min(
+                    (self.loads[other].seconds(each), other, each) for other, each in zip(others, there, strict=True)
+                )
+                here = self._there(engine, job, work)
                 if not ledger.alone and seconds >= load.seconds():
-                    break
-                load.give_up(job.key, work)
+                    tied += here.cached > moved.cached
+                    if here.cached <= moved.cached or tied > _TIED:
+                        break
+                    continue
+                load.give_up(job.key, here)
                 ledger.remove(job)
-                self._give(job, best, work)
+                self._give(job, best, moved)
                 if works and self._spare(best) <= 0:
                     others.remove(best)
                     if not others:
@@ -202,6 +228,8 @@ class Router:
     def _give(self, job: OpenJob, engine: int, work: Work) -> None:
         job.engine = engine
         self.loads[engine].take(job.key, work)
+        if len(self.ledgers) > 1:
+            self._affinity.given(engine, job.origin, job.pieces)
         self.ledgers[engine].add(job)
 
     def _work(self, job: OpenJob) -> Work:
@@ -213,6 +241,8 @@ class Router:
     def _ended(self, job: OpenJob) -> None:
         del self.open_jobs[job.key]
         self.loads[job.engine].drop(job.key)
+        if len(self.ledgers) > 1 and job.output:
+            self._affinity.ended(job.engine, job.origin, job.pieces, job.prompt, job.output)
         if job.finish_reason in ("stop", "length"):
             self._lengths.ended(len(job.output))
 

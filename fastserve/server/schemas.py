@@ -48,8 +48,16 @@ class Usage(_Answer):
     total_tokens: int
 
 
+class PromptTokensDetails(_Answer):
+    cached_tokens: int = Field(
+        description="Tokens of the prompts whose KV was found in the cache; of several answers to one, the first's."
+    )
+
+
 class FinalUsage(Usage):
     """Of the whole request."""
+
+    prompt_tokens_details: PromptTokensDetails | None = Field(description="null where the engine has not told.")
 
     fastserve: Accounting
 
@@ -218,12 +226,14 @@ class LiveJob(_Answer):
 
     key: int
     request_id: str | None
-    user: str | None
+    user: str | None = Field(description="Whose it is, as key N/user where there are API keys.")
+    program_id: str | None = Field(description="The program that it is a call of.")
     level: int = Field(description="Of the MLFQ, 0 the first; 0 for policies without levels.")
     running: bool
     tier: Literal["device", "host", "none"] = Field(description="Where its KV is.")
     prompt_tokens: int
     computed_tokens: int
+    cached_tokens: int = Field(description="Of the prompt, found in the cache when it first ran.")
     output_tokens: int
     max_output_tokens: int
     attained: float = Field(description="Modelled seconds of service.")

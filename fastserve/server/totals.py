@@ -22,10 +22,16 @@ COUNTERS: Final = (
     "copy_seconds",
     "hidden_copy_seconds",
     "busy_seconds",
+    "prefix_queries",
+    "prefix_hits",
+    "evicted_blocks",
 )
 
 
-_SUMS: Final = ("live", "running", "device_blocks", "device_blocks_used", "host_blocks", "host_blocks_used")
+_SUMS: Final = (
+    "live", "running", "device_blocks", "device_blocks_used", "device_blocks_cached", "host_blocks", "host_blocks_used",
+    "host_blocks_cached", "programs",
+)  # fmt: skip
 
 
 class Totals:
@@ -56,7 +62,8 @@ class Totals:
 def together(statuses: Sequence[Status], counters: Mapping[str, float]) -> Status | None:
     """Engines that are up, beside each other, as if they were one that has counted `counters`; None where none is.
 
-    It is done when the last of them is, and its levels have the quanta that the first engine's have.
+    It is done when the last of them is, and its levels have the quanta that the first engine's have. Of tenants each
+    Status tells once, to who adds them up (tenants.py).
     """
     if not statuses:
         return None
@@ -66,6 +73,7 @@ def together(statuses: Sequence[Status], counters: Mapping[str, float]) -> Statu
         time=max(status.time for status in statuses),
         levels=[_one_level([level for level in row if level]) for row in zip_longest(*(s.levels for s in statuses))],
         backlog=max(status.backlog for status in statuses),
+        tenants=[],
         **told,
         **counters,
     )

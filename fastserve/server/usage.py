@@ -18,6 +18,26 @@ def usage(prompt_tokens: int, jobs: Sequence[OpenJob]) -> dict[str, Any]:
     }
 
 
+def cached(jobs: Sequence[OpenJob], n: int) -> dict[str, Any] | None:
+    """OpenAI's `prompt_tokens_details` of jobs that have ended, `n` for each prompt; None where one is not known.
+
+    Of the answers to one prompt the first tells what was there before the request; the others find what it computed.
+    """
+    first = [job.metrics for job in jobs[::n]]
+    if None in first:
+        return None
+    return {"cached_tokens": sum(metrics.cached_tokens for metrics in first if metrics is not None)}
+
+
+def final_usage(prompt_tokens: int, jobs: Sequence[OpenJob], n: int) -> dict[str, Any]:
+    """Of all answers, once they have ended: with what their prompts found in the cache, and where the time went."""
+    return {
+        **usage(prompt_tokens, jobs),
+        "prompt_tokens_details": cached(jobs, n),
+        "fastserve": accounting(jobs),
+    }
+
+
 def accounting(jobs: Sequence[OpenJob]) -> dict[str, Any]:
     """Seconds of the job that ended last; null where the engine has not told them.
 

@@ -13,6 +13,7 @@ from stand_in import CONTEXT, VOCAB, Options, Poisoned, StandIn
 from toy import Clock
 
 from fastserve.ipc import FromEngine, Ready, Refused, Status, Step, ToEngine
+from fastserve.origin import NOBODY
 from fastserve.server.jobs import OpenJob
 from fastserve.server.router import Router
 from fastserve.types import SamplingParams
@@ -49,7 +50,7 @@ class World:
         return self.inboxes[0]
 
     def open(self, seed: int, params: SamplingParams, prompt: tuple[int, ...] = (7, 8)) -> OpenJob:
-        job = self.router.open(prompt, params, seed, 0, None, None)
+        job = self.router.open(prompt, params, seed, 0, NOBODY, None)
         self.jobs.append(job)
         return job
 

@@ -16,5 +16,6 @@ def status(**more: Any) -> Status:
         device_blocks=100, device_blocks_used=25, host_blocks=40, host_blocks_used=8,
         iterations=11, prefill_tokens=12, decode_tokens=13, preemptions=14, recomputed_tokens=15,
         offloaded_bytes=16, uploaded_bytes=17, copy_seconds=1.5, hidden_copy_seconds=1.25, busy_seconds=9.5,
+        prefix_queries=18, prefix_hits=10, evicted_blocks=19, device_blocks_cached=30, host_blocks_cached=5, programs=3,
     )  # fmt: skip
     return Status(**{**told, **more})

@@ -137,7 +137,7 @@ def test_users_of_another_key_are_others() -> None:
     async def scenario(world: World) -> None:
         for key in ("one", "two"):
             await world.post(PATH, {**PLAIN, "user": "ann"}, headers={"Authorization": f"Bearer {key}"})
-        assert [job.user for job in world.engine.opened] == ["key 0/ann", "key 1/ann"]
+        assert [job.origin.tenant for job in world.engine.opened] == ["key 0/ann", "key 1/ann"]
 
     run(scenario, api_key=("one", "two"))
 

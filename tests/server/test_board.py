@@ -21,15 +21,18 @@ def test_the_server_in_figures() -> None:
         engine = world.engine
         engine.told, engine.restarts = status(), 2
         engine.counted = {"preemptions": 21, "offloaded_bytes": 4096, "uploaded_bytes": 1024}
+        engine.counted |= {"prefix_queries": 900, "prefix_hits": 600, "evicted_blocks": 7}
         told = (await world.get(JOBS))["server"]
         assert (told["status"], told["model"], told["policy"]) == ("ok", "toy", "skip-join-mlfq")
         assert (told["max_num_seqs"], told["restarts"], told["open_jobs"]) == (8, 2, 0)
         assert [(level["quantum"], level["waiting"], level["running"]) for level in told["levels"]] == [
             (0.5, 3, 1), (1.0, 0, 1), (None, 2, 0)
         ]  # fmt: skip
-        assert told["kv"] == {"device": {"blocks": 100, "used": 25}, "host": {"blocks": 40, "used": 8}}
+        device, host = {"blocks": 100, "used": 25, "cached": 30}, {"blocks": 40, "used": 8, "cached": 5}
+        assert told["kv"] == {"device": device, "host": host} and told["programs"] == 3
         assert (told["running"], told["backlog"]) == (2, 12.5)
         assert (told["preemptions"], told["swapped"]) == (21, {"out": 4096, "in": 1024})
+        assert told["prefix_cache"] == {"queries": 900, "hits": 600, "evicted_blocks": 7} and told["tenants"] == []
         assert told["regret"] is None and told["finished"]["count"] == 0
 
     run(scenario)

@@ -25,6 +25,7 @@ def test_an_answer_in_one_piece() -> None:
             "prompt_tokens": 3,
             "completion_tokens": 12,
             "total_tokens": 15,
+            "prompt_tokens_details": {"cached_tokens": 0},
             "fastserve": {"queue": 2.5, "prefill": 1.5, "decode": 6.0, "swap": 0.75, "preemptions": 3},
         }
 
@@ -176,7 +177,7 @@ def test_what_the_engine_is_asked_for() -> None:
         assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 5, 0.1)
         assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (1, -1, 1.5)
         assert (params.logit_bias, params.min_tokens, params.ignore_eos) == ({4: -3.0}, 2, True)
-        assert (job.priority, job.user, job.seed, params.skip_special_tokens) == (-4, "ann", 2**64 - 1, False)
+        assert (job.priority, job.origin.tenant, job.seed, params.skip_special_tokens) == (-4, "ann", 2**64 - 1, False)
         await world.post(PATH, {"prompt": "abc"})
         assert world.engine.opened[-1].params.max_tokens == 16  # OpenAI's default
 

@@ -22,6 +22,7 @@ import zmq
 from letters import check_finished, check_growing, letters
 from stand_in import CONTEXT, VOCAB, Options
 
+from fastserve.origin import Origin
 from fastserve.server.client import EngineClient, engine_command
 from fastserve.server.engine_api import EngineUnavailable
 from fastserve.server.jobs import OpenJob
@@ -30,6 +31,7 @@ from fastserve.server.supervisor import BackOff, EngineStartError, Health
 from fastserve.types import InvalidRequest, SamplingParams
 
 QUICK = Health(backoff=0.001, heartbeat_timeout=20.0)
+ME = Origin(tenant="me", program="p", cache_salt="s")
 LONG = SamplingParams(max_tokens=150, ignore_eos=True)
 SLOW = 0.002  # seconds an iteration takes, where something is to happen in the middle of it
 
@@ -114,7 +116,7 @@ def test_jobs_to_their_end() -> None:
             assert (client.max_model_len, client.vocab_size, client.info["model"]) == (CONTEXT, VOCAB, "stand-in")
             assert client.pids == [process.pid for process in psutil.Process().children()]
             params = SamplingParams(max_tokens=60, logprobs=1, stop=["ab", "é"], stop_token_ids=[9])
-            jobs = [client.open([7, seed], params, seed=seed, user="me") for seed in range(40)]
+            jobs = [client.open([7, seed], params, seed=seed, origin=ME) for seed in range(40)]
             assert set(client.open_jobs.values()) == set(jobs)
             await asyncio.gather(*map(follow, jobs))
             for job in jobs:
@@ -581,6 +583,7 @@ def test_a_stopped_engine_has_no_time_where_there_is_none(late: bool) -> None:
 
 _SERVER = """
 import asyncio, sys
+from fastserve.origin import Origin
 from fastserve.server.client import EngineClient
 from stand_in import Options
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from letters import LETTERS, letters
 
 from fastserve.ipc import Update
+from fastserve.origin import NOBODY
 from fastserve.server.jobs import OpenJob
 from fastserve.types import FinishReason, JobMetrics, SamplingParams
 
 
 def job_with(params: SamplingParams) -> OpenJob:
-    return OpenJob(1, [7], params, 0, 0, 10.0, None, letters())
+    return OpenJob(1, [7], params, 0, 0, 10.0, NOBODY, letters())
 
 
 def feed(job: OpenJob, text: str, reason: str | None = None) -> list[bool]:
@@ -104,6 +105,6 @@ def test_an_end_without_the_engine_lets_go_of_what_was_held_back() -> None:
 
 
 def test_without_a_tokenizer_there_is_no_text() -> None:
-    job = OpenJob(1, [7], SamplingParams(), 0, 0, 10.0, None, None)
+    job = OpenJob(1, [7], SamplingParams(), 0, 0, 10.0, NOBODY, None)
     feed(job, "ab", "length")
     assert (job.text, len(job.output), job.finish_reason) == ("", 2, "length")

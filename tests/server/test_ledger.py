@@ -8,6 +8,7 @@ from letters import check_finished, letters
 from stand_in import CONTEXT, VOCAB, Options
 
 from fastserve.ipc import Abort, Ready, Step, ToEngine, Update
+from fastserve.origin import NOBODY
 from fastserve.server.router import Router
 from fastserve.types import FinishReason, InvalidRequest, SamplingParams
 
@@ -160,8 +161,8 @@ def test_waiting_jobs_do_not_become_suspects() -> None:
 
 def test_resubmission_is_in_order_of_arrival_and_brings_the_output() -> None:
     world = World(Options(slots=2))
-    late = world.router.open([7], PLAIN, 1, 0, None, 20.0)
-    early = world.router.open([7], PLAIN, 2, 0, None, 10.0)
+    late = world.router.open([7], PLAIN, 1, 0, NOBODY, 20.0)
+    early = world.router.open([7], PLAIN, 2, 0, NOBODY, 10.0)
     world.start()
     world.hear(9)
     world.iterate()
@@ -240,7 +241,14 @@ def test_refusals_reach_who_waits() -> None:
 )
 def test_what_cannot_be_told_to_an_engine_is_refused_at_once(field: str, given: dict[str, object]) -> None:
     router = Router(letters())
-    whole: dict[str, object] = {"prompt": [1], "params": PLAIN, "seed": 0, "priority": 0, "user": None, "arrival": None}
+    whole: dict[str, object] = {
+        "prompt": [1],
+        "params": PLAIN,
+        "seed": 0,
+        "priority": 0,
+        "origin": NOBODY,
+        "arrival": None,
+    }
     with pytest.raises(InvalidRequest, match=f"^{field}: "):
         router.open(**(whole | given))  # type: ignore[arg-type]
     assert not router.open_jobs
@@ -267,13 +275,13 @@ def test_a_job_that_could_not_be_sent_is_not_kept() -> None:
     router = Router(letters())
     router.engine_up(0, Ready([1], {}, VOCAB, CONTEXT), fails)
     with pytest.raises(RuntimeError, match="no socket"):
-        router.open([1], PLAIN, 0, 0, None, None)
+        router.open([1], PLAIN, 0, 0, NOBODY, None)
     assert not router.open_jobs and not router.ledgers[0]._submitted
 
 
 def test_stop_strings_need_a_tokenizer() -> None:
     with pytest.raises(InvalidRequest, match=r"^stop: .*stop_token_ids"):
-        Router(None).open([1], SamplingParams(stop="a"), 0, 0, None, None)
+        Router(None).open([1], SamplingParams(stop="a"), 0, 0, NOBODY, None)
 
 
 def test_all_can_be_ended_while_one_is_alone() -> None:
@@ -294,6 +302,6 @@ def test_the_answers_of_an_n_share_their_prompt() -> None:
     """A long one, a hundred times over, is not a hundred copies."""
     router = Router(letters())
     prompt = [7, 8, 9]
-    jobs = [router.open(prompt, PLAIN, seed, 0, None, None) for seed in range(3)]
+    jobs = [router.open(prompt, PLAIN, seed, 0, NOBODY, None) for seed in range(3)]
     assert all(job.prompt is prompt for job in jobs)
-    assert router.open((7, 8), PLAIN, 3, 0, None, None).prompt == [7, 8]
+    assert router.open((7, 8), PLAIN, 3, 0, NOBODY, None).prompt == [7, 8]

@@ -32,6 +32,9 @@ COUNTERS_OF_THE_PAGE = {
     "fastserve:swapped_in_bytes_total": 17,
     "fastserve:swap_seconds_total": 1.5,
     "fastserve:swap_hidden_seconds_total": 1.25,
+    "vllm:prefix_cache_queries_total": 18,
+    "vllm:prefix_cache_hits_total": 10,
+    "fastserve:prefix_cache_evicted_blocks_total": 19,
 }
 
 
@@ -140,9 +143,13 @@ def test_what_the_engine_says_of_itself() -> None:
     blocks = {
         (tier, state): page.value("fastserve:kv_blocks", tier=tier, state=state)
         for tier in ("device", "host")
-        for state in ("used", "free")
+        for state in ("used", "cached", "free")
     }
-    assert blocks == {("device", "used"): 25, ("device", "free"): 75, ("host", "used"): 8, ("host", "free"): 32}
+    assert blocks == {
+        ("device", "used"): 25, ("device", "cached"): 30, ("device", "free"): 45,
+        ("host", "used"): 8, ("host", "cached"): 5, ("host", "free"): 27,
+    }  # fmt: skip
+    assert page.value("fastserve:programs") == 3
     for number, level in enumerate(LEVELS):
         assert page.value("fastserve:level_jobs", level=str(number), state="waiting") == level.waiting
         assert page.value("fastserve:level_jobs", level=str(number), state="running") == level.running
@@ -174,6 +181,7 @@ def test_several_engines_are_told_as_one() -> None:
     one = together([first, status(time=2.0, live=3, running=1, backlog=20.0, device_blocks_used=75)], counters)
     assert one is not None and (one.time, one.live, one.running, one.backlog) == (2.0, 10, 3, 20.0)
     assert (one.device_blocks, one.device_blocks_used, one.host_blocks) == (200, 100, 80)
+    assert (one.device_blocks_cached, one.host_blocks_cached, one.programs) == (60, 10, 6)
     told = [(level.quantum, level.waiting, level.running, level.oldest_wait) for level in one.levels]
     assert told == [(0.5, 6, 2, 1.25), (1.0, 0, 2, 0.0), (None, 2, 0, 60.5)]
     assert {name: getattr(one, name) for name in COUNTERS} == counters

@@ -17,6 +17,7 @@ from toy_engine import ToyEngine, ToyJob
 
 from fastserve.bench.serve.plan import Plan
 from fastserve.cli import main
+from fastserve.origin import NOBODY, Origin
 from fastserve.server import record
 from fastserve.server.record import TraceRecord
 from fastserve.types import InvalidRequest, JobMetrics, SamplingParams
@@ -28,7 +29,7 @@ PATH = "/v1/completions"
 def ended(arrival: float, finish: float | None, *, prompt: int = 3, output: int = 2, **more: Any) -> Any:
     """A job of times on a clock that begins at 0."""
     params = SamplingParams(max_tokens=more.pop("max_tokens", None))
-    asked = {"user": None, "priority": 0, "arrival": arrival, "tokenizer": ToyEngine().tokenizer}
+    asked = {"origin": NOBODY, "priority": 0, "arrival": arrival, "tokenizer": ToyEngine().tokenizer}
     reason = more.pop("reason", "length")
     job = ToyJob(0, [1] * prompt, params, 0, **{**asked, **more})
     job.output, job.finish_reason = [1] * output, reason
@@ -102,7 +103,8 @@ def test_a_server_that_is_started_again_goes_on_in_the_file(tmp_path: Path) -> N
 
 
 def test_users_are_told_apart_and_not_told(tmp_path: Path) -> None:
-    jobs = [ended(float(k), k + 1.0, user=user) for k, user in enumerate(("ann", "bob", "ann"))]
+    origins = (Origin(tenant="ann", program="p"), Origin(tenant="bob", program="q"), Origin(tenant="ann"))
+    jobs = [ended(float(k), k + 1.0, origin=origin) for k, origin in enumerate(origins)]
     one = [line["user"] for line in recorded(tmp_path / "one.jsonl", *jobs)]
     assert one[0] == one[2] != one[1] and len(one[0]) == 16 and "ann" not in "".join(one)
     assert [line["user"] for line in recorded(tmp_path / "two.jsonl", *jobs)] != one, "another key in every run"

@@ -13,6 +13,7 @@ from statuses import status
 
 from fastserve.cost import CostModel
 from fastserve.ipc import Ready, ToEngine
+from fastserve.origin import NOBODY
 from fastserve.server.jobs import OpenJob
 from fastserve.server.router import Router
 from fastserve.types import SamplingParams
@@ -93,7 +94,7 @@ class Engines:
         self.router.engine_up(number, Ready([number], info, VOCAB, CONTEXT), self.sent[number].append)
 
     def open(self, tokens: int, prompt: int = 1) -> OpenJob:
-        return self.router.open([7] * prompt, SamplingParams(max_tokens=tokens), 0, 0, None, None)
+        return self.router.open([7] * prompt, SamplingParams(max_tokens=tokens), 0, 0, NOBODY, None)
 
     def said(self, number: int, **told: Any) -> None:
         self.router.engine_said(number, status(**{"modelled_seconds": 0.0, "busy_seconds": 0.0, **told}))

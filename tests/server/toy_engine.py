@@ -13,7 +13,9 @@ from toy import EOS, VOCAB, expected_output
 from toy_llm import CONTEXT, COST
 
 from fastserve.ipc import JobStatus, LevelStatus, Status
+from fastserve.origin import NOBODY, Origin
 from fastserve.server.engine_api import EngineUnavailable
+from fastserve.server.tenants import TenantService
 from fastserve.server.totals import COUNTERS
 from fastserve.tokenizer import IncrementalDetokenizer, Tokenizer
 from fastserve.types import InvalidRequest, JobMetrics, SamplingParams, TokenLogprobs
@@ -29,7 +31,7 @@ class ToyJob:
     def __init__(self, key: int, prompt: list[int], params: SamplingParams, seed: int, **more: Any) -> None:
         self.key, self.prompt, self.params, self.seed = key, prompt, params, seed
         self.engine = 0
-        self.user, self.priority, self.arrival = more["user"], more["priority"], more["arrival"]
+        self.origin, self.priority, self.arrival = more["origin"], more["priority"], more["arrival"]
         self.output: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
@@ -38,6 +40,7 @@ class ToyJob:
         self.metrics: JobMetrics | None = None
         self.refusal: InvalidRequest | None = None
         self.closed = False
+        self.found = 0  # tokens of the prompt in the cache
         self.taken = asyncio.Event()  # set while somebody waits for news: what there was has been taken
         self._tokens = expected_output(prompt, params, seed, CONTEXT)
         self._text = IncrementalDetokenizer(
@@ -79,7 +82,7 @@ class ToyJob:
         self._text.flush()
         self.finish_reason, self.error = reason, error
         if reason in ("stop", "length"):
-            self.metrics = JobMetrics(0.0, 1.0, 2.0, 10.0, 3, 0, 1.5, 6.0, 0.75)
+            self.metrics = JobMetrics(0.0, 1.0, 2.0, 10.0, 3, 0, 1.5, 6.0, 0.75, self.found)
         self._changed.set()
 
     def refuse(self, refusal: InvalidRequest) -> None:
@@ -111,6 +114,7 @@ class ToyEngine:
         self.told: Status | None = None  # what is said instead of nothing in particular
         self.counted: dict[str, float] = {}  # counters that are not 0
         self.backlog = 0.0
+        self.tenants = TenantService()
         self.others: list[Any] = []  # engines beside this one
         self.open_jobs: dict[int, ToyJob] = {}
         self.opened: list[ToyJob] = []
@@ -153,14 +157,14 @@ class ToyEngine:
         *,
         seed: int,
         priority: int = 0,
-        user: str | None = None,
+        origin: Origin = NOBODY,
         arrival: float | None = None,
     ) -> ToyJob:
         if self.failure is not None:
             raise EngineUnavailable(self.failure)
         key = len(self.opened)
         job = ToyJob(
-            key, prompt, params, seed, user=user, priority=priority, tokenizer=self.tokenizer,
+            key, prompt, params, seed, origin=origin, priority=priority, tokenizer=self.tokenizer,
             arrival=time.monotonic() if arrival is None else arrival,
         )  # fmt: skip
         self.open_jobs[key] = job

@@ -20,7 +20,7 @@ from toy_llm import ALPHABET, BLOCK_BYTES, CONTEXT, ToySource, ToyWorld
 import fastserve.loaders
 from fastserve import LLM, SamplingParams
 from fastserve.cli import main
-from fastserve.cli.options import ENGINE, OPTION_NAMES, SAMPLING, SEED
+from fastserve.cli.options import ENGINE, OPTION_NAMES, SAMPLING, SEED, TENANTS
 from fastserve.cli.serve import SERVER
 from fastserve.cost import CostModel
 from fastserve.server.settings import ServerSettings
@@ -98,7 +98,7 @@ def test_the_defaults_that_help_shows_are_the_apis() -> None:
     engine = inspect.signature(LLM).parameters
     sampling = inspect.signature(SamplingParams).parameters
     server = inspect.signature(ServerSettings).parameters
-    for options, parameters in (({**ENGINE, **SEED}, engine), (SAMPLING, sampling), (SERVER, server)):
+    for options, parameters in (({**ENGINE, **TENANTS, **SEED}, engine), (SAMPLING, sampling), (SERVER, server)):
         for name, annotation in options.items():
             shown, default = annotation.__metadata__[0].show_default, parameters[name].default
             if shown and default not in (None, ()):
@@ -106,7 +106,7 @@ def test_the_defaults_that_help_shows_are_the_apis() -> None:
 
 
 def test_every_engine_option_of_the_api_is_an_option() -> None:
-    missing = inspect.signature(LLM).parameters.keys() - {*ENGINE, *SEED}
+    missing = inspect.signature(LLM).parameters.keys() - {*ENGINE, *TENANTS, *SEED}
     absent = {"model", "max_in_flight", "data_parallel_size", "rank_timeout"}
     absent |= {"skip_tokenizer", "tokenizer", "on_iteration"}
     assert missing == absent

@@ -53,7 +53,8 @@ def test_counters_are_the_sums_of_what_happened(policy: str) -> None:
     while toy.engine.has_work:
         toy.engine.step()
         status = toy.status()
-        for name in Status.__struct_fields__[10:]:  # from iterations on
+        counters = Status.__struct_fields__[10:]  # from iterations on
+        for name in counters[: counters.index("device_blocks_cached")]:
             assert getattr(status, name) >= getattr(earlier, name), f"{name} fell"
         assert status.live == len(toy.engine.jobs) == sum(level.waiting + level.running for level in status.levels)
         assert status.running <= 2 * 3

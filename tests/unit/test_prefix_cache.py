@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy import VOCAB, Toy, expected_output
 
-from fastserve.config import SWAP_MODES, SchedulerConfig
+from fastserve.config import SWAP_MODES
 from fastserve.cost import CostModel, Link
 from fastserve.engine import Engine
 from fastserve.types import Job, SamplingParams
