@@ -103,8 +103,27 @@ def test_the_pool_takes_what_the_device_has_left(device: str, tmp_path: Path) ->
     save(CASES[0], tmp_path)
     with LLM(tmp_path, device=device, skip_tokenizer=True, max_num_seqs=2, swap_space=0) as llm:
         assert llm.info["kv_cache_bytes"] > 100 * 2**20
-    with pytest.raises(InvalidRequest, match=r"kv_cache_memory: must .* fit in the \d+M that the device has left"):
+    with pytest.raises(InvalidRequest, match=r"kv_cache_memory: must fit in the \d+M that the device has left"):
         LLM(tmp_path, device=device, skip_tokenizer=True, kv_cache_memory="900G")
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize(
+    ("option", "size", "message"),
+    [
+        ("swap_space", "900000G", r"swap_space: must fit in the memory available, \d+M"),
+        ("swap_space", "1", "swap_space: must be 0 or hold at least one KV block"),
+        ("kv_cache_memory", "some", "kv_cache_memory: must be a size"),
+        ("kv_cache_memory", "1", "kv_cache_memory: must hold at least one KV block"),
+    ],
+)
+def test_sizes_are_refused_before_weights_are_loaded(
+    device: str, option: str, size: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(CASES[0], tmp_path)
+    monkeypatch.setattr("fastserve.placement.NativeRuntime", None)
+    with pytest.raises(InvalidRequest, match=message):
+        LLM(tmp_path, device=device, skip_tokenizer=True, **{option: size})
 
 
 @pytest.mark.parametrize(
