@@ -121,6 +121,7 @@ class Runtime {
   std::deque<StepResult> results_;
   std::optional<std::string> failure_;  // the runtime's own, and its last
   bool executing_ = false;
+  bool oldest_over_ = false;  // of the plans that are launched, where the worker has asked to be told
   bool stop_ = false;
 
   std::unique_ptr<Backend> backend_;

@@ -1,5 +1,6 @@
 // A CUDA device as a backend: keeps batches, streams and workspaces, and calls the kernels.
 #include <algorithm>
+#include <chrono>
 #include <deque>
 #include <memory>
 #include <string>
@@ -10,12 +11,14 @@
 #include "backend/cuda/cublaslt.h"
 #include "backend/cuda/cuda_sampler.h"
 #include "backend/cuda/device_batch.h"
+#include "backend/cuda/event_watch.h"
 #include "backend/cuda/graphs.h"
 #include "backend/cuda/kernels.h"
 #include "backend/cuda/matrix.h"
 #include "backend/cuda/nccl.h"
 #include "backend/cuda/runtime_api.h"
 #include "backend/device.h"
+#include "common/pause.h"
 
 namespace fastserve::cuda {
 
@@ -23,6 +26,8 @@ namespace {
 
 // Batches queued at a time: while one runs, the host puts the next together.
 constexpr int64_t kDepth = 2;
+// A batch that is waited for is often nearly done, and a thread that sleeps takes a while to wake up.
+constexpr auto kSpinTime = std::chrono::microseconds(50);
 
 std::string device_name(int device) {
   cudaDeviceProp properties;
@@ -42,12 +47,15 @@ bool holds(KvFormat format, DType dtype) {
                                                 : KvFormat::kFloat16);
 }
 
+using Clock = std::chrono::steady_clock;
+
 class CudaBackend final : public Backend {
  public:
   CudaBackend(DType dtype, int device) : dtype_(dtype), device_(device), name_(device_name(device)) {}
   ~CudaBackend() override {
     static_cast<void>(cudaSetDevice(device_));  // on whichever thread this is
     static_cast<void>(cudaDeviceSynchronize());
+    watch_.stop();  // before its event goes
   }
 
   const char* name() const override { return name_.c_str(); }
@@ -138,18 +146,26 @@ class CudaBackend final : public Backend {
 
   void end() override {
     BatchClock::instance().end(compute_);
-    if (idle_.empty()) idle_.push_back(std::make_unique<Done>());
+    if (idle_.empty()) idle_.push_back(std::make_unique<Event>());
     idle_.back()->record(compute_);
     queued_.push_back(std::move(idle_.back()));
     idle_.pop_back();
   }
   void wait() override {
-    if (nccl_.used()) nccl_.wait_until([&] { return queued_.front()->passed(); });
-    queued_.front()->synchronize();
+    const Event& oldest = *queued_.front();
+    if (nccl_.used()) {
+      nccl_.wait_for(oldest);
+    } else if (watch_.busy()) {
+      watch_.join();
+    } else {
+      for (const auto until = Clock::now() + kSpinTime; !oldest.settled() && Clock::now() < until;) pause();
+    }
+    oldest.synchronize();
     idle_.push_back(std::move(queued_.front()));
     queued_.pop_front();
   }
   bool done() const override { return queued_.front()->settled(); }
+  void when_done(std::function<void()> over) override { watch_.start(*queued_.front(), std::move(over)); }
 
   std::unique_ptr<DeviceCommunicator> connect(Communicator& ranks, int first, int count, int64_t most) override {
     use_device();
@@ -267,12 +283,12 @@ class CudaBackend final : public Backend {
   void use_device() const { check(cudaSetDevice(device_)); }
 
   void finish_queued() {
-    if (nccl_.used()) nccl_.wait_until([&] { return passed(cudaStreamQuery(compute_)); });
+    if (nccl_.used()) {
+      const Event queued;
+      queued.record(compute_);
+      nccl_.wait_for(queued);
+    }
     compute_.synchronize();
-  }
-  static bool passed(cudaError_t status) {
-    if (status != cudaErrorNotReady) check(status);
-    return status == cudaSuccess;
   }
 
   static Buffer release(Memory memory) {
@@ -284,21 +300,6 @@ class CudaBackend final : public Backend {
                                 : [](void* data, size_t) { static_cast<void>(cudaFreeHost(data)); });
   }
 
-  // Spins, then yields: a batch that is waited for is nearly done.
-  class Done {
-   public:
-    Done() { check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
-    ~Done() { static_cast<void>(cudaEventDestroy(event_)); }
-    Done(const Done&) = delete;
-    Done& operator=(const Done&) = delete;
-    void record(cudaStream_t stream) const { check(cudaEventRecord(event_, stream)); }
-    void synchronize() const { check(cudaEventSynchronize(event_)); }
-    bool settled() const { return cudaEventQuery(event_) != cudaErrorNotReady; }  // errors are synchronize()'s to tell
-    bool passed() const { return CudaBackend::passed(cudaEventQuery(event_)); }
-
-   private:
-    cudaEvent_t event_ = nullptr;
-  };
   struct Mover {
     Stream stream;
     Event done;
@@ -314,14 +315,15 @@ class CudaBackend final : public Backend {
   DeviceBatch batch_{};
   bool begun_ = false;  // and nothing run of it
   Graphs graphs_;
-  Nccl nccl_{device_, compute_, [this] { graphs_.clear(); }};
+  std::vector<std::unique_ptr<Event>> idle_;
+  std::deque<std::unique_ptr<Event>> queued_;  // of batches that were not waited for: each passes when all is done
+  EventWatch watch_{device_};
+  Nccl nccl_{device_, compute_, watch_, [this] { graphs_.clear(); }};
   Staging staging_;                                  // of weights on their way to the device
   Memory products_{Place::kDevice, kGemmWorkspace};  // workspaces: of products, ...
   Memory attention_;                                 // ... and of attention
   CublasLt cublas_;
   const CudaSampler* sampler_ = nullptr;  // the runtime's
-  std::vector<std::unique_ptr<Done>> idle_;
-  std::deque<std::unique_ptr<Done>> queued_;
 };
 
 }  // namespace
