@@ -269,6 +269,8 @@ Runtime::Launched Runtime::launch(BatchPlan plan) {
     backend_->end();
   } catch (...) {
     launched.result.error = std::current_exception();
+    if (launched.sampling) sampler_->drop_latest();
+    give_up_samples(launched);
   }
   return launched;
 }
@@ -278,7 +280,7 @@ StepResult Runtime::finish(Launched launched) {
   result.plan_id = launched.plan.plan_id;
   if (result.error) return std::move(result);
   try {
-    if (!launched.plan.rows.empty()) backend_->wait();
+    if (!launched.plan.rows.empty()) wait_for(launched);
     if (launched.sampling) result.sampled = take_samples(launched);
     result.copies = copies_->take(launched.plan.rows.empty());
   } catch (...) {
@@ -288,6 +290,16 @@ StepResult Runtime::finish(Launched launched) {
   result.seconds = std::chrono::duration<double>(end - std::max(launched.begin, last_end_)).count();
   last_end_ = end;
   return std::move(result);
+}
+
+void Runtime::wait_for(Launched& oldest) {
+  try {
+    backend_->wait();
+  } catch (...) {
+    if (oldest.sampling) sampler_->drop_oldest();
+    give_up_samples(oldest);
+    throw;
+  }
 }
 
 Batch Runtime::batch_of(const BatchPlan& plan) {
@@ -372,12 +384,21 @@ void Runtime::sample_rows(Launched& launched, float* logits) {
       requests.push_back({static_cast<int64_t>(requests.size()), row.slot, output_index});
     }
   }
-  launched.sampling = true;
   if (shared_sampling_) {
     logits = shared_sampling_->exchange(logits, transformer_.ld_logits(), sampled_rows);
     sampler_->sample(logits, shared_sampling_->ld_rows(), requests);
   } else {
     sampler_->sample(logits, transformer_.ld_logits(), requests);
+  }
+  launched.sampling = true;
+}
+
+// Slots whose samples will not come have no token to come either.
+void Runtime::give_up_samples(Launched& launched) {
+  launched.sampling = false;
+  for (const auto& [slot, job] : launched.sampled) {
+    const auto found = slots_.find(slot);
+    if (found != slots_.end() && found->second.job == job) --found->second.sampling;
   }
 }
 

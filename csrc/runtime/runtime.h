@@ -102,6 +102,8 @@ class Runtime {
   void fail(const std::exception_ptr& error);
   Launched launch(BatchPlan plan);
   StepResult finish(Launched launched);
+  void wait_for(Launched& oldest);
+  void give_up_samples(Launched& launched);
   void apply_deltas(const BatchPlan& plan);
   Batch batch_of(const BatchPlan& plan);
   void make_pools();

@@ -1,4 +1,5 @@
-"""How the host waits for a device: on the emulated one, which can be told to be slow."""
+"""How the host waits for a device, and what is left of an iteration that failed on its way there: on the emulated
+device, which can be told to be slow, and to fail."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ import pytest
 from machines import CUDA
 from synthetic import SyntheticModel, llama_spec, plan
 
+from fastserve import _C
 from fastserve.config import RuntimeConfig
 from fastserve.native import NativeRuntime
+from fastserve.types import BatchPlan
 
 LATENCY = 1.0  # seconds from when work is queued until it is known to be over
 
@@ -43,6 +46,13 @@ def _first(runtime: NativeRuntime) -> None:
     runtime.poll()
 
 
+def _token(runtime: NativeRuntime, batch: BatchPlan) -> int:
+    runtime.submit(batch)
+    result = runtime.poll()
+    assert result is not None
+    return int(result.tokens[0])
+
+
 @pytest.mark.parametrize("plans", [1, 2])
 def test_no_core_is_busy_with_waiting(device: str, plugin: ctypes.CDLL, plans: int) -> None:
     """For one iteration, behind which another might be launched, or for the first of as many as there may be."""
@@ -69,3 +79,27 @@ def test_a_plan_that_comes_while_another_runs_is_launched_behind_it(device: str,
     assert first is not None and second is not None
     assert first.seconds >= LATENCY
     assert second.seconds < 0.6 * LATENCY  # from the end of the first on: a tenth, and what the device takes
+
+
+def test_a_launch_that_fails_leaves_no_sample_behind(device: str, plugin: ctypes.CDLL) -> None:
+    """Whichever mark in the stream cannot be made: the last one is that of the batch's end, when its tokens are being
+    chosen."""
+    runtime, alone = _runtime(device), _runtime(device)
+    failing = plan(0, [(0, 0, 5, 1)], [3, 1, 4, 1, 5], opened=[(0, 5)], table=[(0, 0, 0)])
+    good = plan(1, [(1, 0, 3, 1)], [9, 2, 6], opened=[(1, 3)], table=[(1, 0, 1)])
+    one, other = (_token(alone, each) for each in (failing, good))
+    assert one != other
+    failures = 0
+    while True:
+        plugin.fastserve_simt_fail_call(b"cudaEventRecord", failures)
+        try:
+            assert _token(runtime, failing) == one
+            break
+        except _C.Error as error:
+            assert "CUDA" in str(error)
+        failures += 1
+        plugin.fastserve_simt_fail_call(None, 0)
+        assert _token(runtime, good) == other
+        runtime.submit(plan(2, [], [], closed=[0, 1]))
+        runtime.poll()
+    assert failures > 2
