@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -32,9 +33,9 @@ SAMPLING: list[dict[str, Any]] = [
 ]
 
 
-def _jobs(device: str, in_flight: int) -> list[Job]:
-    runtime = NativeRuntime(SyntheticModel(llama_spec()), RuntimeConfig(dtype="float32", num_blocks=40, device=device))
-    config = SchedulerConfig(num_blocks=40, max_model_len=96, max_num_seqs=5, max_in_flight=in_flight)
+def _jobs(device: str, in_flight: int, dtype: str = "float32", rows: int = 5) -> list[Job]:
+    runtime = NativeRuntime(SyntheticModel(llama_spec()), RuntimeConfig(dtype=dtype, num_blocks=40, device=device))
+    config = SchedulerConfig(num_blocks=40, max_model_len=96, max_num_seqs=rows, max_in_flight=in_flight)
     engine = Engine(config, runtime, CostModel(per_iteration=0.01, per_token=0.001))
     jobs = [
         engine.add_job(
@@ -64,6 +65,20 @@ def test_tokens_are_chosen_as_on_the_cpu(device: str, in_flight: int) -> None:
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
             assert [token for token, _ in one.top] == [token for token, _ in other.top]
             assert [value for _, value in one.top] == pytest.approx([value for _, value in other.top], abs=1e-4)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_products_of_a_library_depend_on_no_neighbours_either(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the emulated device's stand-in for cuBLASLt, in prefills, decodes and graphs."""
+    plugin = os.environ.get("FASTSERVE_CUDA_PLUGIN")
+    library = ctypes.CDLL(plugin)
+    if plugin is None or not hasattr(library, "fastserve_simt_cublaslt_products"):
+        pytest.skip("on an emulated device only")
+    monkeypatch.setenv("FASTSERVE_CUBLASLT", plugin)
+    alone = [job.output for job in _jobs(device, 1, "bfloat16", rows=1)]
+    queued = library.fastserve_simt_cublaslt_products()
+    assert [job.output for job in _jobs(device, 2, "bfloat16")] == alone
+    assert library.fastserve_simt_cublaslt_products() > queued > 0
 
 
 @pytest.mark.parametrize("device", [CUDA])

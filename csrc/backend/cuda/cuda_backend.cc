@@ -3,6 +3,7 @@
 #include <chrono>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -198,10 +199,11 @@ class CudaBackend final : public Backend {
   }
   void gemm(const GemmArgs& args) override {
     if (args.m == 0) return;
+    const auto& weight = static_cast<const CudaMatrix&>(*args.weight);
     const GemmCall call{.dtype = dtype_,
                         .input = args.input,
                         .ld_input = args.ld_input,
-                        .weight = static_cast<const CudaMatrix&>(*args.weight).view(),
+                        .weight = weight.view(),
                         .bias = args.bias,
                         .output = args.output,
                         .ld_output = args.ld_output,
@@ -209,12 +211,9 @@ class CudaBackend final : public Backend {
                         .wide = args.wide,
                         .accumulate = args.accumulate,
                         .workspace = products_.as<void>()};
-    if (CublasLt::available() && dtype_ != DType::kFloat32 && !is_quantized(call.weight.format)) {
-      // Tried out in the first iteration, which is never recorded.
-      cublas_.tune(dtype_, call.weight.n, call.weight.k_padded, call.wide, call.workspace, compute_);
-      if (cublas_.gemm(call, compute_)) return;
-    }
-    cuda::gemm(call, compute_);
+    std::optional<const CublasShape*>& theirs = weight.theirs[call.wide ? 1 : 0];
+    if (!theirs) theirs = find_theirs(call);  // in the first iteration, which is never recorded
+    if (*theirs == nullptr || !cublas_->gemm(**theirs, call, compute_)) cuda::gemm(call, compute_);
   }
   void norm(const NormArgs& args) override {
     if (args.rows == 0) return;
@@ -282,6 +281,13 @@ class CudaBackend final : public Backend {
   // Threads see device 0 until they say otherwise.
   void use_device() const { check(cudaSetDevice(device_)); }
 
+  const CublasShape* find_theirs(const GemmCall& call) {
+    if (dtype_ == DType::kFloat32 || is_quantized(call.weight.format)) return nullptr;
+    if (!std::exchange(sought_cublas_, true)) cublas_ = CublasLt::open();
+    if (cublas_ == nullptr) return nullptr;
+    return cublas_->choose(dtype_, call.weight.n, call.weight.k_padded, call.wide, call.workspace, compute_);
+  }
+
   void finish_queued() {
     if (nccl_.used()) {
       const Event queued;
@@ -322,7 +328,8 @@ class CudaBackend final : public Backend {
   Staging staging_;                                  // of weights on their way to the device
   Memory products_{Place::kDevice, kGemmWorkspace};  // workspaces: of products, ...
   Memory attention_;                                 // ... and of attention
-  CublasLt cublas_;
+  bool sought_cublas_ = false;
+  std::unique_ptr<CublasLt> cublas_;
   const CudaSampler* sampler_ = nullptr;  // the runtime's
 };
 
