@@ -96,6 +96,39 @@ def test_a_model_gone_wrong_fails_the_job_and_no_other(device: str, poison: floa
 
 
 @pytest.mark.parametrize("device", [CUDA])
+def test_an_iteration_that_is_replayed_may_have_longer_contexts(device: str) -> None:
+    """Batches of one size share a graph if their longest contexts are about as long: whatever the others' are."""
+
+    def runtime() -> NativeRuntime:
+        config = RuntimeConfig(dtype="bfloat16", num_blocks=90, max_num_batched_tokens=320, device=device)
+        return NativeRuntime(SyntheticModel(llama_spec(num_layers=1)), config)
+
+    lengths = [300, 310, 305, 315, 5, 6, 7]
+    tables = [[(i, j, 20 * i + j if i < 4 else 80 + i) for j in range(-(-320 // 16) if i < 4 else 1)] for i in range(7)]
+
+    def filled() -> NativeRuntime:
+        made = runtime()
+        for i, length in enumerate(lengths):
+            tokens = [(7 * i + 3 * j) % VOCAB for j in range(length)]
+            made.submit(plan(i, [(i, 0, length, 0)], tokens, opened=[(i, length)], table=tables[i]))
+            made.poll()
+        return made
+
+    def decode(made: NativeRuntime, slots: list[int], step: int = 0) -> list[int]:
+        rows = [(i, lengths[i] + (step if i in short else 0), 1, 1) for i in slots]
+        made.submit(plan(9, rows, [11 + i for i in slots]))
+        result = made.poll()
+        assert result is not None
+        return list(result.tokens)
+
+    short = [0, 4, 5, 6]  # together
+    batched, alone = filled(), filled()
+    for step in range(3):  # as it is, recorded, replayed
+        decode(batched, short, step)
+    assert decode(batched, [1, 2, 3, 5], step=3)[:3] == [decode(alone, [i])[0] for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("device", [CUDA])
 def test_a_small_pool_swaps_and_changes_no_token(device: str, tmp_path: Path) -> None:
     """The whole way: pools in the device's own memory, pinned memory beside it, jobs that take turns."""
     save(next(case for case in CASES if case.id == "llama-gqa-tied"), tmp_path)

@@ -133,6 +133,7 @@ class CudaBackend final : public Backend {
     batch_ = batches_->upload(batch, compute_);
     begun_ = true;
     if (batches_->moved()) graphs_.clear();
+    if (attended_heads_ > 0) reserve_attention();
     return {batch_.num_tokens, batch_.num_logits};
   }
   void run(const std::function<void()>& body) override {
@@ -244,12 +245,9 @@ class CudaBackend final : public Backend {
                          batch_, compute_);
   }
   void attention(const AttentionArgs& args) override {
-    const int64_t bytes = attention_workspace(args.num_heads, pool_, batch_.num_decodes, batch_.max_context);
-    if (static_cast<int64_t>(attention_.bytes()) < bytes) {  // never while recording: a first run has been here before
-      finish_queued();
-      attention_ = Memory();  // first, or both would have to fit
-      attention_ = Memory(Place::kDevice, bytes + bytes / 2);
-      graphs_.clear();
+    if (attended_heads_ < args.num_heads) {  // never while recording: a first run has been here before
+      attended_heads_ = args.num_heads;
+      reserve_attention();
     }
     cuda::attention({.dtype = dtype_,
                      .qkv = args.qkv,
@@ -280,6 +278,17 @@ class CudaBackend final : public Backend {
  private:
   // Threads see device 0 until they say otherwise.
   void use_device() const { check(cudaSetDevice(device_)); }
+
+  // For the batch, whose segments no graph knows.
+  void reserve_attention() {
+    const int64_t bytes = attention_workspace(attended_heads_, pool_, batch_.num_decodes, batch_.num_segments);
+    if (static_cast<int64_t>(attention_.bytes()) >= bytes) return;
+    finish_queued();
+    attention_ = Memory();  // first, or both would have to fit
+    const int64_t room = batch_.num_segments + batch_.num_segments / 2;
+    attention_ = Memory(Place::kDevice, attention_workspace(attended_heads_, pool_, batch_.num_decodes, room));
+    graphs_.clear();
+  }
 
   const CublasShape* find_theirs(const GemmCall& call) {
     if (dtype_ == DType::kFloat32 || is_quantized(call.weight.format)) return nullptr;
@@ -327,7 +336,8 @@ class CudaBackend final : public Backend {
   Nccl nccl_{device_, compute_, watch_, [this] { graphs_.clear(); }};
   Staging staging_;                                  // of weights on their way to the device
   Memory products_{Place::kDevice, kGemmWorkspace};  // workspaces: of products, ...
-  Memory attention_;                                 // ... and of attention
+  Memory attention_;                                 // ... and of attention, ...
+  int64_t attended_heads_ = 0;                       // ... of so many heads at most
   bool sought_cublas_ = false;
   std::unique_ptr<CublasLt> cublas_;
   const CudaSampler* sampler_ = nullptr;  // the runtime's
