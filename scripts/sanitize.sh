@@ -40,6 +40,5 @@ tests tests/native/test_runtime.py tests/native/test_swap.py tests/native/test_p
 
 # Without the mistakes that are planted for the emulation to find: here the sanitizers are first.
 if [ -e "$folder/simt/_cuda.so" ]; then
-  export FASTSERVE_KERNELS=$folder/simt FASTSERVE_CUDA_PLUGIN=$folder/simt/_cuda.so
-  tests -m cuda tests/cuda tests/native/test_device.py tests/native/test_swap.py -k "not mistakes"
+  FASTSERVE_KERNELS=$folder/simt tests tests/cuda -k "not mistakes"
 fi
