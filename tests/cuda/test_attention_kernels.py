@@ -259,6 +259,28 @@ def test_segments_merge(kernels: ModuleType, dtype: str) -> None:
                 assert np.array_equal(got, jobs.whole[0][position : position + 1]), (splits, spare, position)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_warps", [4, 8])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [((2.0**-10, 2.0**15, -(2.0**15)), 0.0), ((2.0**15, -(2.0**15), 2.0**-10), 2.0**-10 / 3)],
+    ids=["lost", "kept"],
+)
+def test_segments_merge_in_ascending_order(
+    kernels: ModuleType, values: tuple[float, ...], expected: float, block_warps: int, dtype: str
+) -> None:
+    """All positions weigh the same. One segment's small values are lost where the large ones of another come on top."""
+    jobs = Jobs(kernels, Shape(64, 16, 1, 2, (768,)), dtype)
+    jobs.k[0][:] = encode(np.zeros(1), dtype)
+    jobs.v[0][:] = encode(np.repeat(values, 256), dtype)[:, None, None]
+    output = decode(encode(np.array([expected]), dtype), dtype)
+    for splits in (1, 2, 3):
+        (got,) = jobs.run([Part(0, 767, 1)], splits=splits, block_warps=block_warps)
+        assert (decode(got, dtype) == output).all()
+    (got,) = jobs.run([Part(0, 700, 68)], splits=1, block_warps=block_warps)
+    assert (decode(got[-1], dtype) == output).all()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_segments_of_large_heads_merge(kernels: ModuleType, head_dim: int, dtype: str) -> None:
