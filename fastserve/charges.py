@@ -24,7 +24,8 @@ class Charges:
         self._untold: dict[Job, float] = {}  # service that the policy has not been told of
 
     def arrived(self, job: Job) -> None:
-        """A job without output."""
+        """A job without output. What others have computed of it, it is never charged for."""
+        job.served = job.cached
         self._estimate(job)
 
     def resumed(self, job: Job) -> None:
@@ -37,7 +38,7 @@ class Charges:
         contexts = np.arange(prompt + 1, job.known, dtype=np.int32)  # of the tokens behind the first
         job.attained = self._cost.prefill_charge(0, prompt) + float(self._cost.decode_each(contexts).sum())
         job.served = job.known - 1
-        job.next_seconds = self._cost.prefill_charge(0, job.known)
+        job.next_seconds = self._prefill_seconds(job, job.cached, job.known)
 
     def attained(self, job: Job) -> float:
         """Modelled seconds of its service so far, told or not."""
@@ -49,8 +50,9 @@ class Charges:
         new = end - max(start, job.served)
         if new <= 0:
             return end - start
-        cost, prompt = self._cost, len(job.prompt)
-        self._untold[job] = cost.prefill_charge(job.served, end) if job.served < prompt else cost.decode_seconds(end)
+        decodes = job.served >= len(job.prompt)
+        seconds = self._cost.decode_seconds(end) if decodes else self._prefill_seconds(job, job.served, end)
+        self._untold[job] = seconds
         job.served = end
         return end - start - new
 
@@ -72,10 +74,10 @@ class Charges:
         """Of all that are not decoding."""
         return sum([self.tell(job, now) for job in list(self._untold)])
 
-    def tell_decodes(self, batch: DecodeRows, now: float) -> int:
-        """Of decodes whose service may change their places."""
+    def tell_decodes(self, batch: DecodeRows, now: float, *, everyone: bool = False) -> int:
+        """Of decodes whose service may change their places, or of `everyone`."""
         told = 0
-        for job in batch.expired():
+        for job in batch.jobs if everyone else batch.expired():
             batch.sync(job)
             if (own := batch.take_service(job)) > 0.0:
                 job.attained += own
@@ -87,6 +89,11 @@ class Charges:
 
     def _estimate(self, job: Job) -> None:
         if job.served < len(job.prompt):
-            job.next_seconds = self._cost.prefill_charge(job.served, len(job.prompt))
+            job.next_seconds = self._prefill_seconds(job, job.served, len(job.prompt))
         else:
             job.next_seconds = self._cost.decode_seconds(job.served + 1)
+
+    def _prefill_seconds(self, job: Job, start: int, end: int) -> float:
+        """What positions start … end - 1 add to the solo time of a prefill that begins behind what is cached."""
+        first, cost = job.cached, self._cost
+        return cost.prefill_seconds(first, end - first) - cost.prefill_seconds(first, start - first)

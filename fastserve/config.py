@@ -130,9 +130,7 @@ class SchedulerConfig:
                 f"got {self.max_num_batched_tokens}",
             )
         if not isinstance(self.enable_prefix_caching, bool):
-            raise InvalidRequest(
-                "enable_prefix_caching", f"must be True or False, got {self.enable_prefix_caching!r}"
-            )
+            raise InvalidRequest("enable_prefix_caching", f"must be True or False, got {self.enable_prefix_caching!r}")
         object.__setattr__(self, "tenant_weights", _checked_weights(self.tenant_weights))
         if not _is_number(self.repayment) or not 0 <= self.repayment < math.inf:
             raise InvalidRequest("repayment", f"must be a number from 0 on, got {self.repayment!r}")

@@ -20,6 +20,7 @@ from .types import (
     Job,
     JobMetrics,
     JobUpdate,
+    LazyTokens,
     SamplingParams,
     StepResult,
 )
@@ -206,6 +207,10 @@ def _checked_tokens(name: str, tokens: Collection[int], vocab_size: int) -> Sequ
     if isinstance(tokens, range):  # as simulators give prompts of which only the length matters
         if tokens and not 0 <= min(tokens[0], tokens[-1]) <= max(tokens[0], tokens[-1]) < vocab_size:
             raise InvalidRequest(name, f"holds token ids outside the vocabulary, which ends at {vocab_size - 1}")
+        return tokens
+    if isinstance(tokens, LazyTokens):  # nor are these written down
+        if tokens.bound > vocab_size:
+            raise InvalidRequest(name, f"may hold {tokens.bound - 1}, and the vocabulary ends at {vocab_size - 1}")
         return tokens
     try:
         ids = [index(token) for token in tokens]

@@ -20,9 +20,21 @@ from typing import Final, cast
 from .config import SchedulerConfig
 from .cost import Cost, Link
 from .decode_rows import DecodeRows
-from .kv import BlockManager, BurstReserve, CacheCounters, CopyRow, Holder, LinkEstimate, Moves, Want, plan_moves
+from .kv import (
+    Block,
+    BlockManager,
+    BurstReserve,
+    CopyRow,
+    Holder,
+    LinkEstimate,
+    Moves,
+    Want,
+    check_blocks,
+    plan_moves,
+)
 from .planning import PlanBuilder
 from .policies import Policy
+from .prefixes import Prefixes
 from .types import DEVICE, HOST, OFFLOAD, UPLOAD, Job
 
 # Until the link has been measured: what moving one block takes, in decodes.
@@ -37,6 +49,9 @@ _GROWTH: Final = 4
 
 # Iterations of offloads, and of uploads, that may be under way.
 _BACKLOG: Final = 2
+
+# One block of so many may be on its way to the host at once for the cache's sake: it is nobody's to have meanwhile.
+_SAVED: Final = 64
 
 # Iterations between two looks at a pool in which something is wanting.
 _PATIENCE: Final = 4
@@ -54,7 +69,8 @@ class Residency:
         self.iteration_seconds = cost.decode_seconds(1)  # of the latest iteration
         self.wants: list[Want] = []  # of the jobs that the batch being chosen lacks
         self.closed = False  # nobody else may start: a better job waits for room to, or there is no token left
-        self.cache_counters = CacheCounters()
+        self.prefixes = Prefixes(self.blocks, cost, enabled=config.enable_prefix_caching)
+        self.cache_counters = self.blocks.cache.counters
         self.copied = [0, 0]  # blocks, by direction, and ...
         self.copy_seconds = 0.0  # ... seconds of all copies that were acknowledged
         self._config = config
@@ -65,29 +81,37 @@ class Residency:
         self._reserve = BurstReserve()
         self._promised = 0  # blocks set aside for the longest outputs, with admission "reserve"
         self._room = self._unpromised = 0  # blocks that the decision being made has not given away
+        self._given = 0  # blocks that it has, to those who will take them when they run
         self._starting = 0  # jobs to which it has given some to start with
         self._growth = 0  # blocks that those which decode take before others can be made free
         self._looked = 0  # iterations since the last decision
+        self._by_index: dict[int, Job] = {}  # the holders
+        self._begun: dict[Job, None] = {}  # jobs without a slot that have the blocks they would start with
+        self._fetched: dict[Job, None] = {}  # jobs that start when the KV of others is back that they begin with
         self._absent: dict[Job, None] = {}  # holders with blocks that are away or moving
-        self._gone: set[Job] = set()  # those of them without a block on the device
         self._fresh: set[Job] = set()  # brought back, and not run since
-        self._moved: dict[int, Job] = {}  # whose blocks each copy under way moves
         self._returning: dict[Job, float] = {}  # jobs that are being brought back, and since when
         self._under_way = [0, 0]  # blocks, by direction
         # What the next plan shall tell the runtime.
         self._copies: list[CopyRow] = []
         self._tables: dict[int, list[tuple[int, int]]] = {}  # by slot
+        self._opened: dict[Job, None] = {}
         self._closed: list[int] = []
         self._free_slots: list[int] = []
         self._num_slots = 0
 
     # --- one decision ------------------------------------------------------------------------------------------------
 
-    def begin(self, rows: int) -> None:
+    def begin(self, rows: int, now: float) -> None:
         """Start a decision, `rows` jobs decoding until now."""
+        for job in list(self._begun):
+            self._give_up_beginning(job)
+        self.blocks.cache.expire(now)
+        self.prefixes.forget_computing()
         self.wants = []
         self.closed = False
         self._room = self.blocks.free_blocks
+        self._given = 0
         self._unpromised = self.blocks.num_blocks - self._promised
         self._starting = 0
         self._growth = rows * _GROWTH // self.blocks.block_size
@@ -99,37 +123,63 @@ class Residency:
         Room that it needs is given to it; when there is none, it is remembered.
         """
         if job.slot is None:
-            if self.closed:
-                return False
-            blocks = self._to_start(job)
-            if self._config.admission == "reserve":
-                self.closed = blocks > self._unpromised
-                if not self.closed:
-                    self._unpromised -= blocks
-                return not self.closed
-            owed = max(self._headroom(self._starting), self._growth)
-            if blocks + owed <= self._room:
-                self._room -= blocks
-                self._starting += 1
-                return True
-            self.closed = True
-            self._want(job, blocks + owed)
-            return False
+            return not self.closed and self._starts(job)
         if job.tier == HOST:
             self.blocks.recall(job.index)
             return False
-        return job.computed < self.blocks.held(job.index) * self.blocks.block_size or self.grows(job, members)
+        if not self._gets(job, self._lacking(job), first=members == 0):
+            return False
+        if not job.primed:
+            self.prefixes.computes(job)
+        return True
+
+    def _starts(self, job: Job) -> bool:
+        """Whether a job without a slot finds the room that it needs, beside what is there of it already."""
+        path = self.prefixes.path(job)
+        here = next((i for i, block in enumerate(path) if not block.here), len(path))
+        if self.prefixes.better_waits(job, here):
+            return False
+        if here < len(path) and self._is_worth_fetching(path, here):
+            self._fetch(job, path)
+            return False
+        del path[here:]
+        blocks = self._to_start(job)
+        if self._config.admission == "reserve":
+            if blocks > self._unpromised:
+                self.closed = True
+                return False
+            self._unpromised -= blocks
+        else:
+            blocks += _unused(path) - len(path)
+            owed = max(self._headroom(self._starting), self._growth)
+            if blocks + owed > self._room:
+                self.closed = True
+                self._want(job, blocks + owed)
+                return False
+            self._room -= blocks
+            self._given += blocks - _unused(path)
+        self._starting += 1
+        self._begun[job] = None
+        if path:
+            self.blocks.attach(job.index, path)
+            job.computed = len(path) * self.blocks.block_size
+        self.prefixes.computes(job)
+        return True
 
     def grows(self, job: Job, members: int) -> bool:
         """Whether there is another block for a job that needs one to go on. It is given to it, or remembered.
 
         With no `members` before it, it may have anybody's, so that the best job always goes on.
         """
-        if self._room > 0:
-            self._room -= 1
-            return True
-        self._want(job, 1, first=members == 0)
-        return False
+        return self._gets(job, 1, first=members == 0)
+
+    def _gets(self, job: Job, blocks: int, *, first: bool) -> bool:
+        if blocks > self._room and blocks:
+            self._want(job, blocks, first=first)
+            return False
+        self._room -= blocks
+        self._given += blocks
+        return True
 
     def _want(self, job: Job, blocks: int, *, first: bool = False) -> None:
         if len(self.wants) < self._config.max_num_seqs:  # more can hardly be served
@@ -175,29 +225,22 @@ class Residency:
             self._copies += copies
             self._under_way[OFFLOAD] += len(copies)
             self._settle(job, HOST)
-            if self.blocks.away(job.index) == self.blocks.held(job.index):
-                self._gone.add(job)
-            if copies:
-                self._moved[copies[0][0]] = job
         for job in moves.drops:
             self.release(job, now)
         freed = self.blocks.free_blocks > free
         for job in moves.uploads:
-            if not self.blocks.can_upload(job.index) or self._to_return(job) > self.blocks.free_blocks:
+            room = self.blocks.free_blocks - self._given
+            if not self.blocks.can_upload(job.index) or self._to_return(job) > room:
                 continue
-            grows = job.computed == self.blocks.held(job.index) * self.blocks.block_size
             copies, table = self.blocks.upload(job.index)
-            if grows:
-                table += self.blocks.grow(job.index, job.computed + 1)
-            assert job.slot is not None
+            table += self.blocks.grow(job.index, job.known)
+            if job not in self._fetched:
+                self._tables.setdefault(cast(int, job.slot), []).extend(table)
             self._copies += copies
             self._under_way[UPLOAD] += len(copies)
-            self._tables.setdefault(job.slot, []).extend(table)
             self._fresh.add(job)
             self._returning[job] = now
             self.holders[job] = job.attained
-            self._gone.discard(job)
-            self._moved[copies[0][0]] = job
         return freed
 
     def force(self, now: float) -> None:
@@ -235,7 +278,7 @@ class Residency:
 
     def _headroom(self, starting: int = 0) -> int:
         """Blocks that must be left when a job starts: for those with KV on the device, `starting` more, and itself."""
-        others = len(self.holders) - len(self._gone) + starting
+        others = len(self.holders) - self.blocks.gone + starting
         return _HEADROOM * (others + 1) if others else 0
 
     def _backlog(self, direction: int) -> float:
@@ -247,9 +290,12 @@ class Residency:
         return self.blocks.blocks_for(job.known)
 
     def _to_return(self, job: Job) -> int:
-        """Blocks with which a job whose KV is away can run: with the others comes the one that it has to grow into."""
-        held = self.blocks.held(job.index)
-        return self.blocks.away(job.index) + (job.computed == held * self.blocks.block_size)
+        """Blocks with which a job whose KV is away can run."""
+        return self.blocks.away(job.index) + self._lacking(job)
+
+    def _lacking(self, job: Job) -> int:
+        """Blocks that a job has to grow by to go on: one at most, unless it starts behind what others computed."""
+        return max(0, self.blocks.blocks_for(job.known) - self.blocks.held(job.index))
 
     def _enst(self, job: Job, now: float) -> float:
         """Estimated time until the job is scheduled, in seconds: min(T_promote, T_execute) of the paper."""
@@ -275,21 +321,23 @@ class Residency:
         Those that have given up some already go first: what is left of them is of no use.
         """
         blocks = self.blocks
-        partial = [job for job in self._absent.keys() - self._gone if not blocks.moving(job.index)]
+        partial = [self._by_index[owner] for owner in blocks.partial if not blocks.moving(owner)]
         partial.sort(key=self._policy.rank, reverse=True)
         for job in chain(partial, self._policy.iter_tier(DEVICE, worst_first=True)):
-            if job in self._fresh:
+            here, unsaved = (0, 0) if job in self._fresh else blocks.leavable(job.index)
+            if not here:
                 continue
-            missing = blocks.missing(job.index)
             batch = cast(DecodeRows | None, job.batch)
+            common = blocks.common(job.index) * blocks.block_size
+            position = batch.position(job.row) if batch else job.computed
             yield Holder(
                 job=job,
-                here=blocks.held(job.index) - missing,
-                unsaved=blocks.unsaved(job.index),
-                away=missing,
+                here=here,
+                unsaved=unsaved,
+                away=blocks.missing(job.index),
                 enst=0.0 if job.mark == mark else self._enst(job, now),
                 rank=self._policy.rank(job),
-                recompute=self._cost.prefill_seconds(0, batch.position(job.row) if batch else job.computed),
+                recompute=self._cost.prefill_seconds(common, max(0, position - common)),
                 service=job.attained - self.holders[job] + (batch.unreported(job) if batch else 0.0),
                 busy=job.in_flight > 0,
             )
@@ -305,57 +353,122 @@ class Residency:
         else:
             self._absent.pop(job, None)
 
+    # --- what is there already -------------------------------------------------------------------------------------
+
+    def _is_worth_fetching(self, path: list[Block], here: int) -> bool:
+        """Whether what is not on the device comes back sooner than it is computed again, and nobody is harmed."""
+        if len(self._fetched) == self._config.max_num_seqs or _unused(path) > self._room:
+            return False
+        away = sum([block.device < 0 for block in path])
+        size = self.blocks.block_size
+        return self.link.seconds(UPLOAD, away) <= self._cost.prefill_seconds(here * size, (len(path) - here) * size)
+
+    def _fetch(self, job: Job, path: list[Block]) -> None:
+        """The job holds what it begins with, which is not on the device, and starts when it is there."""
+        self._room -= _unused(path)
+        self.blocks.attach(job.index, path)
+        job.computed = len(path) * self.blocks.block_size
+        self._take_slot(job)
+        self._opened[job] = self._fetched[job] = None
+        self._settle(job, HOST)
+        self.prefixes.started(job, path)
+
+    def _give_up_beginning(self, job: Job) -> None:
+        """A job that was about to start does not."""
+        del self._begun[job]
+        self.blocks.release(job.index)
+        job.computed = 0
+
+    def _save(self) -> None:
+        """Have cache copied to the host ahead of need, so that what comes next finds room without a loss."""
+        if self._proactive and self.blocks.cached and self.blocks.idle_blocks < self.blocks.num_blocks // 2:
+            spare = self.iteration_seconds - self._backlog(OFFLOAD)
+            if spare > 0:
+                most = max(1, self.blocks.num_blocks // _SAVED)
+                copies = self.blocks.save(max(1, min(most, int(spare / max(self.link.seconds(OFFLOAD, 1), 1e-9)))))
+                self._copies += copies
+                self._under_way[OFFLOAD] += len(copies)
+
     # --- slots and blocks --------------------------------------------------------------------------------------------
 
     def open(self, job: Job, plan: PlanBuilder) -> int:
         """Give a job that starts, or starts over, a slot and the blocks for all its tokens; returns how many."""
+        self._begun.pop(job, None)
+        self._take_slot(job)
+        self._settle(job, DEVICE)
+        self.prefixes.started(job, self.blocks.path(job.index))
+        slot = cast(int, job.slot)
+        plan.open(job, slot)
+        added = self.blocks.grow(job.index, job.known)
+        plan.grow(slot, self.blocks.table(job.index))
+        return len(added)
+
+    def can_open(self, job: Job) -> bool:
+        """Whether there is room still for a job that was to start."""
+        return job in self._begun and self._lacking(job) <= self.blocks.free_blocks
+
+    def extend(self, job: Job) -> int:
+        """Give a job that has a slot blocks for all its tokens; returns how many it lacked."""
+        if not self._lacking(job):
+            return 0
+        added = self.blocks.grow(job.index, job.known)
+        self._tables[cast(int, job.slot)] = self.blocks.table(job.index)
+        return len(added)
+
+    def _take_slot(self, job: Job) -> None:
         job.slot = self._free_slots.pop() if self._free_slots else self._num_slots
         self._num_slots = max(self._num_slots, job.slot + 1)
         self.holders[job] = job.attained
-        self._settle(job, DEVICE)
+        self._by_index[job.index] = job
         if self._config.admission == "reserve":
             self._promised += self._to_start(job)
-        plan.open(job, job.slot)
-        added = self.blocks.grow(job.index, job.known)
-        plan.grow(job.slot, added)
-        return len(added)
 
     def runs(self, job: Job) -> None:
         """The job gets a row, and writes KV from `computed` on."""
         self._fresh.discard(job)
+        self._fetched.pop(job, None)
         self.blocks.wrote(job.index, job.computed)
 
-    def release(self, job: Job, now: float) -> None:
-        """Give back the blocks and the slot of a job that no plan in flight works on; it starts over if it lives."""
+    def release(self, job: Job, now: float, keep: float = 0.0) -> None:
+        """Give back the blocks and the slot of a job that no plan in flight works on; it starts over if it lives.
+
+        What they hold is cache from here on, and sure to be wanted until `keep`.
+        """
+        if job in self._begun:
+            self._give_up_beginning(job)
         if job.slot is None:
             return
+        self.prefixes.leaves(job, keep)
         if self._config.admission == "reserve":
             self._promised -= self._to_start(job)
         self.blocks.release(job.index)
         self._settle(job, None)
         self._returned(job, now)
         self._fresh.discard(job)
-        self._gone.discard(job)
+        self._fetched.pop(job, None)
         self._tables.pop(job.slot, None)
-        self._closed.append(job.slot)
+        if job in self._opened:
+            del self._opened[job]
+        else:
+            self._closed.append(job.slot)
         self._free_slots.append(job.slot)
-        del self.holders[job]
+        del self.holders[job], self._by_index[job.index]
         job.slot = None
         job.computed = 0
         job.primed = False
 
     def acknowledge(self, copy: int, seconds: float, now: float) -> None:
         """A copy is done. Raises ValueError for one that is not under way."""
-        owner, direction, blocks = self.blocks.acknowledge(copy)
+        owner, direction, blocks, returned = self.blocks.acknowledge(copy)
         self.link.observe(direction, blocks, seconds)
         self._under_way[direction] -= blocks
         self.copied[direction] += blocks
         self.copy_seconds += seconds
-        job = self._moved.pop(copy)
-        self._returned(job, now)
-        if job in self._absent and self.blocks.away(owner) == self.blocks.held(owner):
-            self._gone.add(job)
-        if job in self._absent and not self.blocks.missing(owner):
+        for job in map(self._by_index.__getitem__, returned):
+            self._returned(job, now)
+            # Others may have brought back, to another place, what they share.
+            if job.index != owner or job in self._fetched or self.blocks.shared(job.index):
+                self._tables[cast(int, job.slot)] = self.blocks.table(job.index)
             self._settle(job, DEVICE)
 
     def _returned(self, job: Job, now: float) -> None:
@@ -367,11 +480,15 @@ class Residency:
     @property
     def untold(self) -> bool:
         """Whether the runtime does not know everything yet."""
-        return bool(self._closed or self._copies)
+        return bool(self._closed or self._copies or self._opened)
 
     def tell(self, plan: PlanBuilder, taken: int) -> tuple[list[int], list[CopyRow]]:
         """Add the tables of what comes back to a plan that took `taken` blocks; returns closed slots and copies."""
         self._reserve.took(taken)
+        self._save()
+        for job in self._opened:
+            plan.open(job, cast(int, job.slot))
+        self._opened.clear()
         for slot, blocks in self._tables.items():
             plan.grow(slot, blocks)
         closed, copies = self._closed, self._copies
@@ -380,12 +497,15 @@ class Residency:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError when a slot or a block is lost, doubled or leaked."""
-        self.blocks.check_integrity()
+        check_blocks(self.blocks)
+        self.prefixes.check_integrity()
         blocks = self.blocks
         slots = [*(job.slot for job in self.holders), *self._free_slots]
         for what, fine in {
             "a slot is lost or doubled": sorted(map(int, slots)) == list(range(self._num_slots)),  # type: ignore[arg-type]
-            "a block belongs to no job": {job.index for job in self.holders} == blocks.owners(),
+            "a block belongs to no job": {job.index for job in self.holders} == set(self._by_index)
+            and blocks.owners() <= {job.index for job in chain(self.holders, self._begun)},
+            "a job that has not started has a slot": all(job.slot is None for job in self._begun),
             "an absent job is not known as such": set(self._absent)
             == {job for job in self.holders if blocks.missing(job.index)}
             == {job for job in self.holders if job.tier == HOST},
@@ -394,3 +514,8 @@ class Residency:
         }.items():
             if not fine:
                 raise RuntimeError(what)
+
+
+def _unused(path: list[Block]) -> int:
+    """Blocks on the device that are free as long as nobody has them."""
+    return sum([block.here and not block.tables for block in path])

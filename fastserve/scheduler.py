@@ -26,6 +26,7 @@ from .cost import Cost, Link, stage_cost
 from .decode_rows import DecodeRows
 from .planning import Iteration, PlanBuilder, Row
 from .policies import create_policy
+from .programs import Programs
 from .residency import Residency
 from .selection import Selection, select
 from .types import (
@@ -55,7 +56,8 @@ class Scheduler:
         """
         self.config = config
         self.cost = cost = stage_cost(cost, config.pipeline_parallel_size)
-        self.policy = create_policy(config, cost)
+        self.programs = Programs()
+        self.policy = create_policy(config, cost, self.programs)
         self.residency = Residency(config, self.policy, cost, link)
         self.blocks = self.residency.blocks
         self._charges = Charges(self.policy, cost)
@@ -89,13 +91,19 @@ class Scheduler:
                 f"{self.blocks.block_size} tokens, and there are {self.blocks.num_blocks}; shorten the prompt, lower "
                 "max_tokens or raise kv_cache_memory",
             )
+        self.residency.prefixes.arrived(job)
         if job.output:
             self._charges.resumed(job)
         else:
             self._charges.arrived(job)
         if job.waiting_since is None:
             job.waiting_since = now if job.output else job.arrival
+        job.inherited = self.programs.served(job)
         self.policy.add(job, now)
+        self.programs.arrived(job, now)
+        if self.policy.settles():
+            for batch in self.batches:
+                self._version += self._charges.tell_decodes(batch, now, everyone=True)
         self.jobs[job.job_id] = job
         self._version += 1
 
@@ -120,6 +128,10 @@ class Scheduler:
         A plan without rows waits for KV that is moving; when the last job has left, one closes the slots that are still
         open, and the executor is as it was at the start.
         """
+        for job in self.residency.prefixes.take_found():
+            self._charges.arrived(job)
+            self.policy.refresh(job, now)
+            self._version += 1
         batch = self.batches[self._next_plan % len(self.batches)]
         residency = self.residency
         self._version += self._charges.tell_all(now) + self._charges.tell_decodes(batch, now)
@@ -177,12 +189,15 @@ class Scheduler:
             for job in batch.prefills:
                 if (tokens := chunks.cut(job.computed, min(job.known - job.computed, budget), job.known)) == 0:
                     break
+                if job.slot is None and not self.residency.can_open(job):
+                    self._version += 1  # others have taken its room
+                    break
                 taken += self._prefill(plan, job, tokens, prefills, now)
                 budget -= tokens
             for job in batch.prefills[len(prefills) :]:  # there is no time for them: they wait, and it counts
                 self._pause(job, now)
-            if prefills:
-                self._version += 1  # they have other rows next time
+            if prefills or (batch.prefills and len(self.batches) > 1):
+                self._version += 1  # they have other rows next time, or another batch takes what they would start with
         closed, copies = self.residency.tell(plan, taken)
         iteration = Iteration(
             plan_id=self._next_plan,
@@ -306,7 +321,7 @@ class Scheduler:
         """A row for so many of the job's tokens; returns how many blocks that took."""
         if job.waiting_since is not None:
             self._runs(job, now)
-        taken = self.residency.open(job, plan) if job.slot is None else 0
+        taken = self.residency.open(job, plan) if job.slot is None else self.residency.extend(job)
         assert job.slot is not None
         row = Row(job, job.computed, tokens, job.computed + tokens == job.known)
         rows.append(row)
@@ -315,6 +330,7 @@ class Scheduler:
         job.pending += row.samples
         job.primed = row.samples
         job.in_flight += 1
+        self.residency.prefixes.computed(job)
         again = self._charges.prefill(job, row.start, end)
         job.metrics.recomputed_tokens += again
         self.recomputed_tokens += again
@@ -406,13 +422,16 @@ class Scheduler:
         if reason not in (FinishReason.ABORT, FinishReason.ERROR):
             self.policy.on_finish(job, len(job.output), now)
         self.policy.remove(job)
+        self.programs.ended(job, now)
         del self.jobs[job.job_id]
         self._version += 1
         if not job.in_flight:
             self._release(job, now)
 
     def _release(self, job: Job, now: float) -> None:
-        self.residency.release(job, now)
+        """Its KV is cache from here on: for its program's next call, if that is likely to come soon."""
+        self.residency.release(job, now, self.programs.keep_until(job, now))
+        self.residency.prefixes.ended(job)
         self._version += 1  # others may find room
 
 

@@ -47,7 +47,7 @@ def select(
     or that finds no room there, is passed over, and room is made for it. While a job waits for room to start, nobody
     behind it starts, so small jobs do not keep a large one out; only jobs whose KV is there follow.
     """
-    residency.begin(len(batch.jobs))
+    residency.begin(len(batch.jobs), now)
     budget = config.max_num_batched_tokens
     chosen = Selection()
     prefills = chosen.prefills

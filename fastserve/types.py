@@ -170,6 +170,12 @@ def _stop_strings(given: Any) -> tuple[str, ...]:
     return tuple(str(text) for text in stops)
 
 
+class LazyTokens(Sequence[int]):
+    """Token ids that are worked out when they are read, as simulators give long prompts: from 0 to below `bound`."""
+
+    bound: int
+
+
 class FinishReason(str, Enum):
     """Why a job ended. The values are OpenAI's, plus `abort` and `error`."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,9 @@ from ..cost import Cost, CostModel, Link
 from ..policies import POLICIES
 from ..presets import DEVICES, Deployment, deployment
 from ..types import InvalidRequest
-from ..workloads import Recorded, Synthetic, parse_arrivals, parse_workload
-from .simulation import Setting, Workload
-from .sweep import Progress, SweepResult, sweep
+from ..workloads import Recorded, SimJob, Synthetic, open_loop, parse_arrivals, parse_load, write_mooncake
+from .simulation import Setting, Workload, capacity
+from .sweep import Progress, SweepResult, rate_of, sweep
 
 DEFAULT_POLICIES = ("fcfs", "mlfq", "skip-join-mlfq", "gittins", "srpt")
 DEFAULT_MODEL, DEFAULT_HARDWARE = "opt-13b", "a100-40g"
@@ -50,6 +50,7 @@ class Experiment:
     loads: Sequence[float] = ()
     seeds: Sequence[int] = (0,)
     warmup_jobs: int = 0
+    program_ids: bool = True  # whether the engine is told which calls are of one program
     model: str | None = None
     hardware: str | None = None
     tensor_parallel_size: int = 1
@@ -116,6 +117,7 @@ class Experiment:
             pipeline_stages=self.pipeline_parallel_size if self.pipelining else 1,
             block_bytes=self._deployment.block_bytes if self._deployment else None,
             warmup_jobs=self.warmup_jobs,
+            program_ids=self.program_ids,
         )
 
     def run(self, setting: Setting, workers: int | None, timeline: bool, progress: Progress | None) -> SweepResult:
@@ -137,6 +139,30 @@ class Experiment:
             progress=progress,
         )
 
+    def write_trace(self, setting: Setting, path: Path) -> int:
+        """Write the jobs of the one run asked for as Mooncake's traces are; returns how many.
+
+        Calls that wait for others come as soon as they would on a device that does nothing else.
+        """
+        rates, loads = list(self.rates), list(self.loads)
+        if not rates and not loads and not self.replays:
+            loads = [DEFAULT_LOAD]
+        if len(rates) + len(loads) > 1 or len(self.seeds) > 1:
+            raise InvalidRequest("write_trace", "writes one workload: give one rate or load, and one seed")
+        (seed,) = self.seeds
+        rate = rate_of(loads[0], capacity(setting, seed)) if loads else rates[0] if rates else None
+        cost = setting.cost
+
+        def service(new: int, prompt: int, output: int) -> float:
+            prefill = cost.prefill_charge(prompt - new, prompt)
+            return prefill + (output - 1) * cost.decode_seconds(prompt + output // 2)
+
+        jobs: Iterator[SimJob] = setting.workload.jobs(seed, setting.jobs, rate)
+        try:
+            return write_mooncake(path, open_loop(jobs, service))
+        except OSError as error:
+            raise InvalidRequest("write_trace", f"cannot write {path}: {error.strerror or error}") from None
+
     def title(self, setting: Setting) -> str:
         """The workload and what it runs on, in a line."""
         arrivals = "recorded arrivals" if self.replays else f"{self.arrivals or 'poisson'} arrivals"
@@ -147,6 +173,8 @@ class Experiment:
                 self._machine(),
                 f"batch {config.max_num_seqs}, {config.num_blocks} KV blocks"
                 + (f" + {config.num_host_blocks} on the host" if config.num_host_blocks else ""),
+                *(() if config.enable_prefix_caching else ("no prefix cache",)),
+                *(() if self.program_ids else ("no program ids",)),
             )
         )
 
@@ -162,9 +190,7 @@ class Experiment:
 
     def _workload(self) -> Workload:
         if self.trace is None:
-            return Synthetic(
-                parse_workload(self.workload or DEFAULT_WORKLOAD), parse_arrivals(self.arrivals or "poisson")
-            )
+            return parse_load(self.workload or DEFAULT_WORKLOAD, self.arrivals or "poisson")
         if self.arrivals is not None:
             return Synthetic(self._recorded.lengths(), parse_arrivals(self.arrivals))
         return self._recorded
@@ -241,6 +267,21 @@ class Experiment:
         if self._deployment is None:
             raise InvalidRequest("swap_seconds", "is needed to swap with --cost and no --model")
         return self._deployment.link
+
+
+def weights_from(given: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The setting that NAME=WEIGHT, however often, means. Raises InvalidRequest."""
+    weights: dict[str, float] = {}
+    for text in given:
+        name, equals, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not equals or not 0 < weight < math.inf:
+            raise InvalidRequest("tenant_weight", f"must be written NAME=WEIGHT, with a weight above 0, got {text!r}")
+        weights[name] = weight
+    return {"tenant_weights": weights} if weights else {}
 
 
 def limit_from(option: str, text: str | None) -> dict[str, float | None]:

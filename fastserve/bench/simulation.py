@@ -14,7 +14,10 @@ from ..engine import IterationRecord
 from ..simulator import simulate
 from ..types import InvalidRequest, Job
 from ..workloads.job import SimJob
+from ..workloads.programs import calls_of, chained
+from ..workloads.reuse import Reuse
 from .runs import Span, job_spans
+from .shares import Shares
 from .stats import Stream
 
 # Jobs that measure the capacity: enough for a heavy tail, and no more than memory holds all at once.
@@ -22,7 +25,7 @@ CAPACITY_JOBS = 20_000
 
 
 class Workload(Protocol):
-    """Synthetic or Recorded."""
+    """Synthetic, ProgramLoad or Recorded."""
 
     @property
     def name(self) -> str: ...
@@ -45,6 +48,7 @@ class Setting:
     pipeline_stages: int = 1
     block_bytes: int | None = None  # of one KV block on all devices together; None: unknown
     warmup_jobs: int = 0  # that many to arrive first are left out of the statistics
+    program_ids: bool = True  # whether the engine is told which calls are of one program
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_jobs < self.jobs:
@@ -112,6 +116,12 @@ class RunSummary:
     mean_batch: float  # rows an iteration
     jobs_per_second: float
     output_tokens_per_second: float
+    hit_rate: float | None = None  # tokens of prompts found in the cache; None: no prompt has content
+    hit_rate_bound: float | None = None  # that a cache would find which forgot nothing
+    programs: int | None = None  # None: no job is a call of one
+    mean_program_completion: float | None = None  # from the arrival of the first call to the end of the last
+    p95_program_completion: float | None = None
+    users: dict[str, dict[str, float]] | None = None  # jobs, mean_jct and p95_jct of each, where jobs have users
     timeline: list[TimelineJob] | None = None
 
     @property
@@ -137,7 +147,8 @@ def run(
     Raises InvalidRequest for an option out of range, and for a job that exceeds the context or the KV blocks.
     """
     config = replace(setting.config, policy=point.policy)
-    latencies = _Latencies(setting.warmup_jobs)
+    latencies, shares = _Latencies(setting.warmup_jobs), Shares(setting.warmup_jobs)
+    reuse = Reuse(config.block_size)
     records: list[IterationRecord] = []
     ends: list[tuple[Job, float]] = []
 
@@ -148,13 +159,20 @@ def run(
         if on_finished is not None:
             on_finished(latencies.finished)
 
+    def watched() -> Iterator[SimJob]:
+        for job in _fitting(setting.workload.jobs(point.seed, setting.jobs, point.rate), config):
+            reuse.add(job)
+            yield job
+
     totals = simulate(
-        _fitting(setting.workload.jobs(point.seed, setting.jobs, point.rate), config),
+        watched(),
         config,
         setting.cost,
         link=setting.link,
         pipeline_stages=setting.pipeline_stages,
         on_finish=on_finish,
+        on_call=shares.add,
+        program_ids=setting.program_ids,
         on_iteration=records.append if timeline else None,
     )
     if not latencies.counted:
@@ -168,6 +186,9 @@ def run(
         load=point.load,
         seed=point.seed,
         **latencies.summary(),
+        **shares.summary(),
+        hit_rate=totals.cached_tokens / totals.prompt_tokens if reuse.has_content else None,
+        hit_rate_bound=reuse.rate if reuse.has_content else None,
         preemptions=totals.preemptions,
         swapped_bytes=None if size is None else swapped * size,
         swapped_blocks=swapped,
@@ -190,31 +211,46 @@ def capacity(setting: Setting, seed: int, on_finished: Callable[[int], None] | N
     The jobs of this seed, at most CAPACITY_JOBS, all arrive at 0. The measurement ends when the last of them starts, so
     that the emptying batch of the end does not count; a job under way then counts for the part of its time that it has
     run. Where all start at once, there is no such moment, and it is the jobs over the whole time.
+
+    Of programs, there are as many at once as fill two batches: when one ends, the next begins. Nobody thinks, and the
+    measurement ends when the last job starts that had to wait.
     """
     config = replace(setting.config, policy="fcfs")
-    spans: list[tuple[float, float]] = []
+    spans: list[tuple[float, float, float]] = []
 
     def on_finish(job: Job) -> None:
-        spans.append((job.metrics.first_scheduled or 0.0, job.metrics.finish or 0.0))
+        spans.append((job.arrival, job.metrics.first_scheduled or 0.0, job.metrics.finish or 0.0))
         if on_finished is not None:
             on_finished(len(spans))
 
     jobs = setting.workload.jobs(seed, min(setting.jobs, CAPACITY_JOBS), rate_for_lengths(setting.workload))
-    together = (replace(job, arrival=0.0) for job in jobs)
     simulate(
-        _fitting(together, config),
+        _fitting(_at_once(jobs, 2 * config.max_num_seqs), config),
         config,
         setting.cost,
         link=setting.link,
         pipeline_stages=setting.pipeline_stages,
         on_finish=on_finish,
+        program_ids=setting.program_ids,
     )
-    starts, finishes = np.array(spans).T
-    until = float(starts.max())
+    arrivals, starts, finishes = np.array(spans).T
+    until = float(starts[starts > arrivals].max(initial=0.0))
     if until <= 0:
         return len(spans) / float(finishes.max())
-    done = np.minimum(1.0, (until - starts) / (finishes - starts))
+    done = np.clip((until - starts) / (finishes - starts), 0.0, 1.0)
     return float(done.sum()) / until
+
+
+def _at_once(jobs: Iterable[SimJob], lanes: int) -> Iterator[SimJob]:
+    """All jobs at 0; programs one after the other in that many lanes, which begin at 0."""
+    programs: list[list[SimJob]] = []
+    for job in jobs:
+        if job.then is None:
+            yield replace(job, arrival=0.0)
+        else:
+            programs.append([replace(call, arrival=0.0, think_time=0.0) for call in calls_of(job)])
+    for lane in range(min(lanes, len(programs))):
+        yield chained([call for program in programs[lane::lanes] for call in program])
 
 
 def rate_for_lengths(workload: Workload) -> float | None:
@@ -227,15 +263,18 @@ def rate_for_lengths(workload: Workload) -> float | None:
 def _fitting(jobs: Iterable[SimJob], config: SchedulerConfig) -> Iterator[SimJob]:
     """The same jobs. Raises InvalidRequest at one that the context or the KV blocks may turn out too small for."""
     held = config.num_blocks * config.block_size
-    for number, job in enumerate(jobs, start=1):
-        tokens = job.prompt_tokens + job.output_tokens
-        if tokens > config.max_model_len:
-            raise InvalidRequest("max_model_len", f"must be at least {tokens}, the length of job {number}")
-        # An output may become as long as its user allows, whatever length it turns out to have.
-        if job.max_tokens is not None:
-            tokens = min(job.prompt_tokens + job.max_tokens, config.max_model_len)
-        if tokens - 1 > held:  # the last token's KV is never held
-            raise _too_large(number, job, tokens, config)
+    number = 0
+    for job in jobs:
+        for call in calls_of(job):
+            number += 1
+            tokens = call.prompt_tokens + call.output_tokens
+            if tokens > config.max_model_len:
+                raise InvalidRequest("max_model_len", f"must be at least {tokens}, the length of job {number}")
+            # An output may become as long as its user allows, whatever length it turns out to have.
+            if call.max_tokens is not None:
+                tokens = min(call.prompt_tokens + call.max_tokens, config.max_model_len)
+            if tokens - 1 > held:  # the last token's KV is never held
+                raise _too_large(number, call, tokens, config)
         yield job
 
 

@@ -21,10 +21,16 @@ _MEASURES = {
     "p99_jct": "P99 (s)",
     "mean_ttft": "TTFT (s)",
     "mean_normalized_latency": "s/token",
+    "mean_program_completion": "program (s)",
+    "p95_program_completion": "program P95",
 }
-_COMPARED = ("mean_jct", "p95_jct", "p99_jct")
+_COMPARED = ("mean_jct", "p95_jct", "p99_jct", "mean_program_completion")
 # What a narrow terminal does without, first to go first; a ratio is named like its measure, with ×.
-_DISPENSABLE = ("preempted", "× p99_jct", "mean_ttft", "swapped", "p99_jct", "mean_normalized_latency")
+_DISPENSABLE = (
+    "preempted", "× p99_jct", "mean_ttft", "swapped", "p99_jct", "mean_normalized_latency", "p95_program_completion",
+    "× p95_jct", "p95_jct", "cached", "× mean_program_completion",
+)  # fmt: skip
+_MOST_USERS = 12  # that a table shows
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -69,6 +75,8 @@ def level_table(level: Level, without: Collection[str] = ()) -> Table:
     first = next(iter(level.runs))
     columns: dict[str, tuple[str, list[str | Text]]] = {}
     for measure, heading in _MEASURES.items():
+        if any(getattr(run, measure) is None for runs in level.runs.values() for run in runs):
+            continue
         estimates = {policy: level.estimate(policy, measure) for policy in level.runs}
         columns[measure] = heading, [estimate_text(each) for each in estimates.values()]
         if measure in _COMPARED and len(level.runs) > 1:
@@ -80,6 +88,14 @@ def level_table(level: Level, without: Collection[str] = ()) -> Table:
     if any(run.swapped_blocks for runs in level.runs.values() for run in runs):
         columns["swapped"] = "swapped", [_swapped(runs) for runs in level.runs.values()]
 
+    if all(run.hit_rate is not None for runs in level.runs.values() for run in runs):
+        found = [level.estimate(policy, "hit_rate").mean for policy in level.runs]
+        bounds = [level.estimate(policy, "hit_rate_bound").mean for policy in level.runs]
+        columns["cached"] = (
+            "cached",
+            [f"{100 * share:.1f} of {100 * bound:.1f} %" for share, bound in zip(found, bounds, strict=True)],
+        )
+
     table = new_table()
     table.title, table.title_justify, table.title_style = level.title, "left", "bold"
     table.add_column("policy", no_wrap=True)
@@ -88,6 +104,24 @@ def level_table(level: Level, without: Collection[str] = ()) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for row, policy in enumerate(level.runs):
         table.add_row(policy, *(cells[row] for _, cells in shown))
+    return table
+
+
+def users_table(level: Level) -> Table | None:
+    """P95 of each user's JCT, a line a policy; None where there is one user or too many."""
+    users = list(dict.fromkeys(user for runs in level.runs.values() for run in runs for user in run.users or ()))
+    if not 2 <= len(users) <= _MOST_USERS:
+        return None
+    table = new_table()
+    table.add_column("P95 JCT (s)", no_wrap=True)
+    for user in users:
+        table.add_column(Text(user), justify="right", no_wrap=True)
+    for policy, runs in level.runs.items():
+        cells = []
+        for user in users:
+            values = [run.users[user]["p95_jct"] for run in runs if run.users and user in run.users]
+            cells.append(estimate_text(estimate(values)) if values else "–")
+        table.add_row(policy, *cells)
     return table
 
 
@@ -104,6 +138,8 @@ def print_runs(console: Console, runs: Sequence[RunSummary], notes: Sequence[str
     without = _left_out(console, levels)
     for level in levels:
         console.print(level_table(level, without))
+        if (users := users_table(level)) is not None:
+            console.print(users)
     seeds = len({run.seed for run in runs})
     policies = list(levels[0].runs)
     explained = list(notes)
@@ -111,6 +147,8 @@ def print_runs(console: Console, runs: Sequence[RunSummary], notes: Sequence[str
         explained.append(f"means over {seeds} seeds ± 95 % confidence interval")
     if len(policies) > 1:
         explained.append(f"× is how many times better than {policies[0]}")
+    if any(run.hit_rate is not None for run in runs):
+        explained.append("cached: of prompts' tokens, and of what a cache would find that forgets nothing")
     if explained:
         console.print(f"[dim]{' · '.join(explained)}[/]", soft_wrap=True)
 

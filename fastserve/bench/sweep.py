@@ -63,7 +63,7 @@ def sweep(
         capacities = dict(zip(seeds, pool.run(measured), strict=True)) if measured else {}
         grid = [Point(policy, rate, seed) for rate in rates for policy in policies for seed in seeds]
         grid += [
-            Point(policy, _rate(load, capacities[seed]), seed, load)
+            Point(policy, rate_of(load, capacities[seed]), seed, load)
             for load in loads
             for policy in policies
             for seed in seeds
@@ -71,8 +71,8 @@ def sweep(
         return SweepResult(pool.run([partial(run, setting, point, timeline=timeline) for point in grid]), capacities)
 
 
-def _rate(load: float, capacity: float) -> float:
-    """Jobs a second. Raises InvalidRequest, naming the load, where no workload takes that rate."""
+def rate_of(load: float, capacity: float) -> float:
+    """Jobs a second that a load is. Raises InvalidRequest, naming the load, where no workload takes that rate."""
     rate = load * capacity
     if not MIN_RATE <= rate <= MAX_RATE:
         raise InvalidRequest(

@@ -50,7 +50,9 @@ def serve(
     ] = None,
     workload: Annotated[
         str | None,
-        _in(_LOAD, "Jobs drawn at random, as in `fastserve simulate`: alpaca, constant:128,64, …", default="sharegpt"),
+        _in(
+            _LOAD, "Jobs drawn at random, as in `fastserve simulate`: constant:128,64, chat:8,16, …", default="sharegpt"
+        ),
     ] = None,
     num_jobs: Annotated[int | None, _in(_LOAD, "Jobs in a run.", default="100, or the whole trace")] = None,
     rate: Annotated[
@@ -122,9 +124,16 @@ def serve(
     The loop is open: each job is sent at its time, however many are unanswered. JCT, TTFT and the rest count from that
     time. Jobs that fail are told apart, and are in no latency. Ctrl-C prints what there is.
 
+    In conversations and agents (chat, agents), a call comes a think-time after the one before it was answered, and
+    repeats in its prompt all that was said. Their users and, to FastServe, their programs are named.
+
     **Examples**
 
     fastserve bench serve --workload constant:128,64 --rate 4 --num-jobs 200 --slo ttft=0.5,tpot=0.1
+
+    Sixteen users who talk with a model, eight turns each:
+
+    fastserve bench serve --workload chat:8,16,2 --num-jobs 128 --endpoint chat --rate 4
 
     A trace, twice as fast as it was recorded at 2 jobs a second:
 

@@ -66,6 +66,15 @@ def simulate(
         list[int] | None, _in(_WORK, "Of the jobs drawn; the same for every policy and rate. Repeatable.", default="0")
     ] = None,
     seeds: Annotated[int | None, _in(_WORK, "Short for the seeds 0, 1, … of this many runs.")] = None,
+    program_ids: Annotated[
+        bool,
+        _in(
+            _WORK,
+            "Tell the engine which calls are of one program; without, each is a job like any other.",
+            "--program-ids/--no-program-ids",
+            default=True,
+        ),
+    ] = True,
     warmup_jobs: Annotated[int, _in(_WORK, "Leave the first jobs to arrive out of the statistics.", default=True)] = 0,
     model: Annotated[
         str | None, _in(_MACHINE, "Model preset, from the list above.", default="opt-13b, without --cost")
@@ -131,7 +140,28 @@ def simulate(
         str | None,
         _in(_LIMITS, "Prefills make an iteration at most this many times as long as its decodes.", default="none"),
     ] = None,
+    enable_prefix_caching: Annotated[
+        bool,
+        _in(
+            _LIMITS,
+            "Jobs share the KV of what they have in common.",
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            default=True,
+        ),
+    ] = True,
+    tenant_weight: Annotated[
+        list[str] | None,
+        _in(
+            _LIMITS,
+            "The weight of a user's share of the device; 1 for those not named. Repeatable.",
+            metavar="NAME=WEIGHT",
+        ),
+    ] = None,
     num_levels: Annotated[int, _in(_LIMITS, "Levels of the MLFQ.", default=True)] = 12,
+    write_trace: Annotated[
+        Path | None,
+        _in(_OUTPUT, "Write the jobs to this file as Mooncake JSONL, for --trace, and simulate nothing."),
+    ] = None,
     as_json: JsonOption = False,
     plot: Annotated[
         Path | None, _in(_OUTPUT, "Draw latencies over rates or loads into this file: .png, .svg or .pdf.")
@@ -165,6 +195,10 @@ def simulate(
     - lognormal:PROMPT_MEAN,PROMPT_SIGMA,OUTPUT_MEAN,OUTPUT_SIGMA[,LONGEST]
     - constant:PROMPT,OUTPUT
     - bimodal:SHORT,LONG,SHARE,PROMPT: outputs of LONG tokens with probability SHARE
+    - chat:TURNS,USERS[,THINK[,MESSAGE[,ANSWER[,SYSTEM]]]]: conversations with THINK seconds (10) between turns;
+      mean tokens of messages (64), answers (192), shared system prompts (256)
+    - agents[:MOST[,THINK[,RESULT[,OUTPUT[,TOOLS[,TASK]]]]]]: chains of 2 to MOST calls (20), THINK seconds (2) apart;
+      mean tokens of results (160), outputs (64), shared descriptions of tools (1024), tasks (128)
 
     **Arrivals**: poisson · gamma:CV (coefficient of variation of the gaps) · burst:SIZE
 
@@ -188,11 +222,15 @@ def simulate(
 
     fastserve simulate --trace conversations.csv --rate 11 --cost profile.json
 
+    Agents, and whether it matters that the engine knows which calls are of one program:
+
+    fastserve simulate --workload agents --model llama-3-8b --gpu a100-80g --policy skip-join-mlfq --no-program-ids
+
     Who runs when, where every iteration takes a second:
 
     fastserve simulate --cost constant:1 --workload constant:8,6 --jobs 8 --rate 0.5 --max-num-seqs 2 --timeline
     """
-    from ..bench.experiment import Experiment, limit_from
+    from ..bench.experiment import Experiment, limit_from, weights_from
 
     if plot is not None:
         check_picture(plot)
@@ -204,6 +242,7 @@ def simulate(
         "admission": admission,
         "swap_mode": swap_mode,
         "repayment": repayment,
+        "enable_prefix_caching": enable_prefix_caching,
         "num_levels": num_levels,
     }
     experiment = Experiment(
@@ -216,6 +255,7 @@ def simulate(
         loads=load or (),
         seeds=_seeds(seed, seeds),
         warmup_jobs=warmup_jobs,
+        program_ids=program_ids,
         model=model,
         hardware=hardware,
         tensor_parallel_size=tensor_parallel_size,
@@ -227,11 +267,15 @@ def simulate(
         swap_blocks=swap_blocks,
         swap_seconds=swap_seconds,
         scheduler={name: value for name, value in scheduler.items() if value is not None}
+        | weights_from(tenant_weight or ())
         | limit_from("starvation_limit", starvation_limit)
         | limit_from("slowdown_limit", slowdown_limit)
         | limit_from("stall_limit", stall_limit),
     )
     setting = experiment.setting()
+    if write_trace is not None:
+        print(f"{experiment.write_trace(setting, write_trace)} jobs written as {write_trace}")
+        return
     if timeline and setting.jobs > _TIMELINE_JOBS:
         raise InvalidRequest("timeline", f"shows at most {_TIMELINE_JOBS} jobs; use --jobs {_TIMELINE_JOBS} or fewer")
     result = _run(experiment, setting, workers, timeline, progress)

@@ -1,17 +1,22 @@
-"""Key-value memory: which job holds which blocks, in which tier, and which should move."""
+"""Key-value memory: which job holds which blocks, in which tier, what they have in common, and what should move."""
 
-from .blocks import BlockManager, CopyRow
+from .audit import check_blocks
+from .block import Block
+from .blocks import BlockManager, CopyRow, Done
 from .counters import CacheCounters
 from .swap import BurstReserve, Holder, LinkEstimate, Moves, Want, plan_moves
 
 __all__ = [
+    "Block",
     "BlockManager",
     "BurstReserve",
     "CacheCounters",
     "CopyRow",
+    "Done",
     "Holder",
     "LinkEstimate",
     "Moves",
     "Want",
+    "check_blocks",
     "plan_moves",
 ]

@@ -1,4 +1,4 @@
-"""Where every KV block of every job is. Bookkeeping only: nothing here touches memory, and nothing here decides.
+"""Where every KV block is, and who has it. Bookkeeping only: nothing here touches memory, and nothing here decides.
 
                     grow                     offload                    acknowledge
     free on device ──────▶ RESIDENT ──────────────────────▶ OFFLOADING ─────────────▶ AWAY (host copy only)
@@ -6,44 +6,45 @@
           │ release         │    └──────────────────────────────┴── UPLOADING ◀──────────┘
           └─────────────────┘          acknowledge                          upload
 
-A block of a job has an optional place on the device, an optional place on the host and at most one transfer, which
-only `acknowledge` ends. Full blocks never change, so the host copy of a block that was brought back stays good and
-leaves again without a copy, until somebody needs its place. Every action `x` that can fail has a question `can_x`;
-acting without asking raises.
+A block has an optional place on the device, an optional place on the host and at most one transfer, which only
+`acknowledge` ends. Full blocks never change, so the host copy of a block that was brought back stays good and leaves
+again without a copy, until somebody needs its place. Every action `x` that can fail has a question `can_x`; acting
+without asking raises.
+
+Owners share the blocks of what they have in common (`attach`), and a shared one leaves the device with the last of them
+that has all of its blocks there. What nobody has any more, and the index knows, is cache: its place counts as free,
+and is taken when no other is left; what is worth least goes first (cache.py).
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..types import OFFLOAD, UPLOAD
-
-_NOWHERE = -1
+from .block import NOWHERE, Block, Table
+from .cache import PrefixCache
 
 CopyRow = tuple[int, int, int, int]  # copy, direction, source block, destination block
 
 
-@dataclass(slots=True, eq=False)
-class _Table:
-    """One owner's blocks, by position / block_size."""
-
-    device: list[int] = field(default_factory=list)  # _NOWHERE: the block is away
-    host: list[int] = field(default_factory=list)  # _NOWHERE: no copy there
-    missing: int = 0  # blocks that are away or moving: with any, the owner cannot run
-    moving: int = 0  # blocks in transfer
-    copies: int = 0  # good copies on the host
-    released: bool = False
-
-
 @dataclass(slots=True)
 class _Transfer:
-    table: _Table
-    owner: int
+    owner: int | None  # None: of blocks that nobody had
     direction: int
-    indices: list[int]  # in the table
-    recalled: bool = False  # an offload whose owner is wanted again: the device's copy is kept
+    blocks: list[Block]
+
+
+class Done(NamedTuple):
+    """What a copy has done."""
+
+    owner: int | None
+    direction: int
+    blocks: int
+    returned: list[int]  # owners all of whose blocks are on the device now
 
 
 class BlockManager:
@@ -57,35 +58,42 @@ class BlockManager:
         self.num_host_blocks = num_host_blocks
         self.block_size = block_size
         self.leaving = 0  # device blocks that acknowledgements of offloads will free
+        self.cache = PrefixCache()
+        self.gone = 0  # owners without a block on the device, though they have some
+        self.partial: dict[int, None] = {}  # those with some on the device, and others not
         # A stack: blocks just freed are the ones still in cache. An array, as so is what a million integers are not.
         self._free = array("i", range(num_blocks - 1, -1, -1))
         self._free_host = deque(range(num_host_blocks))
-        self._tables: dict[int, _Table] = {}
+        self._tables: dict[int, Table] = {}
         self._transfers: dict[int, _Transfer] = {}
-        # Owners all of whose blocks are on the device and some on the host as well, the longest so first.
-        self._spare: dict[int, _Table] = {}
-        self._spare_copies = 0
+        # Blocks on the device and on the host as well, of owners that have all of theirs there; the longest so first.
+        self._spare: dict[Block, None] = {}
         self._next_copy = 1
 
     @property
     def free_blocks(self) -> int:
-        """Blocks on the device that are nobody's."""
+        """Blocks on the device that are nobody's, cache included."""
+        return len(self._free) + self.cache.cached
+
+    @property
+    def idle_blocks(self) -> int:
+        """Those of them that hold nothing."""
         return len(self._free)
 
     @property
     def free_host_blocks(self) -> int:
-        """Places on the host for an offload: the free ones, and the spare copies of blocks that are on the device."""
-        return len(self._free_host) + self._spare_copies
+        """Places on the host for an offload: those without use, and of spare copies, and of what is only cache."""
+        return len(self._free_host) + len(self._spare) + self.cache.cached_host
 
     @property
     def cached(self) -> int:
         """Blocks on the device that no owner has and whose KV is kept for who may come."""
-        return 0
+        return self.cache.cached
 
     @property
     def cached_host(self) -> int:
         """The same on the host."""
-        return 0
+        return self.cache.cached_host
 
     @property
     def transfers(self) -> int:
@@ -103,7 +111,7 @@ class BlockManager:
     def held(self, owner: int) -> int:
         """How many blocks the owner has, wherever they are."""
         table = self._tables.get(owner)
-        return len(table.device) if table else 0
+        return len(table.blocks) if table else 0
 
     def missing(self, owner: int) -> int:
         """How many of the owner's blocks are not on the device, or on their way to or from it; 0: it can run."""
@@ -123,13 +131,36 @@ class BlockManager:
     def unsaved(self, owner: int) -> int:
         """How many of the owner's blocks are on the device only: what an offload has to copy."""
         table = self._tables.get(owner)
-        return table.host.count(_NOWHERE) if table else 0
+        return sum([block.host == NOWHERE for block in table.blocks]) if table else 0
+
+    def leavable(self, owner: int) -> tuple[int, int]:
+        """How many blocks would leave the device with the owner, and how many of them need a copy."""
+        table = self._tables.get(owner)
+        blocks = _leavable(table) if table else []
+        return len(blocks), sum([block.host == NOWHERE for block in blocks])
+
+    def table(self, owner: int) -> list[tuple[int, int]]:
+        """The owner's whole table, which is on the device, as (index, block)."""
+        table = self._tables.get(owner)
+        return [(index, block.device) for index, block in enumerate(table.blocks)] if table else []
+
+    def path(self, owner: int) -> list[Block]:
+        """Those of the owner's blocks that are in the index."""
+        table = self._tables.get(owner)
+        return table.blocks[: table.shared] if table else []
+
+    def common(self, owner: int) -> int:
+        """How many of the owner's blocks, from the first on, others have, too."""
+        table = self._tables.get(owner)
+        if table is None:
+            return 0
+        return next((i for i, block in enumerate(table.blocks) if len(block.tables) == 1), len(table.blocks))
 
     # --- the device's blocks -----------------------------------------------------------------------------------------
 
     def capacity(self, owner: int) -> int:
         """Tokens the owner could have KV for if it were given every free block."""
-        return (self.held(owner) + len(self._free)) * self.block_size
+        return (self.held(owner) + self.free_blocks) * self.block_size
 
     def can_grow(self, owner: int, tokens: int) -> bool:
         """Whether the owner's table can be made to hold `tokens` tokens in all."""
@@ -138,32 +169,97 @@ class BlockManager:
     def grow(self, owner: int, tokens: int) -> list[tuple[int, int]]:
         """Make the owner's table hold `tokens` tokens in all; returns what was added, as (index in table, block)."""
         table = self._tables.get(owner)
-        first = len(table.device) if table else 0
+        first = len(table.blocks) if table else 0
         count = self.blocks_for(tokens) - first
-        if count > len(self._free):
+        if count > self.free_blocks:
             raise ValueError(f"owner {owner} needs room for {tokens} tokens and can have {self.capacity(owner)}")
         if count <= 0:
             return []
         if table is None:
-            table = self._tables[owner] = _Table()
-        blocks = self._free[: -count - 1 : -1].tolist()
-        del self._free[-count:]
-        table.device += blocks
-        table.host += [_NOWHERE] * count
-        return list(enumerate(blocks, first))
+            table = self._tables[owner] = Table(owner)
+        places = self._take(count)
+        table.blocks += [Block(place, tables=[table]) for place in places]
+        self._classify(table)
+        return list(enumerate(places, first))
+
+    def attach(self, owner: int, path: Sequence[Block]) -> None:
+        """An owner without blocks begins with some of the index, wherever they are: a path from its beginning."""
+        if owner in self._tables or not path:
+            raise ValueError(f"owner {owner} cannot begin with {len(path)} blocks")
+        table = self._tables[owner] = Table(owner, list(path), shared=len(path))
+        for block in path:
+            if not block.tables and block.transfer is None:
+                self.cache.wakes(block)
+            block.tables.append(table)
+            if block.transfer == OFFLOAD:
+                self._stay(block)
+            table.moving += block.transfer is not None
+            table.missing += not block.here
+        for block in path if table.missing else ():
+            self._spare.pop(block, None)
+        self._classify(table)
 
     def release(self, owner: int) -> int:
         """Take back every block of the owner, those in transfer when that ends; returns how many there were."""
         table = self._tables.pop(owner, None)
         if table is None:
             return 0
-        self._not_spare(owner)
-        table.released = True
-        busy = {index for transfer in self._transfers.values() if transfer.table is table for index in transfer.indices}
-        for index in range(len(table.device) - 1, -1, -1):
-            if index not in busy:
-                self._give_back(table, index)
-        return len(table.device)
+        whole = not table.missing
+        self.gone -= table.gone
+        self.partial.pop(owner, None)
+        for block in reversed(table.blocks):
+            block.tables.remove(table)
+            if not block.tables:
+                if block.transfer is None:
+                    self._rest(block)
+            elif not whole:
+                self._check_spare(block)
+        return len(table.blocks)
+
+    # --- the index ---------------------------------------------------------------------------------------------------
+
+    def share(self, owner: int, keys: Sequence[tuple[bytes, bytes, float]]) -> list[bytes]:
+        """Put the owner's next blocks into the index: each with its key, its tokens and what it costs to compute.
+
+        All of their KV is computed, or will be before any later iteration. Returns the keys that are in it now. Another
+        owner's block that holds the same ends it: this one's are its own, then, until it leaves.
+        """
+        table = self._tables[owner]
+        new: list[bytes] = []
+        for key, tokens, cost in () if table.diverged else keys:
+            parent = table.blocks[table.shared - 1] if table.shared else None
+            if not self.cache.insert(table.blocks[table.shared], key, tokens, parent, cost):
+                table.diverged = True
+                break
+            table.shared += 1
+            new.append(key)
+        return new
+
+    def shared(self, owner: int) -> int:
+        """How many of the owner's blocks are in the index."""
+        table = self._tables.get(owner)
+        return table.shared if table else 0
+
+    def bequeath(self, owner: int, keys: Sequence[tuple[bytes, bytes, float]], keep: float = 0.0) -> list[bytes]:
+        """The owner is about to leave: put what it has into the index, all its blocks from the first unshared one on.
+
+        Where others have computed the same, theirs are what stays. `keep`: until when it is sure to be wanted. Returns
+        the keys that are in it now.
+        """
+        table = self._tables[owner]
+        path = table.blocks[: table.shared]
+        new: list[bytes] = []
+        for block, (key, tokens, cost) in zip(table.blocks[table.shared :], keys, strict=False):
+            parent = path[-1] if path else None
+            if self.cache.insert(block, key, tokens, parent, cost):
+                new.append(key)
+            elif (found := self.cache.find(key, tokens, parent)) is not None:
+                block = found
+            else:
+                break
+            path.append(block)
+        self.cache.touch(path, keep)
+        return new
 
     # --- between the tiers -------------------------------------------------------------------------------------------
 
@@ -172,8 +268,11 @@ class BlockManager:
         table = self._tables.get(owner)
         if table is None or table.moving:
             return False
-        here = len(table.device) - table.missing
-        return here > 0 and (self._has_saved_here(table) or self.free_host_blocks > 0)
+        blocks = _leavable(table)
+        if not blocks or any(block.host != NOWHERE for block in blocks):
+            return bool(blocks)
+        own = sum([block in self._spare for block in table.blocks])  # which it keeps, once some are away
+        return self.free_host_blocks > own
 
     def offload(self, owner: int, blocks: int) -> tuple[list[CopyRow], int]:
         """Take up to `blocks` blocks off the device: those with a good copy on the host, then as many as find a place.
@@ -183,91 +282,190 @@ class BlockManager:
         if blocks < 1 or not self.can_offload(owner):
             raise ValueError(f"{blocks} blocks of owner {owner} cannot leave the device")
         table = self._tables[owner]
-        self._not_spare(owner)
-        here = [index for index, block in enumerate(table.device) if block != _NOWHERE]
-        saved = [index for index in here if table.host[index] != _NOWHERE][:blocks]
-        for index in saved:
-            self._free.append(table.device[index])
-            table.device[index] = _NOWHERE
+        if not table.missing:
+            for block in table.blocks:
+                self._spare.pop(block, None)
+        here = _leavable(table)
+        saved = [block for block in here if block.host != NOWHERE][:blocks]
+        for block in saved:
+            self._leave_device(block)
+            self._changed(block, missing=1)
         freed = len(saved)
-        table.missing += freed
         copied = min(blocks - freed, self.free_host_blocks)
-        indices = [index for index in here if table.host[index] == _NOWHERE][:copied]
-        if not indices:
-            return [], freed
-        for index, place in zip(indices, self._take_host(len(indices)), strict=True):
-            table.host[index] = place
-        table.missing += len(indices)
-        table.moving += len(indices)
-        self.leaving += len(indices)
-        copy = self._begin(_Transfer(table, owner, OFFLOAD, indices))
-        return [(copy, OFFLOAD, table.device[index], table.host[index]) for index in indices], freed
+        leaving = [block for block in here if block.host == NOWHERE][:copied]
+        for block, place in zip(leaving, self._take_host(len(leaving)), strict=True):
+            block.host = place
+            self._changed(block, missing=1, moving=1)
+        return self._begin_offload(owner, leaving), freed
+
+    def save(self, blocks: int) -> list[CopyRow]:
+        """Copy up to `blocks` blocks of the cache to the host, in place of what is worth less there.
+
+        They stay on the device, and what they hold is not lost when their places there are needed. Returns the copies.
+        """
+        saving: list[Block] = []
+        while len(saving) < blocks and (block := self.cache.unsaved()) is not None:
+            if not self._free_host:
+                worse = self.cache.coldest_on_host(block.score)
+                if worse is None:
+                    self.cache.rests(block)
+                    break
+                self._throw_away(worse)
+            block.host = self._take_host(1)[0]
+            block.stays = True
+            saving.append(block)
+        return self._begin_offload(None, saving)
 
     def recall(self, owner: int) -> bool:
         """Keep on the device what is being offloaded; its owner can run once acknowledged. False: nothing is."""
-        found = False
         table = self._tables.get(owner)
-        for transfer in self._transfers.values():
-            if transfer.table is table and transfer.direction == OFFLOAD and not transfer.recalled:
-                transfer.recalled = found = True
-                self.leaving -= len(transfer.indices)
-        return found
+        leaving = [
+            block
+            for block in (table.blocks if table and table.moving else ())
+            if block.transfer == OFFLOAD and not block.stays
+        ]
+        for block in leaving:
+            self._stay(block)
+        return bool(leaving)
 
     def can_upload(self, owner: int) -> bool:
         """Whether the owner has blocks away, and the device has room for all of them."""
-        return 0 < self.away(owner) <= len(self._free)
+        return 0 < self.away(owner) <= self.free_blocks
 
     def upload(self, owner: int) -> tuple[list[CopyRow], list[tuple[int, int]]]:
         """Bring back every block that is away; returns the copies to make and the table's new (index, block)."""
         if not self.can_upload(owner):
-            raise ValueError(f"owner {owner} has {self.away(owner)} blocks away, and {len(self._free)} are free")
+            raise ValueError(f"owner {owner} has {self.away(owner)} blocks away, and {self.free_blocks} are free")
         table = self._tables[owner]
-        indices = [index for index, block in enumerate(table.device) if block == _NOWHERE]
-        for index in indices:
-            table.device[index] = self._free.pop()
-        table.moving += len(indices)
-        copy = self._begin(_Transfer(table, owner, UPLOAD, indices))
-        rows = [(copy, UPLOAD, table.host[index], table.device[index]) for index in indices]
-        return rows, [(index, table.device[index]) for index in indices]
+        indices = [index for index, block in enumerate(table.blocks) if block.device == NOWHERE]
+        coming = [table.blocks[index] for index in indices]
+        for block, place in zip(coming, self._take(len(coming)), strict=True):
+            block.device = place
+            block.transfer = UPLOAD
+            self._changed(block, moving=1)
+        copy = self._begin(_Transfer(owner, UPLOAD, coming))
+        rows = [(copy, UPLOAD, block.host, block.device) for block in coming]
+        return rows, [(index, table.blocks[index].device) for index in indices]
 
-    def acknowledge(self, copy: int) -> tuple[int, int, int]:
-        """A copy is done on all ranks; returns its owner, direction and blocks. Raises ValueError for one unknown."""
+    def acknowledge(self, copy: int) -> Done:
+        """A copy is done on all ranks. Raises ValueError for one unknown."""
         transfer = self._transfers.pop(copy, None)
         if transfer is None:
             raise ValueError(f"copy {copy} is not under way")
-        table, indices = transfer.table, transfer.indices
-        table.moving -= len(indices)
-        if transfer.direction == OFFLOAD:
-            table.copies += len(indices)
-            if not transfer.recalled:
-                self.leaving -= len(indices)
-        if table.released:
-            for index in indices:
-                self._give_back(table, index)
-        elif transfer.direction == UPLOAD or transfer.recalled:
-            table.missing -= len(indices)
-            if table.copies and not table.missing:
-                self._spare[transfer.owner] = table
-                self._spare_copies += table.copies
-        else:
-            for index in indices:
-                self._free.append(table.device[index])
-                table.device[index] = _NOWHERE
-        return transfer.owner, transfer.direction, len(indices)
+        returned: dict[int, None] = {}
+        for block in transfer.blocks:
+            stays = block.transfer == UPLOAD or block.stays
+            wanted = bool(block.tables or block.key is not None)
+            if transfer.direction == OFFLOAD and not block.stays:
+                self.leaving -= 1
+            block.transfer, block.stays = None, False
+            if not stays and wanted:
+                self._leave_device(block)
+            self.cache.moved(block)
+            self._changed(block, missing=-1 if stays else 0, moving=-1)
+            if not block.tables:
+                self._rest(block)
+            elif stays:
+                returned.update(dict.fromkeys(table.owner for table in block.tables if not table.missing))
+        for owner in returned:
+            for block in self._tables[owner].blocks:
+                self._check_spare(block)
+        return Done(transfer.owner, transfer.direction, len(transfer.blocks), list(returned))
 
     def wrote(self, owner: int, position: int) -> None:
         """The owner is about to write its KV at `position` and beyond: host copies from that block on are no good."""
-        table = self._spare.get(owner)
-        if table is None:
+        table = self._tables.get(owner)
+        if table is None or table.missing:
             return
-        for index in range(len(table.host) - 1, position // self.block_size - 1, -1):
-            if table.host[index] != _NOWHERE:
-                self._drop_copy(table, index)
-                self._spare_copies -= 1
-        if not table.copies:
-            del self._spare[owner]
+        for block in table.blocks[position // self.block_size :]:
+            if block.host != NOWHERE:
+                self._drop_copy(block)
 
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _take(self, count: int) -> list[int]:
+        """Places on the device that are free, at the cost of cache where it must be."""
+        while len(self._free) < count:
+            block = self.cache.coldest()
+            assert block is not None
+            if block.host != NOWHERE:
+                self._spare.pop(block, None)
+                self._leave_device(block)
+                self.cache.rests(block)
+            else:
+                self._throw_away(block)
+        places = self._free[: -count - 1 : -1].tolist()
+        del self._free[-count:]
+        return places
+
+    def _take_host(self, count: int) -> list[int]:
+        """Free places on the host, at the cost of spare copies and of cache where it must be."""
+        while len(self._free_host) < count:
+            if self._spare:
+                self._drop_copy(next(iter(self._spare)))
+            else:
+                block = self.cache.coldest_on_host()
+                assert block is not None
+                self._throw_away(block)
+        return sorted(self._free_host.popleft() for _ in range(count))
+
+    def _throw_away(self, block: Block) -> None:
+        """Forget what a block holds that nobody has, and so all that goes on from it. It is awake, the others rest."""
+        for each in self.cache.remove(block):
+            if each is not block and each.transfer is None:
+                self.cache.wakes(each)
+            if each.transfer is None:
+                self._give_back(each)
+
+    def _rest(self, block: Block) -> None:
+        """Nobody has a block, and it does not move."""
+        if block.key is None:
+            self._give_back(block)
+            return
+        self._check_spare(block)
+        self.cache.rests(block)
+
+    def _give_back(self, block: Block) -> None:
+        self._spare.pop(block, None)
+        if block.device != NOWHERE:
+            self._free.append(block.device)
+            block.device = NOWHERE
+        if block.host != NOWHERE:
+            self._free_host.append(block.host)
+            block.host = NOWHERE
+
+    def _leave_device(self, block: Block) -> None:
+        """The block's host copy is all there is of it from here on."""
+        self._free.append(block.device)
+        block.device = NOWHERE
+        self.cache.moved(block)
+
+    def _drop_copy(self, block: Block) -> None:
+        self._spare.pop(block, None)
+        self._free_host.append(block.host)
+        block.host = NOWHERE
+
+    def _check_spare(self, block: Block) -> None:
+        """Whether a block's host copy could go for another's sake may have changed."""
+        if block.here and block.host != NOWHERE and not any(table.missing for table in block.tables):
+            self._spare.setdefault(block)
+
+    def _stay(self, block: Block) -> None:
+        """A block that is being offloaded is wanted again."""
+        if not block.stays:
+            block.stays = True
+            self.leaving -= 1
+
+    def _begin_offload(self, owner: int | None, blocks: Iterable[Block]) -> list[CopyRow]:
+        leaving = list(blocks)
+        if not leaving:
+            return []
+        for block in leaving:
+            block.transfer = OFFLOAD
+            self.cache.moved(block)
+            self.leaving += not block.stays
+        copy = self._begin(_Transfer(owner, OFFLOAD, leaving))
+        return [(copy, OFFLOAD, block.device, block.host) for block in leaving]
 
     def _begin(self, transfer: _Transfer) -> int:
         copy = self._next_copy
@@ -275,68 +473,28 @@ class BlockManager:
         self._transfers[copy] = transfer
         return copy
 
-    def _give_back(self, table: _Table, index: int) -> None:
-        if table.device[index] != _NOWHERE:
-            self._free.append(table.device[index])
-        if table.host[index] != _NOWHERE:
-            self._free_host.append(table.host[index])
+    def _changed(self, block: Block, missing: int = 0, moving: int = 0) -> None:
+        """So many more of its owners' blocks are missing, or moving."""
+        for table in block.tables:
+            table.missing += missing
+            table.moving += moving
+            self._classify(table)
 
-    def _drop_copy(self, table: _Table, index: int) -> None:
-        self._free_host.append(table.host[index])
-        table.host[index] = _NOWHERE
-        table.copies -= 1
+    def _classify(self, table: Table) -> None:
+        """Whether the owner has all, some or none of its blocks on the device."""
+        gone = table.missing - table.moving == len(table.blocks)
+        self.gone += gone - table.gone
+        table.gone = gone
+        if 0 < table.missing < len(table.blocks):
+            self.partial[table.owner] = None
+        else:
+            self.partial.pop(table.owner, None)
 
-    def _not_spare(self, owner: int) -> None:
-        table = self._spare.pop(owner, None)
-        if table is not None:
-            self._spare_copies -= table.copies
 
-    def _has_saved_here(self, table: _Table) -> bool:
-        """Whether a block is on the device and, in a good copy, on the host."""
-        return table.copies > table.missing - table.moving
-
-    def _take_host(self, count: int) -> list[int]:
-        """Free places on the host, at the cost of spare copies where it must be."""
-        while len(self._free_host) < count:
-            owner, table = next(iter(self._spare.items()))
-            index = next(i for i, place in enumerate(table.host) if place != _NOWHERE)
-            self._drop_copy(table, index)
-            self._spare_copies -= 1
-            if not table.copies:
-                del self._spare[owner]
-        return sorted(self._free_host.popleft() for _ in range(count))
-
-    def check_integrity(self) -> None:
-        """Raise RuntimeError unless every block of both tiers is in exactly one place and the counters are true."""
-        tables = list(self._tables.values())
-        gone = [t for t in self._transfers.values() if t.table.released]
-        device = self._free.tolist() + [b for t in tables for b in t.device if b != _NOWHERE]
-        device += [t.table.device[i] for t in gone for i in t.indices]
-        host = list(self._free_host) + [b for t in tables for b in t.host if b != _NOWHERE]
-        host += [t.table.host[i] for t in gone for i in t.indices]
-        for places, count, where in ((device, self.num_blocks, "device"), (host, self.num_host_blocks, "host")):
-            if sorted(places) != list(range(count)):
-                raise RuntimeError(f"blocks of the {where} lost or doubled: {len(places)} places for {count} blocks")
-        moving: dict[int, int] = {}
-        unsaved: dict[int, int] = {}
-        leaving = 0
-        for transfer in self._transfers.values():
-            moving[id(transfer.table)] = moving.get(id(transfer.table), 0) + len(transfer.indices)
-            if transfer.direction == OFFLOAD:
-                unsaved[id(transfer.table)] = unsaved.get(id(transfer.table), 0) + len(transfer.indices)
-                leaving += 0 if transfer.recalled else len(transfer.indices)
-        spare = 0
-        for owner, table in self._tables.items():
-            away = table.device.count(_NOWHERE)
-            here = len(table.host) - table.host.count(_NOWHERE)
-            if (
-                table.missing != away + table.moving
-                or table.moving != moving.get(id(table), 0)
-                or table.copies != here - unsaved.get(id(table), 0)
-                or any(d == h == _NOWHERE for d, h in zip(table.device, table.host, strict=True))
-                or (owner in self._spare) != (table.missing == 0 and table.copies > 0)
-            ):
-                raise RuntimeError(f"the table of owner {owner} is out of step: {table}")
-            spare += table.copies if owner in self._spare else 0
-        if (spare, leaving) != (self._spare_copies, self.leaving):
-            raise RuntimeError(f"{spare} spare copies and {leaving} leaving blocks, not as counted")
+def _leavable(table: Table) -> list[Block]:
+    """Blocks on the device that nobody else needs there: others that have them lack some of theirs."""
+    return [
+        block
+        for block in table.blocks
+        if block.here and (len(block.tables) == 1 or all(each is table or each.missing for each in block.tables))
+    ]

@@ -6,21 +6,24 @@ from collections.abc import Callable
 
 from ..config import SchedulerConfig
 from ..cost import Cost
+from ..programs import Programs
 from ..types import InvalidRequest
 from .base import Policy
 from .fcfs import FirstComeFirstServed
 from .gittins import Gittins
+from .indices import Indices, shared_seconds
 from .lengths import LengthDistribution
 from .mlfq import MultiLevelFeedbackQueue
 from .priority import ByPriority
 from .srpt import ShortestRemainingTime
+from .tenant import ByTenant
 
 
-def _fcfs(config: SchedulerConfig, cost: Cost) -> Callable[[], Policy]:
+def _fcfs(config: SchedulerConfig, cost: Cost, programs: Programs) -> Callable[[], Policy]:
     return FirstComeFirstServed
 
 
-def _mlfq(config: SchedulerConfig, cost: Cost, *, skip_join: bool = False) -> Callable[[], Policy]:
+def _mlfq(config: SchedulerConfig, cost: Cost, programs: Programs, *, skip_join: bool = False) -> Callable[[], Policy]:
     return lambda: MultiLevelFeedbackQueue(
         quantum=cost.decode_seconds(1),
         num_levels=config.num_levels,
@@ -30,28 +33,29 @@ def _mlfq(config: SchedulerConfig, cost: Cost, *, skip_join: bool = False) -> Ca
     )
 
 
-def _skip_join_mlfq(config: SchedulerConfig, cost: Cost) -> Callable[[], Policy]:
-    return _mlfq(config, cost, skip_join=True)
+def _skip_join_mlfq(config: SchedulerConfig, cost: Cost, programs: Programs) -> Callable[[], Policy]:
+    return _mlfq(config, cost, programs, skip_join=True)
 
 
-def _srpt(config: SchedulerConfig, cost: Cost) -> Callable[[], Policy]:
+def _srpt(config: SchedulerConfig, cost: Cost, programs: Programs) -> Callable[[], Policy]:
     return lambda: ShortestRemainingTime(cost)
 
 
-def _gittins(config: SchedulerConfig, cost: Cost) -> Callable[[], Policy]:
+def _gittins(config: SchedulerConfig, cost: Cost, programs: Programs) -> Callable[[], Policy]:
     lengths = LengthDistribution()
+    indices = Indices(cost=cost, lengths=lengths, batch=config.max_num_seqs, programs=programs)
     return lambda: Gittins(
         cost=cost,
         lengths=lengths,
-        batch=config.max_num_seqs,
+        indices=indices,
         num_levels=config.num_levels,
         starvation_limit=config.starvation_limit,
         slowdown_limit=config.slowdown_limit,
     )
 
 
-# Each gives what makes one policy a priority value.
-POLICIES: dict[str, Callable[[SchedulerConfig, Cost], Callable[[], Policy]]] = {
+# Each gives what makes one policy for each tenant of each priority value.
+POLICIES: dict[str, Callable[[SchedulerConfig, Cost, Programs], Callable[[], Policy]]] = {
     "fcfs": _fcfs,
     "mlfq": _mlfq,
     "skip-join-mlfq": _skip_join_mlfq,
@@ -63,11 +67,22 @@ POLICIES: dict[str, Callable[[SchedulerConfig, Cost], Callable[[], Policy]]] = {
 ONLINE_POLICIES = tuple(name for name in POLICIES if name != "srpt")
 
 
-def create_policy(config: SchedulerConfig, cost: Cost) -> Policy:
-    """The policy that config.policy names. Raises InvalidRequest, listing the choices, for a name unknown."""
+def create_policy(config: SchedulerConfig, cost: Cost, programs: Programs | None = None) -> Policy:
+    """The policy that config.policy names. `programs`: what is known of those whose calls jobs are.
+
+    Raises InvalidRequest, listing the choices, for a name unknown.
+    """
     if config.policy not in POLICIES:
         raise InvalidRequest("policy", f"must be one of {', '.join(POLICIES)}; got {config.policy!r}")
-    return ByPriority(POLICIES[config.policy](config, cost))
+    make = POLICIES[config.policy](config, cost, Programs() if programs is None else programs)
+    return ByPriority(
+        lambda: ByTenant(
+            make,
+            quantum=cost.decode_seconds(1),
+            shared=shared_seconds(cost, config.max_num_seqs),
+            weights=config.tenant_weights,
+        )
+    )
 
 
 __all__ = ["ONLINE_POLICIES", "POLICIES", "Policy", "create_policy"]

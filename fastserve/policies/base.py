@@ -45,6 +45,11 @@ class Policy(ABC):
         """
         return 0.0
 
+    def settles(self) -> bool:
+        """Whether the job that just came changes what service is for: then all of it until now is told, and horizons
+        are asked for anew, before the next iter_best."""
+        return False
+
     def on_finish(self, job: Job, output_tokens: int, now: float) -> None:
         """The job is complete, and its `finish_reason` says why; `remove` follows. For policies that learn."""
         return None

@@ -32,7 +32,8 @@ class Deadlines:
     is saved up while nobody is overdue.
 
     A heap entry is a lower bound: a job's service and the end of its waits move its deadline back, never forward,
-    without touching the heap, and the entry is put right when it surfaces.
+    without touching the heap, and the entry is put right when it surfaces. What moves it forward is told (`sooner`) and
+    gets another entry.
     """
 
     def __init__(
@@ -74,9 +75,13 @@ class Deadlines:
         self._watched.discard(job)
         self._promoted.pop(job, None)
         self._excused.pop(job, None)
-        if len(self._heap) > 2 * len(self._watched) + _FEW_ENTRIES:
-            self._heap = [entry for entry in self._heap if entry[2] in self._watched]
-            heapq.heapify(self._heap)
+        self._prune()
+
+    def sooner(self, job: Job) -> None:
+        """The job's next iteration takes less than it did, and so it may be overdue earlier."""
+        if job in self._watched:
+            heapq.heappush(self._heap, (self._bound(job), job.index, job))
+            self._prune()
 
     def pop_due(self, now: float) -> list[Job]:
         """The jobs to promote now, a bounded number, the longest overdue first; they are watched no longer.
@@ -110,6 +115,11 @@ class Deadlines:
         if job not in self._watched:
             return math.inf
         return self._bound(job) + max(0.0, self._paid - self._heap[0][0])
+
+    def _prune(self) -> None:
+        if len(self._heap) > 2 * len(self._watched) + _FEW_ENTRIES:
+            self._heap = [(self._bound(job), job.index, job) for job in self._watched]
+            heapq.heapify(self._heap)
 
     def _surface(self) -> bool:
         """Put the first entry right, or drop it, until it is true; whether there is one."""

@@ -29,6 +29,9 @@ class FirstComeFirstServed(Policy):
     def on_service(self, job: Job, own_seconds: float, now: float) -> None:
         self._queue.set_seconds(job, job.next_seconds)
 
+    def refresh(self, job: Job, now: float) -> None:
+        self._queue.set_seconds(job, job.next_seconds)
+
     def horizon(self, job: Job) -> float:
         return math.inf
 

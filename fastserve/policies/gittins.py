@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Final
@@ -13,56 +13,20 @@ from ..cost import Cost
 from ..types import FinishReason, Job
 from .base import Policy
 from .deadlines import Deadlines
-from .lengths import LengthDistribution, bucket, edge
+from .groups import Group
+from .hazards import bucket, edge
+from .indices import Indices, Key, Kind, kind_of
+from .lengths import LengthDistribution
 from .mlfq import PROMOTED_QUANTA, SPENT, MultiLevelFeedbackQueue
 from .queue import JobQueue
-
-# Indices within this factor of each other are as good as equal: the table is not known better, and what an order among
-# them could gain is less than what preempting for it costs.
-_RESOLUTION: Final = 1.2
-
-# Remaining prefills, in decodes of a full batch, are told apart two to an octave, down to 2^-4 decodes.
-_PREFILLS_PER_OCTAVE: Final = 2
-_LOWEST_PREFILL: Final = -4 * _PREFILLS_PER_OCTAVE
 
 # What jobs that waited too long may take of the device's time. In an overload all wait too long: then this share goes
 # to them, first come, first served, and the index decides about the rest. At a load of 1.2, an eighth costs a sixth of
 # the mean JCT where the index matters most (Zipf 0.99, Alpaca), and a quarter a third.
 PROMOTED_SHARE: Final = 1 / 8
 
-_NEGLIGIBLE: Final = 1e-6  # share of jobs that get this old
-
-# What a cohort's jobs have in common: the level of their remaining prefill (0: none), the bucket of their age, and that
-# of the age at which max_output ends them.
-Kind = tuple[int, int, int]
-# Sorts cohorts: index level; then the oldest first; then the kind.
-Key = tuple[int, int, int, int]
-
-
-def gittins(
-    prefill: float, age: int, last: int, hazard: Callable[[int], float], decode: Callable[[int], float]
-) -> tuple[float, float, float]:
-    """The Gittins index of a job in bucket `age` with `prefill` seconds left; its expected seconds and decodes left.
-
-    The index is the least, over all stretches ahead, of the expected seconds spent within the stretch by the chance to
-    be done within it; a small one is good. `hazard(b)` is the chance to end in bucket b for a job that reaches it, and
-    `decode(b)` the seconds of a token in it. All end in bucket `last`. Ends are evenly spread over their bucket; the
-    first token of all comes with the prefill.
-    """
-    spent, decodes, alive, best = prefill, 0.0, 1.0, math.inf
-    for index in range(age, last + 1):
-        ends = hazard(index) if index < last else 1.0
-        if index > 0:
-            tokens = edge(index + 1) - edge(index)
-            expected = alive * ((1 - ends) * tokens + ends * (tokens + 1) / 2)
-            decodes += expected
-            spent += expected * decode(index)
-        alive *= 1 - ends
-        if alive < 1.0:
-            best = min(best, spent / (1 - alive))
-        if alive < _NEGLIGIBLE:
-            break
-    return best, spent, decodes
+# Jobs that look for their place anew in one decision, when groups have got a table or lost it.
+_REGROUPED_PER_DECISION: Final = 256
 
 
 @dataclass(slots=True, eq=False)
@@ -78,19 +42,20 @@ class _Place:
     cohort: _Cohort | None  # None: promoted
     reported: int  # buckets before this one the distribution knows the job to have survived
     next_age: int  # at which the job leaves its bucket; at which a promoted one is charged for more
+    groups: Sequence[Group]  # that its length will tell about
+    call: int  # its number among those of its program; 0: it is no program's
 
 
 class Gittins(Policy):
     """Smallest Gittins index first, once the distribution of output lengths is learned; until then, and again after it
     has drifted, exactly skip-join-mlfq.
 
-    Jobs that look alike (age, remaining prefill, max_output; see Kind) form a cohort: a queue with one index. A job
-    changes cohorts only at the edges of age buckets, so a decision costs the same however many jobs wait. Cohorts are
-    sorted by their index, in steps of 20 %; on a tie the older goes first, so that lengths without a surprise in them
-    (constant, exponential) are served first come, first served, to completion.
+    Jobs that look alike (see Kind) form a cohort: a queue with one index. A job changes cohorts only at the edges of
+    age buckets, so a decision costs the same however many jobs wait. Cohorts are sorted by their index, in steps of
+    20 %; on a tie the older goes first, so that lengths without a surprise in them (constant, exponential) are served
+    first come, first served, to completion.
 
-    For the index, seconds are what a job takes from the others in a full batch: its share of what an iteration costs
-    whatever is in it, and all of what it adds. By its solo time, a long prompt would look cheap beside the decodes.
+    What is minimized is the completion time of programs, a job that is no program's being one of a single call.
 
     Jobs that waited too long (see Deadlines) go to the very front, and stay there until they are done: given turns,
     they would only become more jobs half done. They are promoted one by one, in a share of the device's time.
@@ -105,15 +70,15 @@ class Gittins(Policy):
         batch: int = 1,
         starvation_limit: float | None,
         slowdown_limit: float | None = None,
+        indices: Indices | None = None,
     ) -> None:
-        """`lengths` may be shared; `batch` is the largest number of jobs in an iteration."""
+        """`lengths` may be shared, and so may `indices`, made of it; `batch`: the most jobs in an iteration."""
         self._cost = cost
         self._lengths = lengths
+        self._indices = indices or Indices(cost=cost, lengths=lengths, batch=batch)
         self._num_levels = num_levels
         self._starvation_limit, self._slowdown_limit = starvation_limit, slowdown_limit
         self._quantum = cost.decode_seconds(1)
-        self._shared = max(0.0, self._quantum - cost.prefill_charge(1, 2)) * (1 - 1 / batch)  # paid by the others
-        self._unit = self._quantum - self._shared
         self._places: dict[Job, _Place] = {}
         # What decides until enough is learned.
         self._unlearned: MultiLevelFeedbackQueue | None = None if lengths.learned else self._skip_join()
@@ -131,8 +96,8 @@ class Gittins(Policy):
         self._cohorts: dict[Kind, _Cohort] = {}  # none is empty
         self._order: list[Key] = []
         self._sorted: dict[Key, JobQueue] = {}
-        self._indices: dict[Kind, tuple[float, float]] = {}
-        self._decodes: list[float] = []  # seconds of a token, by bucket
+        self._regrouped = self._lengths.regrouped
+        self._to_regroup: deque[Job] = deque()  # jobs that were placed before groups changed
         self._ahead: dict[Key, float] = {}  # work of the cohorts before each; empty: to be computed
 
     def _skip_join(self) -> MultiLevelFeedbackQueue:
@@ -148,17 +113,28 @@ class Gittins(Policy):
 
     def add(self, job: Job, now: float) -> None:
         self._lengths.saw_prompt(len(job.prompt))
-        self._places[job] = _Place(None, bucket(_age(job)), 0)
+        groups, call = self._lengths.groups_of(job), self._indices.call(job)
+        self._places[job] = _Place(None, bucket(_age(job)), 0, groups, call)
         if self._unlearned is not None:
             self._unlearned.add(job, now)
         else:
             self._join(job)
             self._deadlines.watch(job, now)
 
+    def refresh(self, job: Job, now: float) -> None:
+        if self._unlearned is not None:
+            self._unlearned.refresh(job, now)
+            return
+        if self._places[job].cohort is not None:
+            self._join(job)
+            self._deadlines.sooner(job)
+        else:
+            self._expect(job)
+
     def remove(self, job: Job) -> None:
         place = self._places[job]
         if place.reported >= 0:  # on_finish was not called
-            self._lengths.censored(place.reported, len(job.output), complete=False)
+            self._lengths.censored(place.reported, len(job.output), place.groups, complete=False)
         if self._unlearned is not None:
             self._unlearned.remove(job)
         else:
@@ -171,7 +147,7 @@ class Gittins(Policy):
         age = _age(job)
         # At once, or those that wait at an edge would be missing; on_finish takes it back if this token was the last.
         if age > 0 and (reached := bucket(age)) > place.reported:
-            self._lengths.survived(place.reported, reached)
+            self._lengths.survived(place.reported, reached, place.groups)
             place.reported = reached
         if self._unlearned is not None:
             self._unlearned.on_service(job, own_seconds, now)
@@ -184,9 +160,11 @@ class Gittins(Policy):
     def on_finish(self, job: Job, output_tokens: int, now: float) -> None:
         place = self._places[job]
         if job.finish_reason is FinishReason.LENGTH:
-            self._lengths.censored(place.reported, output_tokens, complete=True)
+            self._lengths.censored(place.reported, output_tokens, place.groups, complete=True)
         else:
-            self._lengths.ended(place.reported, output_tokens)
+            self._lengths.ended(place.reported, output_tokens, place.groups)
+        if place.call:
+            self._indices.saw_call(job, output_tokens)
         place.reported = -1
 
     # --- answers -----------------------------------------------------------------------------------------------------
@@ -220,6 +198,8 @@ class Gittins(Policy):
             return self._unlearned.iter_best(now)
         if self._version != self._lengths.version:
             self._sort()
+        if self._to_regroup:
+            self._regroup()
         for job in self._deadlines.pop_due(now):
             self._leave(job)
             self._places[job].cohort = None
@@ -283,7 +263,7 @@ class Gittins(Policy):
         self._leave(job)
         cohort = self._cohorts.get(kind)
         if cohort is None:
-            key, remaining = self._key(kind)
+            key, remaining = self._indices.of(kind)
             cohort = self._cohorts[kind] = _Cohort(kind, key, remaining, JobQueue())
             insort(self._order, key)
             self._sorted[key] = cohort.jobs
@@ -308,63 +288,45 @@ class Gittins(Policy):
         """Charge a promoted job for its next tokens: its prompt, and some decodes."""
         age, seconds, decode = _age(job), 0.0, job.next_seconds
         if job.served < len(job.prompt):
-            seconds, decode = self._prefill(job), self._cost.decode_seconds(len(job.prompt) + 1)
+            seconds, decode = self._indices.prefill(job), self._cost.decode_seconds(len(job.prompt) + 1)
             age += 1
         self._places[job].next_age = age + PROMOTED_QUANTA
-        self._deadlines.charge(seconds + PROMOTED_QUANTA * (decode - self._shared))
-        self._front.set_seconds(job, self._key(self._kind(job))[1])
+        self._deadlines.charge(seconds + PROMOTED_QUANTA * (decode - self._indices.shared))
+        self._expect(job)
+
+    def _expect(self, job: Job) -> None:
+        """Put right what a promoted job is expected to take yet."""
+        self._front.set_seconds(job, self._indices.of(self._kind(job))[1])
         self._ahead.clear()
 
-    def _prefill(self, job: Job) -> float:
-        """Seconds that the rest of a job's prompt takes from the others."""
-        # The first part of a prompt is charged what an iteration costs whatever is in it, the others are not.
-        return job.next_seconds - (0.0 if job.served else self._shared)
-
     def _kind(self, job: Job) -> Kind:
-        age = _age(job)
-        prefill = 0
-        if job.served < len(job.prompt):
-            level = round(_PREFILLS_PER_OCTAVE * math.log2(max(self._prefill(job) / self._unit, 1e-9)))
-            prefill = 1 + max(0, level - _LOWEST_PREFILL)
-        return prefill, bucket(age), bucket(max(job.max_output, age + 1) - 1)
-
-    def _key(self, kind: Kind) -> tuple[Key, float]:
-        """Where a cohort of this kind belongs, and the expected remaining seconds of its jobs."""
-        known = self._indices.get(kind)
-        if known is None:
-            prefill, age, last = kind
-            seconds = 0.0
-            if prefill:
-                seconds = self._unit * 2 ** ((prefill - 1 + _LOWEST_PREFILL) / _PREFILLS_PER_OCTAVE)
-            index, remaining, decodes = gittins(seconds, age, last, self._lengths.hazard, self._decode)
-            known = self._indices[kind] = index, remaining + self._shared * (decodes + bool(prefill))
-        index, remaining = known
-        level = round(math.log(index / self._unit, _RESOLUTION))
-        return (level, -kind[1], kind[0], kind[2]), remaining
-
-    def _decode(self, index: int) -> float:
-        """Seconds that a token of a job in a bucket takes from the others, after a prompt of the usual length."""
-        for more in range(len(self._decodes), index + 1):
-            age = (edge(more) + edge(more + 1)) // 2
-            solo = self._cost.decode_seconds(round(self._lengths.mean_prompt) + max(1, age))
-            self._decodes.append(solo - self._shared)
-        return self._decodes[index]
+        age, place = _age(job), self._places[job]
+        prefill = self._indices.prefill_level(job) if job.served < len(job.prompt) else 0
+        table = next((group.table for group in place.groups if group.table), 0)
+        return prefill, bucket(age), bucket(max(job.max_output, age + 1) - 1), table, place.call
 
     def _work(self, key: Key) -> float:
-        _, age, prefill, last = key
-        cohort = self._cohorts[prefill, -age, last]
+        cohort = self._cohorts[kind_of(key)]
         return len(cohort.jobs) * cohort.remaining
 
     def _sort(self) -> None:
         """Give every cohort the index that the new table makes of it."""
         self._version = self._lengths.version
-        self._indices.clear()
-        self._decodes.clear()
         self._ahead.clear()
         for cohort in self._cohorts.values():
-            cohort.key, cohort.remaining = self._key(cohort.kind)
+            cohort.key, cohort.remaining = self._indices.of(cohort.kind)
         self._sorted = {cohort.key: cohort.jobs for cohort in self._cohorts.values()}
         self._order = sorted(self._sorted)
+        if self._regrouped != self._lengths.regrouped:
+            self._regrouped = self._lengths.regrouped
+            self._to_regroup = deque(chain.from_iterable(map(self._sorted.__getitem__, self._order)))
+
+    def _regroup(self) -> None:
+        """Some jobs look for their cohorts again, in their present order; it takes several decisions for all to."""
+        for _ in range(min(len(self._to_regroup), _REGROUPED_PER_DECISION)):
+            place = self._places.get(job := self._to_regroup.popleft())
+            if place is not None and place.cohort is not None:
+                self._join(job)
 
     def _switch(self, now: float) -> None:
         """Hand all jobs over, in their present order, so that those that run go on."""

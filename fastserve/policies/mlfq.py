@@ -32,7 +32,10 @@ class MultiLevelFeedbackQueue(Policy):
     """Levels 0 (highest) … num_levels - 1; quantum(i) = quantum · 2^i seconds of a job's own service.
 
     - Arrival: the first level whose quantum covers the job's next iteration, that is its whole prefill (skip-join), or
-      level 0 (plain). The last level takes every job. A job served elsewhere before joins as if it had spent that here.
+      level 0 (plain). The last level takes every job. What a job was served elsewhere before, and what earlier calls of
+      its program were, counts as if it had spent that here: then it joins the level in which it would be by now.
+    - A job that waits and was never served moves up when less of its prefill is left to compute than when it joined;
+      if it is more, its quantum will not last.
     - Service is charged at its modelled solo time. A job keeps its place in the level while it has quantum left. With
       none left it goes to the tail of the first level below whose quantum covers its *next* iteration, with a fresh
       quantum; from the last level it goes to the tail of the last level.
@@ -60,16 +63,19 @@ class MultiLevelFeedbackQueue(Policy):
         self._promoted_quantum = quantum if slowdown_limit is None else PROMOTED_QUANTA * quantum
 
     def add(self, job: Job, now: float) -> None:
-        level = self._first_fitting(0, job.next_seconds) if self._skip_join else 0
-        spent, last = job.attained, len(self._quanta) - 1
-        while level < last and spent >= self._quanta[level] * (1 - SPENT):
-            spent -= self._quanta[level]
-            level += 1
-        quantum = self._quanta[level]
-        self._places[job] = _Place(level, quantum)
-        self._enter(job, level, quantum, now)
-        if spent > 0:
-            self._levels[level].set_seconds(job, quantum - spent % quantum)
+        level, spent = self._joins(job)
+        self._places[job] = _Place(level, self._quanta[level])
+        self._join(job, level, spent, now)
+
+    def refresh(self, job: Job, now: float) -> None:
+        place = self._places[job]
+        level, spent = self._joins(job)
+        if level < place.level:
+            self._levels[place.level].remove(job)
+            if level == 0:
+                self._deadlines.forget(job)
+            self._join(job, level, spent, now)
+        self._deadlines.sooner(job)
 
     def remove(self, job: Job) -> None:
         self._levels[self._places.pop(job).level].remove(job)
@@ -150,6 +156,21 @@ class MultiLevelFeedbackQueue(Policy):
         """The first level from `first` on whose quantum covers `seconds`; the last one if none does."""
         last = len(self._quanta) - 1
         return bisect_left(self._quanta, seconds * (1 - SPENT), min(first, last), last)
+
+    def _joins(self, job: Job) -> tuple[int, float]:
+        """The level in which a job belongs that comes now, and what it has spent there."""
+        level = self._first_fitting(0, job.next_seconds) if self._skip_join else 0
+        spent, last = job.inherited + job.attained, len(self._quanta) - 1
+        while level < last and spent >= self._quanta[level] * (1 - SPENT):
+            spent -= self._quanta[level]
+            level += 1
+        return level, spent
+
+    def _join(self, job: Job, level: int, spent: float, now: float) -> None:
+        quantum = self._quanta[level]
+        self._enter(job, level, quantum, now)
+        if spent > 0:
+            self._levels[level].set_seconds(job, quantum - spent % quantum)
 
     def _enter(self, job: Job, level: int, quantum: float, now: float) -> None:
         place = self._places[job]

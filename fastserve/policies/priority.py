@@ -48,6 +48,9 @@ class ByPriority(Policy):
     def horizon(self, job: Job) -> float:
         return self._policies[job.priority].horizon(job)
 
+    def settles(self) -> bool:
+        return any(policy.settles() for policy in self._policies.values())
+
     def on_finish(self, job: Job, output_tokens: int, now: float) -> None:
         self._policies[job.priority].on_finish(job, output_tokens, now)
 

@@ -27,6 +27,8 @@ _Key = tuple[float, int]
 class ShortestRemainingTime(Policy):
     """The job with the fewest modelled solo seconds left goes first; nothing else counts, no bound on waiting either.
 
+    It is an oracle of jobs, not of programs: how many calls a program has left, nobody tells it.
+
     Remaining seconds are those of the prefill not yet done and of the decodes not yet done, each taken to cost the mean
     of the first and the last, which is exact for a cost linear in the context. Jobs without `known_output` are refused.
 
@@ -63,6 +65,10 @@ class ShortestRemainingTime(Policy):
 
     def on_service(self, job: Job, own_seconds: float, now: float) -> None:
         self._refresh(job)
+
+    def refresh(self, job: Job, now: float) -> None:
+        self._refresh(job)
+        self._stale = True  # it may fit in between now
 
     def horizon(self, job: Job) -> float:
         return math.inf

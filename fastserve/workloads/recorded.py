@@ -14,6 +14,7 @@ from ..types import InvalidRequest
 from .checks import check_real
 from .job import SimJob
 from .lengths import Empirical
+from .programs import calls_of
 from .synthetic import MAX_RATE, MIN_RATE
 from .traces import TraceShape, nominal_rate, read_trace, shape_of
 
@@ -64,7 +65,6 @@ class Recorded:
     def lengths(self) -> Empirical:
         """Its pairs of prompt and output tokens, to draw from."""
         jobs = islice(read_trace(self.path), self.limit)
-        pairs = np.fromiter((n for job in jobs for n in (job.prompt_tokens, job.output_tokens)), np.int64).reshape(
-            -1, 2
-        )
+        numbers = (n for job in jobs for call in calls_of(job) for n in (call.prompt_tokens, call.output_tokens))
+        pairs = np.fromiter(numbers, np.int64).reshape(-1, 2)
         return Empirical(self.name, pairs[:, 0], pairs[:, 1])

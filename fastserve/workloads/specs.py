@@ -9,6 +9,8 @@ from typing import Generic, TypeVar
 from ..types import InvalidRequest
 from .arrivals import Arrivals, Bursts, Gamma, Poisson
 from .lengths import Bimodal, Constant, Lengths, alpaca, log_normal_pair, sharegpt, zipf_pair
+from .programs import ProgramLoad, Programs, agents, chat
+from .synthetic import Synthetic
 
 Made = TypeVar("Made")
 
@@ -51,6 +53,26 @@ WORKLOADS: dict[str, _Entry[Lengths]] = {
     ),
 }
 
+# Of calls that follow each other.
+PROGRAMS: dict[str, _Entry[Programs]] = {
+    "chat": _Entry(
+        "chat:TURNS,USERS[,THINK[,MESSAGE[,ANSWER[,SYSTEM]]]]",
+        "conversations of TURNS turns that share system prompts; THINK seconds between turns (10), and mean tokens of "
+        "messages (64), answers (192) and system prompts (256)",
+        (int, int, float, int, int, int),
+        2,
+        chat,
+    ),
+    "agents": _Entry(
+        "agents[:MOST[,THINK[,RESULT[,OUTPUT[,TOOLS[,TASK]]]]]]",
+        "chains of 2 to MOST calls (20) that share descriptions of tools; THINK seconds between calls (2), and mean "
+        "tokens of results (160), outputs (64), descriptions (1024) and tasks (128)",
+        (int, float, int, int, int, int),
+        0,
+        agents,
+    ),
+}
+
 ARRIVALS: dict[str, _Entry[Arrivals]] = {
     "poisson": _Entry("poisson", "independent of each other", (), 0, Poisson),
     "gamma": _Entry(
@@ -60,8 +82,19 @@ ARRIVALS: dict[str, _Entry[Arrivals]] = {
 }
 
 
+def parse_load(workload: str, arrivals: str | Arrivals) -> Synthetic | ProgramLoad:
+    """The jobs that both name. Raises InvalidRequest, listing the choices."""
+    process = parse_arrivals(arrivals) if isinstance(arrivals, str) else arrivals
+    if _name(workload) in PROGRAMS:
+        return ProgramLoad(_parse("workload", workload, PROGRAMS), process)
+    return Synthetic(parse_workload(workload), process)
+
+
 def parse_workload(text: str) -> Lengths:
     """The lengths of jobs that `text` names. Raises InvalidRequest, listing the choices."""
+    if _name(text) not in WORKLOADS:
+        usages = [entry.usage for entry in WORKLOADS.values()] + [entry.usage for entry in PROGRAMS.values()]
+        raise InvalidRequest("workload", f"must be one of {', '.join(usages)}; got {text!r}")
     return _parse("workload", text, WORKLOADS)
 
 
@@ -70,14 +103,13 @@ def parse_arrivals(text: str) -> Arrivals:
     return _parse("arrivals", text, ARRIVALS)
 
 
-def choices(entries: dict[str, _Entry[Lengths]] | dict[str, _Entry[Arrivals]]) -> list[tuple[str, str]]:
-    """(usage, help) of every name, for a command's help."""
-    return [(entry.usage, entry.help) for entry in entries.values()]
+def _name(text: str) -> str:
+    return text.strip().partition(":")[0].lower()
 
 
 def _parse(option: str, text: str, entries: dict[str, _Entry[Made]]) -> Made:
-    name, colon, rest = text.strip().partition(":")
-    entry = entries.get(name.lower())
+    _, colon, rest = text.strip().partition(":")
+    entry = entries.get(_name(text))
     if entry is None:
         raise InvalidRequest(
             option, f"must be one of {', '.join(each.usage for each in entries.values())}; got {text!r}"

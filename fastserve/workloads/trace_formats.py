@@ -13,12 +13,18 @@ import reprlib
 from collections.abc import Callable
 from datetime import datetime, timezone
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
+
+from .checks import LONGEST_JOB
+from .content import MAX_IDENTITY
+from .job import SimJob
+
+MOONCAKE_BLOCK: Final = 512  # tokens of a hash in Mooncake's traces
 
 FORMATS = (
     "Azure LLM CSV (TIMESTAMP,ContextTokens,GeneratedTokens), BurstGPT CSV (Timestamp,Model,Request tokens,Response "
-    "tokens,…), Mooncake JSONL (timestamp, input_length, output_length), FastServe JSONL (arrival, prompt_tokens, "
-    "output_tokens) and a JSON document of requests (t_unit, prompt_len, output_len)"
+    "tokens,…), Mooncake JSONL (timestamp, input_length, output_length, hash_ids), FastServe JSONL (arrival, "
+    "prompt_tokens, output_tokens) and a JSON document of requests (t_unit, prompt_len, output_len)"
 )
 
 
@@ -114,11 +120,65 @@ def _parser_of_columns(names: list[str], columns: tuple[str, str, str], clock: C
 def _mooncake(line: str) -> Record:
     values = _object(line)
     time = _seconds(_member(values, "timestamp")) / 1000
-    return Record(time, _whole(values, "input_length"), _whole(values, "output_length"), {})
+    prompt, more = _whole(values, "input_length"), {}
+    if values.get("hash_ids"):
+        more = {"content": _content("hash_ids", values["hash_ids"], prompt, MOONCAKE_BLOCK)}
+    return Record(time, prompt, _whole(values, "output_length"), more)
 
 
 def _own(line: str) -> Record:
     values = _object(line)
+    time = _seconds(_member(values, "arrival"))
+    more = _own_fields(values)
+    if (calls := values.get("then")) is not None:
+        more["then"] = _calls(calls)
+        more["think_time"] = _think_time(values)
+    return Record(time, _whole(values, "prompt_tokens"), _whole(values, "output_tokens"), more)
+
+
+def _calls(given: Any) -> SimJob:
+    """The calls of a program behind its first, the first of which holds the others."""
+    if not isinstance(given, list) or not given:
+        raise BadLine(f"then must be a list of calls, got {_SHORT.repr(given)}")
+    following: SimJob | None = None
+    for values in reversed(given):
+        if not isinstance(values, dict):
+            raise BadLine(f"then must hold JSON objects, got {_SHORT.repr(values)}")
+        prompt, output = _whole(values, "prompt_tokens"), _whole(values, "output_tokens")
+        if output < 1:
+            raise BadLine(f"a call in then must have at least 1 output token, got {output}")
+        more = _own_fields(values)
+        if following is not None:
+            more |= {"then": following, "think_time": _think_time(values)}
+        following = SimJob(0.0, prompt, output, **more)
+    assert following is not None
+    return following
+
+
+def _think_time(values: dict[str, Any]) -> float:
+    seconds = float(_seconds(values.get("think_time", 0.0)))
+    if seconds < 0:
+        raise BadLine(f"think_time must be at least 0, got {seconds!r}")
+    return seconds
+
+
+def _content(key: str, given: Any, prompt_tokens: int, block: int) -> tuple[int, ...]:
+    """Identities of a prompt's blocks."""
+    if not isinstance(given, list):
+        raise BadLine(f"{key} must be a list of whole numbers, got {_SHORT.repr(given)}")
+    expected = -(-prompt_tokens // block)
+    if len(given) != expected:
+        raise BadLine(
+            f"{key} must hold {expected} identities, one for each {block} of {prompt_tokens} tokens, got {len(given)}"
+        )
+    for identity in given:
+        if type(identity) is not int or not 0 <= identity <= MAX_IDENTITY:  # True is an int to isinstance
+            raise BadLine(f"{key} must hold whole numbers between 0 and {MAX_IDENTITY}, got {_SHORT.repr(identity)}")
+    return tuple(given)
+
+
+def _own_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """What may be said of any call."""
     more: dict[str, Any] = {}
     if values.get("user") is not None:
         more["user"] = str(values["user"])
@@ -128,8 +188,15 @@ def _own(line: str) -> Record:
         more["max_tokens"] = _whole(values, "max_tokens")
         if more["max_tokens"] < _whole(values, "output_tokens"):
             raise BadLine(f"max_tokens is {more['max_tokens']}, less than output_tokens")
-    time = _seconds(_member(values, "arrival"))
-    return Record(time, _whole(values, "prompt_tokens"), _whole(values, "output_tokens"), more)
+    if values.get("program") is not None:
+        more["program"] = str(values["program"])
+    if values.get("content") is not None:
+        block = _whole(values, "content_block") if "content_block" in values else MOONCAKE_BLOCK
+        if not 1 <= block <= LONGEST_JOB:
+            raise BadLine(f"content_block must be between 1 and {LONGEST_JOB}, got {block}")
+        more["content"] = _content("content", values["content"], _whole(values, "prompt_tokens"), block)
+        more["content_block"] = block
+    return more
 
 
 def _cells(line: str) -> list[str]:

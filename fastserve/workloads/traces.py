@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from ..types import InvalidRequest
 from .checks import LARGEST_LIMIT, LAST_ARRIVAL, LONGEST_JOB
 from .job import SimJob
+from .programs import calls_of
 from .trace_formats import FORMATS, BadLine, Record, in_order_of_end, parse_unit, parser_for, unit_requests
 
 _LONGEST_DOCUMENT = 2**26  # characters: unlike lines, a document is read as a whole
@@ -49,31 +50,41 @@ def nominal_rate(path: str | os.PathLike[str]) -> float | None:
 
 
 def write_trace(path: str | os.PathLike[str], jobs: Iterable[SimJob]) -> int:
-    """Write jobs as FastServe JSONL, one a line, and return how many; what is default is left out."""
+    """Write jobs as FastServe JSONL, one a line, and return how many; what is default is left out.
+
+    The calls behind a job are in its line.
+    """
     count = 0
     with Path(path).open("w", encoding="utf-8") as file:
         for job in jobs:
-            line: dict[str, Any] = {
-                "arrival": job.arrival,
-                "prompt_tokens": job.prompt_tokens,
-                "output_tokens": job.output_tokens,
-            }
-            if job.user is not None:
-                line["user"] = job.user
-            if job.priority:
-                line["priority"] = job.priority
-            if job.max_tokens is not None:
-                line["max_tokens"] = job.max_tokens
+            line = {"arrival": job.arrival, **_fields(job)}
+            if job.then is not None:
+                line["then"] = [_fields(call) for call in calls_of(job.then)]
             file.write(json.dumps(line) + "\n")
             count += 1
     return count
+
+
+def _fields(job: SimJob) -> dict[str, Any]:
+    """What a line says of one call, its arrival left out."""
+    fields: dict[str, Any] = {"prompt_tokens": job.prompt_tokens, "output_tokens": job.output_tokens}
+    for name in ("user", "max_tokens", "program"):
+        if getattr(job, name) is not None:
+            fields[name] = getattr(job, name)
+    if job.priority:
+        fields["priority"] = job.priority
+    if job.content is not None:
+        fields |= {"content": list(job.content), "content_block": job.content_block}
+    if job.then is not None and job.think_time:
+        fields["think_time"] = job.think_time
+    return fields
 
 
 @dataclass(frozen=True, slots=True)
 class TraceShape:
     """A trace at a glance."""
 
-    jobs: int
+    jobs: int  # all calls of programs included
     seconds: float  # from the first arrival to the last
     longest: int  # tokens of the longest job, prompt and output together
 
@@ -87,8 +98,10 @@ def shape_of(jobs: Iterable[SimJob]) -> TraceShape:
     """Count jobs, seconds and tokens in one pass."""
     count, last, longest = 0, 0.0, 0
     for job in jobs:
-        count, last = count + 1, job.arrival
-        longest = max(longest, job.prompt_tokens + job.output_tokens)
+        last = job.arrival
+        for call in calls_of(job):
+            count += 1
+            longest = max(longest, call.prompt_tokens + call.output_tokens)
     return TraceShape(count, last, longest)
 
 
@@ -144,14 +157,19 @@ def _check(record: Record, origin: Decimal | None, last: Decimal | None) -> None
         raise BadLine("arrives before the job above it; sort the file by time")
     if origin is not None and record.time - origin > LAST_ARRIVAL:
         raise BadLine(f"arrives more than {LAST_ARRIVAL} seconds after the first job")
-    if record.prompt_tokens < 1:
-        raise BadLine(f"a prompt must have at least 1 token, got {record.prompt_tokens}")
     if record.output_tokens < 0:
         raise BadLine(f"an output cannot have {record.output_tokens} tokens")
-    tokens = record.prompt_tokens + record.output_tokens
+    for call in calls_of(SimJob(0.0, record.prompt_tokens, record.output_tokens, **record.more)):
+        _check_call(call)
+
+
+def _check_call(call: SimJob) -> None:
+    if call.prompt_tokens < 1:
+        raise BadLine(f"a prompt must have at least 1 token, got {call.prompt_tokens}")
+    tokens = call.prompt_tokens + call.output_tokens
     if tokens > LONGEST_JOB:
         raise BadLine(f"prompt and output must have at most {LONGEST_JOB} tokens together, got {tokens}")
-    max_tokens, priority = record.more.get("max_tokens", 1), record.more.get("priority", 0)
+    max_tokens, priority = call.max_tokens or 1, call.priority
     if max_tokens > LARGEST_LIMIT:
         raise BadLine(f"max_tokens must be at most {LARGEST_LIMIT}, got {max_tokens}")
     if abs(priority) > LARGEST_LIMIT:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fastserve.cost import CostModel
 from fastserve.policies import POLICIES
 from fastserve.presets import DEVICES, MODELS
 from fastserve.workloads.specs import ARRIVALS, WORKLOADS
+from fastserve.workloads.specs import PROGRAMS as PROGRAM_WORKLOADS
 
 # Prompts of four tokens, which one iteration prefills: (arrival, output tokens).
 THREE_JOBS = [(0.0, 3), (0.5, 3), (1.0, 1)]
@@ -199,9 +201,15 @@ def test_the_table_says_what_it_shows(shell: Shell) -> None:
     assert shell.errors == "", "there is no progress where there is no terminal"
 
 
-def summary(policy: str, seed: int, jct: float, load: float | None = 0.9, rate: float = 2.0) -> RunSummary:
-    numbers: dict[str, Any] = dict.fromkeys((name for name in RunSummary.__slots__ if name != "timeline"), 1)
-    given = {"policy": policy, "workload": "w", "load": load, "rate": rate, "seed": seed, "mean_jct": jct}
+PROGRAMS = {
+    "hit_rate": 0.9123, "hit_rate_bound": 0.9345, "programs": 77, "mean_program_completion": 1234.5,
+    "p95_program_completion": 2345.6, "users": {f"user-{number}": {"p95_jct": 12.3} for number in range(3)},
+}  # fmt: skip
+
+
+def summary(policy: str, seed: int, jct: float, load: float | None = 0.9, rate: float = 2.0, **more: Any) -> RunSummary:
+    numbers: dict[str, Any] = dict.fromkeys((each.name for each in fields(RunSummary) if each.default is MISSING), 1)
+    given = {"policy": policy, "workload": "w", "load": load, "rate": rate, "seed": seed, "mean_jct": jct, **more}
     return RunSummary(**{**numbers, **given, "swapped_bytes": 3 * 10**9, "swapped_blocks": 5, "preemptions": 123456})
 
 
@@ -213,6 +221,17 @@ def test_tables_fit_where_they_are_shown(width: int) -> None:
     assert "…" not in text and "skip-join-mlfq" in text
     assert max(map(len, text.splitlines()[:-1])) <= width
     assert ("3.00 GB" in text) == (width > 80)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_tables_of_programs_fit_where_they_are_shown(width: int) -> None:
+    console = Console(width=width, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    runs = [summary(policy, seed, 1234.5, **PROGRAMS) for policy in ("fcfs", "skip-join-mlfq") for seed in range(3)]
+    print_runs(console, runs)
+    text = console.export_text()
+    assert "…" not in text and "program (s)" in text and "user-2" in text
+    assert max(map(len, text.splitlines()[:-1])) <= width
+    assert ("91.2 of 93.5 %" in text) == (width > 60)
 
 
 def test_levels_group_by_load_or_rate() -> None:
@@ -280,7 +299,7 @@ def test_help_teaches(shell: Shell) -> None:
     text = " ".join(shell("--help").split())
     for name in (*POLICIES, *WORKLOADS, *ARRIVALS, *MODELS, *DEVICES):
         assert name in text, name
-    for entry in (*WORKLOADS.values(), *ARRIVALS.values()):
+    for entry in (*WORKLOADS.values(), *PROGRAM_WORKLOADS.values(), *ARRIVALS.values()):
         assert entry.usage in text
     assert text.count("fastserve simulate --") >= 4
 

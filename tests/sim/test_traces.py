@@ -29,8 +29,8 @@ BURSTGPT = """Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Ty
 45,ChatGPT,99,0,99,Conversation log
 46,ChatGPT,12,1,13,Conversation log
 """
-MOONCAKE = """{"timestamp": 27482, "input_length": 374, "output_length": 44, "hash_ids": [46, 47]}
-{"timestamp": 27982, "input_length": 396, "output_length": 109, "hash_ids": []}
+MOONCAKE = """{"timestamp": 27482, "input_length": 374, "output_length": 44, "hash_ids": [46]}
+{"timestamp": 27982, "input_length": 396, "output_length": 109}
 
 {"timestamp": 30000, "input_length": 12, "output_length": 1, "hash_ids": [46]}
 """

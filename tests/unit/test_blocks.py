@@ -9,13 +9,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fastserve.kv import BlockManager, CopyRow
+from fastserve.kv import BlockManager, CopyRow, check_blocks
 from fastserve.types import OFFLOAD, UPLOAD
 
 
 def counts(blocks: BlockManager, owner: int) -> tuple[int, int, int, int]:
     """held, missing, moving, away; after a look at everything else."""
-    blocks.check_integrity()
+    check_blocks(blocks)
     return blocks.held(owner), blocks.missing(owner), blocks.moving(owner), blocks.away(owner)
 
 
@@ -51,7 +51,7 @@ def test_growing_asks_first_and_takes_nothing_when_it_cannot() -> None:
     with pytest.raises(ValueError, match="owner 2 needs room for 5 tokens and can have 4"):
         blocks.grow(2, 5)
     assert blocks.free_blocks == 1 and blocks.owners() == {1}
-    blocks.check_integrity()
+    check_blocks(blocks)
 
 
 def test_released_blocks_can_be_had_again() -> None:
@@ -69,7 +69,7 @@ def test_integrity_notices_a_lost_and_a_doubled_block() -> None:
     lost_on_host._free_host.pop()
     for blocks in (lost, doubled, lost_on_host):
         with pytest.raises(RuntimeError, match="lost or doubled"):
-            blocks.check_integrity()
+            check_blocks(blocks)
 
 
 # --- between the tiers ------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_a_block_leaves_and_comes_back() -> None:
     assert (counts(blocks, 1), blocks.unsaved(1), free(blocks)) == ((2, 2, 2, 0), 0, (1, 3, 2))
     assert not blocks.can_offload(1) and not blocks.can_upload(1)
 
-    assert blocks.acknowledge(copies[0][0]) == (1, OFFLOAD, 2)
+    assert blocks.acknowledge(copies[0][0])[:3] == (1, OFFLOAD, 2)
     assert (counts(blocks, 1), free(blocks)) == ((2, 2, 0, 2), (3, 3, 0))
 
     back, table = blocks.upload(1)
@@ -95,7 +95,7 @@ def test_a_block_leaves_and_comes_back() -> None:
     assert table == [(index, destination) for index, (*_, destination) in enumerate(back)]
     assert (counts(blocks, 1), free(blocks)) == ((2, 2, 2, 0), (1, 3, 0))
 
-    assert blocks.acknowledge(back[0][0]) == (1, UPLOAD, 2)
+    assert blocks.acknowledge(back[0][0]) == (1, UPLOAD, 2, [1])
     # The host copies are good still; their places may be used for others all the same.
     assert (counts(blocks, 1), blocks.unsaved(1), free(blocks)) == ((2, 0, 0, 0), 0, (1, 5, 0))
 
@@ -171,7 +171,7 @@ def test_no_place_on_the_host_is_no_error() -> None:
         blocks.offload(2, 1)
     with pytest.raises(ValueError, match="0 blocks of owner 1"):
         blocks.offload(1, 0)
-    blocks.check_integrity()
+    check_blocks(blocks)
 
 
 def test_what_is_away_needs_room_to_come_back() -> None:
@@ -195,7 +195,7 @@ def test_blocks_released_in_transfer_are_free_when_it_ends(recalled: bool) -> No
     assert blocks.release(1) == 3 and blocks.owners() == set()
     assert free(blocks)[:2] == (1, 1)
     blocks.grow(1, 4)  # the same owner may start over meanwhile
-    assert blocks.acknowledge(copies[0][0]) == (1, OFFLOAD, 2)
+    assert blocks.acknowledge(copies[0][0])[:3] == (1, OFFLOAD, 2)
     assert (counts(blocks, 1), free(blocks)) == ((1, 0, 0, 0), (2, 3, 0))
 
 
@@ -207,7 +207,7 @@ def test_blocks_released_on_their_way_back_are_free_when_it_ends() -> None:
     assert free(blocks) == (0, 0, 0)
     blocks.acknowledge(copies[0][0])
     assert free(blocks) == (2, 2, 0)
-    blocks.check_integrity()
+    check_blocks(blocks)
 
 
 def test_an_unknown_copy_is_refused() -> None:
@@ -443,7 +443,7 @@ class TwoTiers(RuleBasedStateMachine):
             assert source[place] == content, "the source was written to while it was copied"
             assert destination[to] == POISON, "the destination was written to while it was copied to"
             destination[to] = content
-        assert self.blocks.acknowledge(number) == (copy.owner, copy.direction, len(copy.blocks))
+        assert self.blocks.acknowledge(number)[:3] == (copy.owner, copy.direction, len(copy.blocks))
         for block in copy.blocks:
             block.transfer = None
             if copy.direction == OFFLOAD and not block.recalled:
@@ -456,7 +456,7 @@ class TwoTiers(RuleBasedStateMachine):
     @invariant()
     def every_counter_is_true(self) -> None:
         blocks = self.blocks
-        blocks.check_integrity()
+        check_blocks(blocks)
         assert blocks.owners() == set(self.tables)
         assert blocks.free_blocks == len(self.free_device())
         assert blocks.free_host_blocks == self.places()

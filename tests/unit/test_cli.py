@@ -313,13 +313,15 @@ def test_other_failures_are_one_line_and_code_1(shell: Shell, world: ToyWorld, m
         main(["generate", "--prompt", "a"])
 
 
-def test_names_in_errors_are_names_of_options(shell: Shell) -> None:
+def test_names_in_errors_are_names_of_options(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # room for long names
     texts = [shell(*command.split(), "--help") for command in COMMANDS]
     shown = set(re.findall(r"--[a-z][a-z-]*", " ".join(texts)))
     assert set(OPTION_NAMES.values()) <= shown
     # And those of a simulation are all known: only what cannot be wrong, or is told by another name, is not.
     mine = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", shell("simulate", "--help")))
-    flags = {"--help", "--json", "--progress", "--no-progress", "--no-pipelining"}
+    flags = {"--help", "--json", "--progress", "--no-progress", "--no-pipelining", "--program-ids", "--no-program-ids"}
+    flags |= {"--no-enable-prefix-caching"}
     assert mine - set(OPTION_NAMES.values()) == flags | {"--gpu"}
 
 

@@ -16,8 +16,10 @@ from fastserve.config import SchedulerConfig
 from fastserve.cost import CostModel
 from fastserve.policies import create_policy
 from fastserve.policies.fcfs import FirstComeFirstServed
-from fastserve.policies.gittins import PROMOTED_SHARE, Gittins, gittins
-from fastserve.policies.lengths import LengthDistribution, bucket, edge
+from fastserve.policies.gittins import PROMOTED_SHARE, Gittins
+from fastserve.policies.hazards import bucket, edge
+from fastserve.policies.indices import gittins
+from fastserve.policies.lengths import LengthDistribution
 from fastserve.policies.mlfq import MultiLevelFeedbackQueue
 from fastserve.types import FinishReason, Job
 

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from fastserve.policies.lengths import Hazards, LengthDistribution, bucket, edge, excess
+from fastserve.policies.hazards import Hazards, bucket, edge, excess
+from fastserve.policies.lengths import LengthDistribution
 
 
 def test_buckets_are_exact_then_four_an_octave() -> None:

@@ -127,11 +127,12 @@ class ToyExecutor:
         assert len(plan.tokens) <= self._config.max_num_batched_tokens
         for slot in plan.closed.tolist():
             table = self._slots.pop(slot).table
-            self._pool[[block for block in table if block != GONE and block not in self._busy]] = POISON
+            if not self._config.enable_prefix_caching:  # else others may find there what they have in common
+                self._pool[[block for block in table if block != GONE and block not in self._busy]] = POISON
         self._open(plan)
         for slot, index, block in plan.table.tolist():
-            for other in self._slots.values():  # a job that lost its block to the host is told of another in time
-                other.table = [GONE if held == block else held for held in other.table]
+            if not self._config.enable_prefix_caching:
+                self._take_from_others(slot, block)
             table = self._slots[slot].table
             assert index <= len(table)
             table[index:] = [block, *table[index + 1 :]]
@@ -208,15 +209,16 @@ class ToyExecutor:
         for slot, start, count, logits in plan.rows.tolist():
             state = self._slots[slot]
             assert count > 0
-            # Where the job stands, or its last row once more: the profiler measures twice.
-            assert start == state.length or start + count == state.length
+            # Where the job stands, or its last row once more: the profiler measures twice. Or behind what it shares.
+            shares = self._config.enable_prefix_caching and not state.length and start % self._config.block_size == 0
+            assert start == state.length or start + count == state.length or shares
             for position in range(start, start + count):
                 token = next(tokens)
                 if token == -1:
                     # A row that failed may have had a successor planned; its token is never read.
                     assert state.last_sampled is not None or state.seed in self.failing
                     token = -1 if state.last_sampled is None else state.last_sampled
-                self._write(state, position, token)
+                self._write(slot, position, token)
             state.length = start + count
             if logits:
                 seeds.append(state.seed)
@@ -237,9 +239,20 @@ class ToyExecutor:
             errors={i: self.failing[seed] for i, seed in enumerate(seeds) if seed in self.failing},
         )
 
-    def _write(self, state: _Slot, position: int, token: int) -> None:
+    def _take_from_others(self, slot: int, block: int) -> None:
+        """A block that is written to is nobody else's: a job that lost its own to the host is told of another in time.
+
+        Without a prefix cache that is so from the start.
+        """
+        for number, other in self._slots.items():
+            if number != slot and block in other.table:
+                other.table = [GONE if held == block else held for held in other.table]
+
+    def _write(self, slot: int, position: int, token: int) -> None:
+        state = self._slots[slot]
         block = state.table[position // self._config.block_size]
         assert block != GONE, "the block belongs to another job"
+        self._take_from_others(slot, block)
         self._pool[block, position % self._config.block_size] = token
 
     def _sample(self, state: _Slot) -> int:
@@ -260,7 +273,8 @@ class Toy:
     """An engine on the toy executor, with its clock and its record of iterations."""
 
     def __init__(self, cost: CostModel | None = None, **options: object) -> None:
-        self.config = SchedulerConfig(**options)  # type: ignore[arg-type]
+        # Prompts of one length are alike, and most tests are of jobs that have nothing in common.
+        self.config = SchedulerConfig(**{"enable_prefix_caching": False, **options})  # type: ignore[arg-type]
         self.cost = cost or CostModel.constant(1.0)
         self.clock = Clock()
         self.records: list[IterationRecord] = []

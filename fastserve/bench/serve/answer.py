@@ -17,9 +17,14 @@ class ErrorEvent(Exception):
     """The server says, in the middle of an answer, that it failed."""
 
 
+class PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
 class Usage(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    prompt_tokens_details: PromptDetails | None = None
 
 
 class Delta(msgspec.Struct):
@@ -61,12 +66,16 @@ def note(record: JobRecord, event: bytes, now: float) -> None:
     for choice in chunk.choices:
         if _has_token(choice):
             record.times.append(now)
+            if record.said is not None:
+                record.said.append(_text(choice))
         record.finish_reason = choice.finish_reason or record.finish_reason
     usage = chunk.usage
     if usage is not None:
         record.prompt_tokens = usage.prompt_tokens or record.prompt_tokens
         if usage.completion_tokens is not None:
             record.usage_tokens = usage.completion_tokens
+        if usage.prompt_tokens_details is not None:
+            record.cached_tokens = usage.prompt_tokens_details.cached_tokens
 
 
 def _has_token(choice: Choice) -> bool:
@@ -79,6 +88,10 @@ def _has_token(choice: Choice) -> bool:
     return choice.delta.says() or (
         choice.delta.content is not None and choice.delta.role is None and choice.finish_reason is None
     )
+
+
+def _text(choice: Choice) -> str:
+    return (choice.text if choice.delta is None else choice.delta.content) or ""
 
 
 def message_of(body: bytes) -> str:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from ...types import InvalidRequest
-from ...workloads import SimJob
+from ...workloads import SimJob, calls_of
 from .comparison import compare
 from .plan import Plan
 from .prompts import Asking
@@ -79,7 +79,7 @@ class Experiment:
 
     @property
     def title(self) -> str:
-        jobs = len(next(iter(self.loads.values())))
+        jobs = _calls(next(iter(self.loads.values())))
         return " · ".join(filter(None, (self.label, f"{jobs} jobs, {self.plan.name}", f"seed {self.plan.seed}")))
 
     def as_dict(self, runs: Sequence[ServeRun]) -> dict[str, Any]:
@@ -114,8 +114,8 @@ class Experiment:
         for round in range(self.rounds):
             for number, (rate, jobs) in enumerate(self.loads.items()):
                 for target in targets:
-                    watcher.began(target, rate, round, len(jobs))
-                    # All servers get the same prompts, and none gets any twice: a cache of prefixes helps nobody.
+                    watcher.began(target, rate, round, _calls(jobs))
+                    # All servers get the same prompts, and none gets any twice: what a cache finds is of this run.
                     salt = (self.plan.seed, round, number)
                     run = await self._replay(target, rate, round, jobs, salt, watcher)
                     runs.append(run)
@@ -139,7 +139,10 @@ class Experiment:
         return ServeRun(target, rate, round, summarize(replayed, self.slo), replayed.records)
 
     async def _warm_up(self, target: Target) -> None:
-        jobs = [replace(job, arrival=0.0) for job in next(iter(self.loads.values()))[: self.warmup]]
+        jobs = [
+            replace(job, arrival=0.0, then=None, think_time=0.0)
+            for job in next(iter(self.loads.values()))[: self.warmup]
+        ]
         if not jobs:
             return
         replayed = await Replay(target, jobs, self.asking, (self.plan.seed, _WARMUP), self.timeout).run()
@@ -148,6 +151,10 @@ class Experiment:
             raise ServerError(
                 f"{target.base_url}: all {len(jobs)} jobs of the warm-up failed: {failed[0].error}: {failed[0].detail}"
             )
+
+
+def _calls(jobs: Sequence[SimJob]) -> int:
+    return sum(1 for job in jobs for _ in calls_of(job))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from ...types import InvalidRequest
-from ...workloads import Recorded, SimJob, Synthetic, parse_arrivals, parse_workload
+from ...workloads import Recorded, SimJob, calls_of, parse_arrivals, parse_load
 from ...workloads.arrivals import Arrivals, Gamma, Poisson
 from ...workloads.checks import check_count, check_real
 from ...workloads.synthetic import MAX_RATE, MIN_RATE
@@ -65,6 +65,8 @@ class Plan:
     def jobs(self, rate: float | None) -> list[SimJob]:
         """In order of arrival, at `rate` jobs a second; None: the trace's own, or DEFAULT_RATE.
 
+        Of programs, the first calls: the others are behind them, and count.
+
         Raises InvalidRequest for a rate out of range, a trace that cannot be read or holds too few jobs.
         """
         if rate is not None:
@@ -72,7 +74,7 @@ class Plan:
         process = self._process()
         if self.trace is None:
             count = self.num_jobs or DEFAULT_JOBS
-            source = Synthetic(parse_workload(self.workload or "sharegpt"), process or Poisson())
+            source = parse_load(self.workload or "sharegpt", process or Poisson())
             jobs = list(source.jobs(self.seed, count, rate or DEFAULT_RATE))
         else:
             jobs = self._recorded(self.trace, rate if self.kind == "trace" else None)
@@ -80,7 +82,7 @@ class Plan:
                 jobs = _rescheduled(jobs, process, rate or DEFAULT_RATE, self.seed)
         if self.kind == "all-at-once":
             jobs = [replace(job, arrival=0.0) for job in jobs]
-        longest = max(job.prompt_tokens for job in jobs)
+        longest = max(call.prompt_tokens for job in jobs for call in calls_of(job))
         if longest > MAX_TOKENS:
             raise InvalidRequest("trace", f"has a prompt of {longest} tokens; at most {MAX_TOKENS} can be sent")
         return jobs

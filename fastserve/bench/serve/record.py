@@ -29,6 +29,11 @@ class JobRecord:
     status: int | None = None  # HTTP's
     usage_tokens: int | None = None  # of output, as the server counts; None: it does not
     finish_reason: str | None = None
+    call: int = 0  # which of its program's, counted from 0
+    program: str | None = None
+    user: str | None = None
+    cached_tokens: int | None = None  # of the prompt, as the server counts; None: it does not
+    said: list[str] | None = None  # the answer's text, in programs of several calls
     error: str | None = None  # its kind, in a few words; None: the answer is whole
     detail: str = ""  # of the error, a line
 
@@ -40,6 +45,11 @@ class JobRecord:
     def tokens(self) -> int:
         """Of output so far: as the server counts, else one a piece."""
         return len(self.times) if self.usage_tokens is None else self.usage_tokens
+
+    @property
+    def text(self) -> str:
+        """Of the answer, where it was kept."""
+        return "".join(self.said or ())
 
     @property
     def lateness(self) -> float | None:
@@ -83,6 +93,10 @@ class JobRecord:
             "asked_tokens": self.asked_tokens,
             "output_tokens": self.tokens,
             "tokens_counted_by": "chunks" if self.usage_tokens is None else "usage",
+            "program": self.program,
+            "call": self.call,
+            "user": self.user,
+            "cached_tokens": self.cached_tokens,
             "finish_reason": self.finish_reason,
             "gaps": [round(gap, _DIGITS) for gap in self.gaps],
             "status": self.status,

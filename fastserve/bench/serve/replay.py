@@ -1,4 +1,7 @@
-"""One run: every job is sent at its time, whether or not earlier ones have been answered."""
+"""One run: every job is sent at its time, whether or not earlier ones have been answered.
+
+But for the later calls of programs, which are sent when the one before has been answered, and thought about.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from ...workloads import SimJob
+from ...workloads import SimJob, calls_of
 from .exchange import Exchange
-from .prompts import Asking
+from .prompts import Asking, Said
 from .record import UNFINISHED, JobRecord
 from .target import Target
 
@@ -24,7 +27,7 @@ _SPARE_FILES: Final = 64
 
 @dataclass(slots=True)
 class Replayed:
-    """What a run left: its jobs in order of arrival, and what it cost this process."""
+    """What a run left: its jobs in order of arrival, each with the calls behind it, and what it cost this process."""
 
     records: list[JobRecord]
     seconds: float  # from the first arrival to the last end
@@ -53,6 +56,8 @@ Tell = Callable[[Standing], None]
 class Replay:
     """One run against one server; `run` it once, in a running event loop. Jobs are in order of arrival.
 
+    When a call fails, those behind it are never asked, and fail.
+
     `timeout`: seconds after its arrival at which a job is given up; None: never. `concurrency`: most jobs at once, the
     others wait here; None: no limit, the loop is open. `salt` makes prompts that other runs do not have.
     """
@@ -64,11 +69,15 @@ class Replay:
     timeout: float | None = None
     concurrency: int | None = None
     tell: Tell | None = None
+    _calls: list[SimJob] = field(default_factory=list)  # all jobs, and those behind them
+    _firsts: list[int] = field(default_factory=list)  # of these, the jobs
+    _said: dict[int, tuple[Said, str]] = field(default_factory=dict)  # in programs: before a call, and by it
+    _thinking: dict[int, asyncio.TimerHandle] = field(default_factory=dict)  # about calls to come
     _records: list[JobRecord] = field(default_factory=list)
     _origin: float = 0.0
     _open: dict[Exchange, asyncio.TimerHandle | None] = field(default_factory=dict)
     _connected: set[Exchange] = field(default_factory=set)
-    _next: int = 0  # job to come
+    _next: int = 0  # of the firsts, to come
     _timer: asyncio.TimerHandle | None = None
     _waiting: deque[int] = field(default_factory=deque)
     _left: int = 0
@@ -81,10 +90,12 @@ class Replay:
         """Until the last job has ended, or `stop`."""
         loop = asyncio.get_running_loop()
         _allow_files(len(self.jobs) if self.concurrency is None else min(self.concurrency, len(self.jobs)))
-        self._records = [
-            JobRecord(i, job.arrival, job.prompt_tokens, job.output_tokens) for i, job in enumerate(self.jobs)
-        ]
-        self._left = len(self.jobs)
+        for job in self.jobs:
+            self._firsts.append(len(self._calls))
+            for place, call in enumerate(calls_of(job)):
+                self._records.append(_record(len(self._calls), place, call, job.arrival))
+                self._calls.append(call)
+        self._left = len(self._calls)
         if not self.jobs:
             self._over.set()
         gc.collect()
@@ -115,6 +126,11 @@ class Replay:
             self._interrupted,
         )
 
+    @property
+    def records(self) -> Sequence[JobRecord]:
+        """Of all calls, as far as they are; none before the run."""
+        return self._records
+
     def stop(self) -> None:
         """Send nothing more and hang up; jobs under way are unfinished. Does nothing after the end."""
         if self._over.is_set():
@@ -123,10 +139,12 @@ class Replay:
         if self._timer is not None:
             self._timer.cancel()
         self._waiting.clear()
+        for timer in self._thinking.values():
+            timer.cancel()
         for exchange in list(self._open):
             exchange.give_up(UNFINISHED)
         for record in self._records:
-            if record.end is None:
+            if record.end is None and record.error is None:
                 record.error = UNFINISHED
         self._over.set()
 
@@ -139,18 +157,23 @@ class Replay:
                 self._timer = loop.call_at(arrival, self._dispatch)
                 return
             self._next += 1
-            self._due(self._next - 1)
+            self._due(self._firsts[self._next - 1])
 
     def _due(self, index: int) -> None:
         if self.concurrency is not None and len(self._open) >= self.concurrency:
             self._waiting.append(index)
             return
-        self._send(index, self.jobs[index].arrival)
+        self._send(index, self._records[index].arrival)
 
     def _send(self, index: int, due: float) -> None:
-        loop, job, record = asyncio.get_running_loop(), self.jobs[index], self._records[index]
+        loop, job, record = asyncio.get_running_loop(), self._calls[index], self._records[index]
         record.due = due
-        body = self.asking.body(job, self.target.model, (*self.salt, index))
+        said, asked = self._said.get(index, (Said(), None))[0], None
+        salt = (*self.salt, index)
+        if self.asking.words or self.asking.endpoint == "chat" or record.said is not None:
+            asked = self.asking.new_text(job, salt, said)
+            self._said[index] = said, asked
+        body = self.asking.body(job, self.target, salt, asked, said)
         request = self.target.request(self.asking.endpoint, body)
         exchange = Exchange(
             record,
@@ -163,7 +186,7 @@ class Replay:
         timer = None
         if self.timeout is not None:
             timer = loop.call_at(
-                self._origin + job.arrival + self.timeout,
+                self._origin + record.arrival + self.timeout,
                 exchange.give_up,
                 "timed out",
                 f"not answered within {self.timeout:g} s",
@@ -176,21 +199,52 @@ class Replay:
         timer = self._open.pop(exchange)
         if timer is not None:
             timer.cancel()
+        record = exchange.record
+        said = self._said.pop(record.index, None)
         self._left -= 1
-        self._failed += exchange.record.error is not None
+        self._failed += record.error is not None
+        if self._calls[record.index].then is not None and not self._interrupted:
+            self._follow(record, said)
         if self._waiting and not self._interrupted:
             loop = asyncio.get_running_loop()
             self._send(self._waiting.popleft(), loop.time() - self._origin)
         if not self._left:
             self._over.set()
 
+    def _follow(self, record: JobRecord, said: tuple[Said, str] | None) -> None:
+        """A call has ended, and there is another behind it."""
+        loop, job, following = asyncio.get_running_loop(), self._calls[record.index], record.index + 1
+        if record.error is not None or record.end is None:
+            for later in range(following, record.index + sum(1 for _ in calls_of(job))):
+                self._records[later].error = "never asked"
+                self._records[later].detail = "the call before it failed"
+                self._left -= 1
+                self._failed += 1
+            return
+        if said is not None:
+            self._said[following] = said[0].and_then(said[1], job, record.text), ""
+        self._records[following].arrival = arrival = record.end + job.think_time
+        self._thinking[following] = loop.call_at(self._origin + arrival, self._thought, following)
+
+    def _thought(self, index: int) -> None:
+        del self._thinking[index]
+        self._due(index)
+
     def _tick(self) -> None:
         if self.tell is None:
             return
         loop = asyncio.get_running_loop()
-        total, seconds = len(self.jobs), loop.time() - self._origin
+        total, seconds = len(self._calls), loop.time() - self._origin
         self.tell(Standing(total, total - self._left, self._failed, len(self._open), len(self._waiting), seconds))
         loop.call_later(TELL_SECONDS, self._tick)
+
+
+def _record(index: int, place: int, job: SimJob, arrival: float) -> JobRecord:
+    record = JobRecord(index, arrival, job.prompt_tokens, job.output_tokens)
+    record.call, record.program, record.user = place, job.program, job.user
+    if job.then is not None or place:
+        record.said = []
+    return record
 
 
 def _allow_files(jobs: int) -> None:

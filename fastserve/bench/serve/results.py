@@ -116,6 +116,10 @@ def summarize(run: Replayed, slo: Slo | None = None) -> dict[str, Any]:
         "other_length": sum(record.tokens != record.asked_tokens for record in done),
         "peak_open": run.peak_open,
         "latency": _latencies(done),
+        "later": _latencies([record for record in done if record.call]),
+        "programs": _programs(run.records),
+        "users": _users(done),
+        "cached_share": _cached_share(done),
         "short": _latencies([record for record in done if record.tokens <= SHORT]),
         "long": _latencies([record for record in done if record.tokens > SHORT]),
         "errors": _errors(failed),
@@ -178,6 +182,32 @@ def _offered(records: Sequence[JobRecord]) -> dict[str, float | None]:
         "jobs_per_second": _per(jobs * share, span),
         "output_tokens_per_second": _per(tokens * share, span),
     }
+
+
+def _programs(records: Sequence[JobRecord]) -> dict[str, float] | None:
+    """From the arrival of the first call to the end of the last, of programs all of whose calls were answered."""
+    ends: dict[str, list[JobRecord]] = {}
+    for record in records:
+        if record.program is not None:
+            ends.setdefault(record.program, []).append(record)
+    return _statistics(
+        [calls[-1].times[-1] - calls[0].arrival for calls in ends.values() if all(record.ok for record in calls)]
+    )
+
+
+def _users(done: Sequence[JobRecord]) -> dict[str, dict[str, float] | None] | None:
+    """JCT of each user's jobs; None where jobs are nobody's."""
+    users: dict[str, list[JobRecord]] = {}
+    for record in done:
+        if record.user is not None:
+            users.setdefault(record.user, []).append(record)
+    return {name: _statistics(sample("jct", own)) for name, own in users.items()} or None
+
+
+def _cached_share(done: Sequence[JobRecord]) -> float | None:
+    """Of prompts' tokens, those that the server says it had; None where it says nothing."""
+    told = [record for record in done if record.cached_tokens is not None]
+    return _per(sum(record.cached_tokens or 0 for record in told), sum(record.prompt_tokens for record in told))
 
 
 def _latencies(records: Sequence[JobRecord]) -> dict[str, dict[str, float] | None]:

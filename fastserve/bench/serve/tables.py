@@ -150,6 +150,12 @@ def _facts(summary: dict[str, Any]) -> Iterator[str]:
     yield f"{number(summary['seconds'])} s"
     yield f"{summary['output_tokens']} tokens out"
     yield f"at most {summary['peak_open']} jobs at once"
+    if summary["later"]["ttft"] is not None:
+        yield f"TTFT of later calls {number(summary['later']['ttft']['mean'])} s"
+    if summary["programs"] is not None:
+        yield f"programs {number(summary['programs']['mean'])} s, P95 {number(summary['programs']['p95'])}"
+    if summary["cached_share"] is not None:
+        yield f"{100 * summary['cached_share']:.0f} % of prompts cached"
     if summary["other_length"]:
         yield f"{summary['other_length']} answers of another length than asked for"
     client = summary["client"]

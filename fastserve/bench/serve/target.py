@@ -6,7 +6,7 @@ import asyncio
 import socket
 import ssl
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NoReturn
 from urllib.parse import urlsplit
 
 import msgspec
@@ -44,6 +44,7 @@ class Target:
     model: str
     address: Address
     prefix: str  # of all paths
+    owner: str = ""  # of the model, as the server says: fastserve, vllm, llamacpp
     api_key: str | None = field(default=None, repr=False)
 
     def request(self, endpoint: str, body: bytes) -> bytes:
@@ -83,7 +84,8 @@ async def connect(name: str, url: str, model: str | None, api_key: str | None, o
         except ProtocolError as error:
             raise ServerError(f"{url}: /v1/models sends {error}") from None
         else:
-            return Target(name, url, model or _first_model(url, *answer), address, prefix, api_key)
+            own, owner = _first_model(*answer)
+            return Target(name, url, model or own or _no_model(url, *answer), address, prefix, owner, api_key)
     raise ServerError(f"{url}: {reason}; is the server running?")
 
 
@@ -104,14 +106,22 @@ def _parse(option: str, url: str) -> tuple[str, str, int, str]:
     return parts.scheme, parts.hostname, port or (443 if parts.scheme == "https" else 80), prefix
 
 
-def _first_model(url: str, status: int, body: bytes) -> str:
+def _first_model(status: int, body: bytes) -> tuple[str, str]:
+    """The model that /v1/models lists first, and whose it is; nothing where there is none."""
+    if status != 200:
+        return "", ""
+    try:
+        first: Any = msgspec.json.decode(body)["data"][0]
+        return str(first["id"]), str(first.get("owned_by", ""))
+    except (msgspec.DecodeError, LookupError, TypeError, AttributeError):
+        return "", ""
+
+
+def _no_model(url: str, status: int, body: bytes) -> NoReturn:
+    """Raises ServerError."""
     if status != 200:
         raise ServerError(f"{url}: /v1/models answers {status}: {message_of(body)}")
-    try:
-        listed: Any = msgspec.json.decode(body)
-        return str(listed["data"][0]["id"])
-    except (msgspec.DecodeError, LookupError, TypeError):
-        raise ServerError(f"{url}: /v1/models lists no model; name one with --model") from None
+    raise ServerError(f"{url}: /v1/models lists no model; name one with --model")
 
 
 async def _get(address: Address, path: str, api_key: str | None) -> tuple[int, bytes]:

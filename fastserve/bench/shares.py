@@ -1,0 +1,56 @@
+"""What a run is to those behind its jobs: how long programs take, how long each user's jobs do, what a cache found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..types import Job
+from ..workloads.job import SimJob
+from .stats import Stream
+
+
+class Shares:
+    """Hears of every call that ends, the first jobs to arrive left out, and all that come after them."""
+
+    def __init__(self, warmup_jobs: int) -> None:
+        self._warmup_jobs = warmup_jobs
+        self._programs: dict[str, tuple[float, float]] = {}  # first arrival and last end
+        self._early: set[str] = set()  # those that began in the warm-up
+        self._users: dict[str, Stream] = {}
+
+    def add(self, given: SimJob, job: Job) -> None:
+        """A call has ended."""
+        jct = job.metrics.jct
+        if jct is None:
+            return
+        early = job.index < self._warmup_jobs
+        if given.user is not None and not early:
+            self._users.setdefault(given.user, Stream()).add(jct)
+        name = given.program
+        if name is None:
+            return
+        if early:
+            self._early.add(name)
+        if name not in self._early:
+            end = job.arrival + jct
+            first, last = self._programs.get(name, (job.arrival, end))
+            self._programs[name] = min(first, job.arrival), max(last, end)
+        else:
+            self._programs.pop(name, None)
+
+    def summary(self) -> dict[str, Any]:
+        """Of programs and of users, each None where there are none."""
+        completion = Stream()
+        for first, last in self._programs.values():
+            completion.add(last - first)
+        counted = len(completion) > 0
+        return {
+            "programs": len(completion) or None,
+            "mean_program_completion": completion.mean if counted else None,
+            "p95_program_completion": completion.percentiles(95)[0] if counted else None,
+            "users": {
+                name: {"jobs": len(stream), "mean_jct": stream.mean, "p95_jct": stream.percentiles(95)[0]}
+                for name, stream in sorted(self._users.items(), key=lambda item: (len(item[0]), item[0]))
+            }
+            or None,
+        }

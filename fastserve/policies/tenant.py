@@ -1,0 +1,290 @@
+"""Tenants share the device by their weights: one policy a tenant."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from sortedcontainers import SortedDict
+
+from ..types import Job
+from .base import Policy
+
+# What a row is given of service before tenants' shares are looked at again, in decodes. The fewer, the more evenly they
+# share; with one, batches would change at every token.
+_SLICE: Final = 16
+
+# Tenants without jobs whose service is remembered, and policies without jobs that are kept for the next tenant.
+_MOST_IDLE: Final = 4096
+_MOST_SPARE: Final = 64
+
+
+@dataclass(slots=True, eq=False)
+class _Tenant:
+    name: str
+    weight: float
+    number: int  # breaks ties
+    policy: Policy
+    service: float = 0.0  # seconds that its jobs were served, by its weight, and what it was lifted by
+    slices: int = 0  # whole ones of that, as of late: by these tenants are compared
+    held: list[int] = field(default_factory=lambda: [0, 0])  # jobs with KV, by Job.tier
+    backlog: float = 0.0  # as of late
+
+
+class ByTenant(Policy):
+    """Rows go to the tenants by their weights, and among a tenant's jobs its policy decides, bounds included.
+
+    Virtual counters, as in VTC (Sheng et al., OSDI 2024): every tenant has one, of the seconds its jobs were served
+    over its weight, seconds being what a job takes from the others in a full batch (see Indices). Who has less goes
+    first, and counts for that row as if it had been served a slice, or its job's whole prefill where that is more. So
+    with equal counters rows are shared by the weights, and with others as it takes to make them equal. A tenant that
+    comes back from having nothing to do is lifted to the least of those that had: nobody saves up. No row stays empty
+    while anybody has a job for it.
+
+    Counters are compared in whole slices, or the last row of a batch would change hands at every token, and service is
+    asked for as often. A lone tenant's is not: it is told before another's jobs are chosen (see `settles`).
+
+    Of an order made of many tenants' only the beginning is ever looked at, and only that has ranks one by one. The jobs
+    behind it rank by tenant: who has been served most gives way first.
+    """
+
+    def __init__(
+        self, make: Callable[[], Policy], *, quantum: float, shared: float = 0.0, weights: Mapping[str, float]
+    ) -> None:
+        """`quantum`: solo seconds of a decode, of which the others in a full batch pay the part `shared`.
+
+        `weights`: 1 for tenants not named. What policies learn, `make` has shared.
+        """
+        self._make = make
+        self._weights = weights
+        self._shared = shared
+        self._slice = _SLICE * (quantum - shared)
+        self._tenants: dict[str, _Tenant] = {}  # with jobs, but for the only one there is
+        self._only: _Tenant | None = None
+        self._order: SortedDict = SortedDict()  # (slices, number) → tenant
+        self._weight = 0.0  # of all of them
+        self._jobs = 0
+        self._left: OrderedDict[str, float] = OrderedDict()  # service of tenants without jobs
+        self._spare: list[Policy] = []
+        self._number = 0
+        self._waking: list[_Tenant] = []  # to be lifted before the next order is made
+        self._holding: tuple[dict[_Tenant, None], dict[_Tenant, None]] = ({}, {})  # by tier: tenants with jobs in it
+        self._places: dict[Job, int] = {}  # in the latest order, as far as it was looked at
+        self._opened: list[_Tenant] = []  # for it
+        self._stale: dict[_Tenant, None] = {}  # whose backlog may have changed
+        self._backlog = 0.0
+
+    # --- events ------------------------------------------------------------------------------------------------------
+
+    def add(self, job: Job, now: float) -> None:
+        tenant = self._tenants.get(job.tenant)
+        if tenant is not None:
+            tenant.policy.add(job, now)
+        else:
+            policy = self._spare.pop() if self._spare else self._make()
+            policy.add(job, now)  # before anything changes: it may refuse
+            tenant = self._enter(job.tenant, policy)
+        self._jobs += 1
+        if job.tier is not None:
+            self._hold(tenant, job.tier, 1)
+        self._stale[tenant] = None
+
+    def remove(self, job: Job) -> None:
+        tenant = self._tenants[job.tenant]
+        tenant.policy.remove(job)
+        self._jobs -= 1
+        self._places.pop(job, None)
+        if job.tier is not None:
+            self._hold(tenant, job.tier, -1)
+        self._stale[tenant] = None
+        if not len(tenant.policy) and self._only is None:
+            self._leave(tenant)
+
+    def on_service(self, job: Job, own_seconds: float, now: float) -> None:
+        tenant = self._tenants[job.tenant]
+        tenant.policy.on_service(job, own_seconds, now)
+        if job.served > len(job.prompt):
+            own_seconds *= max(0.0, 1 - self._shared / job.next_seconds)
+        tenant.service += own_seconds / tenant.weight
+        self._stale[tenant] = None
+        if tenant.service >= (tenant.slices + 1) * self._slice:
+            self._count(tenant)
+
+    def refresh(self, job: Job, now: float) -> None:
+        tenant = self._tenants[job.tenant]
+        tenant.policy.refresh(job, now)
+        self._stale[tenant] = None
+
+    def on_finish(self, job: Job, output_tokens: int, now: float) -> None:
+        self._tenants[job.tenant].policy.on_finish(job, output_tokens, now)
+
+    def make_way(self) -> None:
+        if self._only is not None:  # where there are several, all of them always do
+            self._only.policy.make_way()
+
+    def move(self, job: Job, tier: int | None) -> None:
+        tenant = self._tenants[job.tenant]
+        tenant.policy.move(job, tier)
+        if job.tier is not None:
+            self._hold(tenant, job.tier, -1)
+        if tier is not None:
+            self._hold(tenant, tier, 1)
+
+    # --- answers -----------------------------------------------------------------------------------------------------
+
+    def settles(self) -> bool:
+        return bool(self._waking) and len(self._tenants) - len(self._waking) == 1
+
+    def horizon(self, job: Job) -> float:
+        tenant = self._tenants[job.tenant]
+        horizon = tenant.policy.horizon(job)
+        return horizon if self._only is not None else min(horizon, _SLICE * job.next_seconds)
+
+    def next_deadline(self) -> float | None:
+        tenants = self._opened if self._only is None else (self._only,)
+        # The jobs of others come after those that were looked at, whichever of them comes first.
+        deadlines = (tenant.policy.next_deadline() for tenant in tenants)
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    def deadline(self, job: Job) -> float:
+        return self._tenants[job.tenant].policy.deadline(job)
+
+    def iter_best(self, now: float) -> Iterator[Job]:
+        self._lift()
+        self._places.clear()
+        self._opened.clear()
+        if self._only is not None:
+            return self._only.policy.iter_best(now)
+        return self._merged(now)
+
+    def _merged(self, now: float) -> Iterator[Job]:
+        places = self._places
+        started: list[tuple[float, int, _Tenant, Iterator[Job], Job]] = []  # by the service to be reckoned with
+        unopened = iter(self._order.values())
+        upcoming = next(unopened, None)
+        while started or upcoming is not None:
+            if upcoming is not None and (
+                not started or (upcoming.slices * self._slice, upcoming.number) < (started[0][0], started[0][1])
+            ):
+                tenant, service = upcoming, upcoming.slices * self._slice
+                tenant.policy.make_way()
+                jobs = tenant.policy.iter_best(now)
+                self._opened.append(tenant)
+                upcoming = next(unopened, None)
+            else:
+                service, _, tenant, jobs, job = heapq.heappop(started)
+                places[job] = len(places)
+                yield job
+                prefill = job.next_seconds if job.served < len(job.prompt) else 0.0
+                service += max(self._slice, prefill) / tenant.weight
+            following = next(jobs, None)
+            if following is not None:
+                heapq.heappush(started, (service, tenant.number, tenant, jobs, following))
+
+    def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:
+        if self._only is not None:
+            return self._only.policy.iter_tier(tier, worst_first)
+        orders = [tenant.policy.iter_tier(tier, worst_first) for tenant in self._holding[tier]]
+        return heapq.merge(*orders, key=self.rank, reverse=worst_first)
+
+    def rank(self, job: Job) -> tuple[float, ...]:
+        tenant = self._tenants[job.tenant]
+        if self._only is not None:
+            return tenant.policy.rank(job)
+        place = self._places.get(job)
+        if place is not None:
+            return 0, place
+        return 1, tenant.slices, tenant.number, *tenant.policy.rank(job)
+
+    def work_ahead(self, job: Job, now: float) -> float:
+        """What is ahead of a job within its tenant, and what others are served meanwhile: by weight, at most all."""
+        tenant = self._tenants[job.tenant]
+        own = tenant.policy.work_ahead(job, now)
+        if self._only is not None:
+            return own
+        first: _Tenant = self._order.peekitem(0)[1]
+        ahead = own / tenant.weight + (tenant.slices - first.slices) * self._slice
+        others = max(0.0, self.backlog(now) - tenant.backlog)
+        return own + min(others, ahead * max(0.0, self._weight - tenant.weight))
+
+    def backlog(self, now: float) -> float:
+        for tenant in self._stale:
+            backlog = tenant.policy.backlog(now) if len(tenant.policy) else 0.0
+            self._backlog += backlog - tenant.backlog
+            tenant.backlog = backlog
+        self._stale.clear()
+        return max(0.0, self._backlog) if self._jobs else 0.0
+
+    def quanta(self) -> Sequence[float]:
+        # Those of jobs that have learned to do without levels and those that have not may live side by side.
+        policies = [tenant.policy for tenant in self._tenants.values()] or [self._make()]
+        return max((policy.quanta() for policy in policies), key=len)
+
+    def level(self, job: Job) -> int:
+        return self._tenants[job.tenant].policy.level(job)
+
+    def __len__(self) -> int:
+        return self._jobs
+
+    # --- who is there ------------------------------------------------------------------------------------------------
+
+    def _enter(self, name: str, policy: Policy) -> _Tenant:
+        """A tenant has jobs."""
+        if self._only is not None and not len(self._only.policy):
+            self._leave(self._only)
+        self._number += 1
+        tenant = _Tenant(name, self._weights.get(name, 1.0), self._number, policy, self._left.pop(name, 0.0))
+        tenant.slices = math.floor(tenant.service / self._slice)
+        self._tenants[name] = self._order[tenant.slices, tenant.number] = tenant
+        self._weight += tenant.weight
+        self._waking.append(tenant)
+        self._only = tenant if len(self._tenants) == 1 else None
+        return tenant
+
+    def _leave(self, tenant: _Tenant) -> None:
+        """A tenant has none any more."""
+        del self._tenants[tenant.name], self._order[tenant.slices, tenant.number]
+        self._weight -= tenant.weight
+        self._backlog -= tenant.backlog
+        self._stale.pop(tenant, None)
+        if tenant in self._waking:
+            self._waking.remove(tenant)
+        self._left[tenant.name] = tenant.service
+        if len(self._left) > _MOST_IDLE:
+            self._left.popitem(last=False)
+        if len(self._spare) < _MOST_SPARE:
+            self._spare.append(tenant.policy)
+        if len(self._tenants) == 1:
+            self._only = next(iter(self._tenants.values()))
+        elif not self._tenants:
+            self._only, self._weight, self._backlog = None, 0.0, 0.0
+
+    def _lift(self) -> None:
+        """Those that had nothing to do have been served as much as anybody who had, if they have not been more."""
+        if not self._waking:
+            return
+        waking, self._waking = self._waking, []
+        for tenant in waking:
+            del self._order[tenant.slices, tenant.number]
+        # Of those whose slices are as few, the first in the order may have a little more.
+        least = self._order.peekitem(0)[1].service if self._order else max(tenant.service for tenant in waking)
+        for tenant in waking:
+            tenant.service = max(tenant.service, least)
+            tenant.slices = math.floor(tenant.service / self._slice)
+            self._order[tenant.slices, tenant.number] = tenant
+
+    def _count(self, tenant: _Tenant) -> None:
+        del self._order[tenant.slices, tenant.number]
+        tenant.slices = math.floor(tenant.service / self._slice)
+        self._order[tenant.slices, tenant.number] = tenant
+
+    def _hold(self, tenant: _Tenant, tier: int, more: int) -> None:
+        tenant.held[tier] += more
+        if tenant.held[tier]:
+            self._holding[tier][tenant] = None
+        else:
+            self._holding[tier].pop(tenant, None)

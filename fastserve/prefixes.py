@@ -1,0 +1,224 @@
+"""What jobs have in common with each other and with those before them: the prefix cache, as jobs see it.
+
+    arrives ──▶ how much is there? ──▶ joins by what is left      (others may compute more of it meanwhile: it is told)
+    starts  ──▶ the path of blocks that hold its beginning
+    runs    ──▶ its full blocks go into the index as soon as a plan computes them: plans run in order
+    leaves  ──▶ all its full blocks, outputs too, stay as cache until their places are needed
+
+A block is known by the chained hash of all tokens up to its end, begun with the tenant and the salt, so that nobody can
+find out what others have asked by how fast an answer comes.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Final
+
+from .cost import Cost
+from .kv import Block, BlockManager
+from .types import Job
+
+_KEY_BYTES: Final = 16
+_GROUP_BLOCKS: Final = 2  # that jobs of one group begin with, at least
+
+# Jobs that are told at once that there is more for them: a bound on the time that one plan may take.
+_MOST_TOLD: Final = 1024
+
+# A job waits for the next iteration where a better one computes so large a part of what it needs in this one.
+_WORTH_WAITING: Final = 0.25
+
+Digest = Callable[[bytes], bytes]
+
+
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=_KEY_BYTES).digest()
+
+
+@dataclass(slots=True)
+class _Prefix:
+    """The keys of a job's full blocks, as far as anybody asked."""
+
+    root: bytes
+    keys: list[bytes] = field(default_factory=list)
+    tokens: list[bytes] = field(default_factory=list)  # of each block: 4 bytes a token
+    counted: bool = False  # among the queries
+    awaits: bytes | None = None  # the key of its first block that is not in the index
+
+
+class Prefixes:
+    """Finds and keeps what jobs have in common. Jobs whose prompts are ranges, which hold no tokens, have nothing."""
+
+    def __init__(self, blocks: BlockManager, cost: Cost, *, enabled: bool, digest: Digest = _digest) -> None:
+        self._blocks = blocks
+        self._cost = cost
+        self._enabled = enabled
+        self._digest = digest
+        self._prefixes: dict[Job, _Prefix] = {}
+        self._awaiting: dict[bytes, dict[Job, None]] = {}
+        self._found: dict[Job, None] = {}  # jobs that have less to compute than they thought
+        self._computing: dict[bytes, Job] = {}  # by the key of the next block, who computes it in the next iteration
+
+    def __len__(self) -> int:
+        """Jobs that may have something in common with others."""
+        return len(self._prefixes)
+
+    # --- a job's life ------------------------------------------------------------------------------------------------
+
+    def arrived(self, job: Job) -> None:
+        """Tell a job how much of it is there already, and to which group it belongs."""
+        if not self._enabled or isinstance(job.prompt, range):
+            return
+        owner = f"{len(job.tenant)}:{job.tenant}{job.cache_salt}".encode()
+        prefix = self._prefixes[job] = _Prefix(self._digest(owner))
+        self._look(job, prefix)
+        if len(job.prompt) >= _GROUP_BLOCKS * self._blocks.block_size:
+            self._extend(job, prefix, _GROUP_BLOCKS)
+            job.group = int.from_bytes(prefix.keys[_GROUP_BLOCKS - 1][:8], "little")
+
+    def take_found(self) -> Collection[Job]:
+        """Jobs that were never served and for which more is there than when they came, or than they were told since."""
+        if not self._found:
+            return ()
+        found, self._found = self._found, {}
+        return found
+
+    def path(self, job: Job) -> list[Block]:
+        """The blocks that hold the job's beginning, wherever they are; at least its last token is not in them."""
+        prefix = self._prefixes.get(job)
+        if prefix is None:
+            return []
+        path: list[Block] = []
+        parent: Block | None = None
+        for index in range((job.known - 1) // self._blocks.block_size):
+            self._extend(job, prefix, index + 1)
+            parent = self._blocks.cache.find(prefix.keys[index], prefix.tokens[index], parent)
+            if parent is None:
+                break
+            path.append(parent)
+        return path
+
+    def started(self, job: Job, path: Sequence[Block]) -> None:
+        """A job begins, or begins again, with the blocks of its path."""
+        prefix = self._prefixes.get(job)
+        if prefix is None:
+            return
+        self._expect_nothing(job, prefix)
+        found = len(path) * self._blocks.block_size
+        if job.served == job.cached and not job.attained:  # never served
+            counters = self._blocks.cache.counters
+            counters.queries += 0 if prefix.counted else len(job.prompt)
+            counters.hits += found - job.metrics.cached_tokens
+            prefix.counted = True
+            job.metrics.cached_tokens = job.cached = job.served = found
+        self._blocks.cache.touch(path, hit=True)
+
+    def computes(self, job: Job) -> None:
+        """The job has been chosen for the next iteration, in which it computes its next tokens."""
+        key = self._key(job, job.computed // self._blocks.block_size)
+        if key is not None:
+            self._computing.setdefault(key, job)
+
+    def forget_computing(self) -> None:
+        """A decision begins."""
+        self._computing.clear()
+
+    def better_waits(self, job: Job, found: int) -> bool:
+        """Whether much of what a job with so many blocks lacks is computed for another in the next iteration."""
+        if not self._computing:
+            return False
+        other = self._computing.get(self._key(job, found) or b"")
+        if other is None or other is job:
+            return False
+        lacking = (job.known - 1) // self._blocks.block_size - found
+        last = found + max(1, int(lacking * _WORTH_WAITING)) - 1
+        key = self._key(job, last)
+        return key is not None and key == self._key(other, last)
+
+    def computed(self, job: Job) -> None:
+        """A plan computes the job up to `computed`: others can have its full blocks from the next plan on."""
+        self._put(job, job.computed, leaving=False)
+
+    def leaves(self, job: Job, keep: float) -> None:
+        """The job is about to give back its blocks; `keep`: until when they are sure to be wanted."""
+        self._put(job, min(job.computed, len(job.prompt) + len(job.output)), leaving=True, keep=keep)
+
+    def ended(self, job: Job) -> None:
+        if (prefix := self._prefixes.pop(job, None)) is not None:
+            self._expect_nothing(job, prefix)
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _put(self, job: Job, tokens: int, *, leaving: bool, keep: float = 0.0) -> None:
+        prefix = self._prefixes.get(job)
+        if prefix is None or job.slot is None:
+            return
+        cost, size, first = self._cost, self._blocks.block_size, self._blocks.shared(job.index)
+        full = min(tokens, len(job.prompt) + len(job.output)) // size
+        self._extend(job, prefix, full)
+        keys = [
+            # What a prefill costs whatever is in it is saved only with the whole of it, hence from position 1.
+            (prefix.keys[index], prefix.tokens[index], cost.prefill_charge(max(1, index * size), (index + 1) * size))
+            for index in range(first, full)
+        ]
+        if leaving:
+            self._tell(self._blocks.bequeath(job.index, keys, keep))
+        elif keys:
+            self._tell(self._blocks.share(job.index, keys))
+
+    def _tell(self, keys: list[bytes]) -> None:
+        """Whoever waits to start and needs what is there now has less to compute."""
+        if not self._awaiting:
+            return
+        jobs: dict[Job, None] = {}
+        for key in keys:
+            jobs.update(self._awaiting.get(key, ()))
+        for job in list(jobs)[:_MOST_TOLD]:
+            if self._look(job, self._prefixes[job]):
+                self._found[job] = None
+
+    def _look(self, job: Job, prefix: _Prefix) -> bool:
+        """How much of a job that has not started is there; whether that is another answer than before."""
+        self._expect_nothing(job, prefix)
+        found = len(self.path(job))
+        prefix.awaits = self._key(job, found)
+        if prefix.awaits is not None:
+            self._awaiting.setdefault(prefix.awaits, {})[job] = None
+        before, job.cached = job.cached, found * self._blocks.block_size
+        return job.cached != before
+
+    def _expect_nothing(self, job: Job, prefix: _Prefix) -> None:
+        self._found.pop(job, None)
+        if prefix.awaits is not None:
+            jobs = self._awaiting[prefix.awaits]
+            del jobs[job]
+            if not jobs:
+                del self._awaiting[prefix.awaits]
+            prefix.awaits = None
+
+    def _key(self, job: Job, index: int) -> bytes | None:
+        """The key of a block that the job could find: not the one with its last token."""
+        prefix = self._prefixes.get(job)
+        if prefix is None or index >= (job.known - job.pending - 1) // self._blocks.block_size:
+            return None
+        self._extend(job, prefix, index + 1)
+        return prefix.keys[index]
+
+    def _extend(self, job: Job, prefix: _Prefix, blocks: int) -> None:
+        size, prompt = self._blocks.block_size, len(job.prompt)
+        for index in range(len(prefix.keys), blocks):
+            start, end = index * size, (index + 1) * size
+            ids = job.prompt[start:end]
+            if end > prompt:
+                ids = [*ids, *job.output[max(0, start - prompt) : end - prompt]]
+            tokens = array("i", ids).tobytes()
+            prefix.tokens.append(tokens)
+            prefix.keys.append(self._digest((prefix.keys[-1] if prefix.keys else prefix.root) + tokens))
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError when a job waits for a key and is not known to, or the other way round."""
+        waits = {(prefix.awaits, job) for job, prefix in self._prefixes.items() if prefix.awaits is not None}
+        if waits != {(key, job) for key, jobs in self._awaiting.items() for job in jobs}:
+            raise RuntimeError("a job waits for a block, and nobody knows it")

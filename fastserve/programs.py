@@ -1,0 +1,209 @@
+"""Programs: chains of calls, each a job, that somebody waits for as a whole, such as an agent's.
+
+Of a program its users tell no more than that a job is a call of it. What its calls were served together, how long it
+thinks between them, and how likely it is to call again, is learned here.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Final
+
+from .types import FinishReason, Job
+
+# Programs that are remembered while none of their calls is live.
+_MOST_IDLE: Final = 65_536
+
+# A program is taken to have ended when it has been thinking for this many times what 99 in 100 thoughts take.
+_GIVEN_UP: Final = 3.0
+# Seconds of a thought that 9 in 10 are shorter than, until some have been measured.
+_GUESS: Final = 10.0
+_FEW_THOUGHTS: Final = 8
+
+# KV is kept for as long as 9 in 10 thoughts take, unless it is hardly ever come back for.
+_KEPT_FOR: Final = 0.9
+_RARE: Final = 1 / 8
+
+# What other programs say counts as much as this many thoughts of its own.
+_OTHERS_THOUGHTS: Final = 4.0
+
+# Numbers of calls that are told apart, and how many programs' word about one of them what all of them do counts as.
+_MOST_CALLS: Final = 64
+_ALL_CALLS: Final = 8.0
+
+_MEMORY: Final = 1000.0  # thoughts, and ends of calls, after which one counts 1/e of a new one
+
+
+class Quantiles:
+    """Of positive numbers, those of late counting most, to within 5 %: a histogram of their logarithms."""
+
+    _PER_OCTAVE: Final = 8
+    _LOWEST, _HIGHEST = -10 * _PER_OCTAVE, 20 * _PER_OCTAVE  # 1 ms to 12 days, of seconds
+
+    def __init__(self) -> None:
+        self._counts = [0.0] * (self._HIGHEST - self._LOWEST + 1)
+        self._scale = 1.0
+        self.count = 0
+        self.mean_log = 0.0  # of the logarithms to base 2
+
+    def add(self, value: float) -> float:
+        """Returns the logarithm, cut to what is told apart."""
+        log = math.log2(max(value, 1e-9))
+        log = min(max(log, self._LOWEST / self._PER_OCTAVE), self._HIGHEST / self._PER_OCTAVE)
+        self._counts[round(log * self._PER_OCTAVE) - self._LOWEST] += self._scale
+        self._scale /= 1 - 1 / _MEMORY
+        if self._scale > 1e100:
+            self._counts = [count / self._scale for count in self._counts]
+            self._scale = 1.0
+        self.count += 1
+        self.mean_log += (log - self.mean_log) / min(self.count, _MEMORY)
+        return log
+
+    def at(self, share: float) -> float:
+        """The number that this share of them does not exceed. One at least must have been added."""
+        sums = list(accumulate(self._counts))
+        return 2 ** ((bisect_left(sums, share * sums[-1]) + self._LOWEST) / self._PER_OCTAVE)
+
+
+@dataclass(slots=True)
+class _Program:
+    live: dict[Job, None] = field(default_factory=dict)
+    calls: int = 0  # those that began while another was live count as one: several answers, or parts of one step
+    served: float = 0.0  # seconds, of calls that have ended
+    idle_since: float = 0.0
+    thoughts: int = 0
+    mean_log: float = 0.0  # of its thoughts
+
+
+class Programs:
+    """Of one engine. Programs are told apart within a tenant. O(1) an event; the memory is bounded."""
+
+    def __init__(self) -> None:
+        self._live: dict[tuple[str, str], _Program] = {}
+        # The others, in the order in which they fell idle: those that are thinking, and those taken to have ended.
+        self._thinking: OrderedDict[tuple[str, str], _Program] = OrderedDict()
+        self._over: OrderedDict[tuple[str, str], _Program] = OrderedDict()
+        self._thoughts = Quantiles()
+        self._patience = _GIVEN_UP * _GUESS
+        # By number of calls: how many programs came to it and are known to have gone on or not, and which have not.
+        self._reached = [0.0] * (_MOST_CALLS + 1)
+        self._ended = [0.0] * (_MOST_CALLS + 1)
+
+    def served(self, job: Job) -> float:
+        """Modelled seconds of service that the program has had in its other calls, for a job that comes now.
+
+        Of live ones, what policies have been told of. A job that a lost engine left brings its own service with it.
+        """
+        program = self._find(job)
+        if program is None:
+            return 0.0
+        return program.served + sum(call.attained for call in program.live)
+
+    def number(self, job: Job) -> int:
+        """Which of the program's calls a job is that comes now, from 1 on; 0 for one that is no program's."""
+        if job.program is None:
+            return 0
+        program = self._find(job)
+        return 1 if program is None else max(1, program.calls + (not program.live))
+
+    def arrived(self, job: Job, now: float) -> None:
+        """A job came."""
+        if job.program is None:
+            return
+        self._give_up(now)
+        key = job.tenant, job.program
+        program = self._live.get(key)
+        if program is None:
+            program = self._live[key] = self._wake(key, now)
+            program.calls += 1
+        program.live[job] = None
+
+    def ended(self, job: Job, now: float) -> None:
+        """A job that came has ended, however, and all of its service has been told."""
+        if job.program is None:
+            return
+        key = job.tenant, job.program
+        program = self._live[key]
+        del program.live[job]
+        program.served += job.attained
+        if not program.live:
+            del self._live[key]
+            program.idle_since = now
+            self._thinking[key] = program
+            if len(self._thinking) + len(self._over) > _MOST_IDLE:
+                if self._over:
+                    self._over.popitem(last=False)
+                else:
+                    self._resolve(self._thinking.popitem(last=False)[1], ended=1.0)
+        self._give_up(now)
+
+    def ends(self, calls: int) -> float:
+        """The chance that a program which has come to its call of this number, from 1 on, makes no other."""
+        calls = min(calls, _MOST_CALLS)
+        overall = (sum(self._ended) + 1) / (sum(self._reached) + 2)
+        return (self._ended[calls] + _ALL_CALLS * overall) / (self._reached[calls] + _ALL_CALLS)
+
+    def keep_until(self, job: Job, now: float) -> float:
+        """Until when the KV of a job that has ended is likely to be come back for: `now` where it is not.
+
+        As long as 9 in 10 of the program's thoughts take, going by its own and, while these are few, by those of all.
+        """
+        if job.program is None or job.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+            return now
+        program = self._find(job)
+        if program is None or self.ends(program.calls) > 1 - _RARE:
+            return now
+        if self._thoughts.count < _FEW_THOUGHTS:
+            return now + _GUESS
+        own = program.thoughts / (program.thoughts + _OTHERS_THOUGHTS)
+        longer = 2 ** (own * (program.mean_log - self._thoughts.mean_log))
+        return now + self._thoughts.at(_KEPT_FOR) * longer
+
+    def __len__(self) -> int:
+        """Programs that are remembered."""
+        return len(self._live) + len(self._thinking) + len(self._over)
+
+    def _find(self, job: Job) -> _Program | None:
+        if job.program is None:
+            return None
+        key = job.tenant, job.program
+        return self._live.get(key) or self._thinking.get(key) or self._over.get(key)
+
+    def _wake(self, key: tuple[str, str], now: float) -> _Program:
+        """The program, new or idle until now, whose thought has taken until now."""
+        program = self._thinking.pop(key, None)
+        if program is None:
+            program = self._over.pop(key, None)
+            if program is None:
+                return _Program()
+            calls = min(program.calls, _MOST_CALLS)  # it has not ended after all
+            self._ended[calls] = max(0.0, self._ended[calls] - 1)
+        else:
+            self._resolve(program, ended=0.0)
+        log = self._thoughts.add(now - program.idle_since)
+        program.thoughts += 1
+        program.mean_log += (log - program.mean_log) / program.thoughts
+        if self._thoughts.count >= _FEW_THOUGHTS:
+            self._patience = _GIVEN_UP * self._thoughts.at(0.99)
+        return program
+
+    def _give_up(self, now: float) -> None:
+        """Programs that have been thinking for too long have ended."""
+        while self._thinking:
+            key = next(iter(self._thinking))
+            if self._thinking[key].idle_since + self._patience >= now:
+                return
+            program = self._thinking.pop(key)
+            self._resolve(program, ended=1.0)
+            self._over[key] = program
+
+    def _resolve(self, program: _Program, *, ended: float) -> None:
+        """It is known whether the program goes on after its latest call."""
+        calls = min(program.calls, _MOST_CALLS)
+        keep = 1 - 1 / _MEMORY
+        self._reached[calls] = self._reached[calls] * keep + 1
+        self._ended[calls] = self._ended[calls] * keep + ended
