@@ -39,7 +39,7 @@ class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
     swap_bandwidth: str | int | None = None
     admission: str = "paged"
     enable_prefix_caching: bool = True
-    tenant_weights: dict[str, float] = {}
+    tenant_weights: dict[str, float] | None = None
     starvation_limit: float | None = 60.0
     slowdown_limit: float | None = None
     num_levels: int = 12
@@ -54,6 +54,7 @@ class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
     def scheduling(self) -> dict[str, Any]:
         """Fields of SchedulerConfig that do not depend on the model."""
         told = {name: getattr(self, name) for name in _SCHEDULING}
+        told["tenant_weights"] = self.tenant_weights or {}
         told["stall_limit"] = STREAMING_STALL_LIMIT if self.stall_limit == "auto" else self.stall_limit
         return told
 

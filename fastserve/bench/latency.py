@@ -75,7 +75,8 @@ def run(
         raise InvalidRequest("batch_size", "needs at least one value")
     rows = max(batch_sizes)
     fitting = {"max_num_seqs": rows, "max_num_batched_tokens": max(512, rows), "max_model_len": input_len + output_len}
-    options = {**fitting, **options}
+    # Every repetition has the same prompts, and is to compute them.
+    options = {**fitting, "enable_prefix_caching": False, **options}
     if rows > options["max_num_seqs"]:
         raise InvalidRequest("batch_size", f"must be at most max_num_seqs ({options['max_num_seqs']})")
     record: list[Iteration] = []

@@ -104,9 +104,10 @@ SCHEDULING: dict[str, Any] = {
     "num_levels": _engine(int | None, "12", "Levels of the MLFQ."),
     "enable_prefix_caching": _engine(
         bool | None,
-        "True",
-        "Keep the KV of jobs that have ended until its memory is needed, and share that of prompts which begin alike.",
-        "--enable-prefix-caching/--no-enable-prefix-caching",
+        "on",
+        "Keep the KV of jobs that have ended until its memory is needed, and share that of prompts which begin alike; "
+        "--no-enable-prefix-caching: neither.",
+        "--enable-prefix-caching",
     ),
     "cost": _engine(
         Path | None, "measured once and remembered", "Cost profile to schedule by, as `fastserve profile` writes it."
@@ -143,6 +144,8 @@ SAMPLING: dict[str, Any] = {
     ),
     "ignore_eos": _sampling(bool | None, False, "Go on after the end-of-sequence token.", "--ignore-eos"),
 }
+# Flags that turn another off: named in its help, as a column of their own would leave little room for all help.
+_NEGATIVES = {"enable_prefix_caching": "--no-enable-prefix-caching"}
 _LIMITS = {"starvation_limit": " of seconds", "slowdown_limit": "", "stall_limit": ""}
 
 SIMULATION = (
@@ -182,16 +185,18 @@ def takes(**groups: Mapping[str, Any]) -> Callable[[Command], Command]:
             for name, parameter in own.parameters.items()
             if name not in groups
         ]
+        offered = {name: annotation for options in groups.values() for name, annotation in options.items()}
+        for name in _NEGATIVES.keys() & offered.keys():
+            offered[f"no_{name}"] = Annotated[bool | None, typer.Option(_NEGATIVES[name], hidden=True)]
         added = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-            for options in groups.values()
-            for name, annotation in options.items()
+            for name, annotation in offered.items()
         ]
 
         @functools.wraps(command)
         def collect(**values: Any) -> Any:
             for group, options in groups.items():
-                given = {name: values.pop(name) for name in options}
+                given = {name: _wanted(name, values) for name in options}
                 values[group] = {name: value for name, value in given.items() if value not in (None, [])}
             return command(**values)
 
@@ -202,6 +207,14 @@ def takes(**groups: Mapping[str, Any]) -> Callable[[Command], Command]:
         return collect  # type: ignore[return-value]
 
     return add
+
+
+def _wanted(name: str, values: dict[str, Any]) -> Any:
+    """Take an option's value out of all that were given; False where the flag that turns it off was."""
+    value, negative = values.pop(name), values.pop(f"no_{name}", None)
+    if value and negative:
+        raise InvalidRequest(name, f"cannot be given with {_NEGATIVES[name]}")
+    return False if negative else value
 
 
 def engine_options(given: dict[str, Any]) -> dict[str, Any]:

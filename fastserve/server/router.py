@@ -40,7 +40,6 @@ from .ledger import Ledger, confined, order
 from .load import Load, Work
 from .supervisor import Send
 
-_TIED: Final = 32  # jobs that are looked past, as they had better stay where their prompts are
 _LOOK: Final = 1024  # jobs of an engine that may go to others at a time: an engine is heard of four times a second
 
 
@@ -186,8 +185,7 @@ class Router:
         """Give jobs that wait to engines that are expected to be done with them sooner than their own.
 
         Of an engine that works, those beyond its rows that it has not begun, and only to rows that are free. All jobs
-        of an engine are as good as any, so the first that is better off where it is ends the search, unless that is for
-        what the engine has of its prompt.
+        of an engine are as good as any, so the first that is better off where it is ends the search.
         """
         working = [engine for engine in range(len(self.ledgers)) if self._works(engine)]
         for engine, ledger in enumerate(self.ledgers):
@@ -196,20 +194,13 @@ class Router:
             most = -self._spare(engine) if works else len(ledger.jobs)
             if not others or most <= 0:
                 continue
-            tied = 0
             for job in list(islice(ledger.waiting(), min(most, _LOOK))):
                 work = self._work(job)
-                there = [self._there(other, job, work) for other in others]
-                seconds, best, moved = min(
-                    (self.loads[other].seconds(each), other, each) for other, each in zip(others, there, strict=True)
-                )
-                here = self._there(engine, job, work)
+                there = [(other, self._there(other, job, work)) for other in others]
+                seconds, best, moved = min((self.loads[other].seconds(each), other, each) for other, each in there)
                 if not ledger.alone and seconds >= load.seconds():
-                    tied += here.cached > moved.cached
-                    if here.cached <= moved.cached or tied > _TIED:
-                        break
-                    continue
-                load.give_up(job.key, here)
+                    break
+                load.give_up(job.key, work)
                 ledger.remove(job)
                 self._give(job, best, moved)
                 if works and self._spare(best) <= 0:

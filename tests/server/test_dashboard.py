@@ -15,7 +15,7 @@ import pytest
 from http_world import World, run
 from toy_engine import ToyEngine, ToyJob
 
-from fastserve.ipc import JobStatus, LevelStatus, Status
+from fastserve.ipc import JobStatus, LevelStatus, Status, TenantStatus
 from fastserve.server import board
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -38,6 +38,7 @@ class BoardEngine(ToyEngine):
             return None
         levels = [LevelStatus(quantum, 0, 0, 0.0) for quantum in (0.1, 0.2, 0.4, 0.8, 1.6)]
         blocks = {"device_blocks": 100, "device_blocks_used": 40, "host_blocks": 50, "host_blocks_used": 10}
+        blocks |= {"device_blocks_cached": 30, "host_blocks_cached": 5, "programs": 2}
         return msgspec.structs.replace(super().status or pytest.fail(), levels=levels, **blocks)
 
     async def list_jobs(self) -> Sequence[tuple[ToyJob, JobStatus]]:
@@ -57,15 +58,26 @@ class Page(HTMLParser):
     chips: dict[int, tuple[int, str]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+    widths: dict[str, str] = field(default_factory=dict)  # of bars, by id
+    hidden: set[str] = field(default_factory=set)  # elements with an id
+    rows: list[list[str]] = field(default_factory=list)  # of tenants, by cells with something in them
     stale: bool = False
     _level: int = -1
     _id: str = ""
+    _tenants: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
+        if given.get("id") and "hidden" in given:
+            self.hidden.add(str(given["id"]))
+        if given.get("id") and str(given.get("style") or "").startswith("width:"):
+            self.widths[str(given["id"])] = str(given["style"]).removeprefix("width:").strip(" ;")
+        self._tenants = tag != "section" and (self._tenants or given.get("id") == "tenants")
+        if self._tenants and tag == "tr":
+            self.rows.append([])
         self._id = given.get("id") or (self._id if tag in ("p", "small") else "")
         self._level = int(given.get("data-level") or self._level)
         self.stale = self.stale or (tag == "body" and given.get("class") == "stale")
@@ -75,7 +87,12 @@ class Page(HTMLParser):
         elif given.get("class") == "more":
             self._id = "more"
 
+    def handle_endtag(self, tag: str) -> None:
+        self._tenants = self._tenants and tag != "tbody"
+
     def handle_data(self, data: str) -> None:
+        if self._tenants and data.strip():
+            self.rows[-1].append(data)
         if self._id and data.strip():
             self.texts[self._id] = data
             self._id = ""
@@ -166,6 +183,25 @@ def test_regret_where_the_server_tells_it(tmp_path: Path, monkeypatch: pytest.Mo
             assert page.texts["regret"] == shown and not page.errors
 
     show(0, sink, check)
+
+
+def test_the_cache_and_the_tenants(tmp_path: Path) -> None:
+    async def check(world: World, url: str) -> None:
+        page = await look(url, tmp_path)
+        assert page.texts["cached"] == "35 blocks" and page.texts["hits"] == "–" and not page.errors
+        assert page.widths["device-bar"] == "40%" and page.widths["device-cached"] == "30%"
+        assert (page.widths["host-bar"], page.widths["host-cached"]) == ("20%", "10%")
+        assert "tenants-card" in page.hidden
+        world.engine.counted = {"prefix_queries": 300, "prefix_hits": 200}
+        shares = {"<b>ann": 6.0, "": 3.0, **{f"t{number}": 0.125 for number in range(8)}}
+        world.engine.tenants.said([TenantStatus(name, seconds) for name, seconds in shares.items()])
+        page = await look(url, tmp_path)
+        assert page.texts["hits"] == "67 %" and page.texts["programs"] == "2 programs alive" and not page.errors
+        assert "tenants-card" not in page.hidden
+        assert page.rows[:2] == [["<b>ann", "60 %", "0"], ["no user", "30 %", "3"]]
+        assert page.rows[-1] == ["others", "5 %"] and len(page.rows) == 7
+
+    show(3, sink, check)
 
 
 def test_trouble_is_told(tmp_path: Path) -> None:

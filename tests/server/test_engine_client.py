@@ -117,7 +117,7 @@ def test_jobs_to_their_end() -> None:
             assert client.pids == [process.pid for process in psutil.Process().children()]
             params = SamplingParams(max_tokens=60, logprobs=1, stop=["ab", "é"], stop_token_ids=[9])
             jobs = [client.open([7, seed], params, seed=seed, origin=ME) for seed in range(40)]
-            assert set(client.open_jobs.values()) == set(jobs)
+            assert set(client.open_jobs.values()) == set(jobs) and {job.origin for job in jobs} == {ME}
             await asyncio.gather(*map(follow, jobs))
             for job in jobs:
                 check_finished(job)

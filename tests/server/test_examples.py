@@ -9,6 +9,8 @@ from pathlib import Path
 
 from http_world import World, run
 
+from fastserve.origin import Origin
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -40,5 +42,19 @@ def test_curl() -> None:
         answers = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
         assert answers[0]["status"] == "ok" and answers[1]["usage"]["fastserve"]["queue"] is not None
         assert "data: [DONE]" in out and answers[-1]["object"] == "list"
+
+    run(scenario)
+
+
+def test_conversations() -> None:
+    async def scenario(world: World) -> None:
+        out = await printed(world, sys.executable, str(EXAMPLES / "conversation.py"))
+        assert out.count(" prompt tokens were cached)") == 6
+        chat, agent = (world.engine.opened[:3], world.engine.opened[3:])
+        assert {job.origin for job in chat} == {Origin(tenant="ann")}
+        assert {job.origin for job in agent} == {Origin(tenant="ann", program="agent-1", cache_salt="only-ours")}
+        for calls in (chat, agent):
+            for earlier, later in zip(calls, calls[1:], strict=False):
+                assert later.prompt[: len(earlier.prompt)] == earlier.prompt, "a turn repeats what was before it"
 
     run(scenario)

@@ -188,3 +188,30 @@ def test_stop_strings_and_several_answers(world: ToyWorld) -> None:
     assert [(a.text, a.token_ids, a.finish_reason) for a in output.outputs] == [
         (a.text, a.token_ids, a.finish_reason) for a in same.outputs
     ]
+
+
+def test_tenant_program_and_salt_reach_the_job(world: ToyWorld) -> None:
+    gate = Gate()
+
+    async def scenario(llm: AsyncLLM) -> None:
+        given: dict[str, Any] = {"tenant": "ann", "program_id": "agent", "cache_salt": "s"}
+        answers = [
+            asyncio.ensure_future(last(llm.generate([1, 2], LONG, **given))),
+            asyncio.ensure_future(last(llm.chat([{"role": "user", "content": "a"}], LONG, **given))),
+        ]
+        found: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+
+        def look() -> None:
+            jobs = [(job.tenant, job.program, job.cache_salt) for job in llm._engine.jobs]  # type: ignore[union-attr]
+            loop.call_soon_threadsafe(found.set_result, jobs)
+
+        await asyncio.sleep(0)
+        llm._send(look)
+        gate.open.set()
+        assert await found == [("ann", "agent", "s")] * 2
+        await asyncio.gather(*answers)
+        with pytest.raises(InvalidRequest, match="tenant: must be a string"):
+            llm.generate([1], SHORT, tenant=4)  # type: ignore[arg-type]
+
+    run(scenario, world, on_iteration=gate)

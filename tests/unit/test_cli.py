@@ -222,6 +222,16 @@ def test_sampling_options_reach_the_job(shell: Shell) -> None:
         ("bench latency --output-len 0", "--output-len: must be an integer of at least 2, got 0"),
         ("bench latency --batch-size 0", "--batch-size: must be an integer of at least 1, got 0"),
         ("profile", "Missing argument 'MODEL'"),
+        ("serve --tenant-weight ann", "--tenant-weight: must be NAME=WEIGHT with a number above 0, .* got 'ann'"),
+        ("serve --tenant-weight ann=0", "--tenant-weight: must be NAME=WEIGHT with a number above 0, .* got 'ann=0'"),
+        ("serve --tenant-weight ann=nan", "--tenant-weight: must be NAME=WEIGHT with a number above 0"),
+        ("serve --api-key k --tenant-weight ann=2", "--tenant-weight: must name key 0, or a user of one as key 0/"),
+        ("serve --api-key k --tenant-weight=key=2", "--tenant-weight: must name key 0, .* got 'key'"),
+        ("generate --prompt a --tenant-weight ann=2", "No such option: --tenant-weight"),
+        (
+            "generate --prompt a --enable-prefix-caching --no-enable-prefix-caching",
+            "--enable-prefix-caching: cannot be given with --no-enable-prefix-caching",
+        ),
     ],
 )
 def test_an_error_is_one_line_and_code_2(shell: Shell, words: str, message: str) -> None:
@@ -423,6 +433,37 @@ def test_swapping_is_set_from_the_command_line(shell: Shell, world: ToyWorld) ->
     assert min(world.runtimes[-1].copied.values()) > 0
     engine = json.loads(shell("bench", "throughput", *lengths, *memory, "--admission", "reserve"))["engine"]
     assert (engine["num_host_blocks"], engine["link"], engine["admission"]) == (0, None, "reserve")
+
+
+def test_the_prefix_cache_is_on_unless_it_is_turned_off(shell: Shell) -> None:
+    words = ["bench", "throughput", "--num-prompts", "1", "--input-len", "8", "--output-len", "4", "--json"]
+    for flags, on in (([], True), (["--enable-prefix-caching"], True), (["--no-enable-prefix-caching"], False)):
+        assert json.loads(shell(*words, *flags))["engine"]["enable_prefix_caching"] is on
+
+
+@pytest.mark.parametrize(
+    ("words", "weights"),
+    [
+        ("--tenant-weight ann=2 --tenant-weight b=c=0.5", {"ann": 2.0, "b=c": 0.5}),
+        ("--tenant-weight =3", {"": 3.0}),  # requests without a user
+        (
+            "--api-key k --api-key l --tenant-weight", {"key 0/": 2.0, "key 1/ann": 3.0},
+        ),
+    ],
+)  # fmt: skip
+def test_weights_of_tenants_reach_the_engine(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, words: str, weights: dict[str, float]
+) -> None:
+    told: list[dict[str, Any]] = []
+
+    def client(settings: ServerSettings, options: dict[str, Any], tokenizer: Any) -> Any:
+        told.append(options)
+        raise OSError("not today")
+
+    monkeypatch.setattr("fastserve.cli.serve._engine_client", client)
+    named = ["key 0=2", "--tenant-weight", "key 1/ann=3"] if words.endswith("weight") else []
+    shell("serve", "--port", "0", "--no-enable-prefix-caching", *words.split(), *named, code=1)
+    assert told[0]["tenant_weights"] == weights and told[0]["enable_prefix_caching"] is False
 
 
 def test_a_real_model_from_another_process() -> None:

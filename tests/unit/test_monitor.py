@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from fastserve.engine import Engine, IterationRecord
 from fastserve.ipc import JobStatus, Status
 from fastserve.monitor import Monitor
 from fastserve.policies import ONLINE_POLICIES
-from fastserve.types import OFFLOAD, UPLOAD, BatchPlan
+from fastserve.types import OFFLOAD, UPLOAD, BatchPlan, FinishReason, Job
 
 COST = CostModel(per_iteration=1.0, per_token=0.05)
 BLOCK = 100  # bytes
@@ -146,3 +148,48 @@ def test_what_the_device_waited_for_was_not_hidden() -> None:
     residency.copy_seconds = 5.0
     assert toy.status().hidden_copy_seconds == 5.0 - 2.25
     assert (toy.status().iterations, toy.status().busy_seconds) == (1, 0.5)
+
+
+def test_tenants_are_told_of_what_they_were_served_since_the_last_time() -> None:
+    """Whoever leaves in whatever way, and what a lost engine had served is not told again."""
+    toy = Watched(policy="skip-join-mlfq", max_num_seqs=2)
+    served: Counter[str] = Counter()
+
+    def tell() -> None:
+        served.update({tenant.name: tenant.seconds for tenant in toy.status().tenants})
+
+    def add(name: str, tenant: str, output: Sequence[int] = ()) -> Job:
+        job = toy.add(name, 4, 6)
+        toy.engine.abort(name)
+        job = toy.engine.add_job(name, job.prompt, job.params, seed=0, vocab_size=61, tenant=tenant, output=output)
+        toy.monitor.added(job)
+        return job
+
+    jobs = [add("0", "ann"), add("1", "bob"), add("2", "ann"), add("3", "", output=[5, 6])]
+    before = jobs[3].attained
+    assert before > 0 and toy.status().tenants == []
+    while toy.engine.has_work:
+        for job, _ in toy.engine.step():
+            if job.finished:
+                toy.monitor.ended(job)
+        tell()
+        if len(jobs[1].output) == 2 and not jobs[1].finished:
+            toy.engine.abort("1")
+            toy.monitor.ended(jobs[1])
+    tell()
+    assert jobs[1].finish_reason is FinishReason.ABORT
+    assert served == pytest.approx(
+        {"ann": jobs[0].attained + jobs[2].attained, "bob": jobs[1].attained, "": jobs[3].attained - before}
+    )
+    assert jobs[0].attained == pytest.approx(1.2 + 5 * 1.05) and not toy.monitor._told and toy.status().tenants == []
+
+
+def test_the_cache_in_figures() -> None:
+    toy = Watched(policy="fcfs")
+    counters = toy.engine.scheduler.residency.cache_counters
+    counters.queries, counters.hits, counters.evicted = 30, 20, 4
+    job = toy.add("1", 4, 30)
+    job.program, job.metrics.cached_tokens = "agent", 3
+    status = toy.status()
+    assert (status.prefix_queries, status.prefix_hits, status.evicted_blocks, status.programs) == (30, 20, 4, 1)
+    assert toy.monitor.jobs(toy.engine, 1, 0.0).jobs[0].cached_tokens == 3

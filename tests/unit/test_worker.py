@@ -475,3 +475,28 @@ def test_eos_is_the_models(world: ToyWorld) -> None:
     it, _ = alone(world)
     it._add(add(1, [1], ignore_eos=False))
     assert {EOS} == next(iter(it._engine.jobs)).stop_tokens
+
+
+def test_whose_a_job_is_and_what_its_tenant_was_served(world: ToyWorld) -> None:
+    """Those that are aborted have been served, too."""
+    it, socket = alone(world)
+    messages = [add(1, [1, 2], max_tokens=200), add(2, [3], max_tokens=200), add(3, [4], [5], max_tokens=200)]
+    for message, tenant in zip(messages, ("ann", "bob", ""), strict=True):
+        message.tenant, message.program, message.cache_salt = tenant, "agent", "s"
+        it._add(message)
+    jobs = list(it._engine.jobs)
+    assert [(job.tenant, job.program, job.cache_salt) for job in jobs] == [
+        ("ann", "agent", "s"), ("bob", "agent", "s"), ("", "agent", "s")
+    ]  # fmt: skip
+    before = jobs[2].attained
+    for _ in range(3):
+        turn(it)
+    it._abort(Abort([2], False))
+    told: dict[str, float] = {}
+    last = it._monitor.status(it._engine, world.clock.now)
+    for status in (*(message for message in socket.sent if isinstance(message, Status)), last):
+        for tenant in status.tenants:
+            told[tenant.name] = told.get(tenant.name, 0.0) + tenant.seconds
+    attained = {job: it._engine.scheduler.progress(job)[1] for job in (jobs[0], jobs[2])}
+    assert told["ann"] == pytest.approx(attained[jobs[0]]) and told[""] == pytest.approx(attained[jobs[2]] - before)
+    assert told["bob"] == pytest.approx(jobs[1].attained) and jobs[1].attained > 0
