@@ -32,6 +32,7 @@ class Server:
     context: int  # tokens
     threads: int
     options: tuple[str, ...] = ()
+    caching: bool = False  # of prefixes by peers: where no prompt comes twice it costs and does not help
 
     def command(self, port: int) -> list[str]:
         where = ["--host", "127.0.0.1", "--port", str(port)]
@@ -42,12 +43,13 @@ class Server:
         elif self.engine == "vllm":
             sizes = ["--max-num-seqs", str(self.slots), "--max-model-len", str(self.context)]
             vllm = str(Path(self.program).with_name("vllm"))
-            command = [vllm, "serve", self.model, *where, *sizes, "--dtype", "bfloat16", "--no-enable-prefix-caching"]
+            command = [vllm, "serve", self.model, *where, *sizes, "--dtype", "bfloat16"]
+            command += ["--enable-prefix-caching" if self.caching else "--no-enable-prefix-caching"]
         else:
             threads = str(self.threads)
             command = [self.program, "-m", self.model, *where, "-t", threads, "-tb", threads, "-fa", "on"]
-            command += ["-np", str(self.slots), "-c", str(self.slots * self.context), "--cache-ram", "0"]
-            command += ["--slot-prompt-similarity", "0"]
+            command += ["-np", str(self.slots), "-c", str(self.slots * self.context)]
+            command += [] if self.caching else ["--cache-ram", "0", "--slot-prompt-similarity", "0"]
         return [*command, *self.options]
 
 

@@ -10,7 +10,8 @@ class Reuse:
     """Tokens of prompts that other prompts, and the answers in them, began with.
 
     It is a bound: a job finds what any job before it held, at once and for ever, in whole KV blocks, and computes at
-    least its last token. Users share nothing with each other. Of which of two jobs comes first it is hardly a matter: who comes later finds what they share.
+    least its last token. Users share nothing with each other. Of which of two jobs comes first it is hardly a matter:
+    who comes later finds what they share.
     """
 
     def __init__(self, block_size: int) -> None:

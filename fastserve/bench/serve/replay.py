@@ -126,6 +126,11 @@ class Replay:
             self._interrupted,
         )
 
+    @property
+    def records(self) -> Sequence[JobRecord]:
+        """Of all calls, as far as they are; none before the run."""
+        return self._records
+
     def stop(self) -> None:
         """Send nothing more and hang up; jobs under way are unfinished. Does nothing after the end."""
         if self._over.is_set():
