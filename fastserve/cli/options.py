@@ -148,7 +148,7 @@ _LIMITS = {"starvation_limit": " of seconds", "slowdown_limit": "", "stall_limit
 SIMULATION = (
     "workload", "trace", "arrivals", "jobs", "rate", "load", "seeds", "warmup_jobs", "hardware", "tensor_parallel_size",
     "pipeline_parallel_size", "kv_blocks", "swap_blocks", "swap_seconds", "repayment", "workers", "plot",
-    "timeline", "tenant_weight", "write_trace",
+    "timeline", "write_trace",
 )  # fmt: skip
 SERVING = (
     "host", "port", "served_model_name", "api_key", "cors_origin", "max_body_size", "max_queue", "shutdown_timeout",
@@ -206,7 +206,7 @@ def takes(**groups: Mapping[str, Any]) -> Callable[[Command], Command]:
 
 def engine_options(given: dict[str, Any]) -> dict[str, Any]:
     """As LLM takes them. Raises InvalidRequest for a limit that is neither a number nor `none`, and for no weight."""
-    limits = {name: _limit(name, unit, given[name]) for name, unit in _LIMITS.items() if name in given}
+    limits: dict[str, Any] = {name: _limit(name, unit, given[name]) for name, unit in _LIMITS.items() if name in given}
     if "tenant_weights" in given:
         limits["tenant_weights"] = dict(map(_weight, given["tenant_weights"]))
     return {**given, **limits}

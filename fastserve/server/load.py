@@ -127,5 +127,7 @@ class Load:
         """
         cost, stages = self._cost, self._stages
         rows = -(-min(self.rows, self._live + len(self._given) + 1) // stages)
-        alone = cost.prefill_seconds(work.cached, work.known - work.cached) + work.left * cost.decode_seconds(work.known)
+        alone = cost.prefill_seconds(work.cached, work.known - work.cached) + work.left * cost.decode_seconds(
+            work.known
+        )
         return (alone - (1 + work.left) * cost.per_iteration * (1 - 1 / rows)) / stages

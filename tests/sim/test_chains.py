@@ -180,9 +180,7 @@ def test_a_workload_becomes_a_trace_of_mooncakes(shell: Shell, tmp_path: Path) -
         ("--write-trace x --rate 1 --rate 2", "--write-trace: writes one workload"),
         ("--write-trace x --seeds 2", "--write-trace: writes one workload"),
         ("--write-trace /no/such/folder/x --rate 1", "--write-trace: cannot write /no/such/folder/x: No such file"),
-        ("--tenant-weight ann", "--tenant-weight: must be written NAME=WEIGHT, with a weight above 0, got 'ann'"),
-        ("--tenant-weight ann=0", "--tenant-weight: must be written NAME=WEIGHT"),
-        ("--tenant-weight ann=x", "--tenant-weight: must be written NAME=WEIGHT"),
+        ("--tenant-weight ann", "--tenant-weight: must be NAME=WEIGHT with a number above 0, such as ann=2, got 'ann'"),
         ("--workload chat:0,1", "--workload: the turns of chat"),
     ],
 )
