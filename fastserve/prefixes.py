@@ -155,11 +155,12 @@ class Prefixes:
         prefix = self._prefixes.get(job)
         if prefix is None or job.slot is None:
             return
-        size, first = self._blocks.block_size, self._blocks.shared(job.index)
+        cost, size, first = self._cost, self._blocks.block_size, self._blocks.shared(job.index)
         full = min(tokens, len(job.prompt) + len(job.output)) // size
         self._extend(job, prefix, full)
         keys = [
-            (prefix.keys[index], prefix.tokens[index], self._cost.prefill_charge(index * size, (index + 1) * size))
+            # What a prefill costs whatever is in it is saved only with the whole of it, hence from position 1.
+            (prefix.keys[index], prefix.tokens[index], cost.prefill_charge(max(1, index * size), (index + 1) * size))
             for index in range(first, full)
         ]
         if leaving:

@@ -50,11 +50,8 @@ _GROWTH: Final = 4
 # Iterations of offloads, and of uploads, that may be under way.
 _BACKLOG: Final = 2
 
-# One block of so many should hold nothing, so that what starts does not push out what was cached.
-_IDLE: Final = 32
-
-# Blocks of the cache that leave together, at most.
-_TOGETHER: Final = 64
+# One block of so many may be on its way to the host at once for the cache's sake: it is nobody's to have meanwhile.
+_SAVED: Final = 64
 
 # Iterations between two looks at a pool in which something is wanting.
 _PATIENCE: Final = 4
@@ -382,16 +379,15 @@ class Residency:
         self.blocks.release(job.index)
         job.computed = 0
 
-    def _retire(self) -> None:
-        """Have cache leave for the host ahead of need, so that what comes next finds room without a loss."""
-        if not (self._proactive and self.blocks.cached):
-            return
-        idle = self.blocks.idle_blocks + self.blocks.leaving
-        short = max(self._reserve.blocks(self.blocks.num_blocks // 8), self.blocks.num_blocks // _IDLE) - idle
-        if short > 0 and self._backlog(OFFLOAD) <= self.iteration_seconds:
-            copies = self.blocks.retire(min(short, _TOGETHER))
-            self._copies += copies
-            self._under_way[OFFLOAD] += len(copies)
+    def _save(self) -> None:
+        """Have cache copied to the host ahead of need, so that what comes next finds room without a loss."""
+        if self._proactive and self.blocks.cached and self.blocks.idle_blocks < self.blocks.num_blocks // 2:
+            spare = self.iteration_seconds - self._backlog(OFFLOAD)
+            if spare > 0:
+                most = max(1, self.blocks.num_blocks // _SAVED)
+                copies = self.blocks.save(max(1, min(most, int(spare / max(self.link.seconds(OFFLOAD, 1), 1e-9)))))
+                self._copies += copies
+                self._under_way[OFFLOAD] += len(copies)
 
     # --- slots and blocks --------------------------------------------------------------------------------------------
 
@@ -489,7 +485,7 @@ class Residency:
     def tell(self, plan: PlanBuilder, taken: int) -> tuple[list[int], list[CopyRow]]:
         """Add the tables of what comes back to a plan that took `taken` blocks; returns closed slots and copies."""
         self._reserve.took(taken)
-        self._retire()
+        self._save()
         for job in self._opened:
             plan.open(job, cast(int, job.slot))
         self._opened.clear()

@@ -27,6 +27,7 @@ class Block:
     cost: float = 0.0  # seconds of computing it again
     uses: int = 0
     score: float = 0.0  # what it is worth; never more than its parent's
+    used: int = 0  # when that was last said of it
     keep: float = 0.0  # until when it is sure to be wanted
 
     @property

@@ -298,21 +298,13 @@ class BlockManager:
             self._changed(block, missing=1, moving=1)
         return self._begin_offload(owner, leaving), freed
 
-    def retire(self, blocks: int) -> list[CopyRow]:
-        """Move up to `blocks` blocks of the cache to the host, those worth least first, in place of what is worth less.
+    def save(self, blocks: int) -> list[CopyRow]:
+        """Copy up to `blocks` blocks of the cache to the host, in place of what is worth less there.
 
-        Returns the copies to make. What has a copy there leaves at once.
+        They stay on the device, and what they hold is not lost when their places there are needed. Returns the copies.
         """
-        leaving: list[Block] = []
-        for _ in range(blocks):
-            block = self.cache.coldest()
-            if block is None:
-                break
-            if block.host != NOWHERE:
-                self._spare.pop(block, None)
-                self._leave_device(block)
-                self.cache.rests(block)
-                continue
+        saving: list[Block] = []
+        while len(saving) < blocks and (block := self.cache.unsaved()) is not None:
             if not self._free_host:
                 worse = self.cache.coldest_on_host(block.score)
                 if worse is None:
@@ -320,10 +312,9 @@ class BlockManager:
                     break
                 self._throw_away(worse)
             block.host = self._take_host(1)[0]
-            block.transfer = OFFLOAD
-            self.cache.moved(block)
-            leaving.append(block)
-        return self._begin_offload(None, leaving)
+            block.stays = True
+            saving.append(block)
+        return self._begin_offload(None, saving)
 
     def recall(self, owner: int) -> bool:
         """Keep on the device what is being offloaded; its owner can run once acknowledged. False: nothing is."""
@@ -472,7 +463,7 @@ class BlockManager:
         for block in leaving:
             block.transfer = OFFLOAD
             self.cache.moved(block)
-        self.leaving += len(leaving)
+            self.leaving += not block.stays
         copy = self._begin(_Transfer(owner, OFFLOAD, leaving))
         return [(copy, OFFLOAD, block.device, block.host) for block in leaving]
 

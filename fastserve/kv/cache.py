@@ -8,13 +8,16 @@ nobody's either.
 What is worth least goes first, by GreedyDual with frequencies (Cherkasova, "Improving WWW proxies performance with
 greedy-dual-size-frequency caching policy", 1998): score = clock + uses · seconds of computing it again, and the clock
 moves on to the score of what is thrown away. So a block is worth the more, the later and the more often it was used and
-the deeper it lies; and a parent at least what its children are, so that a path is lost from its end.
+the deeper it lies; and a parent at least what its children are, so that a path is lost from its end. Among equals the
+least recently used path goes first.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Final
 
 from .block import NOWHERE, Block
@@ -23,7 +26,7 @@ from .counters import CacheCounters
 _MOST_USES: Final = 16  # that count: what was asked for a thousand times yesterday is no better than that
 _SLACK: Final = 1024  # entries of a heap that are out of date, beside as many as there are good ones
 
-_Entry = tuple[float, int, Block]
+_Entry = tuple[float, int, int, Block]
 
 
 class PrefixCache:
@@ -36,10 +39,11 @@ class PrefixCache:
         self._index: dict[bytes, Block] = {}
         self._clock = 0.0
         self._now = 0.0
-        self._number = 0  # of heap entries: the older goes first on a tie
+        self._number = 0  # of uses and of heap entries
         self._device: list[_Entry] = []  # by score; only blocks without others below them on the device
         self._kept: list[_Entry] = []  # the same, of those that are sure to be wanted, by how long
         self._host: list[_Entry] = []  # by score
+        self._unsaved: deque[Block] = deque()  # those at rest on the device only, as they came
 
     def __len__(self) -> int:
         return len(self._index)
@@ -65,15 +69,15 @@ class PrefixCache:
     def touch(self, path: Sequence[Block], keep: float = 0.0, *, hit: bool = False) -> None:
         """A path, from the beginning of a prompt, is used now; `keep`: until when it is sure to be used again."""
         least = 0.0
+        self._number += 1
         for block in reversed(path):
             block.uses = min(block.uses + hit, _MOST_USES)
             least = max(self._clock + (1 + block.uses) * block.cost, block.score, least)
-            if (least, keep) > (block.score, block.keep) or keep > block.keep:
-                block.score, block.keep = least, max(block.keep, keep)
-                if self._is_leaf(block):
-                    self._push_device(block)
-                elif self._is_away(block):
-                    self._push(self._host, block.score, block, self.cached_host)
+            block.score, block.used, block.keep = least, self._number, max(block.keep, keep)
+            if self._is_leaf(block):
+                self._push_device(block)
+            elif self._is_away(block):
+                self._push(self._host, block.score, block, self.cached_host)
 
     def remove(self, block: Block) -> list[Block]:
         """Take a block that nobody has out of the index, with all below it; returns them, the ends of paths first."""
@@ -114,6 +118,10 @@ class PrefixCache:
             self.cached += 1
             if not block.below:
                 self._push_device(block)
+            if block.host == NOWHERE:
+                self._unsaved.append(block)
+                if len(self._unsaved) > 2 * self.cached + _SLACK:
+                    self._unsaved = deque(dict.fromkeys(filter(self._is_unsaved, self._unsaved)))
 
     def wakes(self, block: Block) -> None:
         """Somebody takes a block that rests, or it begins to move."""
@@ -126,7 +134,7 @@ class PrefixCache:
         """Time goes on: what was kept until now is like all others."""
         self._now = now
         while self._kept and self._kept[0][0] <= now:
-            block = heapq.heappop(self._kept)[2]
+            block = heapq.heappop(self._kept)[-1]
             if self._is_leaf(block):
                 self._push_device(block)
 
@@ -134,8 +142,9 @@ class PrefixCache:
         """Of what rests on the device the block that is worth the least; it wakes."""
         for heap in (self._device, self._kept):
             while heap:
-                value, _, block = heapq.heappop(heap)
-                if self._is_leaf(block) and value == (block.score if heap is self._device else block.keep):
+                value, used, _, block = heapq.heappop(heap)
+                current = block.score if heap is self._device else block.keep
+                if self._is_leaf(block) and (value, used) == (current, block.used):
                     self.wakes(block)
                     return block
         return None
@@ -143,8 +152,8 @@ class PrefixCache:
     def coldest_on_host(self, below: float | None = None) -> Block | None:
         """The same of the host; only one that is worth less than `below`. It wakes."""
         while self._host:
-            score, _, block = self._host[0]
-            current = self._is_away(block) and score == block.score
+            score, used, _, block = self._host[0]
+            current = self._is_away(block) and (score, used) == (block.score, block.used)
             if current and below is not None and score >= below:
                 return None
             heapq.heappop(self._host)
@@ -152,6 +161,18 @@ class PrefixCache:
                 self.wakes(block)
                 return block
         return None
+
+    def unsaved(self) -> Block | None:
+        """Of what rests on the device only the block that has done so for longest; it wakes."""
+        while self._unsaved:
+            block = self._unsaved.popleft()
+            if self._is_unsaved(block):
+                self.wakes(block)
+                return block
+        return None
+
+    def _is_unsaved(self, block: Block) -> bool:
+        return block.key is not None and not block.tables and block.here and block.host == NOWHERE
 
     def _is_leaf(self, block: Block) -> bool:
         return block.key is not None and not block.tables and block.here and not block.below
@@ -167,10 +188,10 @@ class PrefixCache:
 
     def _push(self, heap: list[_Entry], value: float, block: Block, good: int) -> None:
         self._number += 1
-        heapq.heappush(heap, (value, self._number, block))
+        heapq.heappush(heap, (value, block.used, self._number, block))
         if len(heap) > 2 * good + _SLACK:  # what was taken up again has left its entry
             fits = self._is_away if heap is self._host else self._is_leaf
-            newest = {entry[2]: entry for entry in heap if fits(entry[2])}
+            newest = {entry[-1]: entry for entry in sorted(heap, key=itemgetter(2)) if fits(entry[-1])}
             heap[:] = newest.values()
             heapq.heapify(heap)
 
@@ -178,7 +199,11 @@ class PrefixCache:
         """Raise RuntimeError unless index, forest and order agree with the blocks."""
         resting = [block for block in self._index.values() if not block.tables and block.transfer is None]
         here = [block for block in resting if block.device != NOWHERE]
-        ordered = {entry[2] for entry in (*self._device, *self._kept)}
+        ordered = {
+            (entry[-1], entry[1])
+            for entry in (*self._device, *self._kept)
+            if entry[0] in (entry[-1].score, entry[-1].keep)
+        }
         for what, fine in {
             "counts of cached blocks": (self.cached, self.cached_host) == (len(here), len(resting) - len(here)),
             "a key": all(block.key == key for key, block in self._index.items()),
@@ -196,9 +221,9 @@ class PrefixCache:
             "a path worth more at its end": all(
                 block.parent is None or block.parent.score >= block.score for block in resting
             ),
-            "what could leave the device": all(block in ordered for block in here if not block.below),
+            "what could leave the device": all((block, block.used) in ordered for block in here if not block.below),
             "what could leave the host": {block for block in resting if block.device == NOWHERE}
-            <= {entry[2] for entry in self._host},
+            <= {entry[-1] for entry in self._host if entry[:2] == (entry[-1].score, entry[-1].used)},
         }.items():
             if not fine:
                 raise RuntimeError(f"the prefix cache is out of step: {what}")

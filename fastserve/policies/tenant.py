@@ -201,7 +201,7 @@ class ByTenant(Policy):
         return 1, tenant.slices, tenant.number, *tenant.policy.rank(job)
 
     def work_ahead(self, job: Job, now: float) -> float:
-        """What is ahead of a job within its tenant, and what others are served meanwhile: by weight, or all they have."""
+        """What is ahead of a job within its tenant, and what others are served meanwhile: by weight, at most all."""
         tenant = self._tenants[job.tenant]
         own = tenant.policy.work_ahead(job, now)
         if self._only is not None:

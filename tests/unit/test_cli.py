@@ -311,7 +311,7 @@ def test_names_in_errors_are_names_of_options(shell: Shell, monkeypatch: pytest.
     # And those of a simulation are all known: only what cannot be wrong, or is told by another name, is not.
     mine = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", shell("simulate", "--help")))
     flags = {"--help", "--json", "--progress", "--no-progress", "--no-pipelining", "--program-ids", "--no-program-ids"}
-    flags |= {"--enable-prefix-caching", "--no-enable-prefix-caching"}
+    flags |= {"--no-enable-prefix-caching"}
     assert mine - set(OPTION_NAMES.values()) == flags | {"--gpu"}
 
 

@@ -5,9 +5,11 @@ Prompts are built of few pieces, so that they begin alike; the toy's tokens are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy import VOCAB, Toy, expected_output
@@ -15,7 +17,8 @@ from toy import VOCAB, Toy, expected_output
 from fastserve.config import SWAP_MODES
 from fastserve.cost import CostModel, Link
 from fastserve.engine import Engine
-from fastserve.types import Job, SamplingParams
+from fastserve.kv import Block, check_blocks
+from fastserve.types import UPLOAD, Job, SamplingParams
 
 COSTS = (
     CostModel.constant(1.0),
@@ -84,7 +87,10 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 class World:
     """Calls on the toy, the books checked after everything that happens."""
 
-    def __init__(self, calls: list[Call], options: dict[str, Any], spare: int, cost: CostModel, slowness: int) -> None:
+    def __init__(
+        self, calls: list[Call], options: dict[str, Any], spare: int, cost: CostModel, slowness: int, keys: int = 0
+    ) -> None:
+        """`keys`: different ones that blocks can have; 0: as many as they like."""
         size = options["block_size"]
         longest = max(self._longest(calls, number, 2 * size) for number in range(len(calls)))
         self.toy = Toy(cost, **options, num_blocks=-(-(longest + 2) // size) + spare)
@@ -92,6 +98,9 @@ class World:
         link = Link(offload_block=0.125, upload_block=0.125)
         config, executor = self.toy.config, self.toy.executor
         self.toy.engine = Engine(config, executor, cost, link=link, clock=self.toy.clock)
+        if keys:
+            prefixes = self.toy.engine.scheduler.residency.prefixes
+            prefixes._digest = lambda data: bytes([sum(data) % keys])
         self.calls = calls
         self.jobs: dict[int, Job] = {}
 
@@ -136,11 +145,19 @@ class World:
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(calls(), configs(), st.sampled_from([0, 1, 4, 12, 200]), st.sampled_from(COSTS), st.integers(1, 3))
+@given(
+    calls(),
+    configs(),
+    st.sampled_from([0, 1, 4, 12, 200]),
+    st.sampled_from(COSTS),
+    st.integers(1, 3),
+    st.sampled_from([0, 0, 0, 1, 3]),
+)
 def test_no_word_changes_and_nothing_is_lost(
-    calls: list[Call], options: dict[str, Any], spare: int, cost: CostModel, slowness: int
+    calls: list[Call], options: dict[str, Any], spare: int, cost: CostModel, slowness: int, keys: int
 ) -> None:
-    world = World(calls, options, spare, cost, slowness)
+    """Whatever hits, collides, is shared, moves, is thrown away or aborted."""
+    world = World(calls, options, spare, cost, slowness, keys)
     world.run()
     for job in world.jobs.values():
         expected = expected_output(list(job.prompt), job.params, job.seed, world.toy.config.max_model_len)
@@ -149,3 +166,192 @@ def test_no_word_changes_and_nothing_is_lost(
     world.toy.check_nothing_is_held()
     residency = world.toy.engine.scheduler.residency
     assert len(residency.prefixes) == 0
+
+
+# --- one thing after the other ----------------------------------------------------------------------------------------
+
+BLOCK = 4
+
+
+def toy(cost: CostModel = COSTS[1], **options: Any) -> Toy:
+    return Toy(cost, **{"block_size": BLOCK, "num_blocks": 64, "enable_prefix_caching": True, **options})
+
+
+def ask(world: Toy, name: str, prompt: list[int], output: int = 1, **more: Any) -> Job:
+    params = SamplingParams(max_tokens=output, ignore_eos=True)
+    return world.engine.add_job(name, prompt, params, seed=0, vocab_size=VOCAB, **more)
+
+
+def computed(world: Toy) -> list[int]:
+    """Tokens of the rows of each iteration."""
+    return [int(plan.rows[:, 2].sum()) for plan in world.executor.plans if len(plan.rows)]
+
+
+def test_the_second_turn_computes_only_what_is_new() -> None:
+    world = toy()
+    first = ask(world, "a", piece(0, 10), output=3)
+    world.run()
+    second = ask(world, "b", [*first.prompt, *first.output, 1, 2])
+    assert (first.cached, second.cached) == (0, 12)  # the last token of an output is never computed
+    world.run()
+    assert (second.metrics.cached_tokens, computed(world)) == (12, [10, 1, 1, 3])
+    assert second.output == world.expected(second)
+
+
+def test_a_prompt_that_is_all_there_computes_its_last_block_for_a_row_to_sample_from() -> None:
+    world = toy()
+    for name in "ab":
+        ask(world, name, piece(0, 3 * BLOCK))
+        world.run()
+    assert computed(world) == [12, 4]
+
+
+@pytest.mark.parametrize("other", [{"tenant": "x"}, {"cache_salt": "x"}, {}])
+def test_tenants_and_salts_share_nothing(other: dict[str, str]) -> None:
+    """Also where tenant and salt run together to the same letters."""
+    world = toy()
+    ask(world, "a", piece(0, 12), tenant="a", cache_salt="b")
+    world.run()
+    job = ask(world, "b", piece(0, 12), **{"tenant": "a", "cache_salt": "b", **other})
+    assert job.cached == (0 if other else 8)
+    job = ask(world, "c", piece(0, 12), tenant="ab")
+    assert job.cached == 0
+
+
+def test_of_jobs_that_come_at_once_one_computes_what_they_have_in_common() -> None:
+    world = toy()
+    for name in "abc":
+        ask(world, name, [*piece(0, 12), ord(name) % VOCAB])
+    world.run()
+    assert computed(world) == [13, 2]
+
+
+def test_a_short_beginning_is_not_worth_waiting_for() -> None:
+    world = toy()
+    for number in range(2):
+        ask(world, str(number), piece(0, BLOCK) + piece(1 + number, 8 * BLOCK))
+    world.run()
+    assert computed(world) == [72]
+
+
+def test_a_job_joins_by_what_is_left_of_its_prefill() -> None:
+    cost = CostModel(per_iteration=1.0, per_token=1.0)
+    world = toy(cost, policy="skip-join-mlfq", max_num_seqs=1)
+    policy = world.engine.scheduler.policy
+    first = ask(world, "a", piece(0, 40))
+    assert policy.level(first) == 5  # 41 seconds, of quanta of 2, 4, 8, …
+    world.run()
+    second = ask(world, "b", piece(0, 40))
+    assert (policy.level(second), second.next_seconds) == (2, 5.0)
+    world.run()
+    # 5 seconds of its prefill alone are charged.
+    assert (first.attained, second.attained) == (41.0, 5.0)
+
+
+def test_a_job_that_waits_moves_up_when_another_computes_what_it_needs() -> None:
+    cost = CostModel(per_iteration=1.0, per_token=1.0)
+    world = toy(cost, policy="skip-join-mlfq", max_num_seqs=1)
+    policy = world.engine.scheduler.policy
+    ask(world, "a", piece(0, 40), output=2)
+    waiting = ask(world, "b", [*piece(0, 40), 5])
+    assert policy.level(waiting) == 5
+    world.run()
+    assert (world.ran, waiting.cached) == ("a b a", 40)
+
+
+def test_what_is_worth_least_is_thrown_away_first_from_its_end() -> None:
+    world = toy(num_blocks=9)
+    for number in (0, 1, 0):  # the first is used twice
+        ask(world, str(len(world.records)), piece(number, 12))
+        world.run()
+    ask(world, "new", piece(2, 20))  # five of nine blocks: three are idle
+    world.run()
+    assert [ask(world, f"{n}?", piece(n, 12)).cached for n in (0, 1)] == [8, 4]
+
+
+def test_a_job_whose_blocks_were_taken_finds_what_is_left_of_them() -> None:
+    world = toy(num_blocks=8, max_num_seqs=2, policy="fcfs", swap_mode="recompute")
+    jobs = [ask(world, str(number), piece(number, 12), output=9) for number in range(2)]
+    world.run()
+    assert [job.output for job in jobs] == [world.expected(job) for job in jobs]
+    again = jobs[1].metrics.recomputed_tokens
+    assert 0 < again < 13, "all of it was computed again"
+
+
+def test_cache_leaves_for_the_host_and_comes_back_before_its_job_runs() -> None:
+    cost = CostModel(per_iteration=1.0, per_token=1.0)
+    world = toy(cost, num_blocks=12, num_host_blocks=32, max_num_seqs=1)
+    ask(world, "a", piece(0, 36))
+    world.run()
+    for number in range(1, 5):
+        ask(world, str(number), piece(number, 36), output=3)
+        world.run()
+    assert world.engine.scheduler.blocks.cached_host > 0
+    before = dict(world.executor.copied)
+    back = ask(world, "b", [*piece(0, 36), 1])
+    assert back.cached > 0
+    world.run()
+    assert back.metrics.cached_tokens == back.cached > 0
+    assert world.executor.copied[UPLOAD] > before[UPLOAD]
+    assert back.output == world.expected(back)
+
+
+def test_kv_of_a_program_outlasts_others_but_gives_way_to_live_jobs() -> None:
+    world = toy(CostModel(per_iteration=0.1, per_token=0.01), num_blocks=16)  # ten seconds are long
+    ask(world, "call", piece(0, 16), program="p")
+    world.run()
+    for number in range(1, 8):
+        ask(world, str(number), piece(number, 16))
+        world.run()
+    assert ask(world, "next call", [*piece(0, 16), 1], program="p").cached == 16
+    world.run()
+    ask(world, "all", piece(9, 62))
+    world.run()
+    assert ask(world, "another", [*piece(0, 16), 2], program="p").cached == 0
+
+
+def test_what_a_program_does_not_come_back_for_is_as_good_as_others() -> None:
+    world = toy(num_blocks=16)
+    ask(world, "call", piece(0, 16), program="p")
+    world.run()
+    world.clock.now += 3600.0
+    for number in range(1, 8):
+        ask(world, str(number), piece(number, 16))
+        world.run()
+    assert ask(world, "next call", [*piece(0, 16), 1], program="p").cached == 0
+
+
+def test_without_the_cache_nothing_is_found() -> None:
+    world = toy(enable_prefix_caching=False)
+    for name in "ab":
+        ask(world, name, piece(0, 12))
+        world.run()
+    assert computed(world) == [12, 12]
+
+
+def test_integrity_notices_a_wrong_owner_a_lost_reference_and_a_wrong_index() -> None:
+    def shared() -> tuple[Toy, list[Block]]:
+        world = toy()
+        for name in "ab":
+            ask(world, name, [*piece(0, 12), *([1] if name == "a" else [2, 3])], output=9)
+            world.engine.step()
+            world.engine.step()
+        blocks = world.engine.scheduler.blocks
+        check_blocks(blocks)
+        (path,) = {tuple(blocks.path(job.index)[:3]) for job in world.engine.jobs}
+        return world, list(path)
+
+    def wrong_key(block: Block) -> None:
+        block.key = b"another"
+
+    breakages: list[Callable[[Block], object]] = [
+        lambda block: block.tables.pop(),
+        lambda block: block.tables.append(block.tables[0]),
+        lambda block: block.children.clear(),
+        wrong_key,
+    ]
+    for damage in breakages:
+        world, path = shared()
+        damage(path[1])
+        with pytest.raises(RuntimeError):
+            check_blocks(world.engine.scheduler.blocks)

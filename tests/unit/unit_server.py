@@ -37,6 +37,9 @@ class UnitServer:
     def add(self, job: Job) -> None:
         self.policy.add(job, self.now)
         self._live += 1
+        if self.policy.settles():
+            for running in self._unreported:
+                self._report(running)
 
     def run(self, jobs: list[Job]) -> None:
         """Serve all, in their order of arrival, to the end."""

@@ -1,0 +1,218 @@
+"""What is learned of programs, and that their calls share what they were served."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from toy import VOCAB, Toy, bare_job
+
+from fastserve import programs as programs_module
+from fastserve.config import SchedulerConfig
+from fastserve.cost import CostModel
+from fastserve.policies import create_policy
+from fastserve.programs import Programs, Quantiles
+from fastserve.types import FinishReason, Job, SamplingParams
+
+
+def call(index: int, program: str | None, tenant: str = "", attained: float = 0.0) -> Job:
+    job = bare_job(index, 1.0)
+    job.program, job.tenant, job.attained = program, tenant, attained
+    return job
+
+
+def run(programs: Programs, job: Job, start: float, end: float, reason: FinishReason = FinishReason.STOP) -> None:
+    programs.arrived(job, start)
+    job.finish_reason = reason
+    programs.ended(job, end)
+
+
+def test_calls_share_what_they_were_served() -> None:
+    programs = Programs()
+    run(programs, call(0, "a", attained=3.0), 0.0, 1.0)
+    live = call(1, "a", attained=0.5)
+    programs.arrived(live, 2.0)
+    assert programs.served(call(2, "a")) == 3.5
+    live.attained = 2.0
+    assert programs.served(call(2, "a")) == 5.0
+    assert programs.served(call(2, "a", tenant="other")) == programs.served(call(2, "b")) == 0.0
+    assert programs.served(call(2, None)) == 0.0
+
+
+def test_a_job_that_a_lost_engine_left_counts_once() -> None:
+    """It brings its own service, of which this engine has not heard: others inherit it, itself does not."""
+    programs = Programs()
+    resumed = call(0, "a", attained=7.0)
+    resumed.output = [5, 6]
+    assert programs.served(resumed) == 0.0
+    programs.arrived(resumed, 0.0)
+    assert programs.served(call(1, "a")) == 7.0
+    resumed.finish_reason = FinishReason.STOP
+    programs.ended(resumed, 1.0)
+    assert programs.served(call(1, "a")) == 7.0
+
+
+def test_several_answers_are_one_call() -> None:
+    programs = Programs()
+    answers = [call(index, "a") for index in range(3)]
+    for job in answers:
+        assert programs.number(job) == 1
+        programs.arrived(job, 0.0)
+    for job in answers:
+        programs.ended(job, 4.0 + job.index)
+    assert programs.number(call(9, "a")) == 2 and programs.number(call(9, "b")) == 1
+    assert programs.number(call(9, None)) == 0
+
+
+def chain(programs: Programs, name: str, start: float, calls: int, thought: float, first: int = 0) -> float:
+    now = start
+    for index in range(calls):
+        run(programs, call(first + index, name), now, now + 1.0)
+        now += 1.0 + thought
+    return now - thought
+
+
+def test_kv_is_kept_for_as_long_as_nine_in_ten_thoughts_take() -> None:
+    programs, draw = Programs(), np.random.default_rng(0)
+    thoughts = draw.lognormal(1.0, 0.8, 2000)
+    now = 0.0
+    for number, thought in enumerate(thoughts.tolist()):
+        now = chain(programs, str(number), now, 2, thought)
+    job = call(9, "new")
+    run(programs, job, now, now)
+    assert programs.keep_until(job, now) - now == pytest.approx(float(np.quantile(thoughts, 0.9)), rel=0.15)
+
+
+def test_a_programs_own_thoughts_tell_more_than_those_of_others() -> None:
+    programs = Programs()
+    now = 0.0
+    for number in range(50):
+        now = chain(programs, f"quick {number}", now, 3, 1.0)
+    chain(programs, "slow", 0.0, 12, 20.0)
+    kept = {}
+    for name in ("quick 49", "slow", "new"):
+        job = call(0, name)
+        run(programs, job, now, now)
+        kept[name] = programs.keep_until(job, now) - now
+    assert 0.5 < kept["quick 49"] < 4 and 0.5 < kept["new"] < 4
+    assert 8 < kept["slow"] < 60
+
+
+def test_nothing_is_kept_for_programs_of_one_call_nor_for_what_was_aborted() -> None:
+    programs = Programs()
+    job = call(0, "first")
+    run(programs, job, 0.0, 1.0)
+    assert programs.keep_until(job, 1.0) > 1.0  # who names a program means to call again
+    assert programs.keep_until(call(0, None), 1.0) == 1.0
+    aborted = call(1, "aborted")
+    run(programs, aborted, 0.0, 1.0, FinishReason.ABORT)
+    assert programs.keep_until(aborted, 1.0) == 1.0
+    for number in range(200):
+        run(programs, call(number, str(number)), 10.0 * number, 10.0 * number + 1)
+    last = call(999, "last")
+    run(programs, last, 5000.0, 5001.0)
+    assert programs.keep_until(last, 5001.0) == 5001.0
+
+
+def test_how_many_calls_programs_make_is_learned_and_a_late_return_is_taken_back() -> None:
+    programs = Programs()
+    now = 0.0
+    for number in range(300):
+        now = chain(programs, str(number), now, 3, 2.0) + 1.0
+    chain(programs, "end", now + 1e5, 1, 0.0)
+    assert programs.ends(3) > 0.95 and programs.ends(1) < 0.05 and programs.ends(2) < 0.05
+    ended = programs.ends(3)
+    programs.arrived(call(0, "17"), now + 2e5)
+    assert programs.ends(3) < ended
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs_module, "_MOST_IDLE", 100)
+    programs = Programs()
+    for number in range(1000):
+        run(programs, call(number, str(number), attained=1.0), number / 10, number / 10 + 0.05)
+        assert len(programs) <= 100
+    assert programs.served(call(0, "999")) == 1.0 and programs.served(call(0, "0")) == 0.0
+
+
+def test_quantiles_are_those_of_the_numbers() -> None:
+    numbers = np.random.default_rng(3).lognormal(0, 2, 3000)
+    quantiles = Quantiles()
+    for number in numbers.tolist():
+        quantiles.add(number)
+    for share in (0.1, 0.5, 0.9):
+        assert quantiles.at(share) == pytest.approx(float(np.quantile(numbers, share)), rel=0.2)
+
+
+def add(toy: Toy, name: str, program: str | None, max_tokens: int, prompt: int = 1) -> Job:
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    return toy.engine.add_job(name, [1] * prompt, params, seed=0, vocab_size=VOCAB, program=program)
+
+
+@pytest.mark.parametrize("policy", ["mlfq", "skip-join-mlfq"])
+def test_an_agents_next_call_waits_where_its_last_one_was(policy: str) -> None:
+    """Quanta 1, 2, 4, … s: after 8 s of service a program is in level 3, where 7 s have been spent before."""
+    toy = Toy(policy=policy, max_num_seqs=1, num_levels=6)
+    add(toy, "a", "agent", 8)
+    toy.run()
+    later, new = add(toy, "b", "agent", 3), add(toy, "c", "other", 3)
+    assert later.inherited == 8.0 and toy.engine.scheduler.policy.level(later) == 3
+    assert new.inherited == 0.0 and toy.engine.scheduler.policy.level(new) == 0
+    toy.run()
+    assert toy.ran.split()[8:] == ["c", "c", "c", "b", "b", "b"]
+
+
+def test_calls_of_no_program_start_anew() -> None:
+    toy = Toy(max_num_seqs=1, num_levels=6)
+    add(toy, "a", None, 8)
+    toy.run()
+    assert add(toy, "b", None, 3).inherited == 0.0
+
+
+def test_an_aborted_call_counts_too() -> None:
+    toy = Toy(max_num_seqs=1, num_levels=6)
+    add(toy, "a", "agent", 8)
+    for _ in range(4):
+        toy.engine.step()
+    toy.engine.abort("a")
+    assert add(toy, "b", "agent", 3).inherited == 4.0
+
+
+def test_gittins_prefers_programs_that_are_nearly_done() -> None:
+    """All programs make four calls, of 20 tokens each: the fourth is 20 s from its end, the first four times that."""
+    programs = Programs()
+    policy = create_policy(SchedulerConfig(policy="gittins", starvation_limit=None), CostModel.constant(1.0), programs)
+    draw, now, index = random.Random(0), 0.0, 0
+
+    def new(name: str) -> Job:
+        nonlocal index
+        index += 1
+        job = call(index, name)
+        job.max_output = 4096
+        policy.add(job, now)
+        programs.arrived(job, now)
+        return job
+
+    def finish(job: Job) -> None:
+        job.served, job.output, job.attained = 20, [0] * 20, 20.0
+        policy.on_service(job, 20.0, now)
+        job.finish_reason = FinishReason.STOP
+        policy.on_finish(job, 20, now)
+        policy.remove(job)
+        programs.ended(job, now)
+
+    for number in range(200):
+        for _ in range(4):
+            job = new(f"p{number}")
+            list(policy.iter_best(now))
+            now += draw.uniform(1, 2)
+            finish(job)
+            now += 1.0
+    for calls, name in ((0, "first"), (3, "last"), (2, "third")):
+        for _ in range(calls):
+            finish(new(name))
+    now += 1.0
+    waiting = [new(name) for name in ("first", "third", "last")]
+    assert [job.program for job in policy.iter_best(now)] == ["last", "third", "first"]
+    assert sorted(waiting, key=policy.rank) == waiting[::-1]

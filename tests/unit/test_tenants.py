@@ -1,0 +1,257 @@
+"""Tenants: rows by weight, nobody saves up, nobody is idle while there is work; and one tenant is as none."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy import VOCAB, Toy
+from unit_server import COST, UnitServer, unit_job
+
+from fastserve.config import SchedulerConfig
+from fastserve.policies import POLICIES, create_policy
+from fastserve.policies.fcfs import FirstComeFirstServed
+from fastserve.policies.tenant import ByTenant
+from fastserve.types import DEVICE, HOST, InvalidRequest, Job, SamplingParams
+
+SLICE = 16  # decodes
+
+
+def by_tenant(**weights: float) -> ByTenant:
+    return ByTenant(FirstComeFirstServed, quantum=1.0, weights=weights)
+
+
+def job_of(tenant: str, index: int, arrival: float = 0.0, prompt: int = 1, output: int = 5, priority: int = 0) -> Job:
+    job = unit_job(index, arrival, prompt, output, priority=priority)
+    job.tenant = tenant
+    return job
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(POLICIES)), st.integers(0, 10**6), st.integers(1, 4), st.booleans())
+def test_one_tenant_is_as_none(name: str, seed: int, batch: int, lumped: bool) -> None:
+    """What the policy alone makes of it, whatever the tenant is called and whoever was there before."""
+    schedules = []
+    for tenants in (False, True):
+        draw = random.Random(seed)
+        config = SchedulerConfig(policy=name, starvation_limit=draw.choice([None, 15.0]))
+        policy = create_policy(config, COST)
+        if not tenants:
+            policy._make = policy._make()._make  # type: ignore[attr-defined]
+        server = UnitServer(policy, batch, lumped=lumped)
+        jobs = [unit_job(i, float(draw.randrange(60)), draw.randint(1, 9), draw.randint(1, 20)) for i in range(30)]
+        for job in jobs:
+            job.tenant = "one" if tenants else ""
+        server.run(jobs)
+        schedules.append(server.schedule)
+    assert schedules[0] == schedules[1]
+
+
+def test_rows_are_shared_by_weight_and_no_row_is_empty() -> None:
+    """1 : 2 : 3 of 4 rows; every counter stays within a slice or two of the others."""
+    server = UnitServer(by_tenant(b=2.0, c=3.0), 4, lumped=True)
+    for index in range(60):
+        server.add(job_of("abc"[index % 3], index, output=300))
+    served = Counter[str]()
+    for step in range(1, 1201):
+        ran = server.step()
+        assert len(ran) == 4
+        served.update(job.tenant for job in ran)
+        for tenant, share in (("a", 1 / 6), ("b", 2 / 6), ("c", 3 / 6)):
+            assert abs(served[tenant] - 4 * step * share) < 3 * SLICE, (step, tenant)
+
+
+def test_who_comes_back_gets_a_share_and_no_more() -> None:
+    """After 1000 s alone, a is not made to wait until b has had as much; nor is what b had before held against it."""
+    server = UnitServer(by_tenant(), 2, lumped=True)
+    server.add(job_of("b", 0, output=30))
+    for _ in range(30):
+        server.step()
+    for index in range(1, 5):
+        server.add(job_of("a", index, output=2000))
+    for _ in range(500):
+        server.step()
+    for index in range(5, 9):
+        server.add(job_of("b", index, output=2000))
+    served = Counter[str]()
+    for step in range(1, 301):
+        served.update(job.tenant for job in server.step())
+        assert abs(served["a"] - served["b"]) <= 3 * SLICE, step
+
+
+def test_a_lone_tenants_service_is_told_before_others_are_chosen() -> None:
+    """fcfs is not asked for service: 200 tokens of each of two jobs are not told when b comes. They do not count."""
+    toy = Toy(policy="fcfs", max_num_seqs=2, max_model_len=1024, num_blocks=1024)
+
+    def add(name: str, tenant: str) -> None:
+        params = SamplingParams(max_tokens=900, ignore_eos=True)
+        toy.engine.add_job(name, [1], params, seed=0, vocab_size=VOCAB, tenant=tenant)
+
+    for index in range(4):
+        add(f"a{index}", "a")
+    for _ in range(200):
+        toy.engine.step()
+    for index in range(4):
+        add(f"b{index}", "b")
+    for _ in range(300):
+        toy.engine.step()
+        toy.engine.check_integrity()
+    ran = Counter(name[0] for record in toy.records[200:] for name in record.job_ids)
+    assert abs(ran["a"] - ran["b"]) <= 3 * SLICE
+    changes = sum(one.job_ids != two.job_ids for one, two in zip(toy.records[200:], toy.records[201:], strict=False))
+    assert changes < 3 * 300 / SLICE
+
+
+def test_a_flood_waits_for_itself() -> None:
+    """c has 50 times as many jobs as a and b, who have no more than their share: these wait for no slice of it."""
+    jct = {}
+    for flood in (0, 500):
+        draw = random.Random(5)
+        server = UnitServer(create_policy(SchedulerConfig(), COST), 4, lumped=True)
+        jobs = [job_of("ab"[i % 2], i, 40.0 * i + draw.randrange(9), 3, draw.randint(5, 40)) for i in range(40)]
+        jobs += [job_of("c", 1000 + i, 3.0 * i, draw.randint(1, 9), draw.randint(5, 40)) for i in range(flood)]
+        server.run(jobs)
+        jct[flood] = [server.finish[job.index] - job.arrival for job in jobs[:40]]
+    assert max(new - old for new, old in zip(jct[500], jct[0], strict=True)) <= 2
+
+
+def test_a_prompt_counts_for_as_long_as_it_takes() -> None:
+    """A row for a prompt of 160 tokens is worth ten of another tenant's jobs."""
+    policy = by_tenant()
+    for index in range(3):
+        policy.add(job_of("a", index, prompt=160), 0.0)
+    for index in range(3, 25):
+        policy.add(job_of("b", index), 0.0)
+    order = "".join(job.tenant for job in policy.iter_best(0.0))
+    assert order == "a" + "b" * 10 + "a" + "b" * 10 + "a" + "b" * 2
+
+
+def test_decodes_count_what_they_add_to_a_full_batch() -> None:
+    """Of a decode of 1 s the others pay 0.9: 100 of them weigh as much as 10 s of prompts."""
+    policy = ByTenant(FirstComeFirstServed, quantum=1.0, shared=0.9, weights={})
+    decoding, prompt = job_of("a", 0), job_of("b", 1, prompt=10)
+    for job in (decoding, prompt, job_of("a", 2), job_of("b", 3)):
+        policy.add(job, 0.0)
+    list(policy.iter_best(0.0))
+    decoding.served, decoding.next_seconds = 101, 1.0
+    policy.on_service(decoding, 100.0, 0.0)
+    prompt.served = 10
+    policy.on_service(prompt, 10.0, 0.0)
+    tenants = policy._tenants
+    assert tenants["a"].service == pytest.approx(10.0) and tenants["b"].service == pytest.approx(10.0)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(POLICIES)), st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 6), st.booleans())
+def test_the_order_is_that_of_ranks_in_every_tier(name: str, seed: int, batch: int, tenants: int, ranked: bool) -> None:
+    draw = random.Random(seed)
+    weights = {str(tenant): draw.choice([0.5, 1.0, 4.0]) for tenant in range(tenants)}
+    config = SchedulerConfig(
+        policy=name, starvation_limit=draw.choice([None, 9.0]), slowdown_limit=draw.choice([None, 2.0]),
+        tenant_weights=weights,
+    )  # fmt: skip
+    server = UnitServer(create_policy(config, COST), batch, lumped=draw.random() < 0.5)
+    policy = server.policy
+    jobs = [
+        job_of(
+            str(draw.randrange(tenants)), i, float(draw.randrange(60)), draw.randint(1, 9), draw.randint(1, 20),
+            priority=ranked * draw.choice([0, 1]),
+        )
+        for i in range(40)
+    ]  # fmt: skip
+    waiting = sorted(jobs, key=lambda job: job.arrival, reverse=True)
+    live: list[Job] = []
+    while waiting or len(policy):
+        if not len(policy):
+            server.now = max(server.now, waiting[-1].arrival)
+        while waiting and waiting[-1].arrival <= server.now:
+            live.append(waiting.pop())
+            server.add(live[-1])
+        for job in draw.sample(live, min(2, len(live))):
+            if not job.finished:
+                tier = draw.choice([None, DEVICE, HOST])
+                policy.move(job, tier)
+                job.tier = tier
+        order = list(policy.iter_best(server.now))
+        assert len(order) == len(set(order)) == len(policy)
+        assert order == sorted(order, key=policy.rank)
+        for tier in (DEVICE, HOST):
+            there = [job for job in order if job.tier == tier]
+            assert list(policy.iter_tier(tier)) == there
+            assert list(policy.iter_tier(tier, worst_first=True)) == there[::-1]
+        assert name == "srpt" or policy.work_ahead(order[0], server.now) == 0.0
+        assert all(0 <= policy.work_ahead(job, server.now) < math.inf for job in order)
+        assert sum(policy.work_ahead(job, server.now) > policy.backlog(server.now) + 1e-6 for job in order) == 0
+        # Those that nobody looked at rank behind those that somebody did.
+        looked = [job for job, _ in zip(policy.iter_best(server.now), range(batch), strict=False)]
+        assert sorted(order, key=policy.rank)[: len(looked)] == sorted(looked, key=policy.rank)
+        for job in server.step():
+            if job.finished:
+                live.remove(job)
+    assert len(server.finish) == 40
+    assert sum(map(len, server.schedule)) == sum(len(job.prompt) + len(job.output) - 1 for job in jobs)
+
+
+class Counting(FirstComeFirstServed):
+    asked = 0
+
+    def iter_best(self, now: float):  # type: ignore[no-untyped-def]
+        Counting.asked += 1
+        return super().iter_best(now)
+
+
+def test_a_decision_asks_no_more_tenants_than_it_has_rows() -> None:
+    policy = ByTenant(Counting, quantum=1.0, weights={})
+    for index in range(5000):
+        policy.add(job_of(str(index), index), 0.0)
+    Counting.asked = 0
+    for turn in range(10):
+        best = [job for job, _ in zip(policy.iter_best(0.0), range(16), strict=False)]
+        for job in best:
+            job.served += SLICE
+            policy.on_service(job, float(SLICE), float(turn))
+        policy.next_deadline()
+    assert Counting.asked <= 10 * 17
+    assert len(policy._opened) <= 17 and len(policy._places) <= 17
+
+
+def test_tenants_come_and_go() -> None:
+    policy, draw, live = by_tenant(), random.Random(2), list[Job]()
+    for index in range(2000):
+        job = job_of(str(draw.randrange(50)), index)
+        policy.add(job, 0.0)
+        live.append(job)
+        while len(live) > draw.randrange(8):
+            policy.remove(live.pop(draw.randrange(len(live))))
+        assert len(policy) == len(live) and set(policy.iter_best(0.0)) == set(live)
+        assert len(policy._tenants) == max(1, len({job.tenant for job in live}))
+        assert policy.backlog(0.0) == pytest.approx(len(live))
+    for job in live:
+        policy.remove(job)
+    assert len(policy) == 0 == policy.backlog(0.0) and list(policy.iter_best(0.0)) == []
+
+
+def test_a_refused_job_leaves_no_trace() -> None:
+    policy = create_policy(SchedulerConfig(policy="srpt"), COST)
+    fine, refused = job_of("a", 0), job_of("b", 1)
+    refused.known_output = None
+    policy.add(fine, 0.0)
+    with pytest.raises(InvalidRequest):
+        policy.add(refused, 0.0)
+    assert list(policy.iter_best(0.0)) == [fine] and len(policy) == 1 and not policy.settles()
+
+
+def test_bounds_act_within_a_tenant() -> None:
+    policy = create_policy(SchedulerConfig(starvation_limit=5.0), COST)
+    for job in (job_of("a", 0, prompt=8), job_of("a", 1), job_of("b", 2), job_of("b", 3)):
+        policy.add(job, 0.0)
+    assert [job.index for job in policy.iter_best(0.0)] == [1, 2, 0, 3]
+    assert policy.next_deadline() == 5.0
+    late = job_of("a", 4)
+    policy.add(late, 6.0)
+    order = [job.index for job in policy.iter_best(6.0)]
+    assert order.index(0) < order.index(4) and set(order[:2]) == {1, 2}
