@@ -173,7 +173,7 @@ class BlockManager:
         if table is None:
             table = self._tables[owner] = Table(owner)
         places = self._places.take(count)
-        table.blocks += [Block(place, tables=[table]) for place in places]
+        table.blocks += [Block(place, table.alone) for place in places]
         self._classify(table)
         return list(enumerate(places, first))
 
@@ -185,7 +185,7 @@ class BlockManager:
         for block in path:
             if not block.tables and block.transfer is None:
                 self.cache.wakes(block)
-            block.tables.append(table)
+            block.tables = (*block.tables, table)
             if block.transfer == OFFLOAD:
                 self._stay(block)
             table.moving += block.transfer is not None
@@ -203,7 +203,7 @@ class BlockManager:
         self.gone -= table.gone
         self.partial.pop(owner, None)
         for block in reversed(table.blocks):
-            block.tables.remove(table)
+            block.tables = () if len(block.tables) == 1 else tuple([each for each in block.tables if each is not table])
             if not block.tables:
                 if block.transfer is None:
                     self._places.rest(block)

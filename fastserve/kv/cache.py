@@ -60,7 +60,7 @@ class PrefixCache:
         if key in self._index:
             return False
         self._index[key] = block
-        block.key, block.tokens, block.parent, block.cost = key, tokens, parent, cost
+        block.enter(key, tokens, parent, cost)
         if parent is not None:
             parent.children.add(block)
             self.moved(block)
@@ -99,7 +99,7 @@ class PrefixCache:
 
     def moved(self, block: Block) -> None:
         """Whether an iteration can read the block may be another answer now."""
-        parent = block.parent
+        parent = block.parent if block.key is not None else None
         if parent is None or block.counted == block.here:
             return
         block.counted = block.here

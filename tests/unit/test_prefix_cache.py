@@ -345,8 +345,8 @@ def test_integrity_notices_a_wrong_owner_a_lost_reference_and_a_wrong_index() ->
         block.key = b"another"
 
     breakages: list[Callable[[Block], object]] = [
-        lambda block: block.tables.pop(),
-        lambda block: block.tables.append(block.tables[0]),
+        lambda block: setattr(block, "tables", block.tables[1:]),
+        lambda block: setattr(block, "tables", (*block.tables, block.tables[0])),
         lambda block: block.children.clear(),
         wrong_key,
     ]
