@@ -219,7 +219,7 @@ def _wanted(name: str, values: dict[str, Any]) -> Any:
 
 def engine_options(given: dict[str, Any]) -> dict[str, Any]:
     """As LLM takes them. Raises InvalidRequest for a limit that is neither a number nor `none`, and for no weight."""
-    limits = {name: _limit(name, unit, given[name]) for name, unit in _LIMITS.items() if name in given}
+    limits: dict[str, Any] = {name: _limit(name, unit, given[name]) for name, unit in _LIMITS.items() if name in given}
     if "tenant_weights" in given:
         limits["tenant_weights"] = dict(map(_weight, given["tenant_weights"]))
     return {**given, **limits}

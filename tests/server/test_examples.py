@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from http_world import World, run
@@ -54,7 +55,7 @@ def test_conversations() -> None:
         assert {job.origin for job in chat} == {Origin(tenant="ann")}
         assert {job.origin for job in agent} == {Origin(tenant="ann", program="agent-1", cache_salt="only-ours")}
         for calls in (chat, agent):
-            for earlier, later in zip(calls, calls[1:], strict=False):
+            for earlier, later in pairwise(calls):
                 assert later.prompt[: len(earlier.prompt)] == earlier.prompt, "a turn repeats what was before it"
 
     run(scenario)
