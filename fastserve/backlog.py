@@ -78,7 +78,7 @@ class Backlog:
             rooms.append(job.max_output - age)
             tokens += len(job.prompt) + age
             if job.slot is None:  # nothing of it is computed, or all has to be once more
-                prefill += max(0.0, self._cost.prefill_charge(job.cached, job.known) - shared)
+                prefill += max(0.0, self._cost.prefill_seconds(job.cached, job.known - job.cached) - shared)
             elif job.served < len(job.prompt):
                 prefill += job.next_seconds
         left = float(self._lengths.left(np.array(ages, np.float64), np.array(rooms, np.float64)).sum())

@@ -92,7 +92,7 @@ class Monitor:
             evicted_blocks=residency.cache_counters.evicted,
             device_blocks_cached=blocks.cached,
             host_blocks_cached=blocks.cached_host,
-            programs=len({(job.tenant, job.program) for job in jobs if job.program is not None}),
+            programs=scheduler.programs.alive,
             tenants=self._served(engine),
         )
 

@@ -163,6 +163,11 @@ class Programs:
         longer = 2 ** (own * (program.mean_log - self._thoughts.mean_log))
         return now + self._thoughts.at(_KEPT_FOR) * longer
 
+    @property
+    def alive(self) -> int:
+        """Programs with live calls, and those that are thinking."""
+        return len(self._live) + len(self._thinking)
+
     def __len__(self) -> int:
         """Programs that are remembered."""
         return len(self._live) + len(self._thinking) + len(self._over)

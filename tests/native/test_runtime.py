@@ -70,6 +70,17 @@ def test_a_bad_plan_is_refused_and_changes_nothing(
     assert again.tokens.tolist() == first.tokens.tolist()
 
 
+def test_a_slot_may_begin_behind_what_another_has_computed() -> None:
+    """It samples what it would have sampled had it computed all by itself."""
+    tokens = [(7 * i + 3) % VOCAB for i in range(20)]
+    runtime = _runtime()
+    runtime.submit(plan(1, [(0, 0, 20, 1)], tokens, opened=[(0, 20)], table=[(0, 0, 2), (0, 1, 1)]))
+    runtime.submit(plan(2, [(1, 16, 4, 1)], tokens[16:], opened=[(1, 20)], table=[(1, 0, 2), (1, 1, 3)]))
+    first, second = runtime.poll(), runtime.poll()
+    assert first is not None and second is not None
+    assert first.tokens.tolist() == second.tokens.tolist()
+
+
 def test_wrong_array_types_are_refused_at_submit() -> None:
     bad = plan(1, [], [])
     bad.rows = np.zeros((0, 4), np.int64)  # type: ignore[assignment]

@@ -102,8 +102,10 @@ def test_other_tenants_and_salts_have_caches_of_their_own() -> None:
     for other in (Origin(tenant="bob"), Origin(tenant="ann", cache_salt="s")):
         engines = Engines()
         assert places(engines, LONG, origin=Origin(tenant="ann")) == [0]
+        affinity = engines.router._affinity
+        assert affinity.found(0, affinity.pieces(Origin(tenant="ann"), LONG)) == 3 * PIECE
+        assert affinity.found(0, affinity.pieces(other, LONG)) == 0
         assert engines.open(LONG, other).engine == 1, "as the turn is"
-        assert engines.router._there(0, engines.open(LONG, other), engines.router._work(engines.open(LONG))).cached == 0
 
 
 def test_programs_stay_where_engines_are_equally_good() -> None:

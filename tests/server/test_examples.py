@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from http_world import World, run
@@ -55,7 +55,7 @@ def test_conversations() -> None:
         assert {job.origin for job in chat} == {Origin(tenant="ann")}
         assert {job.origin for job in agent} == {Origin(tenant="ann", program="agent-1", cache_salt="only-ours")}
         for calls in (chat, agent):
-            for earlier, later in itertools.pairwise(calls):
+            for earlier, later in pairwise(calls):
                 assert later.prompt[: len(earlier.prompt)] == earlier.prompt, "a turn repeats what was before it"
 
     run(scenario)

@@ -31,6 +31,13 @@ def test_one_job_takes_its_prefill_and_what_outputs_are_like() -> None:
     assert backlog(toy).seconds([job]) == pytest.approx(1 + 8 * 0.25 + 128 * 1.25), "nothing is known"
 
 
+def test_what_is_cached_need_not_be_computed() -> None:
+    toy = Toy(COST, max_num_seqs=4)
+    job = toy.add("a", 8, 500)
+    job.cached = 6
+    assert backlog(toy, 10, 30).seconds([job]) == pytest.approx(1 + 2 * 0.25 + 20 * 1.25)
+
+
 def test_a_job_takes_no_longer_than_it_may() -> None:
     toy = Toy(COST, max_num_seqs=4)
     job = toy.add("a", 8, 12)

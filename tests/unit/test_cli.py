@@ -416,6 +416,7 @@ def test_bench_prints_json(shell: Shell) -> None:
     lengths = ["--input-len", "8", "--output-len", "4", "--json"]
     latency = json.loads(shell("bench", "latency", "--batch-size", "1", "--batch-size", "2", *lengths))
     assert [each["batch_size"] for each in latency["results"]] == [1, 2]
+    assert latency["engine"]["enable_prefix_caching"] is False, "its repetitions have the same prompts"
     throughput = json.loads(shell("bench", "throughput", "--num-prompts", "5", "--policy", "fcfs", *lengths))
     assert (throughput["output_tokens"], throughput["engine"]["policy"]) == (20, "fcfs")
 
@@ -461,6 +462,7 @@ def test_weights_of_tenants_reach_the_engine(
         raise OSError("not today")
 
     monkeypatch.setattr("fastserve.cli.serve._engine_client", client)
+    monkeypatch.setattr("fastserve.cli.serve._set_up_logging", lambda: None)
     named = ["key 0=2", "--tenant-weight", "key 1/ann=3"] if words.endswith("weight") else []
     shell("serve", "--port", "0", "--no-enable-prefix-caching", *words.split(), *named, code=1)
     assert told[0]["tenant_weights"] == weights and told[0]["enable_prefix_caching"] is False

@@ -14,7 +14,7 @@ from fastserve.engine import Engine, IterationRecord
 from fastserve.ipc import JobStatus, Status
 from fastserve.monitor import Monitor
 from fastserve.policies import ONLINE_POLICIES
-from fastserve.types import OFFLOAD, UPLOAD, BatchPlan, FinishReason, Job
+from fastserve.types import OFFLOAD, UPLOAD, BatchPlan, FinishReason, Job, SamplingParams
 
 COST = CostModel(per_iteration=1.0, per_token=0.05)
 BLOCK = 100  # bytes
@@ -188,8 +188,26 @@ def test_the_cache_in_figures() -> None:
     toy = Watched(policy="fcfs")
     counters = toy.engine.scheduler.residency.cache_counters
     counters.queries, counters.hits, counters.evicted = 30, 20, 4
-    job = toy.add("1", 4, 30)
-    job.program, job.metrics.cached_tokens = "agent", 3
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    job = toy.engine.add_job("1", [1, 2, 3], params, seed=0, vocab_size=61, program="agent")
+    job.metrics.cached_tokens = 3
     status = toy.status()
     assert (status.prefix_queries, status.prefix_hits, status.evicted_blocks, status.programs) == (30, 20, 4, 1)
     assert toy.monitor.jobs(toy.engine, 1, 0.0).jobs[0].cached_tokens == 3
+    while toy.engine.has_work:
+        toy.engine.step()
+    assert toy.status().programs == 1, "it is thinking"
+
+
+def test_what_a_job_leaves_is_cache_and_counts_as_hit() -> None:
+    """Eleven prompt tokens and three of output fill three blocks of four; the same prompt finds two of them."""
+    toy = Watched(policy="fcfs", block_size=4, num_blocks=20, enable_prefix_caching=True)
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    for name in ("1", "2"):
+        job = toy.engine.add_job(name, list(range(4, 15)), params, seed=0, vocab_size=61)
+        while toy.engine.has_work:
+            toy.engine.step()
+    status = toy.status()
+    assert (status.prefix_queries, status.prefix_hits, job.metrics.cached_tokens) == (22, 8, 8)
+    assert (status.device_blocks_used, status.device_blocks_cached) == (0, 3)
+    assert status.prefill_tokens == 11 + 3

@@ -356,7 +356,7 @@ def test_options_are_those_of_llm() -> None:
     known = inspect.signature(LLM.__init__).parameters
     defaults = {name: known[name].default for name in known if name not in ("self", "model")}
     # The API server draws seeds and has the tokenizer, and each of its engines is one.
-    of_others = {"seed", "data_parallel_size", "skip_tokenizer", "tokenizer", "on_iteration", "tenant_weights"}
+    of_others = {"seed", "data_parallel_size", "skip_tokenizer", "tokenizer", "on_iteration"}
     options = EngineOptions(model="m")
     assert {name: getattr(options, name) for name in defaults.keys() - of_others} == {
         name: value for name, value in defaults.items() if name not in of_others
