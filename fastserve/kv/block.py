@@ -14,44 +14,31 @@ class Block:
     There are as many as memory has places, and one is made whenever a job grows: hence the bare class.
     """
 
-    # fmt: off
     __slots__ = (
-        "device",  # NOWHERE: it is away
-        "host",  # NOWHERE: no copy there
-        "tables",  # of the owners that have it; none: it is cache, or moving
-        "transfer",  # its direction, or None
-        "stays",  # while it is offloaded: it is wanted again, and keeps its place on the device
-        # Of a block in the cache's index (see cache.py): all of it holds KV, and none of it will change.
-        "key",  # None: not in the index, and what follows is not there
-        "tokens",
-        "parent",  # what it goes on from; None: it begins a prompt
-        "children",
-        "below",  # children that are on the device, and not moving
-        "counted",  # in the `below` of its parent
-        "cost",  # seconds of computing it again
-        "uses",
-        "score",  # what it is worth; never more than its parent's
-        "used",  # when that was last said of it
-        "keep",  # until when it is sure to be wanted
-    )
-    # fmt: on
+        "below", "children", "cost", "counted", "device", "host", "keep", "key",
+        "parent", "score", "stays", "tables", "tokens", "transfer", "used", "uses",
+    )  # fmt: skip
 
     def __init__(self, device: int, tables: tuple[Table, ...]) -> None:
-        self.device = device
-        self.host = NOWHERE
-        self.tables = tables
-        self.transfer: int | None = None
-        self.stays = False
-        self.key: bytes | None = None
+        self.device = device  # NOWHERE: it is away
+        self.host = NOWHERE  # NOWHERE: no copy there
+        self.tables = tables  # of the owners that have it; none: it is cache, or moving
+        self.transfer: int | None = None  # its direction
+        self.stays = False  # while it is offloaded: it is wanted again, and keeps its place on the device
+        self.key: bytes | None = None  # None: not in the index, and has nothing of what `enter` gives it
 
     def enter(self, key: bytes, tokens: bytes, parent: Block | None, cost: float) -> None:
-        """Be in the index from here on."""
-        self.key, self.tokens, self.parent, self.cost = key, tokens, parent, cost
+        """Be in the cache's index (see cache.py): all of it holds KV, and none of it will change."""
+        self.key, self.tokens = key, tokens
+        self.parent = parent  # what it goes on from; None: it begins a prompt
         self.children: set[Block] = set()
-        self.below = 0
-        self.counted = False
-        self.uses = self.used = 0
-        self.score = self.keep = 0.0
+        self.below = 0  # children that are on the device, and not moving
+        self.counted = False  # in the `below` of its parent
+        self.cost = cost  # seconds of computing it again
+        self.uses = 0
+        self.score = 0.0  # what it is worth; never more than its parent's
+        self.used = 0  # when that was last said of it
+        self.keep = 0.0  # until when it is sure to be wanted
 
     @property
     def here(self) -> bool:
