@@ -44,6 +44,7 @@ class _Prefix:
     root: bytes
     keys: list[bytes] = field(default_factory=list)
     tokens: list[bytes] = field(default_factory=list)  # of each block: 4 bytes a token
+    found: list[Block] = field(default_factory=list)  # when last looked for; what left the index since has no key
     counted: bool = False  # among the queries
     awaits: bytes | None = None  # the key of its first block that is not in the index
 
@@ -90,15 +91,17 @@ class Prefixes:
         prefix = self._prefixes.get(job)
         if prefix is None:
             return []
-        path: list[Block] = []
-        parent: Block | None = None
-        for index in range((job.known - 1) // self._blocks.block_size):
+        path = prefix.found
+        while path and path[-1].key is None:  # and all behind it, which left first
+            path.pop()
+        for index in range(len(path), (job.known - 1) // self._blocks.block_size):
             self._extend(job, prefix, index + 1)
-            parent = self._blocks.cache.find(prefix.keys[index], prefix.tokens[index], parent)
-            if parent is None:
+            parent = path[-1] if path else None
+            block = self._blocks.cache.find(prefix.keys[index], prefix.tokens[index], parent)
+            if block is None:
                 break
-            path.append(parent)
-        return path
+            path.append(block)
+        return path.copy()
 
     def started(self, job: Job, path: Sequence[Block]) -> None:
         """A job begins, or begins again, with the blocks of its path."""
