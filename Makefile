@@ -16,7 +16,7 @@ CPP = $(shell find csrc tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -na
 # A virtual environment of the caller, or packages of theirs, must not leak in.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
-.PHONY: help setup setup-dev build serve demo test test-all lint format build-bench build-cuda bench bench-scheduler bench-peers clean
+.PHONY: help setup setup-dev build serve demo test test-all lint format build-bench build-cuda compile-cuda bench bench-scheduler bench-peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,19 +34,15 @@ serve: setup  ## The demo model behind an OpenAI-compatible server on port 8000
 demo: setup  ## A real model under FCFS and skip-join MLFQ, side by side
 	@$(BIN)/python -m fastserve.bench.demo
 
-# The kernels compile while other tests run, which leave most of a second core idle.
-test: setup-dev lint build-bench  ## Linters and the tests (under 15 minutes on two cores)
-	nice -n 19 $(MAKE) --no-print-directory build-cuda & kernels=$$!; \
-	$(BIN)/python -m pytest -m "not slow and not cuda" || { wait; exit 1; }; \
-	wait $$kernels
-	$(BIN)/python -m pytest -m "not slow and cuda"
+test: setup-dev build-bench  ## Linters and the tests (under 15 minutes on two cores)
+	@scripts/test.sh
 
 test-all: setup-dev lint build-bench build-cuda  ## Linters, all tests, and native ones under sanitizers (under 60 minutes)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --hypothesis-profile=thorough
 	scripts/sanitize.sh address,undefined
 	scripts/sanitize.sh thread
 
-lint: $(STAMPS)/dev build  ## ruff, mypy --strict and clang-format, changing nothing
+lint: $(STAMPS)/dev  ## ruff, mypy --strict and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -62,10 +58,15 @@ build-bench: build  ## Compile the benchmark binaries of csrc/bench/ into build/
 	@{ $(BIN)/cmake -S . -B build -DFASTSERVE_BENCHMARKS=ON && $(BIN)/cmake --build build --target benchmarks; } \
 	  > $(STAMPS)/build.log 2>&1 || { cat $(STAMPS)/build.log; exit 1; }
 
-# Where nvcc or CUDA's headers are not, there is less to do or nothing.
-build-cuda: build  ## Compile the CUDA kernels for GPUs and for the emulation that tests them on the CPU
-	@{ $(BIN)/cmake -S . -B build -DFASTSERVE_CUDA_TESTS=ON && $(BIN)/cmake --build build --target cuda_tests; } \
-	  > $(STAMPS)/build.log 2>&1 || { cat $(STAMPS)/build.log; exit 1; }
+build-cuda: build compile-cuda  ## Compile the CUDA kernels for GPUs and for the emulation that tests them on the CPU
+
+# Without `build`, which would replace modules that tests use. Where nvcc or CUDA's headers are not, there is less to do
+# or nothing.
+CUDA_TARGET := cuda_tests
+compile-cuda:
+	@{ $(BIN)/cmake -S . -B build -DFASTSERVE_CUDA_TESTS=ON \
+	  && nice -n 19 $(BIN)/cmake --build build --target $(CUDA_TARGET); } \
+	  > $(STAMPS)/cuda.log 2>&1 || { cat $(STAMPS)/cuda.log; exit 1; }
 
 bench: setup build-bench  ## Kernels, runtime and demo model beside this machine's limits (minutes); JSON in build/bench
 	@for name in gemm attention decode prefill swap comm layouts; do \

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import KW_ONLY, asdict, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .calibration import UNMEASURED, Calibration, device_name
@@ -20,7 +20,7 @@ from .loaders.spec import ModelSource, ModelSpec
 from .native import NativeRuntime, block_bytes
 from .placement import Placement, check_fits, is_launched, place
 from .policies import ONLINE_POLICIES, create_policy
-from .sizing import device_blocks, host_blocks, link_bandwidth, pool_blocks
+from .sizing import device_blocks, host_blocks, link_bandwidth, pool_blocks, pool_size
 from .tokenizer import Tokenizer
 from .tokenizer_choice import read_given_tokenizer
 from .types import InvalidRequest
@@ -115,6 +115,7 @@ def assemble(
         running = replace(running, threads=running.threads or threads)
         layers = placement.stages(source, running, scheduling.max_num_seqs, stages)
         shard = placement.shard(source, layers)
+        running = replace(running, device=placement.device(running.device))
         pools = _Pools(
             kv_cache_memory,
             swap_space,
@@ -122,24 +123,17 @@ def assemble(
                 spec if shard is None else shard.local(spec), running.kv_dtype, running.block_size, running.device
             ),
             scheduling,
+            on_host=not running.on_cuda,
             ranks=ranks_here,
             host_share=host_share * ranks_here,
         )
-        if running.on_cuda:
-            # What the weights and the largest iteration leave is known once they are there.
-            running = replace(running, device=placement.device(running.device), num_blocks=pools.least(running))
-            native = placement.load(source, running, shard)
-            sizes = pools.on_device(native.free_bytes(scheduling.max_num_seqs) or 0)
-        else:
-            sizes = pools.on_host()
-        told = placement.gather([*sizes, pools.block_bytes])
+        native = placement.load(source, replace(running, num_blocks=pools.least), shard)
+        num_blocks = pools.num_blocks(native.free_bytes(scheduling.max_num_seqs))
+        told = placement.gather([num_blocks, pools.num_host_blocks, pools.block_bytes])
         num_blocks, num_host_blocks = (min(each[tier] for each in told) for tier in range(2))
         scheduling = replace(scheduling, num_blocks=num_blocks, num_host_blocks=num_host_blocks)
         running = replace(running, num_blocks=num_blocks, num_host_blocks=num_host_blocks)
-        if running.on_cuda:
-            native.set_pools(num_blocks, num_host_blocks)
-        else:
-            native = placement.load(source, running, shard)
+        native.set_pools(num_blocks, num_host_blocks)
         if placement.rank > 0:
             placement.follow()
         text = None if skip_tokenizer else _tokenizer(tokenizer, source)
@@ -193,45 +187,53 @@ def assemble(
     )
 
 
-@dataclass(frozen=True, slots=True)
 class _Pools:
-    """How many blocks of KV a rank has room for."""
+    """How many blocks of KV a rank has room for.
 
-    kv_cache_memory: str | int | None
-    swap_space: str | int | None
-    block_bytes: int
-    scheduling: SchedulerConfig
-    _: KW_ONLY
-    ranks: int  # on this host
-    host_share: int  # that share its memory, those of other engines included
+    What is in the host's memory is sized at once, before there are weights in it: both pools on a CPU, where they are
+    one memory, else the one that jobs are swapped to. Raises InvalidRequest where it does not fit.
+    """
 
-    def on_host(self) -> tuple[int, int]:
-        """Blocks of both pools, which on a CPU are one memory."""
-        config = self.scheduling
-        num_blocks = pool_blocks(
-            self.kv_cache_memory,
-            self.block_bytes,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs * config.pipeline_parallel_size,
-            max_model_len=config.max_model_len,
-            host_share=self.host_share,
-            ranks=self.ranks,
+    def __init__(
+        self,
+        kv_cache_memory: str | int | None,
+        swap_space: str | int | None,
+        block_bytes: int,
+        config: SchedulerConfig,
+        *,
+        on_host: bool,
+        ranks: int,
+        host_share: int,
+    ) -> None:
+        """`ranks` are those on this host; `host_share` share its memory, those of other engines included."""
+        self.block_bytes = block_bytes
+        self._kv_cache_memory = kv_cache_memory
+        # Blocks for one iteration of as many tokens as there may be.
+        self.least = -(-config.max_num_batched_tokens // config.block_size)
+        self._on_host = 0
+        if on_host:
+            self._on_host = pool_blocks(
+                kv_cache_memory,
+                block_bytes,
+                block_size=config.block_size,
+                max_num_seqs=config.max_num_seqs * config.pipeline_parallel_size,
+                max_model_len=config.max_model_len,
+                host_share=host_share,
+                ranks=ranks,
+            )
+        elif kv_cache_memory is not None:
+            pool_size(kv_cache_memory, block_bytes)
+        swapped = host_blocks(
+            swap_space, block_bytes, promised=self._on_host * block_bytes, host_share=host_share, ranks=ranks
         )
-        return num_blocks, self._swapped(promised=num_blocks * self.block_bytes)
+        self.num_host_blocks = swapped if config.swaps else 0
 
-    def on_device(self, free: int) -> tuple[int, int]:
-        """The same where the device has `free` bytes of its own left."""
-        return device_blocks(self.kv_cache_memory, self.block_bytes, free=free), self._swapped(promised=0)
+    def num_blocks(self, free: int | None) -> int:
+        """Blocks of the device's pool, where weights and the largest iteration leave `free` bytes of its own memory.
 
-    def least(self, running: RuntimeConfig) -> int:
-        """Blocks for one iteration of as many tokens as there may be."""
-        return -(-running.max_num_batched_tokens // running.block_size)
-
-    def _swapped(self, promised: int) -> int:
-        blocks = host_blocks(
-            self.swap_space, self.block_bytes, promised=promised, host_share=self.host_share, ranks=self.ranks
-        )
-        return blocks if self.scheduling.swaps else 0
+        None: it has none of its own. Raises InvalidRequest where there is no room.
+        """
+        return self._on_host if free is None else device_blocks(self._kv_cache_memory, self.block_bytes, free=free)
 
 
 def _digest(*values: Any) -> str:

@@ -35,6 +35,7 @@ from .kv import (
 from .planning import PlanBuilder
 from .policies import Policy
 from .prefixes import Prefixes
+from .slots import Slots
 from .types import DEVICE, HOST, OFFLOAD, UPLOAD, Job
 
 # Until the link has been measured: what moving one block takes, in decodes.
@@ -92,13 +93,8 @@ class Residency:
         self._fresh: set[Job] = set()  # brought back, and not run since
         self._returning: dict[Job, float] = {}  # jobs that are being brought back, and since when
         self._under_way = [0, 0]  # blocks, by direction
-        # What the next plan shall tell the runtime.
-        self._copies: list[CopyRow] = []
-        self._tables: dict[int, list[tuple[int, int]]] = {}  # by slot
-        self._opened: dict[Job, None] = {}
-        self._closed: list[int] = []
-        self._free_slots: list[int] = []
-        self._num_slots = 0
+        self._slots = Slots()
+        self._copies: list[CopyRow] = []  # for the next plan
 
     # --- one decision ------------------------------------------------------------------------------------------------
 
@@ -235,7 +231,7 @@ class Residency:
             copies, table = self.blocks.upload(job.index)
             table += self.blocks.grow(job.index, job.known)
             if job not in self._fetched:
-                self._tables.setdefault(cast(int, job.slot), []).extend(table)
+                self._slots.change(cast(int, job.slot), table)
             self._copies += copies
             self._under_way[UPLOAD] += len(copies)
             self._fresh.add(job)
@@ -368,8 +364,9 @@ class Residency:
         self._room -= _unused(path)
         self.blocks.attach(job.index, path)
         job.computed = len(path) * self.blocks.block_size
-        self._take_slot(job)
-        self._opened[job] = self._fetched[job] = None
+        self._slots.open(job)
+        self._holds(job)
+        self._fetched[job] = None
         self._settle(job, HOST)
         self.prefixes.started(job, path)
 
@@ -394,10 +391,10 @@ class Residency:
     def open(self, job: Job, plan: PlanBuilder) -> int:
         """Give a job that starts, or starts over, a slot and the blocks for all its tokens; returns how many."""
         self._begun.pop(job, None)
-        self._take_slot(job)
+        slot = self._slots.take(job)
+        self._holds(job)
         self._settle(job, DEVICE)
         self.prefixes.started(job, self.blocks.path(job.index))
-        slot = cast(int, job.slot)
         plan.open(job, slot)
         added = self.blocks.grow(job.index, job.known)
         plan.grow(slot, self.blocks.table(job.index))
@@ -412,12 +409,10 @@ class Residency:
         if not self._lacking(job):
             return 0
         added = self.blocks.grow(job.index, job.known)
-        self._tables[cast(int, job.slot)] = self.blocks.table(job.index)
+        self._slots.change(cast(int, job.slot), added)
         return len(added)
 
-    def _take_slot(self, job: Job) -> None:
-        job.slot = self._free_slots.pop() if self._free_slots else self._num_slots
-        self._num_slots = max(self._num_slots, job.slot + 1)
+    def _holds(self, job: Job) -> None:
         self.holders[job] = job.attained
         self._by_index[job.index] = job
         if self._config.admission == "reserve":
@@ -446,14 +441,8 @@ class Residency:
         self._returned(job, now)
         self._fresh.discard(job)
         self._fetched.pop(job, None)
-        self._tables.pop(job.slot, None)
-        if job in self._opened:
-            del self._opened[job]
-        else:
-            self._closed.append(job.slot)
-        self._free_slots.append(job.slot)
+        self._slots.give_back(job)
         del self.holders[job], self._by_index[job.index]
-        job.slot = None
         job.computed = 0
         job.primed = False
 
@@ -468,7 +457,7 @@ class Residency:
             self._returned(job, now)
             # Others may have brought back, to another place, what they share.
             if job.index != owner or job in self._fetched or self.blocks.shared(job.index):
-                self._tables[cast(int, job.slot)] = self.blocks.table(job.index)
+                self._slots.change(cast(int, job.slot), self.blocks.table(job.index))
             self._settle(job, DEVICE)
 
     def _returned(self, job: Job, now: float) -> None:
@@ -480,29 +469,22 @@ class Residency:
     @property
     def untold(self) -> bool:
         """Whether the runtime does not know everything yet."""
-        return bool(self._closed or self._copies or self._opened)
+        return bool(self._copies) or self._slots.untold
 
     def tell(self, plan: PlanBuilder, taken: int) -> tuple[list[int], list[CopyRow]]:
         """Add the tables of what comes back to a plan that took `taken` blocks; returns closed slots and copies."""
         self._reserve.took(taken)
         self._save()
-        for job in self._opened:
-            plan.open(job, cast(int, job.slot))
-        self._opened.clear()
-        for slot, blocks in self._tables.items():
-            plan.grow(slot, blocks)
-        closed, copies = self._closed, self._copies
-        self._tables, self._closed, self._copies = {}, [], []
-        return closed, copies
+        copies, self._copies = self._copies, []
+        return self._slots.tell(plan), copies
 
     def check_integrity(self) -> None:
         """Raise RuntimeError when a slot or a block is lost, doubled or leaked."""
         check_blocks(self.blocks)
         self.prefixes.check_integrity()
         blocks = self.blocks
-        slots = [*(job.slot for job in self.holders), *self._free_slots]
         for what, fine in {
-            "a slot is lost or doubled": sorted(map(int, slots)) == list(range(self._num_slots)),  # type: ignore[arg-type]
+            "a slot is lost or doubled": self._slots.balance(list(self.holders)),
             "a block belongs to no job": {job.index for job in self.holders} == set(self._by_index)
             and blocks.owners() <= {job.index for job in chain(self.holders, self._begun)},
             "a job that has not started has a slot": all(job.slot is None for job in self._begun),

@@ -40,11 +40,7 @@ def pool_blocks(
             f"must be smaller than {block_size}: one KV block takes {block_bytes} bytes, and {available} are available",
         )
     if kv_cache_memory is not None:
-        size = parse_size("kv_cache_memory", kv_cache_memory)
-        if size < block_bytes:
-            raise InvalidRequest(
-                "kv_cache_memory", f"must hold at least one KV block of {block_bytes} bytes, got {kv_cache_memory!r}"
-            )
+        size = pool_size(kv_cache_memory, block_bytes)
         if available is not None and size * ranks > available:
             raise InvalidRequest(
                 "kv_cache_memory",
@@ -55,6 +51,16 @@ def pool_blocks(
     if available is None:
         return useful
     return max(1, min(useful, available // _MEMORY_SHARE // host_share // block_bytes))
+
+
+def pool_size(kv_cache_memory: str | int, block_bytes: int) -> int:
+    """Bytes of a KV pool of that size. Raises InvalidRequest when not even one block fits in it."""
+    size = parse_size("kv_cache_memory", kv_cache_memory)
+    if size < block_bytes:
+        raise InvalidRequest(
+            "kv_cache_memory", f"must hold at least one KV block of {block_bytes} bytes, got {kv_cache_memory!r}"
+        )
+    return size
 
 
 def device_blocks(kv_cache_memory: str | int | None, block_bytes: int, *, free: int) -> int:
@@ -71,12 +77,11 @@ def device_blocks(kv_cache_memory: str | int | None, block_bytes: int, *, free: 
         )
     if kv_cache_memory is None:
         return min(usable // block_bytes, MAX_BLOCKS)
-    size = parse_size("kv_cache_memory", kv_cache_memory)
-    if not block_bytes <= size <= usable:
+    size = pool_size(kv_cache_memory, block_bytes)
+    if size > usable:
         raise InvalidRequest(
             "kv_cache_memory",
-            f"must hold one KV block of {block_bytes} bytes and fit in the {usable // 2**20}M that the device has "
-            f"left, got {kv_cache_memory!r}",
+            f"must fit in the {usable // 2**20}M that the device has left, got {kv_cache_memory!r}",
         )
     return _checked_blocks("kv_cache_memory", size, block_bytes)
 

@@ -67,7 +67,7 @@ else
   export PATH=$PATH:/usr/local/cuda/bin
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
   export FASTSERVE_CUDA=ON FASTSERVE_CUDA_ARCHITECTURES=${capability:-90} FASTSERVE_KERNELS=$PWD/build/cuda
-  # torch's own cuBLASLt bounds matrix products.
+  # torch's own cuBLASLt bounds matrix products, and may do some.
   libraries=$("$python" - <<'PY'
 import pathlib, sysconfig
 site = pathlib.Path(sysconfig.get_paths()["purelib"])

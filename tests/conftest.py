@@ -13,6 +13,7 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("FASTSERVE_DEBUG", None)
 settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("thorough", settings.get_profile("repeatable"), max_examples=300)  # three times as many
 settings.load_profile("repeatable")
 
 # torch has no build for every Python and machine. In CI its absence is an error, elsewhere those tests are left out.

@@ -180,11 +180,14 @@ class Backend {
   virtual void run(const std::function<void()>& body) = 0;
   // Memory that earlier calls worked on is about to go: waits for them, and repeats none.
   virtual void forget() = 0;
-  // All of the batch is queued; waits until all is done of the oldest batch that was not yet waited for.
+  // All of the batch is queued; waits, spinning briefly, until all is done of the oldest batch that was not yet waited
+  // for.
   virtual void end() = 0;
   virtual void wait() = 0;
   // Whether wait() would return, or throw, at once. Only while there is such a batch.
   virtual bool done() const = 0;
+  // Calls `over` when that is so, on any thread. Once for such a batch, and the next call for it is wait().
+  virtual void when_done(std::function<void()> over) = 0;
   // Ranks [first, first + count) of `ranks` join; all of them call it. `most` floats are the most of a sum. Null where
   // their devices, or what it takes, do not allow it: on all of them, which exchange through the host's memory then.
   // `ranks` must outlive it, and is asked for news of the others in waits on this thread.

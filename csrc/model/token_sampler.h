@@ -30,6 +30,9 @@ class TokenSampler {
   // What the oldest sample() not yet taken has come to, in the order of its requests; waits for it. A token that could
   // not be chosen is -1, with the reason.
   virtual std::vector<Sampled> take() = 0;
+  // Forgets one that was not taken and will not be, since its batch has failed: the latest, or the oldest.
+  virtual void drop_latest() = 0;
+  virtual void drop_oldest() = 0;
   // What stands in a batch for the token that a slot is about to get from a sample() not yet taken.
   virtual int32_t last_of(int32_t slot) const = 0;
   // A slot's history grows by a token that was chosen elsewhere.

@@ -12,6 +12,9 @@
 namespace fastserve {
 
 namespace {
+// Plans often come in, or are done, one right after the other.
+constexpr auto kSpinTime = std::chrono::microseconds(50);
+
 // The spec is checked before anything is sized by it.
 const ModelSpec& validated(const ModelSpec& spec, const Shard& shard) {
   spec.validate();
@@ -191,19 +194,39 @@ std::vector<std::byte> Runtime::block(Tier tier, int64_t index) const {
 // Launches a plan before the one before it is finished where the backend can have both.
 void Runtime::work() {
   std::deque<Launched> launched;
+  bool watched = false;  // the oldest
   const auto room = [&] {
     return static_cast<int64_t>(launched.size()) < (any_neighbour() == nullptr ? backend_->depth() : 1);
   };
   const auto runs = [](const Launched& each) { return !each.result.error && !each.plan.rows.empty(); };
-  const auto done = [&](Launched& oldest) {
-    try {
-      return backend_->done();
-    } catch (...) {
-      oldest.result.error = std::current_exception();
-      return true;
-    }
-  };
   std::unique_lock lock(mutex_);
+  // A plan that comes while the oldest runs is launched behind it: were it launched afterwards, the device would be
+  // idle meanwhile. Whether the oldest is over, and not something else to be done first.
+  const auto await_oldest = [&] {
+    const auto called = [&] { return stop_ || failure_ || !plans_.empty(); };
+    const auto spin_until = std::chrono::steady_clock::now() + kSpinTime;
+    while (!watched && !called()) {
+      lock.unlock();
+      bool over = true;
+      try {
+        over = backend_->done();
+      } catch (...) {
+        launched.front().result.error = std::current_exception();
+      }
+      if (!over && std::chrono::steady_clock::now() >= spin_until) {
+        watched = true;
+        backend_->when_done([this] {
+          std::lock_guard told(mutex_);
+          oldest_over_ = true;
+          submitted_.notify_all();
+        });
+      }
+      lock.lock();
+      if (over) return true;
+    }
+    submitted_.wait(lock, [&] { return oldest_over_ || called(); });
+    return oldest_over_;
+  };
   for (;;) {
     submitted_.wait(lock, [&] { return stop_ || failure_ || !plans_.empty() || !launched.empty(); });
     if (stop_ || failure_) return;
@@ -216,22 +239,14 @@ void Runtime::work() {
       lock.lock();
       if (!launched.back().result.error && room() && !plans_.empty()) continue;
     }
-    // A plan that comes while the oldest runs is launched behind it: were it launched afterwards, the device would be
-    // idle meanwhile.
-    while (room() && runs(launched.front()) && plans_.empty() && !stop_ && !failure_) {
-      lock.unlock();
-      const bool over = done(launched.front());
-      if (!over) std::this_thread::yield();
-      lock.lock();
-      if (over) break;
-    }
-    if (room() && runs(launched.front()) && !plans_.empty()) continue;
+    if (room() && runs(launched.front()) && !await_oldest()) continue;
     Launched oldest = std::move(launched.front());
     launched.pop_front();
     lock.unlock();
     StepResult result = finish(std::move(oldest));
     if (result.error) fail(result.error);
     lock.lock();
+    watched = oldest_over_ = false;
     executing_ = !launched.empty();
     if (result.error && failure_) return;  // which poll() returns from now on
     results_.push_back(std::move(result));
@@ -254,6 +269,8 @@ Runtime::Launched Runtime::launch(BatchPlan plan) {
     backend_->end();
   } catch (...) {
     launched.result.error = std::current_exception();
+    if (launched.sampling) sampler_->drop_latest();
+    give_up_samples(launched);
   }
   return launched;
 }
@@ -263,7 +280,7 @@ StepResult Runtime::finish(Launched launched) {
   result.plan_id = launched.plan.plan_id;
   if (result.error) return std::move(result);
   try {
-    if (!launched.plan.rows.empty()) backend_->wait();
+    if (!launched.plan.rows.empty()) wait_for(launched);
     if (launched.sampling) result.sampled = take_samples(launched);
     result.copies = copies_->take(launched.plan.rows.empty());
   } catch (...) {
@@ -273,6 +290,16 @@ StepResult Runtime::finish(Launched launched) {
   result.seconds = std::chrono::duration<double>(end - std::max(launched.begin, last_end_)).count();
   last_end_ = end;
   return std::move(result);
+}
+
+void Runtime::wait_for(Launched& oldest) {
+  try {
+    backend_->wait();
+  } catch (...) {
+    if (oldest.sampling) sampler_->drop_oldest();
+    give_up_samples(oldest);
+    throw;
+  }
 }
 
 Batch Runtime::batch_of(const BatchPlan& plan) {
@@ -357,12 +384,21 @@ void Runtime::sample_rows(Launched& launched, float* logits) {
       requests.push_back({static_cast<int64_t>(requests.size()), row.slot, output_index});
     }
   }
-  launched.sampling = true;
   if (shared_sampling_) {
     logits = shared_sampling_->exchange(logits, transformer_.ld_logits(), sampled_rows);
     sampler_->sample(logits, shared_sampling_->ld_rows(), requests);
   } else {
     sampler_->sample(logits, transformer_.ld_logits(), requests);
+  }
+  launched.sampling = true;
+}
+
+// Slots whose samples will not come have no token to come either.
+void Runtime::give_up_samples(Launched& launched) {
+  launched.sampling = false;
+  for (const auto& [slot, job] : launched.sampled) {
+    const auto found = slots_.find(slot);
+    if (found != slots_.end() && found->second.job == job) --found->second.sampling;
   }
 }
 

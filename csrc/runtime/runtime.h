@@ -102,6 +102,8 @@ class Runtime {
   void fail(const std::exception_ptr& error);
   Launched launch(BatchPlan plan);
   StepResult finish(Launched launched);
+  void wait_for(Launched& oldest);
+  void give_up_samples(Launched& launched);
   void apply_deltas(const BatchPlan& plan);
   Batch batch_of(const BatchPlan& plan);
   void make_pools();
@@ -121,6 +123,7 @@ class Runtime {
   std::deque<StepResult> results_;
   std::optional<std::string> failure_;  // the runtime's own, and its last
   bool executing_ = false;
+  bool oldest_over_ = false;  // of the plans that are launched, where the worker has asked to be told
   bool stop_ = false;
 
   std::unique_ptr<Backend> backend_;

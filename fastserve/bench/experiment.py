@@ -269,21 +269,6 @@ class Experiment:
         return self._deployment.link
 
 
-def weights_from(given: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The setting that NAME=WEIGHT, however often, means. Raises InvalidRequest."""
-    weights: dict[str, float] = {}
-    for text in given:
-        name, equals, number = text.rpartition("=")
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        if not equals or not 0 < weight < math.inf:
-            raise InvalidRequest("tenant_weight", f"must be written NAME=WEIGHT, with a weight above 0, got {text!r}")
-        weights[name] = weight
-    return {"tenant_weights": weights} if weights else {}
-
-
 def limit_from(option: str, text: str | None) -> dict[str, float | None]:
     """The setting that an option's text means, if it was given. Raises InvalidRequest."""
     if text is None:

@@ -151,7 +151,7 @@ _LIMITS = {"starvation_limit": " of seconds", "slowdown_limit": "", "stall_limit
 SIMULATION = (
     "workload", "trace", "arrivals", "jobs", "rate", "load", "seeds", "warmup_jobs", "hardware", "tensor_parallel_size",
     "pipeline_parallel_size", "kv_blocks", "swap_blocks", "swap_seconds", "repayment", "workers", "plot",
-    "timeline", "tenant_weight", "write_trace",
+    "timeline", "write_trace",
 )  # fmt: skip
 SERVING = (
     "host", "port", "served_model_name", "api_key", "cors_origin", "max_body_size", "max_queue", "shutdown_timeout",

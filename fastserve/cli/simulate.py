@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..types import InvalidRequest
-from .options import JsonOption
+from .options import JsonOption, engine_options
 from .terminal import check_picture, error_console, is_terminal
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def simulate(
 
     fastserve simulate --cost constant:1 --workload constant:8,6 --jobs 8 --rate 0.5 --max-num-seqs 2 --timeline
     """
-    from ..bench.experiment import Experiment, limit_from, weights_from
+    from ..bench.experiment import Experiment, limit_from
 
     if plot is not None:
         check_picture(plot)
@@ -267,7 +267,7 @@ def simulate(
         swap_blocks=swap_blocks,
         swap_seconds=swap_seconds,
         scheduler={name: value for name, value in scheduler.items() if value is not None}
-        | weights_from(tenant_weight or ())
+        | engine_options({"tenant_weights": tenant_weight} if tenant_weight else {})
         | limit_from("starvation_limit", starvation_limit)
         | limit_from("slowdown_limit", slowdown_limit)
         | limit_from("stall_limit", stall_limit),

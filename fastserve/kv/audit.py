@@ -14,8 +14,8 @@ def check_blocks(manager: BlockManager) -> None:
     owned = {block for table in tables.values() for block in table.blocks}
     moving = {block for transfer in transfers.values() for block in transfer.blocks}
     every = owned | moving | set(manager.cache._index.values())
-    device = manager._free.tolist() + [block.device for block in every if block.device != NOWHERE]
-    host = list(manager._free_host) + [block.host for block in every if block.host != NOWHERE]
+    device = manager._places.free.tolist() + [block.device for block in every if block.device != NOWHERE]
+    host = list(manager._places.free_host) + [block.host for block in every if block.host != NOWHERE]
     for places, count, where in ((device, manager.num_blocks, "device"), (host, manager.num_host_blocks, "host")):
         if sorted(places) != list(range(count)):
             raise RuntimeError(f"blocks of the {where} lost or doubled: {len(places)} places for {count} blocks")
@@ -48,7 +48,12 @@ def check_blocks(manager: BlockManager) -> None:
     leaving = sum(block.transfer == OFFLOAD and not block.stays for block in moving)
     gone = sum(table.missing - table.moving == len(table.blocks) for table in tables.values())
     partial = {table.owner for table in tables.values() if 0 < table.missing < len(table.blocks)}
-    if (spare, leaving, gone, partial) != (set(manager._spare), manager.leaving, manager.gone, set(manager.partial)):
+    if (spare, leaving, gone, partial) != (
+        set(manager._places.spare),
+        manager.leaving,
+        manager.gone,
+        set(manager.partial),
+    ):
         raise RuntimeError(
             f"{len(spare)} spare copies, {leaving} leaving blocks or {gone} absent owners: not as counted"
         )

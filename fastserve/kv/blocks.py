@@ -18,8 +18,6 @@ and is taken when no other is left; what is worth least goes first (cache.py).
 
 from __future__ import annotations
 
-from array import array
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,6 +25,7 @@ from typing import NamedTuple
 from ..types import OFFLOAD, UPLOAD
 from .block import NOWHERE, Block, Table
 from .cache import PrefixCache
+from .places import Places
 
 CopyRow = tuple[int, int, int, int]  # copy, direction, source block, destination block
 
@@ -61,29 +60,25 @@ class BlockManager:
         self.cache = PrefixCache()
         self.gone = 0  # owners without a block on the device, though they have some
         self.partial: dict[int, None] = {}  # those with some on the device, and others not
-        # A stack: blocks just freed are the ones still in cache. An array, as so is what a million integers are not.
-        self._free = array("i", range(num_blocks - 1, -1, -1))
-        self._free_host = deque(range(num_host_blocks))
+        self._places = Places(num_blocks, num_host_blocks, self.cache)
         self._tables: dict[int, Table] = {}
         self._transfers: dict[int, _Transfer] = {}
-        # Blocks on the device and on the host as well, of owners that have all of theirs there; the longest so first.
-        self._spare: dict[Block, None] = {}
         self._next_copy = 1
 
     @property
     def free_blocks(self) -> int:
         """Blocks on the device that are nobody's, cache included."""
-        return len(self._free) + self.cache.cached
+        return len(self._places.free) + self.cache.cached
 
     @property
     def idle_blocks(self) -> int:
         """Those of them that hold nothing."""
-        return len(self._free)
+        return len(self._places.free)
 
     @property
     def free_host_blocks(self) -> int:
         """Places on the host for an offload: those without use, and of spare copies, and of what is only cache."""
-        return len(self._free_host) + len(self._spare) + self.cache.cached_host
+        return len(self._places.free_host) + len(self._places.spare) + self.cache.cached_host
 
     @property
     def cached(self) -> int:
@@ -177,7 +172,7 @@ class BlockManager:
             return []
         if table is None:
             table = self._tables[owner] = Table(owner)
-        places = self._take(count)
+        places = self._places.take(count)
         table.blocks += [Block(place, tables=[table]) for place in places]
         self._classify(table)
         return list(enumerate(places, first))
@@ -196,7 +191,7 @@ class BlockManager:
             table.moving += block.transfer is not None
             table.missing += not block.here
         for block in path if table.missing else ():
-            self._spare.pop(block, None)
+            self._places.spare.pop(block, None)
         self._classify(table)
 
     def release(self, owner: int) -> int:
@@ -211,9 +206,9 @@ class BlockManager:
             block.tables.remove(table)
             if not block.tables:
                 if block.transfer is None:
-                    self._rest(block)
+                    self._places.rest(block)
             elif not whole:
-                self._check_spare(block)
+                self._places.check_spare(block)
         return len(table.blocks)
 
     # --- the index ---------------------------------------------------------------------------------------------------
@@ -271,7 +266,7 @@ class BlockManager:
         blocks = _leavable(table)
         if not blocks or any(block.host != NOWHERE for block in blocks):
             return bool(blocks)
-        own = sum([block in self._spare for block in table.blocks])  # which it keeps, once some are away
+        own = sum([block in self._places.spare for block in table.blocks])  # which it keeps, once some are away
         return self.free_host_blocks > own
 
     def offload(self, owner: int, blocks: int) -> tuple[list[CopyRow], int]:
@@ -284,16 +279,16 @@ class BlockManager:
         table = self._tables[owner]
         if not table.missing:
             for block in table.blocks:
-                self._spare.pop(block, None)
+                self._places.spare.pop(block, None)
         here = _leavable(table)
         saved = [block for block in here if block.host != NOWHERE][:blocks]
         for block in saved:
-            self._leave_device(block)
+            self._places.leave_device(block)
             self._changed(block, missing=1)
         freed = len(saved)
         copied = min(blocks - freed, self.free_host_blocks)
         leaving = [block for block in here if block.host == NOWHERE][:copied]
-        for block, place in zip(leaving, self._take_host(len(leaving)), strict=True):
+        for block, place in zip(leaving, self._places.take_host(len(leaving)), strict=True):
             block.host = place
             self._changed(block, missing=1, moving=1)
         return self._begin_offload(owner, leaving), freed
@@ -305,13 +300,13 @@ class BlockManager:
         """
         saving: list[Block] = []
         while len(saving) < blocks and (block := self.cache.unsaved()) is not None:
-            if not self._free_host:
+            if not self._places.free_host:
                 worse = self.cache.coldest_on_host(block.score)
                 if worse is None:
                     self.cache.rests(block)
                     break
-                self._throw_away(worse)
-            block.host = self._take_host(1)[0]
+                self._places.throw_away(worse)
+            block.host = self._places.take_host(1)[0]
             block.stays = True
             saving.append(block)
         return self._begin_offload(None, saving)
@@ -339,7 +334,7 @@ class BlockManager:
         table = self._tables[owner]
         indices = [index for index, block in enumerate(table.blocks) if block.device == NOWHERE]
         coming = [table.blocks[index] for index in indices]
-        for block, place in zip(coming, self._take(len(coming)), strict=True):
+        for block, place in zip(coming, self._places.take(len(coming)), strict=True):
             block.device = place
             block.transfer = UPLOAD
             self._changed(block, moving=1)
@@ -360,16 +355,16 @@ class BlockManager:
                 self.leaving -= 1
             block.transfer, block.stays = None, False
             if not stays and wanted:
-                self._leave_device(block)
+                self._places.leave_device(block)
             self.cache.moved(block)
             self._changed(block, missing=-1 if stays else 0, moving=-1)
             if not block.tables:
-                self._rest(block)
+                self._places.rest(block)
             elif stays:
                 returned.update(dict.fromkeys(table.owner for table in block.tables if not table.missing))
         for owner in returned:
             for block in self._tables[owner].blocks:
-                self._check_spare(block)
+                self._places.check_spare(block)
         return Done(transfer.owner, transfer.direction, len(transfer.blocks), list(returned))
 
     def wrote(self, owner: int, position: int) -> None:
@@ -379,76 +374,9 @@ class BlockManager:
             return
         for block in table.blocks[position // self.block_size :]:
             if block.host != NOWHERE:
-                self._drop_copy(block)
+                self._places.drop_copy(block)
 
     # --- inside ------------------------------------------------------------------------------------------------------
-
-    def _take(self, count: int) -> list[int]:
-        """Places on the device that are free, at the cost of cache where it must be."""
-        while len(self._free) < count:
-            block = self.cache.coldest()
-            assert block is not None
-            if block.host != NOWHERE:
-                self._spare.pop(block, None)
-                self._leave_device(block)
-                self.cache.rests(block)
-            else:
-                self._throw_away(block)
-        places = self._free[: -count - 1 : -1].tolist()
-        del self._free[-count:]
-        return places
-
-    def _take_host(self, count: int) -> list[int]:
-        """Free places on the host, at the cost of spare copies and of cache where it must be."""
-        while len(self._free_host) < count:
-            if self._spare:
-                self._drop_copy(next(iter(self._spare)))
-            else:
-                block = self.cache.coldest_on_host()
-                assert block is not None
-                self._throw_away(block)
-        return sorted(self._free_host.popleft() for _ in range(count))
-
-    def _throw_away(self, block: Block) -> None:
-        """Forget what a block holds that nobody has, and so all that goes on from it. It is awake, the others rest."""
-        for each in self.cache.remove(block):
-            if each is not block and each.transfer is None:
-                self.cache.wakes(each)
-            if each.transfer is None:
-                self._give_back(each)
-
-    def _rest(self, block: Block) -> None:
-        """Nobody has a block, and it does not move."""
-        if block.key is None:
-            self._give_back(block)
-            return
-        self._check_spare(block)
-        self.cache.rests(block)
-
-    def _give_back(self, block: Block) -> None:
-        self._spare.pop(block, None)
-        if block.device != NOWHERE:
-            self._free.append(block.device)
-            block.device = NOWHERE
-        if block.host != NOWHERE:
-            self._free_host.append(block.host)
-            block.host = NOWHERE
-
-    def _leave_device(self, block: Block) -> None:
-        """The block's host copy is all there is of it from here on."""
-        self._free.append(block.device)
-        block.device = NOWHERE
-        self.cache.moved(block)
-
-    def _drop_copy(self, block: Block) -> None:
-        self._spare.pop(block, None)
-        self._free_host.append(block.host)
-        block.host = NOWHERE
-
-    def _check_spare(self, block: Block) -> None:
-        """Whether a block's host copy could go for another's sake may have changed."""
-        if block.here and block.host != NOWHERE and not any(table.missing for table in block.tables):
-            self._spare.setdefault(block)
 
     def _stay(self, block: Block) -> None:
         """A block that is being offloaded is wanted again."""

@@ -120,7 +120,7 @@ class Indices:
 
     def prefill(self, job: Job) -> float:
         """Seconds that the rest of a job's prompt takes."""
-        # The first part of a prompt is charged what an iteration costs whatever is in it, the others are not.
+        # The first part that is computed is charged what an iteration costs whatever is in it, the others are not.
         return job.next_seconds - (0.0 if job.served > job.cached else self.shared)
 
     def prefill_level(self, job: Job) -> int:

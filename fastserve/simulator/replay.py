@@ -140,6 +140,9 @@ def _enter(engine: Engine, job: Job) -> Job:
         vocab_size=_VOCABULARY,
         eos_token_ids=job.stop_tokens,
         priority=job.priority,
+        tenant=job.tenant,
+        program=job.program,
+        cache_salt=job.cache_salt,
         arrival=job.arrival,
         known_output=job.known_output,
     )

@@ -21,6 +21,7 @@ DTYPES = ["float32", "bfloat16", "float16"]
 UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 SUM = 2.0**-22  # what an addition of a matrix unit may lose, which rounds in its own way
 LAYER, LAYERS = 1, 2
+SEGMENT = 256
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,11 @@ class Jobs:
                 slot[:, 1, : shape.head_dim] = self.v[job][position]
         return pool
 
-    def attention(self, pool: np.ndarray, decodes: int, max_context: int) -> Any:
+    def attention(self, pool: np.ndarray, decodes: int, segments: int) -> Any:
         shape = self.shape
         return self.kernels.PagedAttention(
             self.dtype, pool, LAYERS, shape.kv_heads, shape.head_dim, shape.block_size, LAYER, shape.heads,
-            shape.group, shape.query_offset, self.scale, decodes, max_context,
+            shape.group, shape.query_offset, self.scale, decodes, segments,
         )  # fmt: skip
 
     def run(
@@ -120,7 +121,7 @@ class Jobs:
         ld = -(-(width + 2 * shape.kv_heads * shape.head_dim) // 64) * 64
         qkv = encode(np.full((tokens, ld), np.nan), self.dtype)
         rows, tables, token_rows, decode_rows, tiles = [], [], np.full(tokens, -1, np.int32), [], []
-        first, longest = 0, 0
+        first, longest, first_segments, all_segments = 0, 0, [], 0
         for r, part in enumerate(parts):
             rows.append((first, part.tokens, part.start, len(tables)))
             tables += self.tables[part.job][: -(-(part.start + part.tokens) // shape.block_size)]
@@ -129,6 +130,9 @@ class Jobs:
             token_rows[first : first + part.tokens] = r
             if part.tokens == 1:
                 decode_rows.append(r)
+                first_segments.append(all_segments)
+                segments = -(-(part.start + 1) // SEGMENT)
+                all_segments += segments if segments > 1 else 0
                 longest = max(longest, part.start + 1)
             else:
                 step = self.kernels.PREFILL_TILE
@@ -136,16 +140,17 @@ class Jobs:
             first += part.tokens
         if fill_up:
             decode_rows += range(len(rows), len(rows) + fill_up)
+            first_segments += [0] * fill_up
             rows += [(0, 0, 0, 0)] * fill_up
         longest = max(longest, 1) + spare
         untouched = encode(np.full((tokens, -(-width // 64) * 64), 7.0), self.dtype)
         contexts = {part.job: part.start + part.tokens for part in sorted(parts, key=lambda part: part.start)}
-        attention = self.attention(self.pool(contexts), len(decode_rows), longest)
+        attention = self.attention(self.pool(contexts), len(decode_rows), all_segments)
         outputs = [
             attention.run(
                 qkv, untouched, np.asarray(rows, np.int32).reshape(-1, 4), np.asarray(tables, np.int32), token_rows,
-                np.asarray(decode_rows, np.int32), np.asarray(tiles, np.int32).reshape(-1, 2), longest, block_warps,
-                splits,
+                np.asarray(decode_rows, np.int32), np.asarray(first_segments, np.int32),
+                np.asarray(tiles, np.int32).reshape(-1, 2), longest, block_warps, splits,
             )
             for _ in range(again + 1)
         ]  # fmt: skip
@@ -254,6 +259,28 @@ def test_segments_merge(kernels: ModuleType, dtype: str) -> None:
                 assert np.array_equal(got, jobs.whole[0][position : position + 1]), (splits, spare, position)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_warps", [4, 8])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [((2.0**-10, 2.0**15, -(2.0**15)), 0.0), ((2.0**15, -(2.0**15), 2.0**-10), 2.0**-10 / 3)],
+    ids=["lost", "kept"],
+)
+def test_segments_merge_in_ascending_order(
+    kernels: ModuleType, values: tuple[float, ...], expected: float, block_warps: int, dtype: str
+) -> None:
+    """All positions weigh the same. One segment's small values are lost where the large ones of another come on top."""
+    jobs = Jobs(kernels, Shape(64, 16, 1, 2, (768,)), dtype)
+    jobs.k[0][:] = encode(np.zeros(1), dtype)
+    jobs.v[0][:] = encode(np.repeat(values, 256), dtype)[:, None, None]
+    output = decode(encode(np.array([expected]), dtype), dtype)
+    for splits in (1, 2, 3):
+        (got,) = jobs.run([Part(0, 767, 1)], splits=splits, block_warps=block_warps)
+        assert (decode(got, dtype) == output).all()
+    (got,) = jobs.run([Part(0, 700, 68)], splits=1, block_warps=block_warps)
+    assert (decode(got[-1], dtype) == output).all()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_segments_of_large_heads_merge(kernels: ModuleType, head_dim: int, dtype: str) -> None:
@@ -331,14 +358,14 @@ def test_heads_that_are_too_large_are_refused(kernels: ModuleType) -> None:
 
 
 def test_the_workspace_fits_beside_a_pool(kernels: ModuleType) -> None:
-    """Nobody sets memory aside for it, so it must not grow with rows times the longest context without bound."""
+    """Nobody sets memory aside for it, so it grows with what rows have in the pool, however long the longest is."""
     shape = {"dtype": "bfloat16", "num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
-    counters = kernels.attention_workspace(**shape, decodes=0, max_context=0)
-    segments = {rows: rows * 32 * 4 for rows in (1, 64)}  # of 1,024 positions: a vector and two numbers for each
-    for rows, count in segments.items():
-        assert kernels.attention_workspace(**shape, decodes=rows, max_context=1024) == counters + 4 * 130 * count
+    counters = kernels.attention_workspace(**shape, decodes=0, segments=0)
+    layer = 2 * 8 * 128 * 2 * SEGMENT  # bytes of a segment's keys and values
+    for rows in (1, 64):
+        for segments in (rows, 1000 * rows):
+            partials = kernels.attention_workspace(**shape, decodes=rows, segments=segments) - counters
+            assert partials == 4 * 132 * 32 * segments  # a vector, two numbers, and two that keep it aligned
+            assert partials < 0.02 * layer * segments
     # One block for each row and KV head fills the device: nobody leaves anything for others.
-    assert kernels.attention_workspace(**shape, decodes=256, max_context=1 << 17) == counters
-    for rows in range(1, 513):
-        for context in (1 << 10, 1 << 17, 1 << 20):
-            assert kernels.attention_workspace(**shape, decodes=rows, max_context=context) <= counters + 2**30
+    assert kernels.attention_workspace(**shape, decodes=256, segments=100_000) == counters

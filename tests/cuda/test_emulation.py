@@ -113,7 +113,14 @@ def test_right_kernels_come_out_the_same_in_every_order(kernels: ModuleType) -> 
     rotated[:64] = np.roll(VALUES[:64], -3)
     in_warps = VALUES.copy()
     in_warps[:64] = np.roll(VALUES[:64].reshape(2, 32), -1, axis=1).ravel()
-    for name, expected in [("rotate", rotated), ("rotate in warp", in_warps), ("copies", VALUES)]:
+    rows = VALUES.reshape(2, 32, 4)[:, ::-1]
+    matrices = np.stack([rows[:, 8 * m + LANES // 4, LANES % 4] for m in range(4)], axis=2).ravel()
+    for name, expected in [
+        ("rotate", rotated),
+        ("rotate in warp", in_warps),
+        ("matrices", matrices),
+        ("copies", VALUES),
+    ]:
         for got in outcomes(kernels, name):
             assert np.array_equal(got, expected), name
 
@@ -124,6 +131,7 @@ def test_right_kernels_come_out_the_same_in_every_order(kernels: ModuleType) -> 
         ("rotate, no first barrier", "rotate"),
         ("rotate, no second barrier", "rotate"),
         ("rotate in warp, not synchronized", "rotate in warp"),
+        ("matrices, not synchronized", "matrices"),
         ("copies, not waited for", "copies"),
         ("copies, not committed", "copies"),
     ],
@@ -180,4 +188,5 @@ def test_every_planted_mistake_is_tested(kernels: ModuleType) -> None:
     wrong = {name for name in kernels.planted_names() if name in ERRORS}
     others = set(kernels.planted_names()) - wrong
     assert wrong == set(ERRORS)
-    assert {name.split(",")[0] for name in others} == {"rotate", "rotate in warp", "copies", "uninitialized"}
+    rest = {"rotate", "rotate in warp", "matrices", "copies", "uninitialized"}
+    assert {name.split(",")[0] for name in others} == rest

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import fastserve
 from fastserve.native import instruction_sets
@@ -38,3 +39,8 @@ def use(machine: str, patch: pytest.MonkeyPatch) -> str:
 def supports(machine: str, kv_cache_dtype: str) -> bool:
     """Whether K and V may be held so, in something else than what is computed in."""
     return machine != "cuda" or kv_cache_dtype == "auto"
+
+
+def examples(usual: int) -> int:
+    """How many examples hypothesis tries where its default is too many; three times as many in `make test-all`."""
+    return usual * settings.default.max_examples // 100

@@ -9,8 +9,10 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machines import MACHINES, supports, use
+from machines import CUDA, MACHINES, examples, supports, use
 from synthetic import VOCAB, Driver, PoisonedModel, SyntheticModel, gpt_spec, llama_spec, neox_spec, plan, whole
+
+from fastserve.native import instruction_sets
 
 SPECS = {
     "llama": llama_spec(),
@@ -39,7 +41,7 @@ def test_logits_equal_a_plain_decoder(name: str, machine: str, monkeypatch: pyte
     )
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("machine", instruction_sets())
 @pytest.mark.parametrize(("dtype", "kv_cache_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")])
 @pytest.mark.parametrize("name", SPECS)
 @settings(max_examples=5, deadline=None)
@@ -47,8 +49,21 @@ def test_logits_equal_a_plain_decoder(name: str, machine: str, monkeypatch: pyte
 def test_no_bit_depends_on_batch_chunks_blocks_or_threads(
     name: str, dtype: str, kv_cache_dtype: str, machine: str, data: st.DataObject
 ) -> None:
-    if not supports(machine, kv_cache_dtype):
-        pytest.skip("not on this machine")
+    _check_no_bit_depends(name, dtype, kv_cache_dtype, machine, data)
+
+
+@pytest.mark.parametrize("machine", [CUDA])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SPECS)
+@settings(max_examples=examples(3), deadline=None)
+@given(data=st.data())
+def test_no_bit_depends_on_batch_chunks_or_blocks_on_cuda(
+    name: str, dtype: str, machine: str, data: st.DataObject
+) -> None:
+    _check_no_bit_depends(name, dtype, "auto", machine, data)
+
+
+def _check_no_bit_depends(name: str, dtype: str, kv_cache_dtype: str, machine: str, data: st.DataObject) -> None:
     source = SyntheticModel(SPECS[name])
     most, longest = (4, 300) if machine == "cuda" else (9, 560)  # which is emulated, for most of us
     lengths = data.draw(st.lists(st.integers(1, longest), min_size=1, max_size=most))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -32,9 +33,9 @@ SAMPLING: list[dict[str, Any]] = [
 ]
 
 
-def _jobs(device: str, in_flight: int) -> list[Job]:
-    runtime = NativeRuntime(SyntheticModel(llama_spec()), RuntimeConfig(dtype="float32", num_blocks=40, device=device))
-    config = SchedulerConfig(num_blocks=40, max_model_len=96, max_num_seqs=5, max_in_flight=in_flight)
+def _jobs(device: str, in_flight: int, dtype: str = "float32", rows: int = 5) -> list[Job]:
+    runtime = NativeRuntime(SyntheticModel(llama_spec()), RuntimeConfig(dtype=dtype, num_blocks=40, device=device))
+    config = SchedulerConfig(num_blocks=40, max_model_len=96, max_num_seqs=rows, max_in_flight=in_flight)
     engine = Engine(config, runtime, CostModel(per_iteration=0.01, per_token=0.001))
     jobs = [
         engine.add_job(
@@ -67,6 +68,20 @@ def test_tokens_are_chosen_as_on_the_cpu(device: str, in_flight: int) -> None:
 
 
 @pytest.mark.parametrize("device", [CUDA])
+def test_products_of_a_library_depend_on_no_neighbours_either(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the emulated device's stand-in for cuBLASLt, in prefills, decodes and graphs."""
+    plugin = os.environ.get("FASTSERVE_CUDA_PLUGIN")
+    library = ctypes.CDLL(plugin)
+    if plugin is None or not hasattr(library, "fastserve_simt_cublaslt_products"):
+        pytest.skip("on an emulated device only")
+    monkeypatch.setenv("FASTSERVE_CUBLASLT", plugin)
+    alone = [job.output for job in _jobs(device, 1, "bfloat16", rows=1)]
+    queued = library.fastserve_simt_cublaslt_products()
+    assert [job.output for job in _jobs(device, 2, "bfloat16")] == alone
+    assert library.fastserve_simt_cublaslt_products() > queued > 0
+
+
+@pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize(("poison", "message"), [(np.nan, "not a number"), (np.inf, "number|infinite")])
 def test_a_model_gone_wrong_fails_the_job_and_no_other(device: str, poison: float, message: str) -> None:
     runtime = NativeRuntime(
@@ -78,6 +93,39 @@ def test_a_model_gone_wrong_fails_the_job_and_no_other(device: str, poison: floa
     assert result is not None and result.tokens[0] == -1 and 0 <= result.tokens[1] < VOCAB
     assert result.errors.keys() == {0}
     assert any(part in result.errors[0] for part in message.split("|"))
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_an_iteration_that_is_replayed_may_have_longer_contexts(device: str) -> None:
+    """Batches of one size share a graph if their longest contexts are about as long: whatever the others' are."""
+
+    def runtime() -> NativeRuntime:
+        config = RuntimeConfig(dtype="bfloat16", num_blocks=90, max_num_batched_tokens=320, device=device)
+        return NativeRuntime(SyntheticModel(llama_spec(num_layers=1)), config)
+
+    lengths = [300, 310, 305, 315, 5, 6, 7]
+    tables = [[(i, j, 20 * i + j if i < 4 else 80 + i) for j in range(-(-320 // 16) if i < 4 else 1)] for i in range(7)]
+
+    def filled() -> NativeRuntime:
+        made = runtime()
+        for i, length in enumerate(lengths):
+            tokens = [(7 * i + 3 * j) % VOCAB for j in range(length)]
+            made.submit(plan(i, [(i, 0, length, 0)], tokens, opened=[(i, length)], table=tables[i]))
+            made.poll()
+        return made
+
+    def decode(made: NativeRuntime, slots: list[int], step: int = 0) -> list[int]:
+        rows = [(i, lengths[i] + (step if i in short else 0), 1, 1) for i in slots]
+        made.submit(plan(9, rows, [11 + i for i in slots]))
+        result = made.poll()
+        assert result is not None
+        return list(result.tokens)
+
+    short = [0, 4, 5, 6]  # together
+    batched, alone = filled(), filled()
+    for step in range(3):  # as it is, recorded, replayed
+        decode(batched, short, step)
+    assert decode(batched, [1, 2, 3, 5], step=3)[:3] == [decode(alone, [i])[0] for i in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("device", [CUDA])
@@ -103,8 +151,27 @@ def test_the_pool_takes_what_the_device_has_left(device: str, tmp_path: Path) ->
     save(CASES[0], tmp_path)
     with LLM(tmp_path, device=device, skip_tokenizer=True, max_num_seqs=2, swap_space=0) as llm:
         assert llm.info["kv_cache_bytes"] > 100 * 2**20
-    with pytest.raises(InvalidRequest, match=r"kv_cache_memory: must .* fit in the \d+M that the device has left"):
+    with pytest.raises(InvalidRequest, match=r"kv_cache_memory: must fit in the \d+M that the device has left"):
         LLM(tmp_path, device=device, skip_tokenizer=True, kv_cache_memory="900G")
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize(
+    ("option", "size", "message"),
+    [
+        ("swap_space", "900000G", r"swap_space: must fit in the memory available, \d+M"),
+        ("swap_space", "1", "swap_space: must be 0 or hold at least one KV block"),
+        ("kv_cache_memory", "some", "kv_cache_memory: must be a size"),
+        ("kv_cache_memory", "1", "kv_cache_memory: must hold at least one KV block"),
+    ],
+)
+def test_sizes_are_refused_before_weights_are_loaded(
+    device: str, option: str, size: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(CASES[0], tmp_path)
+    monkeypatch.setattr("fastserve.placement.NativeRuntime", None)
+    with pytest.raises(InvalidRequest, match=message):
+        LLM(tmp_path, device=device, skip_tokenizer=True, **{option: size})
 
 
 @pytest.mark.parametrize(

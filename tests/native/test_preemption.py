@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from machines import HAS_CUDA, NO_CUDA
+from machines import HAS_CUDA, NO_CUDA, examples
 from synthetic import VOCAB, SyntheticModel, gpt_spec, llama_spec
 
 from fastserve.config import RuntimeConfig, SchedulerConfig
@@ -97,7 +97,7 @@ def test_tokens_are_those_of_running_alone(data: st.DataObject, jobs: list[Any])
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not HAS_CUDA, reason=NO_CUDA)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(6), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), jobs=JOBS)
 def test_tokens_are_those_of_running_alone_on_cuda(data: st.DataObject, jobs: list[Any]) -> None:
     _check("cuda", data, jobs)

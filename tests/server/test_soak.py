@@ -9,7 +9,7 @@ import soak
 @pytest.mark.timeout(280)
 def test_nothing_is_left_of_clients(capsys: pytest.CaptureFixture[str]) -> None:
     """Memory is told and not judged: that is too short for it."""
-    code = soak.main(["--clients", "500", "--minutes", "0.3", "--round", "6", "--tolerance", "1e9"])
+    code = soak.main(["--clients", "500", "--minutes", "0.1", "--round", "6", "--tolerance", "1e9"])
     printed = capsys.readouterr()
     assert code == 0, printed.out + printed.err
 

@@ -84,18 +84,25 @@ def test_turns_and_users_are_as_asked_for() -> None:
 def test_agents_have_two_to_most_calls_and_few_have_many() -> None:
     lengths = np.array([len(list(calls_of(job))) for job in heads("agents:20", 1, 20_000)[:-1]])
     assert lengths.min() == 2 and lengths.max() == 20
-    weights = 1 / np.arange(2, 21)
-    mean = 19 / weights.sum()
+    weights = 1 / np.arange(2, 21) ** 2
+    mean = (weights * np.arange(2, 21)).sum() / weights.sum()
     assert lengths.mean() == pytest.approx(mean, rel=4 * lengths.std() / mean / math.sqrt(len(lengths)))
     assert np.median(lengths) < mean
+
+
+def test_an_agents_calls_are_alike_and_a_chats_are_not() -> None:
+    def outputs(spec: str) -> np.ndarray:
+        pairs = [[call.output_tokens for call in calls_of(job)][:2] for job in heads(spec, 3, 20_000)[:-1]]
+        return np.log(np.array(pairs)).T
+
+    assert np.corrcoef(outputs("agents:4"))[0, 1] == pytest.approx(0.8, abs=0.05)
+    assert abs(np.corrcoef(outputs("chat:2,1"))[0, 1]) < 0.05
 
 
 def test_means_are_as_asked_for() -> None:
     calls = [call for job in heads("chat:3,1,7,50,80,160", 2, 30_000) for call in calls_of(job)]
     assert np.mean([call.output_tokens for call in calls]) == pytest.approx(80, rel=0.02)
-    opened = [call for call in calls if call.prompt_tokens < 160 + 50 * 4 + 1 and call.then]
-    thinking = [call.think_time for call in opened]
-    assert np.mean(thinking) == pytest.approx(7, rel=0.05)
+    assert np.mean([call.think_time for call in calls if call.then]) == pytest.approx(7, rel=0.05)
 
 
 def test_calls_come_at_the_rate() -> None:

@@ -50,8 +50,13 @@ class Noisy(ToyExecutor):
         return result
 
 
-def record(seed: int, timeout: float | None = None, **options: Any) -> tuple[Recording, SchedulerConfig]:
-    """Thirty jobs that arrive in bursts, some of which are aborted, on the toy model."""
+def record(
+    seed: int, timeout: float | None = None, in_common: int = 0, **options: Any
+) -> tuple[Recording, SchedulerConfig]:
+    """Thirty jobs that arrive in bursts, some of which are aborted, on the toy model.
+
+    With tokens `in_common`, their prompts begin alike, and they are of tenants, salts and programs.
+    """
     rng = random.Random(seed)
     config = SchedulerConfig(**{"max_num_seqs": 3, "max_num_batched_tokens": 16, "block_size": 4, **options})
     clock = Ticking(rng)
@@ -72,8 +77,19 @@ def record(seed: int, timeout: float | None = None, **options: Any) -> tuple[Rec
             penalty = 0.1 * (number % 2)
             params = SamplingParams(max_tokens=rng.randrange(1, 25), temperature=1.0, presence_penalty=penalty)
             prompt = [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 30))]
+            whose: dict[str, Any] = {}
+            if in_common:
+                prompt = [5] * in_common + prompt
+                whose = {
+                    "tenant": f"t{number % 2}", "cache_salt": "s" * (number % 3 == 2), "program": f"p{number % 4}"
+                }  # fmt: skip
             job = engine.add_job(
-                f"j{number}", prompt, params, seed=number % 5, vocab_size=VOCAB, eos_token_ids=(EOS,), arrival=when
+                *(f"j{number}", prompt, params),
+                seed=number % 5,
+                vocab_size=VOCAB,
+                eos_token_ids=(EOS,),
+                arrival=when,
+                **whose,
             )
             recorder.entered(job)
         for job, _ in engine.step(timeout):
@@ -126,6 +142,21 @@ def test_a_replay_moves_the_same_blocks(mode: str, in_flight: int) -> None:
         assert [job.metrics.finish for job in jobs] == [job.metrics.finish for _, job in recording.entries]
         copies += sum(len(outcome.copies) for outcome in recording.outcomes.values())
     assert copies > 10
+
+
+@pytest.mark.parametrize("policy", ["skip-join-mlfq", "gittins"])
+@pytest.mark.parametrize("host", [0, 60])
+def test_a_replay_finds_what_the_run_found(policy: str, host: int) -> None:
+    found = 0
+    for seed in range(3):
+        recording, config = record(
+            seed, in_common=9, policy=policy, num_blocks=24, num_host_blocks=host, max_in_flight=2, max_model_len=80
+        )
+        jobs = replay(recording, config, COST)
+        for again, (_, job) in zip(jobs, recording.entries, strict=True):
+            assert (again.output, again.metrics, again.tenant) == (job.output, job.metrics, job.tenant)
+        found += sum(job.metrics.cached_tokens for job in jobs)
+    assert found > 100
 
 
 def test_another_schedule_is_noticed() -> None:

@@ -64,9 +64,9 @@ def test_released_blocks_can_be_had_again() -> None:
 
 def test_integrity_notices_a_lost_and_a_doubled_block() -> None:
     lost, doubled, lost_on_host = BlockManager(3, 4), BlockManager(3, 4), BlockManager(3, 4, 2)
-    lost._free.pop()
-    doubled._free[0] = doubled._free[1]
-    lost_on_host._free_host.pop()
+    lost._places.free.pop()
+    doubled._places.free[0] = doubled._places.free[1]
+    lost_on_host._places.free_host.pop()
     for blocks in (lost, doubled, lost_on_host):
         with pytest.raises(RuntimeError, match="lost or doubled"):
             check_blocks(blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,6 +89,14 @@ class ToyRuntime(ToyExecutor):
             self.interrupt_at = None
             signal.raise_signal(signal.SIGINT)
         return result
+
+    def free_bytes(self, rows: int) -> int | None:
+        return None
+
+    def set_pools(self, num_blocks: int, num_host_blocks: int) -> None:
+        super().__init__(
+            replace(self._config, num_blocks=num_blocks, num_host_blocks=num_host_blocks), self._cost, self.clock
+        )
 
     def submit(self, plan: Any) -> None:
         if self.fail_at is not None and len(self.plans) >= self.fail_at:

@@ -135,6 +135,7 @@ class CpuBackend final : public Backend {
   void end() override {}
   void wait() override {}
   bool done() const override { return true; }
+  void when_done(std::function<void()> over) override { over(); }
   std::unique_ptr<DeviceCommunicator> connect(Communicator&, int, int, int64_t) override { return nullptr; }
   void drain() noexcept override {}
 

@@ -47,6 +47,8 @@ class HostSampler final : public TokenSampler {
     sampled_.pop_front();
     return oldest;
   }
+  void drop_latest() override { sampled_.pop_back(); }
+  void drop_oldest() override { sampled_.pop_front(); }
 
   int32_t last_of(int32_t slot) const override {
     FS_CHECK(false, "slot ", slot, " is asked for a token to come, where none is");

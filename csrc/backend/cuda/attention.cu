@@ -12,18 +12,9 @@ constexpr float kLog2E = 1.44269504f;  // weights are powers of two
 constexpr int64_t kPrefillBlocks = 264;  // of 8 warps
 constexpr int64_t kDecodeBlocks = 2048;  // of which some may find no segment
 
-// Bytes that blocks may leave for each other. The memory that a pool of KV leaves free has to have room for them.
-constexpr int64_t kMostPartials = int64_t{1} << 30;
-
-// What all segments of all rows and heads come to, were each row as long as the longest.
-int64_t partial_bytes(int64_t num_heads, const KvLayout& pool, int64_t decodes, int64_t max_context) {
-  return 4 * (pool.head_dim_padded() + 2) * decodes * num_heads * ceil_div(max_context, kSegment);
-}
-
 // Blocks that share a decode row's segments of one KV head.
-int64_t decode_splits(int64_t num_heads, const KvLayout& pool, int64_t decodes, int64_t max_context) {
-  if (decodes * num_heads > kCounters || partial_bytes(num_heads, pool, decodes, max_context) > kMostPartials) return 1;
-  return ceil_div(kDecodeBlocks, decodes * pool.num_kv_heads);
+int64_t decode_splits(int64_t num_heads, const KvLayout& pool, int64_t decodes) {
+  return decodes * num_heads > kCounters ? 1 : ceil_div(kDecodeBlocks, decodes * pool.num_kv_heads);
 }
 
 }  // namespace
@@ -63,15 +54,14 @@ void attention(const AttentionCall& call, const DeviceBatch& batch, cudaStream_t
     attention_prefill(call.dtype, shape, batch.tiles, batch.num_tiles, block_warps, stream);
   }
   if (batch.num_decodes > 0) {
-    const int64_t splits = decode_splits(call.num_heads, call.pool, batch.num_decodes, batch.max_context);
-    attention_decode(call.dtype, shape, batch.decode_rows, batch.num_decodes, batch.max_context, splits, call.workspace,
-                     stream);
+    const int64_t splits = decode_splits(call.num_heads, call.pool, batch.num_decodes);
+    attention_decode(call.dtype, shape, batch, splits, call.workspace, stream);
   }
 }
 
-int64_t attention_workspace(int64_t num_heads, const KvLayout& pool, int64_t decodes, int64_t max_context) {
-  const bool shared = decodes > 0 && decode_splits(num_heads, pool, decodes, max_context) > 1;
-  return 4 * kCounters + (shared ? partial_bytes(num_heads, pool, decodes, max_context) : 0);
+int64_t attention_workspace(int64_t num_heads, const KvLayout& pool, int64_t decodes, int64_t segments) {
+  const bool shared = decodes > 0 && decode_splits(num_heads, pool, decodes) > 1;
+  return 4 * kCounters + (shared ? 4 * (pool.head_dim_padded() + kStatFloats) * num_heads * segments : 0);
 }
 
 }  // namespace fastserve::cuda

@@ -30,11 +30,11 @@ constexpr int kBlocks = kDim == 256 ? 2 : 3;
 template <int kDim>
 constexpr int kSharedBytes = kStages<kDim> * kStageBytes<kDim> + kWarpVectors * kScoreStride * 4;
 
-// Segments of rows that several blocks share: of decode row z, head h and segment s, at (z · heads + h) · segments + s.
+// Segments of rows that several blocks share: of decode row z with S segments, head h and segment s, the partial at
+// first_segments[z] · heads + h · S + s.
 struct Partials {
-  float* out;     // Σ weight · V, padded as the pool's rows are
-  float2* stats;  // maximum and sum
-  int segments;
+  float* all;  // each as long as a pool's row and kStatFloats
+  const int32_t* first_segments;
   int32_t* counters;  // [decode rows, heads]: blocks that are done
 };
 
@@ -111,8 +111,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
   };
 
   const bool alone = segments == 1 || stride == 1;
-  const int64_t partial_row = static_cast<int64_t>(blockIdx.z) * shape.num_heads + first_head;
   const int row_elements = shape.row_bytes / 2;
+  const int64_t partial = row_elements + kStatFloats;
+  // Of this row's first head here; other heads' follow, `segments` each.
+  float* partials_of_row = partials.all;
+  if (!alone) {
+    partials_of_row +=
+        (int64_t{partials.first_segments[blockIdx.z]} * shape.num_heads + first_head * segments) * partial;
+  }
   const int first_column = panel * kPanelDim<kDim> + warp * kColumns * 8 + 2 * t;
   SegmentState<kColumns> segment;
   MergedState<kColumns> merged;
@@ -161,14 +167,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         if (g + 8 * h >= heads) continue;
-        const int64_t index = (partial_row + g + 8 * h) * partials.segments + s;
-        if (panel == 0 && warp == 0 && t == 0) partials.stats[index] = make_float2(segment.max[h], segment.sum[2 * h]);
+        float* to = partials_of_row + ((g + 8 * h) * segments + s) * partial;
+        if (panel == 0 && warp == 0 && t == 0) {
+          *reinterpret_cast<float2*>(to + row_elements) = make_float2(segment.max[h], segment.sum[2 * h]);
+        }
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
           const int column = first_column + 8 * n;
           if (column < row_elements) {
-            *reinterpret_cast<float2*>(partials.out + index * row_elements + column) =
-                make_float2(segment.out[n][2 * h], segment.out[n][2 * h + 1]);
+            *reinterpret_cast<float2*>(to + column) = make_float2(segment.out[n][2 * h], segment.out[n][2 * h + 1]);
           }
         }
       }
@@ -196,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
   __syncthreads();
   int last = 0;
   if (threadIdx.x == 0) {
-    int32_t* counter = partials.counters + partial_row;
+    int32_t* counter = partials.counters + static_cast<int64_t>(blockIdx.z) * shape.num_heads + first_head;
     last = atomicAdd(counter, 1) == (segments < stride ? segments : stride) * kPanels<kDim> - 1;
     if (last) *counter = 0;
     __threadfence();
@@ -206,9 +213,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
   const int quads = row_elements / 4;
   for (int item = threadIdx.x; item < heads * quads; item += kThreads) {
     const int vector = item / quads, d = item % quads * 4;
-    const int64_t index = (partial_row + vector) * partials.segments;
-    const float2* stats = partials.stats + index;
-    const float* outs = partials.out + index * row_elements + d;
+    const float* from = partials_of_row + vector * segments * partial;
     float max = kUnseen, sum = 0.0f, total[4] = {};
     for (int first = 0; first < segments; first += kAhead) {
       float2 stat[kAhead];
@@ -216,8 +221,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (first + i >= segments) continue;
-        stat[i] = stats[first + i];
-        out[i] = *reinterpret_cast<const float4*>(outs + static_cast<int64_t>(first + i) * row_elements);
+        stat[i] = *reinterpret_cast<const float2*>(from + (first + i) * partial + row_elements);
+        out[i] = *reinterpret_cast<const float4*>(from + (first + i) * partial + d);
       }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
@@ -238,19 +243,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
 
 }  // namespace
 
-void attention_decode(DType dtype, const AttentionShape& shape, const int32_t* decode_rows, int64_t num_decodes,
-                      int64_t max_context, int64_t splits, void* workspace, cudaStream_t stream) {
-  const int64_t segments = ceil_div(max_context, kSegment);
+void attention_decode(DType dtype, const AttentionShape& shape, const DeviceBatch& batch, int64_t splits,
+                      void* workspace, cudaStream_t stream) {
+  const int64_t segments = ceil_div(batch.max_context, kSegment);  // at most
   auto* counters = static_cast<int32_t*>(workspace);
-  auto* out = reinterpret_cast<float*>(counters + kCounters);
-  auto* stats = reinterpret_cast<float2*>(out + num_decodes * shape.num_heads * segments * (shape.row_bytes / 2));
-  const Partials partials = {out, stats, static_cast<int>(segments), counters};
+  const Partials partials = {reinterpret_cast<float*>(counters + kCounters), batch.first_segments, counters};
   const int group = shape.query_group < shape.num_heads ? shape.query_group : shape.num_heads;
   const int passes = static_cast<int>(ceil_div(group, kWarpVectors));
   const auto run = [&](auto kernel, int panels, size_t shared_bytes) {
     const dim3 grid(static_cast<unsigned>(splits < segments ? splits : segments),
-                    static_cast<unsigned>(shape.num_kv_heads * passes * panels), static_cast<unsigned>(num_decodes));
-    launch(kernel, {grid, dim3(kThreads), shared_bytes, stream}, shape, decode_rows, passes, partials);
+                    static_cast<unsigned>(shape.num_kv_heads * passes * panels),
+                    static_cast<unsigned>(batch.num_decodes));
+    launch(kernel, {grid, dim3(kThreads), shared_bytes, stream}, shape, batch.decode_rows, passes, partials);
   };
   const auto run_type = [&](auto element) {
     using T = decltype(element);

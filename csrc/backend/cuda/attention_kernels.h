@@ -33,10 +33,14 @@ void attention_prefill(DType dtype, const AttentionShape& shape, const PrefillTi
 // Workspaces begin with this many int32, of which each row and head has one; it is zero between calls.
 constexpr int64_t kCounters = 65536;
 
-// 16-bit types. Up to `splits` blocks share a row's segments of one KV head; more than one only if there are as many
-// counters as rows times heads.
-void attention_decode(DType dtype, const AttentionShape& shape, const int32_t* decode_rows, int64_t num_decodes,
-                      int64_t max_context, int64_t splits, void* workspace, cudaStream_t stream);
+// Blocks that share a row leave there, of each of its segments and heads, Σ weight · V, padded as the pool's rows are,
+// and in so many more floats the maximum and the sum: 16 bytes, as the rest is a multiple of that.
+constexpr int kStatFloats = 4;
+
+// 16-bit types: the batch's decode rows. Up to `splits` blocks share a row's segments of one KV head; more than one
+// only if there are as many counters as rows times heads.
+void attention_decode(DType dtype, const AttentionShape& shape, const DeviceBatch& batch, int64_t splits,
+                      void* workspace, cudaStream_t stream);
 
 // float32: every token of the batch.
 void attention_f32(const AttentionShape& shape, const int32_t* token_rows, int64_t num_tokens, cudaStream_t stream);

@@ -1,21 +1,32 @@
 // cuBLASLt's products in the place of ours, for shapes where that is faster and a row's bits stay the same whatever the
-// number of rows (DESIGN §3). Without cuBLASLt (no_cublaslt.cc) all products are ours.
+// number of rows (DESIGN §3).
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "backend/cuda/cublaslt_library.h"
 #include "backend/cuda/product_trial.h"
 
 namespace fastserve::cuda {
 
-// What was tried for one shape, and what came of it.
-struct CublasReport {
+// An algorithm for products of a shape. `by_parts`: it is called for each of kGemmParts parts of the inputs, whose sums
+// it adds in ascending order, as gemm() does; such a one may have gemm()'s very bits.
+struct CublasCandidate {
+  CublasLtLibrary::Algorithm algorithm;
+  bool by_parts;
+};
+
+// What was tried for products with 16-bit weights [n, k_padded], and what came of it.
+struct CublasShape {
   DType dtype;
   int64_t n, k_padded;
   bool wide;
-  std::vector<ProductTrial> trials;
+  std::vector<CublasCandidate> candidates;
+  std::vector<ProductTrial> trials;  // of each
   RowSeconds ours;
   ProductChoice choice;
 
@@ -25,25 +36,29 @@ struct CublasReport {
 
 class CublasLt {
  public:
-  CublasLt();
-  ~CublasLt();
-  CublasLt(const CublasLt&) = delete;
-  CublasLt& operator=(const CublasLt&) = delete;
+  // Null where the library is not to be used.
+  static std::unique_ptr<CublasLt> open();
 
-  static bool available();
+  // Tries the algorithms that cuBLASLt proposes for such products on random operands, and pins one or none: null then,
+  // and all products are ours. To be called before products of that shape are queued; waits for the stream. `workspace`
+  // is that of gemm(). Once for each shape: later calls return the first one's choice, which stays where it is.
+  const CublasShape* choose(DType dtype, int64_t n, int64_t k_padded, bool wide, void* workspace, cudaStream_t stream);
 
-  // Tries the algorithms that cuBLASLt proposes for products with 16-bit weights [n, k_padded] on random operands, and
-  // pins one or none. To be called before products of that shape are queued; waits for the stream. `workspace` is that
-  // of gemm(). Once for each shape: later calls return the first one's report.
-  const CublasReport& tune(DType dtype, int64_t n, int64_t k_padded, bool wide, void* workspace, cudaStream_t stream);
-
-  // Queues the product if cuBLASLt has it; else false, and the caller queues gemm(). Allocates nothing, so that it may
-  // be captured in a graph.
-  bool gemm(const GemmCall& call, cudaStream_t stream);
+  // Queues the product if it is one of those that the choice is for; else false, and the caller queues gemm().
+  // Allocates nothing on the device, so that it may be captured in a graph.
+  bool gemm(const CublasShape& chosen, const GemmCall& call, cudaStream_t stream) const;
 
  private:
-  struct State;
-  std::unique_ptr<State> state_;
+  explicit CublasLt(std::unique_ptr<CublasLtLibrary> library);
+
+  CublasShape tried(DType dtype, int64_t n, int64_t k_padded, bool wide, void* workspace, cudaStream_t stream) const;
+  bool run(const CublasCandidate& candidate, const GemmCall& call, cudaStream_t stream) const;
+  bool add_parts(const CublasCandidate& candidate, const GemmCall& call, int64_t first, int64_t columns, float* output,
+                 int64_t ld_output, cudaStream_t stream) const;
+
+  const std::unique_ptr<CublasLtLibrary> library_;
+  const Memory sums_;
+  std::map<std::tuple<DType, int64_t, int64_t, bool>, CublasShape> shapes_;
 };
 
 }  // namespace fastserve::cuda

@@ -1,7 +1,9 @@
 // A CUDA device as a backend: keeps batches, streams and workspaces, and calls the kernels.
 #include <algorithm>
+#include <chrono>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -10,12 +12,14 @@
 #include "backend/cuda/cublaslt.h"
 #include "backend/cuda/cuda_sampler.h"
 #include "backend/cuda/device_batch.h"
+#include "backend/cuda/event_watch.h"
 #include "backend/cuda/graphs.h"
 #include "backend/cuda/kernels.h"
 #include "backend/cuda/matrix.h"
 #include "backend/cuda/nccl.h"
 #include "backend/cuda/runtime_api.h"
 #include "backend/device.h"
+#include "common/pause.h"
 
 namespace fastserve::cuda {
 
@@ -23,6 +27,8 @@ namespace {
 
 // Batches queued at a time: while one runs, the host puts the next together.
 constexpr int64_t kDepth = 2;
+// A batch that is waited for is often nearly done, and a thread that sleeps takes a while to wake up.
+constexpr auto kSpinTime = std::chrono::microseconds(50);
 
 std::string device_name(int device) {
   cudaDeviceProp properties;
@@ -42,12 +48,15 @@ bool holds(KvFormat format, DType dtype) {
                                                 : KvFormat::kFloat16);
 }
 
+using Clock = std::chrono::steady_clock;
+
 class CudaBackend final : public Backend {
  public:
   CudaBackend(DType dtype, int device) : dtype_(dtype), device_(device), name_(device_name(device)) {}
   ~CudaBackend() override {
     static_cast<void>(cudaSetDevice(device_));  // on whichever thread this is
     static_cast<void>(cudaDeviceSynchronize());
+    watch_.stop();  // before its event goes
   }
 
   const char* name() const override { return name_.c_str(); }
@@ -124,6 +133,7 @@ class CudaBackend final : public Backend {
     batch_ = batches_->upload(batch, compute_);
     begun_ = true;
     if (batches_->moved()) graphs_.clear();
+    if (attended_heads_ > 0) reserve_attention();
     return {batch_.num_tokens, batch_.num_logits};
   }
   void run(const std::function<void()>& body) override {
@@ -138,18 +148,26 @@ class CudaBackend final : public Backend {
 
   void end() override {
     BatchClock::instance().end(compute_);
-    if (idle_.empty()) idle_.push_back(std::make_unique<Done>());
+    if (idle_.empty()) idle_.push_back(std::make_unique<Event>());
     idle_.back()->record(compute_);
     queued_.push_back(std::move(idle_.back()));
     idle_.pop_back();
   }
   void wait() override {
-    if (nccl_.used()) nccl_.wait_until([&] { return queued_.front()->passed(); });
-    queued_.front()->synchronize();
+    const Event& oldest = *queued_.front();
+    if (nccl_.used()) {
+      nccl_.wait_for(oldest);
+    } else if (watch_.busy()) {
+      watch_.join();
+    } else {
+      for (const auto until = Clock::now() + kSpinTime; !oldest.settled() && Clock::now() < until;) pause();
+    }
+    oldest.synchronize();
     idle_.push_back(std::move(queued_.front()));
     queued_.pop_front();
   }
   bool done() const override { return queued_.front()->settled(); }
+  void when_done(std::function<void()> over) override { watch_.start(*queued_.front(), std::move(over)); }
 
   std::unique_ptr<DeviceCommunicator> connect(Communicator& ranks, int first, int count, int64_t most) override {
     use_device();
@@ -182,10 +200,11 @@ class CudaBackend final : public Backend {
   }
   void gemm(const GemmArgs& args) override {
     if (args.m == 0) return;
+    const auto& weight = static_cast<const CudaMatrix&>(*args.weight);
     const GemmCall call{.dtype = dtype_,
                         .input = args.input,
                         .ld_input = args.ld_input,
-                        .weight = static_cast<const CudaMatrix&>(*args.weight).view(),
+                        .weight = weight.view(),
                         .bias = args.bias,
                         .output = args.output,
                         .ld_output = args.ld_output,
@@ -193,12 +212,9 @@ class CudaBackend final : public Backend {
                         .wide = args.wide,
                         .accumulate = args.accumulate,
                         .workspace = products_.as<void>()};
-    if (CublasLt::available() && dtype_ != DType::kFloat32 && !is_quantized(call.weight.format)) {
-      // Tried out in the first iteration, which is never recorded.
-      cublas_.tune(dtype_, call.weight.n, call.weight.k_padded, call.wide, call.workspace, compute_);
-      if (cublas_.gemm(call, compute_)) return;
-    }
-    cuda::gemm(call, compute_);
+    std::optional<const CublasShape*>& theirs = weight.theirs[call.wide ? 1 : 0];
+    if (!theirs) theirs = find_theirs(call);  // in the first iteration, which is never recorded
+    if (*theirs == nullptr || !cublas_->gemm(**theirs, call, compute_)) cuda::gemm(call, compute_);
   }
   void norm(const NormArgs& args) override {
     if (args.rows == 0) return;
@@ -229,12 +245,9 @@ class CudaBackend final : public Backend {
                          batch_, compute_);
   }
   void attention(const AttentionArgs& args) override {
-    const int64_t bytes = attention_workspace(args.num_heads, pool_, batch_.num_decodes, batch_.max_context);
-    if (static_cast<int64_t>(attention_.bytes()) < bytes) {  // never while recording: a first run has been here before
-      finish_queued();
-      attention_ = Memory();  // first, or both would have to fit
-      attention_ = Memory(Place::kDevice, bytes + bytes / 2);
-      graphs_.clear();
+    if (attended_heads_ < args.num_heads) {  // never while recording: a first run has been here before
+      attended_heads_ = args.num_heads;
+      reserve_attention();
     }
     cuda::attention({.dtype = dtype_,
                      .qkv = args.qkv,
@@ -266,13 +279,31 @@ class CudaBackend final : public Backend {
   // Threads see device 0 until they say otherwise.
   void use_device() const { check(cudaSetDevice(device_)); }
 
-  void finish_queued() {
-    if (nccl_.used()) nccl_.wait_until([&] { return passed(cudaStreamQuery(compute_)); });
-    compute_.synchronize();
+  // For the batch, whose segments no graph knows.
+  void reserve_attention() {
+    const int64_t bytes = attention_workspace(attended_heads_, pool_, batch_.num_decodes, batch_.num_segments);
+    if (static_cast<int64_t>(attention_.bytes()) >= bytes) return;
+    finish_queued();
+    attention_ = Memory();  // first, or both would have to fit
+    const int64_t room = batch_.num_segments + batch_.num_segments / 2;
+    attention_ = Memory(Place::kDevice, attention_workspace(attended_heads_, pool_, batch_.num_decodes, room));
+    graphs_.clear();
   }
-  static bool passed(cudaError_t status) {
-    if (status != cudaErrorNotReady) check(status);
-    return status == cudaSuccess;
+
+  const CublasShape* find_theirs(const GemmCall& call) {
+    if (dtype_ == DType::kFloat32 || is_quantized(call.weight.format)) return nullptr;
+    if (!std::exchange(sought_cublas_, true)) cublas_ = CublasLt::open();
+    if (cublas_ == nullptr) return nullptr;
+    return cublas_->choose(dtype_, call.weight.n, call.weight.k_padded, call.wide, call.workspace, compute_);
+  }
+
+  void finish_queued() {
+    if (nccl_.used()) {
+      const Event queued;
+      queued.record(compute_);
+      nccl_.wait_for(queued);
+    }
+    compute_.synchronize();
   }
 
   static Buffer release(Memory memory) {
@@ -284,21 +315,6 @@ class CudaBackend final : public Backend {
                                 : [](void* data, size_t) { static_cast<void>(cudaFreeHost(data)); });
   }
 
-  // Spins, then yields: a batch that is waited for is nearly done.
-  class Done {
-   public:
-    Done() { check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
-    ~Done() { static_cast<void>(cudaEventDestroy(event_)); }
-    Done(const Done&) = delete;
-    Done& operator=(const Done&) = delete;
-    void record(cudaStream_t stream) const { check(cudaEventRecord(event_, stream)); }
-    void synchronize() const { check(cudaEventSynchronize(event_)); }
-    bool settled() const { return cudaEventQuery(event_) != cudaErrorNotReady; }  // errors are synchronize()'s to tell
-    bool passed() const { return CudaBackend::passed(cudaEventQuery(event_)); }
-
-   private:
-    cudaEvent_t event_ = nullptr;
-  };
   struct Mover {
     Stream stream;
     Event done;
@@ -314,14 +330,17 @@ class CudaBackend final : public Backend {
   DeviceBatch batch_{};
   bool begun_ = false;  // and nothing run of it
   Graphs graphs_;
-  Nccl nccl_{device_, compute_, [this] { graphs_.clear(); }};
+  std::vector<std::unique_ptr<Event>> idle_;
+  std::deque<std::unique_ptr<Event>> queued_;  // of batches that were not waited for: each passes when all is done
+  EventWatch watch_{device_};
+  Nccl nccl_{device_, compute_, watch_, [this] { graphs_.clear(); }};
   Staging staging_;                                  // of weights on their way to the device
   Memory products_{Place::kDevice, kGemmWorkspace};  // workspaces: of products, ...
-  Memory attention_;                                 // ... and of attention
-  CublasLt cublas_;
+  Memory attention_;                                 // ... and of attention, ...
+  int64_t attended_heads_ = 0;                       // ... of so many heads at most
+  bool sought_cublas_ = false;
+  std::unique_ptr<CublasLt> cublas_;
   const CudaSampler* sampler_ = nullptr;  // the runtime's
-  std::vector<std::unique_ptr<Done>> idle_;
-  std::deque<std::unique_ptr<Done>> queued_;
 };
 
 }  // namespace

@@ -27,6 +27,8 @@ class CudaSampler final : public TokenSampler {
   void close(int32_t slot) override;
   void sample(float* logits, int64_t ld, std::span<const SampleRequest> requests) override;
   std::vector<Sampled> take() override;
+  void drop_latest() override { sampling_.pop_back(); }
+  void drop_oldest() override { sampling_.pop_front(); }
   int32_t last_of(int32_t slot) const override { return -1 - jobs_.at(slot).place; }
   void note(int32_t slot, int32_t token) override;
 

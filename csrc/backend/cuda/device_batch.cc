@@ -40,7 +40,7 @@ DeviceBatch BatchUploader::lay_out(int64_t tokens, const Batch& batch, cudaStrea
   result.num_rows = num_rows;
   result.num_logits = logits;
   const size_t ids = place(tokens), positions = place(tokens), token_rows = place(tokens), rows = place(4 * num_rows),
-               decode_rows = place(num_rows), logit_tokens = place(logits);
+               decode_rows = place(num_rows), first_segments = place(num_rows), logit_tokens = place(logits);
   std::ranges::copy(batch.token_ids, words_.begin() + ids);
   std::ranges::copy(batch.positions, words_.begin() + positions);
   std::fill_n(words_.begin() + token_rows, tokens, -1);
@@ -57,7 +57,10 @@ DeviceBatch BatchUploader::lay_out(int64_t tokens, const Batch& batch, cudaStrea
     std::fill_n(words_.begin() + token_rows + row.first, row.tokens, index);
     tables.insert(tables.end(), row.table, row.table + ceil_div(row.start + row.tokens, block_size_));
     if (row.tokens == 1) {
+      words_[first_segments + result.num_decodes] = static_cast<int32_t>(result.num_segments);
       words_[decode_rows + result.num_decodes++] = index;
+      const int64_t segments = ceil_div(row.start + 1, kSegment);
+      if (segments > 1) result.num_segments += segments;
       result.max_context = std::max(result.max_context, row.start + 1);
       continue;
     }
@@ -84,6 +87,7 @@ DeviceBatch BatchUploader::lay_out(int64_t tokens, const Batch& batch, cudaStrea
   result.token_rows = base + token_rows;
   result.rows = reinterpret_cast<const BatchRow*>(base + rows);
   result.decode_rows = base + decode_rows;
+  result.first_segments = base + first_segments;
   result.logit_tokens = base + logit_tokens;
   result.tiles = reinterpret_cast<const PrefillTile*>(base + tile_words);
   result.tables = base + table_words;

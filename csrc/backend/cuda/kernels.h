@@ -35,21 +35,23 @@ constexpr int kPrefillTile = 128;  // tokens
 
 struct DeviceBatch {
   // Known to the host:
-  int64_t num_tokens;   // with those that only fill up
-  int64_t num_rows;     // likewise
-  int64_t num_decodes;  // rows of one token, or none: decode_rows
-  int64_t max_context;  // no decode row has more positions, its own included; bounds the grid
-  int64_t num_tiles;    // of the rows of several tokens
+  int64_t num_tokens;    // with those that only fill up
+  int64_t num_rows;      // likewise
+  int64_t num_decodes;   // rows of one token, or none: decode_rows
+  int64_t max_context;   // no decode row has more positions, its own included; bounds the grid
+  int64_t num_segments;  // of decode rows' contexts together, those of one segment left out
+  int64_t num_tiles;     // of the rows of several tokens
   int64_t num_logits;
   // In device memory:
-  const int32_t* token_ids;     // [num_tokens]; -1 - slot: what was last sampled in that slot
-  const int32_t* positions;     // [num_tokens], position embeddings' offset included
-  const int32_t* token_rows;    // [num_tokens]: its row, or -1 where it only fills up
-  const BatchRow* rows;         // [num_rows]
-  const int32_t* tables;        // block ids of all rows
-  const int32_t* decode_rows;   // [num_decodes]: indices into rows
-  const PrefillTile* tiles;     // [num_tiles]
-  const int32_t* logit_tokens;  // [num_logits]: batch indices of the tokens whose logits are wanted
+  const int32_t* token_ids;       // [num_tokens]; -1 - slot: what was last sampled in that slot
+  const int32_t* positions;       // [num_tokens], position embeddings' offset included
+  const int32_t* token_rows;      // [num_tokens]: its row, or -1 where it only fills up
+  const BatchRow* rows;           // [num_rows]
+  const int32_t* tables;          // block ids of all rows
+  const int32_t* decode_rows;     // [num_decodes]: indices into rows
+  const int32_t* first_segments;  // [num_decodes]: how many of num_segments come before its own
+  const PrefillTile* tiles;       // [num_tiles]
+  const int32_t* logit_tokens;    // [num_logits]: batch indices of the tokens whose logits are wanted
 };
 
 // ---- the KV pool: block b lies from base + b · block_elements on
@@ -175,8 +177,8 @@ struct AttentionCall {
 // Causal attention of every token over its job's pool blocks, its own chunk included (which is in the pool by now).
 // Contexts are cut at absolute multiples of kSegment positions; segments merge in ascending order.
 void attention(const AttentionCall& call, const DeviceBatch& batch, cudaStream_t stream);
-// Bytes that `decodes` rows of up to max_context positions may need. Few where each row has one block for each KV head,
-// because there are rows enough to fill the device, or too many and too long ones to leave parts of all in memory.
-int64_t attention_workspace(int64_t num_heads, const KvLayout& pool, int64_t decodes, int64_t max_context);
+// Bytes that `decodes` rows with so many segments together (num_segments) need. Few where each row has one block for
+// each KV head, because there are rows enough to fill the device.
+int64_t attention_workspace(int64_t num_heads, const KvLayout& pool, int64_t decodes, int64_t segments);
 
 }  // namespace fastserve::cuda

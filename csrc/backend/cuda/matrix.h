@@ -1,8 +1,10 @@
 // Weight matrices on the device, and their way there.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
+#include <optional>
 
 #include "backend/backend.h"
 #include "backend/cuda/kernels.h"
@@ -26,6 +28,8 @@ class Staging {
   Stream stream_;
 };
 
+struct CublasShape;
+
 class CudaMatrix final : public Matrix {
  public:
   // Zeros. Throws where a format of GGUF's groups is asked for k inputs that are no multiple of 32.
@@ -37,6 +41,10 @@ class CudaMatrix final : public Matrix {
   // Converts source rows [rows, k] to the matrix's format and places them at rows [first_row, first_row + rows). Throws
   // for a matrix of GGUF's groups and rows of another type. The rows are there when it returns.
   void load_rows(int64_t first_row, int64_t rows, SourceType type, const void* source);
+
+  // By which of cuBLASLt's products it is multiplied, null for ours, where outputs are activations and where they are
+  // wide; nothing before the first product. The backend's to find.
+  mutable std::array<std::optional<const CublasShape*>, 2> theirs;
 
  private:
   void load_plain(int64_t first_row, int64_t rows, SourceType type, const char* source);

@@ -22,8 +22,9 @@ using Clock = std::chrono::steady_clock;
 using Seconds = std::chrono::duration<double>;
 
 constexpr auto kSpinTime = std::chrono::microseconds(200);
+constexpr auto kNapTime = std::chrono::microseconds(100);
 constexpr auto kLookTime = std::chrono::milliseconds(50);
-constexpr double kLeaveSeconds = 5;
+constexpr int kLeaveSeconds = 5;
 // Operations between two marks. There are fewer than ten launches to each, and a thousand fill the driver's queue.
 constexpr int64_t kPace = 16;
 
@@ -42,6 +43,11 @@ std::span<std::byte> bytes_of(T& value) {
 bool set(const char* variable) {
   const char* value = std::getenv(variable);
   return value != nullptr && *value != '\0' && std::string(value) != "0";
+}
+
+// Where the library does not say when to look again.
+void nap(std::chrono::nanoseconds most) {
+  std::this_thread::sleep_for(std::min<std::chrono::nanoseconds>(most, kNapTime));
 }
 
 // Every rank's: all[i] is that of rank first + i.
@@ -106,14 +112,16 @@ class NcclCommunicator final : public DeviceCommunicator {
     };
     others([&](int i) { verdicts[i] = ranks_.receive(bytes_of(joined[i]), first_ + i); });
     bool refused = false;
-    owner_.wait_until([&] {
-      if (state == nccl::kInProgress) {
-        const nccl::Result asked = library_.state(comm_, &state);
-        if (asked != nccl::kSuccess) state = asked;
-      }
-      others([&](int i) { refused |= ranks_.test(*verdicts[i]) && joined[i] == 0; });
-      return refused || state != nccl::kInProgress;
-    });
+    owner_.wait_until(
+        [&] {
+          if (state == nccl::kInProgress) {
+            const nccl::Result asked = library_.state(comm_, &state);
+            if (asked != nccl::kSuccess) state = asked;
+          }
+          others([&](int i) { refused |= ranks_.test(*verdicts[i]) && joined[i] == 0; });
+          return refused || state != nccl::kInProgress;
+        },
+        nap);
     const char mine = state == nccl::kSuccess && !refused;
     others([&](int i) { sent.push_back(ranks_.send(std::as_bytes(std::span(&mine, 1)), first_ + i)); });
     others([&](int i) { ranks_.wait(*verdicts[i]); });
@@ -158,10 +166,12 @@ class NcclCommunicator final : public DeviceCommunicator {
     FS_CHECK(comm_ != nullptr, "ranks have given up exchanging between devices");
     owner_.pace();
     nccl::Result result = operation();
-    owner_.wait_until([&] {  // it connects to a rank when it first has to do with it
-      if (result == nccl::kInProgress) check_result(library_.state(comm_, &result));
-      return result != nccl::kInProgress;
-    });
+    owner_.wait_until(
+        [&] {  // it connects to a rank when it first has to do with it
+          if (result == nccl::kInProgress) check_result(library_.state(comm_, &result));
+          return result != nccl::kInProgress;
+        },
+        nap);
     check_result(result);
   }
 
@@ -173,7 +183,7 @@ class NcclCommunicator final : public DeviceCommunicator {
     const auto begin = Clock::now();
     while (state == nccl::kInProgress && Seconds(Clock::now() - begin).count() < kLeaveSeconds) {
       if (library_.state(comm_, &state) != nccl::kSuccess) break;
-      std::this_thread::yield();
+      nap(kLookTime);
     }
     if (state != nccl::kSuccess) return abort();
     static_cast<void>(library_.destroy(std::exchange(comm_, nullptr)));
@@ -221,7 +231,7 @@ std::unique_ptr<DeviceCommunicator> Nccl::connect(Communicator& ranks, int first
   return nullptr;
 }
 
-void Nccl::wait_until(const std::function<bool()>& ready) {
+void Nccl::wait_until(const std::function<bool()>& ready, const Park& park) {
   const auto begin = Clock::now();
   auto next_look = begin + kLookTime;
   while (!ready()) {
@@ -230,9 +240,23 @@ void Nccl::wait_until(const std::function<bool()>& ready) {
       look(Seconds(now - begin).count());
       next_look = Clock::now() + kLookTime;
     } else if (now - begin > kSpinTime) {
-      std::this_thread::yield();
+      park(next_look - now);
     }
   }
+}
+
+void Nccl::wait_for(const Event& event) {
+  const Park park = [&](std::chrono::nanoseconds most) {
+    if (!watch_.busy()) watch_.start(event, nullptr);
+    watch_.wait_for(most);
+  };
+  try {
+    wait_until([&] { return event.passed(); }, park);
+  } catch (...) {
+    watch_.wait_for(std::chrono::seconds(kLeaveSeconds));  // what was queued has been ended, and the event may go
+    throw;
+  }
+  watch_.join();
 }
 
 void Nccl::look(double seconds) {
@@ -254,14 +278,7 @@ void Nccl::pace() {
   check(cudaStreamIsCapturing(stream_, &status));
   if (status != cudaStreamCaptureStatusNone || ++operations_ % kPace != 0) return;
   const int64_t turn = operations_ / kPace;
-  if (turn > 1) {
-    const cudaEvent_t before = marks_[(turn - 1) % 2];
-    wait_until([&] {
-      const cudaError_t passed = cudaEventQuery(before);
-      if (passed != cudaErrorNotReady) check(passed);
-      return passed == cudaSuccess;
-    });
-  }
+  if (turn > 1) wait_for(marks_[(turn - 1) % 2]);
   marks_[turn % 2].record(stream_);
 }
 

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "backend/cuda/batch_clock.h"
+#include "backend/cuda/cublaslt_library.h"
 #include "backend/cuda/kernels.h"
-#include "backend/cuda/reference_products.h"
 #include "backend/cuda/runtime_api.h"
 #include "backend/device_probe.h"
 
@@ -75,10 +75,7 @@ class CudaProbe final : public DeviceProbe {
     if (operands_ == nullptr || operands_->size != round_up(size, kPad)) {
       open_library();
       operands_ = std::make_unique<Operands>(size, dtype_);
-      if (cublas_ != nullptr) {
-        cublas_->prepare(operands_->size, operands_->size, operands_->size,
-                         dtype_ == DType::kFloat16 ? CUDA_R_16F : CUDA_R_16BF);
-      }
+      if (cublas_ != nullptr) prepare(operands_->size);
       multiply();
       streams_[0].synchronize();
     }
@@ -128,13 +125,22 @@ class CudaProbe final : public DeviceProbe {
   void open_library() {
     if (products_.bytes() > 0) return;
     products_ = Memory(Place::kDevice, kGemmWorkspace);
-    cublas_ = ReferenceProducts::open();
+    cublas_ = CublasLtLibrary::open();
+  }
+
+  void prepare(int64_t size) {
+    product_ = std::make_unique<CublasLtLibrary::Product>(*cublas_, dtype_, size, size, size, size, size, size, false);
+    const auto proposed = cublas_->propose(*product_, 1, false);
+    FS_CHECK(!proposed.empty(), "cuBLASLt has no product of two matrices [", size, ", ", size, "]");
+    algorithm_ = proposed.front();
   }
 
   void multiply() {
     const Operands& all = *operands_;
     if (cublas_ != nullptr) {
-      cublas_->run(all.input.as<void>(), all.weight.as<void>(), all.output.as<void>(), streams_[0]);
+      FS_CHECK(cublas_->multiply(algorithm_, *product_, all.weight.as<void>(), all.input.as<void>(),
+                                 all.output.as<void>(), false, streams_[0]),
+               "cuBLASLt does not do the product that it proposes");
       return;
     }
     gemm({.dtype = dtype_,
@@ -153,7 +159,9 @@ class CudaProbe final : public DeviceProbe {
 
   const DType dtype_;
   const int64_t bytes_;
-  std::unique_ptr<ReferenceProducts> cublas_;  // null where there is none
+  std::unique_ptr<CublasLtLibrary> cublas_;  // null where there is none
+  std::unique_ptr<CublasLtLibrary::Product> product_;
+  CublasLtLibrary::Algorithm algorithm_{};  // the library's own choice, in whatever order it sums
   Stream streams_[2];
   Memory source_, target_;
   Memory products_;  // the workspace of ours

@@ -47,7 +47,7 @@ class ProductTrials {
  private:
   GemmCall call(int64_t rows, const Memory& output) const;
   bool differs(const Memory& a, const Memory& b, int64_t rows);
-  // Of the median of some runs.
+  // Of one product, by the median of some runs, with weights that the device does not have in its cache.
   double seconds(int64_t rows, const Product& product);
 
   DType dtype_;
@@ -56,7 +56,9 @@ class ProductTrials {
   void* workspace_;
   cudaStream_t stream_;
   DeviceClock clock_;
-  Memory input_, weight_, by_us_, most_, output_, flag_;
+  int64_t copies_, turn_ = 0;
+  Memory input_, by_us_, most_, output_, flag_;
+  Memory weights_;  // copies_ of them
   RowSeconds ours_;
 };
 

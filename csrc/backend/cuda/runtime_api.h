@@ -88,6 +88,13 @@ class Event {
   operator cudaEvent_t() const { return event_; }
   void record(cudaStream_t stream) const { check(cudaEventRecord(event_, stream)); }
   void synchronize() const { check(cudaEventSynchronize(event_)); }
+  bool passed() const {
+    const cudaError_t status = cudaEventQuery(event_);
+    if (status != cudaErrorNotReady) check(status);
+    return status == cudaSuccess;
+  }
+  // Or never will: synchronize() says why.
+  bool settled() const { return cudaEventQuery(event_) != cudaErrorNotReady; }
 
  private:
   cudaEvent_t event_ = nullptr;

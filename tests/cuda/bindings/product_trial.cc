@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "backend/cuda/gemm_kernels.h"
@@ -34,7 +35,7 @@ Product stand_in(const std::string& kind, const float* bias) {
 ProductTrial measure(const std::string& dtype, int64_t n, int64_t k, bool wide, const std::string& kind) {
   Stream stream;
   const Memory workspace(Place::kDevice, kGemmWorkspace);
-  // Of five runs of a product, each takes 0, 3, 1, 4 and 2 seconds.
+  // Five runs take 0, 3, 1, 4 and 2 seconds.
   int runs = 0;
   const DeviceClock clock = [&runs](cudaStream_t, const std::function<void()>& body) {
     body();
@@ -48,6 +49,35 @@ ProductTrial measure(const std::string& dtype, int64_t n, int64_t k, bool wide, 
   ProductTrial trial = trials.measure(kind, stand_in(kind, bias.as<float>()));
   stream.synchronize();
   return trial;
+}
+
+// The rows of products that are timed, in order, and where in the weights' copies each one's begin.
+std::vector<std::pair<int64_t, int64_t>> timed_products(const std::string& dtype, int64_t n, int64_t k) {
+  Stream stream;
+  const Memory workspace(Place::kDevice, kGemmWorkspace);
+  bool timing = false;
+  const DeviceClock clock = [&](cudaStream_t, const std::function<void()>& body) {
+    timing = true;
+    body();
+    timing = false;
+    return 1.0;
+  };
+  ProductTrials trials(parse_dtype(dtype), n, k, false, workspace.as<void>(), stream, clock);
+  std::vector<std::pair<int64_t, int64_t>> products;
+  const auto log = [&](const GemmCall& call, cudaStream_t queue) {
+    if (timing) products.emplace_back(call.m, reinterpret_cast<intptr_t>(call.weight.data));
+    gemm(call, queue);
+    return true;
+  };
+  trials.measure("logged", log);
+  stream.synchronize();
+  return products;
+}
+
+int64_t cache_bytes() {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, 0));
+  return bytes;
 }
 
 }  // namespace
@@ -69,6 +99,8 @@ void register_product_trial(py::module_& module) {
   });
   module.def("measure_product", &measure, py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("wide"),
              py::arg("kind"));
+  module.def("timed_products", &timed_products, py::arg("dtype"), py::arg("n"), py::arg("k"));
+  module.def("cache_bytes", &cache_bytes);
   // finish_product() of sums [m, n] onto an output of float32, in windows of so many columns.
   using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
   module.def(

@@ -36,6 +36,20 @@ __global__ void rotate_in_warp(float* data) {
   data[i] = shared[i / kWarp * kWarp + (i + 1) % kWarp];
 }
 
+// A lane gives the row that another one has copied; which wait for their own copies only.
+template <bool kSynchronized>
+__global__ void matrices_of_others(float* data) {
+  auto* shared = shared_memory<float>();
+  const unsigned i = threadIdx.x;
+  copy_async(shared + 4 * i, data + 4 * i);
+  commit_copies();
+  wait_copies<0>();
+  if (kSynchronized) __syncwarp();
+  uint32_t words[4];
+  load_matrices(words, shared + 4 * (i / kWarp * kWarp + kWarp - 1 - i % kWarp));
+  for (unsigned j = 0; j < 4; ++j) data[4 * i + j] = __uint_as_float(words[j]);
+}
+
 // Copies arrive in two groups; the right one waits for the first before it reads that.
 template <int kOpen>
 __global__ void copies(const float* data, float* out) {
@@ -158,6 +172,8 @@ const std::map<std::string, Kernel> kKernels = {
     {"rotate, no second barrier", start<rotate<true, false>>},
     {"rotate in warp", start<rotate_in_warp<true>>},
     {"rotate in warp, not synchronized", start<rotate_in_warp<false>>},
+    {"matrices", start<matrices_of_others<true>, 4 * kPlantedCount>},
+    {"matrices, not synchronized", start<matrices_of_others<false>, 4 * kPlantedCount>},
     {"copies", start_copies<copies<1>>},
     {"copies, not waited for", start_copies<copies<2>>},
     {"copies, not committed", start_copies<copy_without_commit>},

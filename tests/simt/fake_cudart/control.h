@@ -21,6 +21,12 @@ void set_device_memory(size_t bytes);
 // Throws what a call that cannot throw has found (those that destructors make) and what guards around allocations show.
 void check_errors();
 
+// From here on, what is queued is over only so long afterwards, for whoever asks or waits.
+void set_latency(double seconds);
+
+// The call of this function of CUDA's that comes after so many others of it fails, and does nothing; null: none does.
+void fail_call(const char* function, int after);
+
 // How many allocations, streams, events and graphs there are that nobody has freed.
 size_t live_objects();
 

@@ -24,6 +24,10 @@ cudaError_t checked(const char* function, const std::function<cudaError_t(Device
                     Device::Lock& lock) {
   if (in_host_function) error(simt::join(function, " is called by a host function, which must not use CUDA"));
   if (self.found) std::rethrow_exception(std::exchange(self.found, nullptr));
+  if (self.failing == function && self.calls_before_failing-- == 0) {
+    self.failing.clear();
+    return last_error = cudaErrorUnknown;
+  }
   self.progress(lock);
   const cudaError_t status = body(self, lock);
   self.progress(lock);
@@ -206,6 +210,7 @@ std::shared_ptr<Operation> Device::enqueue(Task task, size_t actor, Clock clock,
   operation->task = std::move(task);
   operation->actor = actor;
   operation->number = next_number(actor);
+  operation->not_over_before = std::chrono::steady_clock::now() + latency;
   operation->clock = std::move(clock);
   operation->clock.set(actor, operation->number);
   after.erase(
@@ -300,8 +305,11 @@ void Device::finish_all(Lock& lock) {
 
 void Device::synchronize(const std::shared_ptr<Operation>& operation, Lock& lock) {
   if (operation == nullptr) return;
-  host.join(operation->clock);
   finish(operation, lock);
+  while (std::chrono::steady_clock::now() < operation->not_over_before) {
+    done_.wait_until(lock, operation->not_over_before);
+  }
+  host.join(operation->clock);
 }
 
 void Device::abandon() {
@@ -353,6 +361,19 @@ void check_errors() {
   });
 }
 
+void set_latency(double seconds) {
+  Device& self = device();
+  const Device::Lock lock(self.mutex);
+  self.latency = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(seconds));
+}
+
+void fail_call(const char* function, int after) {
+  Device& self = device();
+  const Device::Lock lock(self.mutex);
+  self.failing = function == nullptr ? "" : function;
+  self.calls_before_failing = after;
+}
+
 size_t live_objects() {
   Device& self = device();
   const Device::Lock lock(self.mutex);
@@ -366,4 +387,12 @@ extern "C" {
 
 cudaError_t cudaGetLastError() { return std::exchange(fake_cudart::last_error, cudaSuccess); }
 cudaError_t cudaPeekAtLastError() { return fake_cudart::last_error; }
+
+// For tests of a whole backend, which have nothing but the plugin.
+__attribute__((visibility("default"))) void fastserve_simt_fail_call(const char* function, int after) {
+  fake_cudart::fail_call(function, after);
+}
+__attribute__((visibility("default"))) void fastserve_simt_set_latency(double seconds) {
+  fake_cudart::set_latency(seconds);
+}
 }

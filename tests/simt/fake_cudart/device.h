@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <exception>
@@ -114,6 +115,9 @@ class Device {
   simt::Random random{0};
   Eagerness eagerness = Eagerness::kLazy;
   std::exception_ptr found;  // by a call that cannot throw
+  std::chrono::steady_clock::duration latency{0};
+  std::string failing;  // a function, and how many of its calls come before the one that fails
+  int calls_before_failing = 0;
 
  private:
   void check_races(const Operation& operation);

@@ -1,6 +1,7 @@
 // Work that is queued on a stream, and what it happens after.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -58,6 +59,7 @@ struct Operation {
   std::vector<std::shared_ptr<Operation>> after;
   State state = State::kPending;
   double done_at = 0;  // seconds
+  std::chrono::steady_clock::time_point not_over_before;
 
   std::string describe() const;
 };

@@ -46,6 +46,7 @@ cudaError_t ask(Device& self, const std::shared_ptr<Operation>& operation, Devic
     self.finish(operation, lock, false);
   }
   if (operation->state != Operation::State::kDone) return cudaErrorNotReady;
+  if (std::chrono::steady_clock::now() < operation->not_over_before) return cudaErrorNotReady;
   self.host.join(operation->clock);
   return cudaSuccess;
 }

@@ -44,15 +44,15 @@ void multiply_warp(void* const (&payloads)[kLanes], unsigned) {
   }
 }
 
+// A lane's row is read when the lane comes, not when the last one does: whoever wrote it has to have met this lane
+// before. The instruction itself is no barrier for memory.
 struct Load {
   uint32_t* r;
-  const unsigned char* row;
+  uint16_t row[8];
 };
 
 uint32_t element(void* const (&payloads)[kLanes], int matrix, int row, int column) {
-  uint16_t bits;
-  std::memcpy(&bits, static_cast<const Load*>(payloads[8 * matrix + row])->row + 2 * column, 2);
-  return bits;
+  return static_cast<const Load*>(payloads[8 * matrix + row])->row[column];
 }
 
 }  // namespace
@@ -65,7 +65,8 @@ void multiply(Element kind, float* d, const uint32_t* a, const uint32_t* b, cons
 
 void load_matrices(uint32_t* r, const void* row, bool transposed, const Site& site) {
   check_shared("load_matrices", row, 16, 16);
-  Load own{r, static_cast<const unsigned char*>(row)};
+  Load own{r, {}};
+  std::memcpy(own.row, row, sizeof own.row);
   if (transposed) {
     meet("load_matrices_transposed", 0xffffffffu, site, &own, [](void* const(&payloads)[kLanes], unsigned) {
       for (int lane = 0; lane < kLanes; ++lane) {

@@ -1,0 +1,77 @@
+"""Products by cuBLASLt, where it is installed: here by a stand-in, which knows an algorithm whose bits depend on the
+number of rows, one that cannot do every number of rows, and a right one."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from types import ModuleType
+
+import numpy as np
+import pytest
+from elements import decode, encode, half_unit
+
+ROWS = [1, 3, 100, 512]
+
+
+@pytest.fixture
+def library(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
+    if not hasattr(kernels, "simt"):
+        pytest.skip("on the emulated device only")
+    assert kernels.__file__ is not None
+    monkeypatch.setenv("FASTSERVE_CUBLASLT", kernels.__file__)
+    library = ctypes.CDLL(kernels.__file__)
+    yield library
+    assert library.fastserve_simt_cublaslt_live() == 0, "handles of the library are left"
+
+
+def test_what_is_not_to_be_used_is_not_looked_for(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSERVE_CUBLASLT", "0")
+    assert not kernels.has_cublaslt()
+    monkeypatch.setenv("FASTSERVE_CUBLASLT", "/nowhere/cublas")
+    with pytest.raises(kernels.Error, match="FASTSERVE_CUBLASLT names '/nowhere/cublas', which is not cuBLASLt"):
+        kernels.has_cublaslt()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide", "accumulate", "with_bias"),
+    [
+        ("bfloat16", False, False, False),
+        ("float16", False, False, True),
+        ("bfloat16", True, False, False),
+        ("float16", True, True, True),
+    ],
+)
+def test_rows_are_the_same_in_every_product(
+    kernels: ModuleType, library: ctypes.CDLL, dtype: str, wide: bool, accumulate: bool, with_bias: bool
+) -> None:
+    n, k = 40, 256
+    rng = np.random.default_rng(7)
+    weight, input = (encode(rng.standard_normal((rows, k)), dtype) for rows in (n, max(ROWS)))
+    bias = rng.standard_normal(64).astype(np.float32)
+    onto = rng.standard_normal((max(ROWS), 64)).astype(np.float32)
+    products = kernels.CublasProducts(dtype, n, k, wide)
+    asked = library.fastserve_simt_cublaslt_proposals()
+    assert products.text is not None
+    verdicts = {part.split(" (")[0].rsplit(" id ", 1)[1][0]: part for part in products.text.split("; ")[2:]}
+    assert "a row's bits depend on the number of rows" in verdicts["7"]
+    assert "cannot do every number of rows" in verdicts["8"]
+    assert "taken" in verdicts["9"]
+
+    results = {}
+    for m in ROWS:
+        output = onto[:m] if wide else encode(onto[:m], dtype)
+        results[m] = products.multiply(input[:m], weight, bias if with_bias else None, output, accumulate)
+    assert library.fastserve_simt_cublaslt_proposals() == asked
+    if all(result is None for result in results.values()):
+        assert with_bias and "cuBLASLt (whole" in products.text  # which adds none
+        return
+    x, w = decode(input, dtype).astype(np.float64), decode(weight, dtype).astype(np.float64)
+    exact = x @ w.T + (bias[:n] if with_bias else 0) + (onto[:, :n] if accumulate else 0)
+    terms = np.abs(x) @ np.abs(w).T + np.abs(bias[:n]) + np.abs(onto[:, :n])
+    error = (k + 8) * 2.0**-24 * terms
+    for m, result in results.items():
+        assert np.array_equal(result[:, :n], results[max(ROWS)][:m, :n])
+        got = result[:, :n] if wide else decode(np.ascontiguousarray(result[:, :n]), dtype)
+        allowed = error[:m] + (0 if wide else half_unit(exact[:m], error[:m], dtype))
+        assert (np.abs(got - exact[:m]) <= allowed).all()
