@@ -459,6 +459,6 @@ def test_cached_tokens_of_several_answers_are_the_first_ones(world: ToyWorld) ->
     with world.llm() as llm:
         (output,) = llm.generate("abc", SamplingParams(n=3, max_tokens=4, ignore_eos=True))
     for answer, found in zip(output.outputs, (2, 3, 3), strict=True):
-        answer.metrics.cached_tokens = found
+        answer.metrics.cached_tokens, answer.metrics.finish = found, 100.0 + answer.index
     assert output.metrics.cached_tokens == output.num_cached_tokens == 2
     assert output.metrics.as_dict(4)["cached_tokens"] == 2

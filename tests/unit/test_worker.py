@@ -491,6 +491,7 @@ def test_whose_a_job_is_and_what_its_tenant_was_served(world: ToyWorld) -> None:
     before = jobs[2].attained
     for _ in range(3):
         turn(it)
+    it._step()  # of which no heartbeat has told
     it._abort(Abort([2], False))
     told: dict[str, float] = {}
     last = it._monitor.status(it._engine, world.clock.now)
