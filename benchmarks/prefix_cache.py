@@ -148,7 +148,9 @@ def trace(options: argparse.Namespace, seed: int, tell: Callable[[str], None]) -
 
 def agents(options: argparse.Namespace, seed: int, tell: Callable[[str], None]) -> dict[str, Any]:
     """Agents at a load, with program ids and without."""
-    setting = _experiment(options, workload=options.agents_workload).setting()
+    experiment = _experiment(options, workload=options.agents_workload, arrivals=options.agents_arrivals)
+    setting = experiment.setting()
+    setting = replace(setting, config=replace(setting.config, max_num_seqs=options.agents_slots))
     rate = options.load * capacity(setting, seed)
     runs: dict[str, RunSummary] = {}
     for policy in options.policy:
@@ -225,7 +227,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kv-blocks", type=int, help="(default: what the weights leave)")
     parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--trace-workload", default="chat:6,64,20,512,256,2048")
-    parser.add_argument("--agents-workload", default="agents")
+    parser.add_argument("--agents-workload", default="agents:20,0.5")
+    parser.add_argument("--agents-arrivals", default="poisson", help="of programs (default: poisson)")
+    parser.add_argument("--agents-slots", type=int, default=2, help="max_num_seqs of agents (default: 2)")
     parser.add_argument("--flood-workload", default="sharegpt")
     parser.add_argument("--flood-load", type=float, default=0.6, help="of the other users together (default: 0.6)")
     parser.add_argument("--users", type=int, default=4, help="other users (default: 4)")

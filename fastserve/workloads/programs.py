@@ -8,7 +8,6 @@ ended: the loop is closed within a program, and open between them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -18,17 +17,18 @@ import numpy as np
 from .arrivals import Arrivals
 from .checks import MAX_TOKENS, check_count, check_real
 from .job import SimJob
-from .lengths import Distribution, Floats, log_normal, zipf
+from .lengths import Distribution, log_normal, zipf
 from .synthetic import MAX_RATE, MIN_RATE
 
 BLOCK: Final = 16  # tokens that have an identity; what is shared is a whole number of them
 
 _CHUNK: Final = 1024  # gaps are drawn this many at a time
-# Standard deviation of the logarithm of a length: people's messages and tools' results spread wider than answers.
-_ASKED_SPREAD: Final = 1.3
+# Standard deviation of the logarithm of a length: what people ask spreads wider than what they are answered, and what
+# agents and their tools tell each other has a form.
+_MESSAGE_SPREAD: Final = 1.3
 _ANSWER_SPREAD: Final = 1.0
+_AGENT_SPREAD: Final = 0.5
 _LONGEST: Final = 8  # times the mean: longer ones are cut
-_ALIKE: Final = 0.8  # of agents
 _MOST_CALLS: Final = 1000
 _LONGEST_THINK: Final = 1e6  # seconds on average
 
@@ -51,7 +51,6 @@ class Programs:
     shared: Distribution  # which of the shared prompts
     shared_tokens: int  # of each of them
     users: int = 0  # that programs are of, in turn; 0: nobody's
-    alike: float = 0.0  # correlation of the lengths of a program's calls: an agent that writes much goes on to
 
     @property
     def longest(self) -> int:
@@ -107,7 +106,7 @@ class ProgramLoad:
         """Its calls, not yet chained."""
         what = self.programs
         count, which = (int(each.quantile(draw.random(1))[0]) for each in (what.calls, what.shared))
-        new, outputs = (each.quantile(self._uniform(draw, count)) for each in (what.more, what.output))
+        new, outputs = (each.quantile(draw.random(count)) for each in (what.more, what.output))
         new[0] = what.opening.quantile(draw.random(1))[0]
         thinking = (what.think * draw.standard_exponential(count)).tolist()
         prompts = what.shared_tokens + np.cumsum(new) + np.cumsum(outputs) - outputs
@@ -125,12 +124,6 @@ class ProgramLoad:
             )
             for call, (prompt, output) in enumerate(zip(prompts.tolist(), outputs.tolist(), strict=True))
         ]  # fmt: skip
-
-    def _uniform(self, draw: np.random.Generator, count: int) -> Floats:
-        """A uniform number for each call of a program, correlated as a Gaussian copula has it."""
-        alike = self.programs.alike
-        normal = alike**0.5 * draw.standard_normal() + (1 - alike) ** 0.5 * draw.standard_normal(count)
-        return np.array([0.5 * math.erfc(-each / math.sqrt(2)) for each in normal.tolist()])
 
 
 def chained(calls: list[SimJob]) -> SimJob:
@@ -161,8 +154,8 @@ def chat(
         name=_name("chat", given, (10.0, 64, 192, 256)),
         kind="chat",
         calls=Distribution(np.eye(1, turns, turns - 1)[0]),
-        opening=_lengths("message", message, _ASKED_SPREAD),
-        more=_lengths("message", message, _ASKED_SPREAD),
+        opening=_lengths("message", message, _MESSAGE_SPREAD),
+        more=_lengths("message", message, _MESSAGE_SPREAD),
         output=_lengths("answer", answer, _ANSWER_SPREAD),
         think=think,
         shared=zipf(1.0, 8),
@@ -176,8 +169,7 @@ def agents(
 ) -> Programs:
     """Agents of two to `most` calls, few of them many (Zipf's law, θ 2); there are four sets of tools.
 
-    The calls of one are about as long as each other. Lengths are means, but of the tools' descriptions; a think-time
-    is what a tool takes.
+    Lengths are means, but of the tools' descriptions; a think-time is what a tool takes.
     """
     check_count("workload", "the most calls of agents", most, 2, _MOST_CALLS)
     check_real("workload", "the think-time of agents", think, 0.0, _LONGEST_THINK)
@@ -187,13 +179,12 @@ def agents(
         name=_name("agents", given, (20, 2.0, 160, 64, 1024, 128)),
         kind="agent",
         calls=Distribution(np.where(numbers < 2, 0.0, 1.0 / numbers**2)),
-        opening=_lengths("task", task, _ASKED_SPREAD),
-        more=_lengths("result", result, _ASKED_SPREAD),
-        output=_lengths("output", output, _ANSWER_SPREAD),
+        opening=_lengths("task", task, _AGENT_SPREAD),
+        more=_lengths("result", result, _AGENT_SPREAD),
+        output=_lengths("output", output, _AGENT_SPREAD),
         think=think,
         shared=zipf(1.0, 4),
         shared_tokens=_whole_blocks("tools", tools),
-        alike=_ALIKE,
     )
 
 

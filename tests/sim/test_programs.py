@@ -90,15 +90,6 @@ def test_agents_have_two_to_most_calls_and_few_have_many() -> None:
     assert np.median(lengths) < mean
 
 
-def test_an_agents_calls_are_alike_and_a_chats_are_not() -> None:
-    def outputs(spec: str) -> np.ndarray:
-        pairs = [[call.output_tokens for call in calls_of(job)][:2] for job in heads(spec, 3, 20_000)[:-1]]
-        return np.log(np.array(pairs)).T
-
-    assert np.corrcoef(outputs("agents:4"))[0, 1] == pytest.approx(0.8, abs=0.05)
-    assert abs(np.corrcoef(outputs("chat:2,1"))[0, 1]) < 0.05
-
-
 def test_means_are_as_asked_for() -> None:
     calls = [call for job in heads("chat:3,1,7,50,80,160", 2, 30_000) for call in calls_of(job)]
     assert np.mean([call.output_tokens for call in calls]) == pytest.approx(80, rel=0.02)
