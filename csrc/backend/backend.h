@@ -150,6 +150,9 @@ class Backend {
   // How many batches may be queued before the tokens of the first are taken.
   virtual int64_t depth() const = 0;
 
+  // Before anything else on a thread that calls operations, or a sampler, by itself.
+  virtual void enter_thread() noexcept = 0;
+
   // Memory, zero-filled: of the device, and of the host for what goes to the device and back.
   virtual Buffer allocate(int64_t bytes) = 0;
   virtual Buffer allocate_host(int64_t bytes) = 0;

@@ -195,6 +195,7 @@ std::vector<std::byte> Runtime::block(Tier tier, int64_t index) const {
 void Runtime::work() {
   std::deque<Launched> launched;
   bool watched = false;  // the oldest
+  backend_->enter_thread();
   const auto room = [&] {
     return static_cast<int64_t>(launched.size()) < (any_neighbour() == nullptr ? backend_->depth() : 1);
   };

@@ -70,6 +70,8 @@ class CpuBackend final : public Backend {
   bool on_host() const override { return true; }
   int64_t depth() const override { return 1; }
 
+  void enter_thread() noexcept override {}
+
   Buffer allocate(int64_t bytes) override { return Buffer(bytes); }
   Buffer allocate_host(int64_t bytes) override { return Buffer(bytes); }
   void upload(const void* from, void* to, int64_t bytes) override { std::memcpy(to, from, bytes); }

@@ -65,6 +65,9 @@ class CudaBackend final : public Backend {
   bool on_host() const override { return false; }
   int64_t depth() const override { return kDepth; }
 
+  // What is wrong with the device the first call that uses it says.
+  void enter_thread() noexcept override { static_cast<void>(cudaSetDevice(device_)); }
+
   Buffer allocate(int64_t bytes) override {
     use_device();
     return release(Memory(Place::kDevice, bytes));
