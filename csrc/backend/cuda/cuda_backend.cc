@@ -297,7 +297,7 @@ class CudaBackend final : public Backend {
     if (dtype_ == DType::kFloat32 || is_quantized(call.weight.format)) return nullptr;
     if (!std::exchange(sought_cublas_, true)) cublas_ = CublasLt::open();
     if (cublas_ == nullptr) return nullptr;
-    return cublas_->choose(dtype_, call.weight.n, call.weight.k_padded, call.wide, call.workspace, compute_);
+    return cublas_->choose(dtype_, call.weight.n, call.weight.k_padded, call.wide, call.m, call.workspace, compute_);
   }
 
   void finish_queued() {
