@@ -12,7 +12,7 @@ from .types import InvalidRequest
 
 
 class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
-    """Names, defaults and meanings are LLM's, the last two aside; see there. Values are checked by who uses them."""
+    """Names, defaults and meanings are LLM's, the last three aside; see there. Values are checked by who uses them."""
 
     model: str
     policy: str = "skip-join-mlfq"
@@ -41,6 +41,7 @@ class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
     cost: str | None = None  # the file of a profile
     stages: list[int] | None = None  # layers of each, as an engine before this one has measured it
     host_share: int = 1  # of the host's memory, one part in so many is this engine's: others run beside it
+    engine: int = 0  # which of those it is
 
     def to_json(self) -> str:
         return msgspec.json.encode(self, enc_hook=_plain).decode()
