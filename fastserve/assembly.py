@@ -122,7 +122,11 @@ def assemble(
             kv_cache_memory,
             swap_space,
             block_bytes(
-                spec if shard is None else shard.local(spec), running.kv_dtype, running.block_size, running.device
+                spec if shard is None else shard.local(spec),
+                running.kv_dtype,
+                running.block_size,
+                running.device,
+                name,
             ),
             scheduling,
             on_host=not running.on_cuda,

@@ -21,9 +21,14 @@ _FOREVER = -1.0
 _SLICE_BYTES = 16 * 2**20  # of a file, resident at a time while loading
 
 
-def block_bytes(spec: ModelSpec, kv_dtype: str, block_size: int, device: str = "cpu") -> int:
-    """Bytes of one KV block, all layers of it."""
-    return _C.block_bytes(spec, kv_dtype, block_size, device)
+def block_bytes(spec: ModelSpec, kv_dtype: str, block_size: int, device: str = "cpu", model: str | None = None) -> int:
+    """Bytes of one KV block, all layers of it. Raises ModelError, naming the `model`, where a device holds no such."""
+    try:
+        return _C.block_bytes(spec, kv_dtype, block_size, device)
+    except _C.Error as error:
+        if model is None:
+            raise
+        raise ModelError(f"{model}: {error}") from error
 
 
 def instruction_sets() -> list[str]:
