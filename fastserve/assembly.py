@@ -134,7 +134,7 @@ def assemble(
             host_share=host_share * ranks_here,
         )
         native = placement.load(source, replace(running, num_blocks=pools.least), shard)
-        num_blocks = pools.num_blocks(native.free_bytes(scheduling.max_num_seqs))
+        num_blocks = pools.num_blocks(native.free_bytes(scheduling.max_num_seqs, scheduling.max_model_len))
         told = placement.gather([num_blocks, pools.num_host_blocks, pools.block_bytes])
         num_blocks, num_host_blocks = (min(each[tier] for each in told) for tier in range(2))
         scheduling = replace(scheduling, num_blocks=num_blocks, num_host_blocks=num_host_blocks)
