@@ -147,6 +147,7 @@ def test_a_small_pool_swaps_and_changes_no_token(device: str, tmp_path: Path) ->
     assert preempted > 0
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("device", [CUDA])
 def test_the_pool_takes_what_the_device_has_left(device: str, tmp_path: Path) -> None:
     save(CASES[0], tmp_path)
