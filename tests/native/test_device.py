@@ -193,7 +193,6 @@ def test_what_a_device_does_not_do_is_refused(options: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize("device", [CUDA])
-@pytest.mark.parametrize("device", [CUDA])
 def test_heads_too_wide_are_refused_before_weights_are_loaded(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,13 +231,16 @@ def test_another_device_than_the_first(device: str) -> None:
     assert outputs == [job.output for job in _jobs("cpu", 1)]
 
 
+@pytest.mark.parametrize("device", [CUDA])
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(InvalidRequest, match="device: there is no CUDA device 77 among"):
         NativeRuntime(SyntheticModel(llama_spec()), RuntimeConfig(num_blocks=2, device=f"{device}:77"))
 
 
 def test_a_build_without_cuda_says_so_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fastserve", "generate", "--prompt", "a", "--device", "cuda"]
+    save(CASES[0], tmp_path)
+    command = [sys.executable, "-m", "fastserve", "generate", "--model", str(tmp_path), "--device", "cuda"]
+    command += ["--prompt", "a"]
     environment = {**os.environ, "FASTSERVE_CUDA_PLUGIN": str(tmp_path / "_cuda.so")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and done.stdout == ""
