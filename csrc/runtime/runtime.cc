@@ -92,6 +92,7 @@ void Runtime::check_idle(const char* what) {
 int64_t Runtime::free_bytes(int64_t rows, int64_t positions) {
   check_idle("free_bytes");
   if (backend_->on_host()) return -1;
+  backend_->enter_thread();
   if (sampler_) sampler_->reserve(rows);
   const int64_t tokens = std::min({options_.max_tokens, options_.num_blocks * options_.block_size, spec_.max_position});
   std::vector<int32_t> table(ceil_div(tokens, options_.block_size)), ids(tokens), places(tokens), wanted;

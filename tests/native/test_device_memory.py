@@ -4,6 +4,7 @@ know when it has moved. On the emulated device, which tells."""
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -72,6 +73,14 @@ def test_iterations_allocate_nothing(device: str, plugin: ctypes.CDLL) -> None:
         _do(runtime, _penalized([0, 1, 2], 40))
         _do(runtime, _decode((0, 1), (1, 1), (2, 1)))
         _do(runtime, plan(0, [], [], closed=[0, 1, 2]))
+
+
+def test_whichever_thread_asks_the_runtimes_device_is_looked_at(device: str, plugin: ctypes.CDLL) -> None:
+    runtime = _runtime(f"{device}:1", jobs=1)
+    with ThreadPoolExecutor(1) as thread:
+        free = thread.submit(runtime.free_bytes, 1, BLOCK).result()
+    assert free == runtime.free_bytes(1, BLOCK)
+    assert len(_do(runtime, _prompt(0, 3))) == 1
 
 
 def test_an_iteration_too_large_for_the_device_is_told_in_one_line(device: str, plugin: ctypes.CDLL) -> None:
