@@ -109,6 +109,21 @@ def _succeeded(step: str, name: str) -> Callable[[dict[str, Any]], float | None]
     return read
 
 
+def _clean(tool: str) -> Callable[[dict[str, Any]], float | None]:
+    """1 where compute-sanitizer has run all of its tests and found nothing, 0 where it has found something.
+
+    Nothing where it came to no summary, since it refused the device or had no time, or where a test failed by itself.
+    """
+
+    def read(results: dict[str, Any]) -> float | None:
+        found, status = results["sanitizer"][tool]
+        if found.isdecimal() and int(found) > 0:
+            return 0.0
+        return 1.0 if found == "0" and status == "0" else None
+
+    return read
+
+
 def _all_right(results: dict[str, Any]) -> float | None:
     jct = results["jct"]
     wrong = [run["different"] + run["unfinished"] for run in jct["runs"].values()]
@@ -136,8 +151,8 @@ def _mean_jct(policy: str) -> Callable[[dict[str, Any]], float | None]:
 
 POINTS = (
     Point(1, "tests pass on the device (1: all)", _succeeded("steps", "tests"), 1, ""),
-    Point(1, "memcheck finds nothing (1: so)", _succeeded("sanitizer", "memcheck"), 1, ""),
-    Point(1, "racecheck finds nothing (1: so)", _succeeded("sanitizer", "racecheck"), 1, ""),
+    Point(1, "memcheck finds nothing (1: so)", _clean("memcheck"), 1, ""),
+    Point(1, "racecheck finds nothing (1: so)", _clean("racecheck"), 1, ""),
     Point(2, "decode, batch 1, of copy bandwidth", _decode(1, "read_percent"), 85),
     Point(2, "decode, batch 64, of copy bandwidth", _decode(64, "read_percent"), 75),
     Point(2, "prefill of 2,048 tokens, of the GEMM rate", _prefill(2048), 65),
@@ -158,7 +173,7 @@ POINTS = (
 
 
 def read_results(parts: Path, out: Path) -> dict[str, Any]:
-    """Everything that is there, by benchmark; `steps` and `sanitizer` are exit statuses."""
+    """Everything that is there, by benchmark; `steps` are exit statuses, `sanitizer` what was found and one."""
     results: dict[str, Any] = {}
     for name in BENCHMARKS:
         if text := _text(parts / f"{name}.json"):
@@ -167,8 +182,9 @@ def read_results(parts: Path, out: Path) -> dict[str, Any]:
     for name in ("transformers", "compiled", "jct"):
         if text := _text(out / f"{name}.json"):
             results[name] = json.loads(text)
-    for name in ("steps", "sanitizer"):
-        results[name] = dict(line.split()[:2] for line in _text(parts / name).splitlines())
+    results["steps"] = dict(line.split()[:2] for line in _text(parts / "steps").splitlines())
+    lines = [line.split() for line in _text(parts / "sanitizer").splitlines()]
+    results["sanitizer"] = {tool: (found, status) for tool, found, status in lines}
     return results
 
 

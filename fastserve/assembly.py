@@ -59,6 +59,7 @@ def assemble(
     cost: CostModel | str | os.PathLike[str] | None,
     max_in_flight: int | None = None,
     host_share: int = 1,
+    engine: int = 0,
     grid: Grid = _ALONE,
     stages: Sequence[int] | None = None,
     rank_command: Sequence[str] | None = None,
@@ -68,14 +69,15 @@ def assemble(
     """Load a model and measure what has to be known of it. `scheduler` and `runtime` hold fields of the two configs.
 
     `model` is a name, a path, or a module of `transformers`; `tokenizer` takes the place of the model's own.
-    `host_share` engines share the host's memory and cores, where sizes are left to be found. `rank_command` starts
-    another rank of the `grid` on this host, where no launcher did; `stages` are the layers of each stage, where they
-    are known. `on_failure` is told why this process ends where the ranks do not come together. Every option is checked
-    before the weights are loaded, and before ranks are started. Returns on rank 0 only: the others work for it until it
-    closes, and end then (SystemExit). Raises InvalidRequest, naming the option, ModelError, and GroupError when ranks
-    do not get on together.
+    `host_share` engines share the host's memory and cores, where sizes are left to be found, and its devices; this is
+    the one with the number `engine`. `rank_command` starts another rank of the `grid` on this host, where no launcher
+    did; `stages` are the layers of each stage, where they are known. `on_failure` is told why this process ends where
+    the ranks do not come together. Every option is checked before the weights are loaded, and before ranks are started.
+    Returns on rank 0 only: the others work for it until it closes, and end then (SystemExit). Raises InvalidRequest,
+    naming the option, ModelError, and GroupError when ranks do not get on together.
     """
     check_integer("host_share", host_share, 1, 2**16)
+    check_integer("engine", engine, 0, host_share - 1)
     if isinstance(rank_timeout, bool) or not isinstance(rank_timeout, (int, float)) or not rank_timeout > 0:
         raise InvalidRequest("rank_timeout", f"must be seconds, above 0, got {rank_timeout!r}")
     with ExitStack() as stack:
@@ -115,12 +117,16 @@ def assemble(
         running = replace(running, threads=running.threads or threads)
         layers = placement.stages(source, running, scheduling.max_num_seqs, stages)
         shard = placement.shard(source, layers)
-        running = replace(running, device=placement.device(running.device))
+        running = replace(running, device=placement.device(running.device, engine))
         pools = _Pools(
             kv_cache_memory,
             swap_space,
             block_bytes(
-                spec if shard is None else shard.local(spec), running.kv_dtype, running.block_size, running.device
+                spec if shard is None else shard.local(spec),
+                running.kv_dtype,
+                running.block_size,
+                running.device,
+                name,
             ),
             scheduling,
             on_host=not running.on_cuda,
@@ -128,7 +134,7 @@ def assemble(
             host_share=host_share * ranks_here,
         )
         native = placement.load(source, replace(running, num_blocks=pools.least), shard)
-        num_blocks = pools.num_blocks(native.free_bytes(scheduling.max_num_seqs))
+        num_blocks = pools.num_blocks(native.free_bytes(scheduling.max_num_seqs, scheduling.max_model_len))
         told = placement.gather([num_blocks, pools.num_host_blocks, pools.block_bytes])
         num_blocks, num_host_blocks = (min(each[tier] for each in told) for tier in range(2))
         scheduling = replace(scheduling, num_blocks=num_blocks, num_host_blocks=num_host_blocks)

@@ -19,7 +19,7 @@ _RUNNING: Final = ("dtype", "kv_cache_dtype", "quantization", "device", "threads
 
 
 class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
-    """Names, defaults and meanings are LLM's, the last two aside; see there. Values are checked by who uses them."""
+    """Names, defaults and meanings are LLM's, the last three aside; see there. Values are checked by who uses them."""
 
     model: str
     policy: str = "skip-join-mlfq"
@@ -50,6 +50,7 @@ class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
     cost: str | None = None  # the file of a profile
     stages: list[int] | None = None  # layers of each, as an engine before this one has measured it
     host_share: int = 1  # of the host's memory, one part in so many is this engine's: others run beside it
+    engine: int = 0  # which of those it is
 
     def scheduling(self) -> dict[str, Any]:
         """Fields of SchedulerConfig that do not depend on the model."""

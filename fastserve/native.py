@@ -18,12 +18,18 @@ from .sharding import Shard, whole
 from .types import BatchPlan, Float32Array, InvalidRequest, StepResult
 
 _FOREVER = -1.0
+_OUT_OF_MEMORY = "out of memory"  # as CUDA says it
 _SLICE_BYTES = 16 * 2**20  # of a file, resident at a time while loading
 
 
-def block_bytes(spec: ModelSpec, kv_dtype: str, block_size: int, device: str = "cpu") -> int:
-    """Bytes of one KV block, all layers of it."""
-    return _C.block_bytes(spec, kv_dtype, block_size, device)
+def block_bytes(spec: ModelSpec, kv_dtype: str, block_size: int, device: str = "cpu", model: str | None = None) -> int:
+    """Bytes of one KV block, all layers of it. Raises ModelError, naming the `model`, where a device holds no such."""
+    try:
+        return _C.block_bytes(spec, kv_dtype, block_size, device)
+    except _C.Error as error:
+        if model is None:
+            raise
+        raise ModelError(f"{model}: {error}") from error
 
 
 def instruction_sets() -> list[str]:
@@ -48,6 +54,7 @@ class NativeRuntime:
         With links, rank 0 submits and polls for all, and the other ranks `follow`.
         """
         self._spec = source.spec
+        self._max_tokens = config.max_num_batched_tokens
         self._shapes = dict(tensor_shapes(source.spec))
         self._shard = shard or whole(source.spec)
         self._under_way = 0  # plans
@@ -139,12 +146,24 @@ class NativeRuntime:
             return self._shard.local_name(tensor.name), range(len(rows)), range(len(columns))
         return as_it_is
 
-    def free_bytes(self, rows: int) -> int | None:
+    def free_bytes(self, rows: int, positions: int) -> int | None:
         """Bytes that the device has left beside the largest iteration, which is run; None: its memory is the host's.
 
-        `rows` of it are sampled. All ranks take part.
+        Iterations have up to `rows` rows, with contexts of up to so many positions. All ranks take part. Raises
+        InvalidRequest when there is not as much memory, and GroupError as `poll` does.
         """
-        free = self._runtime.free_bytes(rows)
+        try:
+            free = self._runtime.free_bytes(rows, positions)
+        except _C.GroupError as error:
+            raise GroupError.of(error) from error
+        except _C.Error as error:
+            if _OUT_OF_MEMORY not in str(error):
+                raise InvalidRequest("device", str(error)) from error
+            raise InvalidRequest(
+                "max_num_batched_tokens",
+                f"must be lower: beside the weights, the device has no room for an iteration of {self._max_tokens} "
+                f"tokens and {rows} rows ({error})",
+            ) from error
         return None if free < 0 else free
 
     def set_pools(self, num_blocks: int, num_host_blocks: int) -> None:

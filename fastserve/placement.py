@@ -96,12 +96,14 @@ class Placement:
         share = sum(1 / sum(core in theirs for theirs in here) for core in cores) / engines
         return len(here), max(1, math.floor(share + 1e-9))
 
-    def device(self, device: str) -> str:
-        """The device of this rank: those of one host that are told `cuda` take one each, in rank order."""
-        if device != "cuda" or not self.members:
+    def device(self, device: str, engine: int = 0) -> str:
+        """The device of this rank: those of one host that are told `cuda` take one each, engines in the order of their
+        numbers, and in each the ranks in theirs."""
+        if device != "cuda" or (not self.members and engine == 0):
             return device
-        host = self.members[self.rank]["host"]
-        return f"cuda:{sum(other['host'] == host for other in self.members[: self.rank])}"
+        hosts = [member["host"] for member in self.members] or [""]
+        host = hosts[self.rank]
+        return f"cuda:{engine * hosts.count(host) + hosts[: self.rank].count(host)}"
 
     def check_same(self, what: str, value: str) -> None:
         """Raise InvalidRequest, on all, unless all ranks have the same."""

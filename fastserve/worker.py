@@ -250,6 +250,7 @@ def load(options: EngineOptions, on_failure: Callable[[str], None] | None = None
         skip_tokenizer=True,
         cost=options.cost,
         host_share=options.host_share,
+        engine=options.engine,
         stages=options.stages,
         grid=Grid(options.tensor_parallel_size, options.pipeline_parallel_size),
         rank_command=worker_command(options),

@@ -150,6 +150,9 @@ class Backend {
   // How many batches may be queued before the tokens of the first are taken.
   virtual int64_t depth() const = 0;
 
+  // Before anything else on a thread that calls operations, or a sampler, by itself.
+  virtual void enter_thread() noexcept = 0;
+
   // Memory, zero-filled: of the device, and of the host for what goes to the device and back.
   virtual Buffer allocate(int64_t bytes) = 0;
   virtual Buffer allocate_host(int64_t bytes) = 0;
@@ -167,6 +170,10 @@ class Backend {
   virtual void set_kv_pool(const KvShape& shape, void* base) = 0;
   // Bytes of the device's memory that nobody has; -1 where its memory is the host's.
   virtual int64_t free_bytes() const = 0;
+  // Takes what memory batches of up to `rows` rows of one token need beside what a batch before has needed, and no more
+  // from then on: with contexts of up to so many positions, as far as a KV pool in the memory that is left can hold
+  // them.
+  virtual void reserve(int64_t rows, int64_t positions) = 0;
   // Copies blocks from the device to the host's pool or back; done when it returns. Called on one thread for each
   // direction, beside everything else.
   virtual void move_blocks(bool to_host, std::span<const BlockMove> moves) = 0;

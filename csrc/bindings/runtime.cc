@@ -189,11 +189,12 @@ void register_runtime(py::module_& module) {
       .def("finish_loading", [](PyRuntime& self) { self.runtime->finish_loading(); })
       .def(
           "free_bytes",
-          [](PyRuntime& self, int64_t rows) {
+          [](PyRuntime& self, int64_t rows, int64_t positions) {
             py::gil_scoped_release release;
-            return self.runtime->free_bytes(rows);
+            return self.runtime->free_bytes(rows, positions);
           },
-          py::arg("rows"), "Of the device, beside the largest iteration; -1 where its memory is the host's.")
+          py::arg("rows"), py::arg("positions"),
+          "Of the device, beside the largest iteration; -1 where its memory is the host's.")
       .def(
           "set_pools",
           [](PyRuntime& self, int64_t num_blocks, int64_t num_host_blocks) {

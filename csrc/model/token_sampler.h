@@ -19,6 +19,9 @@ class TokenSampler {
  public:
   virtual ~TokenSampler() = default;
 
+  // Takes what memory of the device it needs to sample batches of so many, and no more from then on.
+  virtual void reserve(int64_t most) = 0;
+
   // A slot's parameters, and where these look at it its history. Opening a slot again replaces both.
   virtual void open(int32_t slot, const SamplingParams& params, std::span<const int32_t> prompt,
                     std::span<const int32_t> outputs) = 0;

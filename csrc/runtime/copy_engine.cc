@@ -124,7 +124,8 @@ std::vector<CopyEngine::Copy> CopyEngine::checked(std::span<const CopyRow> rows,
 
 std::vector<FinishedCopy> CopyEngine::take(bool wait) {
   std::unique_lock lock(mutex_);
-  if (wait) finished_one_.wait(lock, [&] { return stop_ || !finished_.empty() || claims_.ids.empty(); });
+  if (wait) finished_one_.wait(lock, [&] { return stop_ || failure_ || !finished_.empty() || claims_.ids.empty(); });
+  if (failure_) std::rethrow_exception(failure_);
   std::vector<FinishedCopy> taken;
   for (const Copy& copy : finished_) {
     release(copy);
@@ -155,8 +156,18 @@ void CopyEngine::work(Stream& stream) {
     stream.queue.pop_front();
     lock.unlock();
     const auto begin = Clock::now();
-    move_blocks(copy);
+    std::exception_ptr failure;
+    try {
+      move_blocks(copy);
+    } catch (...) {
+      failure = std::current_exception();
+    }
     lock.lock();
+    if (failure) {
+      failure_ = failure;
+      finished_one_.notify_one();
+      return;
+    }
     if (bandwidth_ > 0) {
       const int64_t bytes = blocks_of(copy.runs) * pool_.block_bytes();
       stream.wake.wait_until(lock, begin + least_time(bytes, bandwidth_), [&] { return stop_; });

@@ -2,11 +2,12 @@
 // its copies one after another, in the order they were handed in.
 //
 // A copy is under way from submit() until take() returns it, and its blocks are its own for that time. Whoever uses
-// them afterwards sees what it wrote.
+// them afterwards sees what it wrote. One that fails is its direction's last.
 #pragma once
 
 #include <condition_variable>
 #include <deque>
+#include <exception>
 #include <mutex>
 #include <span>
 #include <thread>
@@ -42,6 +43,7 @@ class CopyEngine {
   // direction, has rows apart from each other, or a block outside its pool.
   void submit(std::span<const CopyRow> rows);
   // Takes the copies that have finished since the last call. To `wait` is to wait for one, unless none is under way.
+  // Throws, each time, what one has failed with: what is in its blocks nobody knows.
   std::vector<FinishedCopy> take(bool wait);
   // Ends all waiting, for good.
   void stop();
@@ -75,6 +77,7 @@ class CopyEngine {
   std::condition_variable finished_one_;
   Claims claims_;  // of the copies under way
   std::vector<Copy> finished_;
+  std::exception_ptr failure_;
   bool stop_ = false;
   Stream streams_[2];  // by direction
 };

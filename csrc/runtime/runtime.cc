@@ -89,20 +89,23 @@ void Runtime::check_idle(const char* what) {
   FS_CHECK(loaded_ && !executing_ && plans_.empty(), what, " is for a loaded model while nothing runs");
 }
 
-int64_t Runtime::free_bytes(int64_t rows) {
+int64_t Runtime::free_bytes(int64_t rows, int64_t positions) {
   check_idle("free_bytes");
   if (backend_->on_host()) return -1;
+  backend_->enter_thread();
+  if (sampler_) sampler_->reserve(rows);
   const int64_t tokens = std::min({options_.max_tokens, options_.num_blocks * options_.block_size, spec_.max_position});
-  std::vector<int32_t> table(ceil_div(tokens, options_.block_size)), ids(tokens), positions(tokens), wanted;
+  std::vector<int32_t> table(ceil_div(tokens, options_.block_size)), ids(tokens), places(tokens), wanted;
   std::iota(table.begin(), table.end(), 0);
   for (int64_t i = 0; i < tokens; ++i) {
-    positions[i] = static_cast<int32_t>(i + spec_.position_offset);
-    if (i >= tokens - rows) wanted.push_back(static_cast<int32_t>(i));
+    places[i] = static_cast<int32_t>(i + spec_.position_offset);
+    if (i >= tokens - backend_->filled_up(rows)) wanted.push_back(static_cast<int32_t>(i));
   }
   const Row row{0, tokens, 0, table.data()};
-  transformer_.forward({{&row, 1}, ids, positions, wanted});
+  transformer_.forward({{&row, 1}, ids, places, wanted});
   backend_->end();
   backend_->wait();
+  backend_->reserve(rows, positions);
   return backend_->free_bytes();
 }
 
@@ -193,6 +196,7 @@ std::vector<std::byte> Runtime::block(Tier tier, int64_t index) const {
 
 // Launches a plan before the one before it is finished where the backend can have both.
 void Runtime::work() {
+  backend_->enter_thread();
   std::deque<Launched> launched;
   bool watched = false;  // the oldest
   const auto room = [&] {

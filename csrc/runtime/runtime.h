@@ -56,9 +56,10 @@ class Runtime {
   void load_tensor(const std::string& name, SourceType type, const std::vector<int64_t>& shape, int64_t first_row,
                    const void* data, int64_t bytes);
   void finish_loading();
-  // Bytes of the device's memory that nobody has, once the largest iteration has run, of which `rows` are sampled; -1
-  // where its memory is the host's. Nor while plans run. All ranks take part.
-  int64_t free_bytes(int64_t rows);
+  // Bytes of the device's memory that nobody has, once the largest iteration has run, and there is what all others of
+  // up to `rows` rows, with contexts of so many positions, need; -1 where its memory is the host's. Nor while plans
+  // run. All ranks take part.
+  int64_t free_bytes(int64_t rows, int64_t positions);
   // Other pools, which are empty. Nor while plans or copies run.
   void set_pools(int64_t num_blocks, int64_t num_host_blocks);
 

@@ -53,6 +53,10 @@ def engine_command(options: Mapping[str, Any], engines: int = 1, launcher: str |
     return [*words, "-n", str(ranks), *worker_command(said)]
 
 
+def _numbered(command: Sequence[str], number: int) -> list[str]:
+    return [*command, "--options", json.dumps({"engine": number})] if number else [*command]
+
+
 # Seconds that one of several engines may take to tell what it holds.
 _ANSWERS_WITHIN: Final = 2.0
 
@@ -60,7 +64,7 @@ _ANSWERS_WITHIN: Final = 2.0
 class EngineClient:
     """Every method and attribute belongs to the event loop that ran `start`.
 
-    `command`      what starts an engine; `--address ADDRESS` is added
+    `command`      what starts an engine; `--address ADDRESS` is added, and which one it is to those after the first
     `tokenizer`    turns output into text; None: `text` stays empty, and stop strings are refused
     `engines`      how many there are, all alike; each job is one engine's
     """
@@ -71,7 +75,8 @@ class EngineClient:
         self._router = Router(tokenizer, engines)
         self.tenants = TenantService()
         self._replicas = [
-            Replica(number, command, health or Health(), self._router, self.tenants) for number in range(engines)
+            Replica(number, _numbered(command, number), health or Health(), self._router, self.tenants)
+            for number in range(engines)
         ]
         self._stopping = False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import numpy as np
@@ -260,6 +262,18 @@ def test_graphs_race_with_other_streams(cuda: ModuleType) -> None:
         graph.launch(first)
 
 
+def test_a_graph_does_not_outlive_the_memory_it_uses(cuda: ModuleType) -> None:
+    stream, a = cuda.Stream(), device(cuda)
+    stream.begin_capture()
+    cuda.add(a, a, a, stream)
+    graph = stream.end_capture()
+    a.free()
+    others = [device(cuda) for _ in range(3)]  # which may lie where it lay
+    with pytest.raises(cuda.Error, match=r"cudaGraphLaunch: the kernel launched at .* uses memory that was freed"):
+        graph.launch(stream)
+    assert len(others) == 3
+
+
 def test_captures_wait_for_nothing_outside(cuda: ModuleType) -> None:
     stream, other, event = cuda.Stream(), cuda.Stream(), cuda.Event()
     event.record(other)
@@ -280,6 +294,64 @@ def test_captures_allow_no_waiting_and_no_allocating(cuda: ModuleType, call: str
     stream.begin_capture()
     with pytest.raises(cuda.Error, match="is captured"):
         calls[call]()
+
+
+# ---- two devices
+
+
+@pytest.fixture
+def second_device(cuda: ModuleType) -> Iterator[None]:
+    """What is made from here on is of the second device, as long as the thread does not turn to another."""
+    cuda.set_device(1)
+    yield
+    cuda.set_device(0)
+
+
+def test_threads_are_on_the_first_device_until_they_say_otherwise(cuda: ModuleType) -> None:
+    cuda.set_device(1)
+    memory = cuda.Memory(False, 4096)
+    free = cuda.memory_info()[0]
+    cuda.set_device(0)
+    assert cuda.memory_info()[0] == free + 4096
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(cuda.memory_info).result()[0] == free + 4096
+    memory.free()  # from any device
+    cuda.set_device(1)
+    assert cuda.memory_info()[0] == free + 4096
+    cuda.set_device(0)
+    with pytest.raises(cuda.Error, match="cudaErrorInvalidDevice"):
+        cuda.set_device(2)
+
+
+def test_a_device_uses_no_memory_of_the_other(cuda: ModuleType, second_device: None) -> None:
+    stream, there = cuda.Stream(), device(cuda)
+    cuda.set_device(0)
+    here, pinned_host = device(cuda), pinned(cuda, RAMP)
+    for wrong in (
+        lambda: cuda.copy(here, 0, pinned_host, 0, 4 * COUNT, stream),
+        lambda: cuda.copy(there, 0, here, 0, 4 * COUNT, stream),
+        lambda: cuda.clear(here, stream),
+        lambda: cuda.add(there, there, there, cuda.Stream()),
+    ):
+        with pytest.raises(cuda.Error, match=r"on device [01] uses memory of device [10]"):
+            wrong()
+    cuda.copy(there, 0, pinned_host, 0, 4 * COUNT, stream)
+    stream.synchronize()
+    cuda.set_device(1)
+    assert np.array_equal(there.read(), RAMP)
+
+
+def test_kernels_are_launched_by_threads_that_are_on_the_streams_device(cuda: ModuleType, second_device: None) -> None:
+    stream, a, event = cuda.Stream(), device(cuda, RAMP), cuda.Event()
+    cuda.set_device(0)
+    with pytest.raises(cuda.Error, match="goes to a stream of device 1, and the thread is on device 0"):
+        cuda.add(a, a, a, stream)
+    with pytest.raises(cuda.Error, match="cudaErrorInvalidResourceHandle"):
+        event.record(cuda.Stream())
+    cuda.set_device(1)
+    cuda.add(a, a, a, stream)
+    stream.synchronize()
+    assert np.array_equal(a.read(), 2 * RAMP)
 
 
 # ---- the rest

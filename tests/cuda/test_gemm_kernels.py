@@ -328,3 +328,21 @@ def test_few_rows_read_weights_once_and_many_keep_the_device_busy(kernels: Modul
 def test_a_device_that_no_kernel_fits_is_named(kernels: ModuleType) -> None:
     with pytest.raises(kernels.Error, match="49152 bytes of shared memory"):
         kernels.choose_gemm(1, 64, 64, "bfloat16", shared_bytes=48 * 1024)
+
+
+def test_a_kernel_is_allowed_its_shared_memory_once_on_each_device(kernels: ModuleType) -> None:
+    if not hasattr(kernels, "simt"):
+        pytest.skip("on the emulated device only")
+    matrix, _ = _matrix(kernels, "bfloat16", "bfloat16", 16, 64)
+    x = _random(3, 64, seed=1)
+    assert kernels.gemm_shared_bytes("rows8", "bfloat16") > 48 * 1024
+    first = matrix.multiply(x, "bfloat16", kernel="rows8")
+    asked = kernels.simt.attributes_set()
+    assert _same(matrix.multiply(x, "bfloat16", kernel="rows8"), first)
+    assert kernels.simt.attributes_set() == asked
+    kernels.set_device(1)
+    try:  # where it has not been: the device would refuse the launch
+        there, _ = _matrix(kernels, "bfloat16", "bfloat16", 16, 64)
+        assert _same(there.multiply(x, "bfloat16", kernel="rows8"), first)
+    finally:
+        kernels.set_device(0)

@@ -50,6 +50,8 @@ def _tokens(path: Path, **options: Any) -> list[list[int]]:
 def test_tokens_are_those_of_one_cpu(
     device: str, way: str, tensor: int, pipeline: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    for library in ("msgspec", "zmq"):  # of the engine's process: a machine that is lent for its GPU may lack them
+        pytest.importorskip(library)
     save(next(case for case in CASES if case.id == "llama-gqa-tied"), tmp_path)
     layout = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
     assert _tokens(tmp_path, device=f"{device}:0", **layout) == _tokens(tmp_path)

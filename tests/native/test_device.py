@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from machines import CUDA
-from models import CASES, save
+from models import CASES, Case, save
 from synthetic import VOCAB, PoisonedModel, SyntheticModel, llama_spec, plan
 
 from fastserve import LLM, SamplingParams
 from fastserve.config import RuntimeConfig, SchedulerConfig
 from fastserve.cost import CostModel
 from fastserve.engine import Engine
+from fastserve.loaders.spec import ModelError
 from fastserve.native import NativeRuntime
 from fastserve.types import InvalidRequest, Job
 
@@ -146,6 +147,7 @@ def test_a_small_pool_swaps_and_changes_no_token(device: str, tmp_path: Path) ->
     assert preempted > 0
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("device", [CUDA])
 def test_the_pool_takes_what_the_device_has_left(device: str, tmp_path: Path) -> None:
     save(CASES[0], tmp_path)
@@ -191,13 +193,54 @@ def test_what_a_device_does_not_do_is_refused(options: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize("device", [CUDA])
+def test_heads_too_wide_are_refused_before_weights_are_loaded(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = dict(hidden_size=8, num_attention_heads=1, num_key_value_heads=1, intermediate_size=56, num_hidden_layers=1)
+    save(Case("llama", "wide-heads", dict(shape, head_dim=264, max_position_embeddings=96)), tmp_path)
+    monkeypatch.setattr("fastserve.placement.NativeRuntime", None)
+    with pytest.raises(ModelError, match=f"{tmp_path}: .* heads of up to 256 dimensions, the model's have 264"):
+        LLM(tmp_path, device=device, skip_tokenizer=True)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_engines_of_a_host_take_a_device_each(device: str, tmp_path: Path) -> None:
+    pytest.importorskip("msgspec")  # which a machine that is lent for its GPU may lack
+    from fastserve.engine_options import EngineOptions
+    from fastserve.worker import load
+
+    save(CASES[0], tmp_path)
+    options = EngineOptions(model=str(tmp_path), device=device, host_share=2, engine=1, max_num_seqs=2, swap_space=0)
+    try:
+        assembly = load(options)
+    except InvalidRequest as error:
+        assert "there is no CUDA device 1 among" in str(error)
+    else:
+        assert assembly.info["device"] == "cuda:1"
+        assembly.placement.close()
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_another_device_than_the_first(device: str) -> None:
+    """Whichever thread of the process does something for it."""
+    try:
+        outputs = [job.output for job in _jobs(f"{device}:1", 2)]
+    except InvalidRequest as error:
+        assert "there is no CUDA device 1 among" in str(error)
+        pytest.skip("this machine has one device")
+    assert outputs == [job.output for job in _jobs("cpu", 1)]
+
+
+@pytest.mark.parametrize("device", [CUDA])
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(InvalidRequest, match="device: there is no CUDA device 77 among"):
         NativeRuntime(SyntheticModel(llama_spec()), RuntimeConfig(num_blocks=2, device=f"{device}:77"))
 
 
 def test_a_build_without_cuda_says_so_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fastserve", "generate", "--prompt", "a", "--device", "cuda"]
+    save(CASES[0], tmp_path)
+    command = [sys.executable, "-m", "fastserve", "generate", "--model", str(tmp_path), "--device", "cuda"]
+    command += ["--prompt", "a"]
     environment = {**os.environ, "FASTSERVE_CUDA_PLUGIN": str(tmp_path / "_cuda.so")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and done.stdout == ""

@@ -4,10 +4,9 @@ device, which can be told to be slow, and to fail."""
 from __future__ import annotations
 
 import ctypes
-import os
 import time
-from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from machines import CUDA
 from synthetic import SyntheticModel, llama_spec, plan
@@ -15,22 +14,11 @@ from synthetic import SyntheticModel, llama_spec, plan
 from fastserve import _C
 from fastserve.config import RuntimeConfig
 from fastserve.native import NativeRuntime
-from fastserve.types import BatchPlan
+from fastserve.types import OFFLOAD, BatchPlan
 
 LATENCY = 1.0  # seconds from when work is queued until it is known to be over
 
 pytestmark = pytest.mark.parametrize("device", [CUDA])
-
-
-@pytest.fixture
-def plugin() -> Iterator[ctypes.CDLL]:
-    library = ctypes.CDLL(os.environ.get("FASTSERVE_CUDA_PLUGIN"))
-    if not hasattr(library, "fastserve_simt_set_latency"):
-        pytest.skip("on an emulated device only")
-    library.fastserve_simt_set_latency.argtypes = [ctypes.c_double]
-    yield library
-    library.fastserve_simt_set_latency(0)
-    library.fastserve_simt_fail_call(None, 0)
 
 
 def _runtime(device: str) -> NativeRuntime:
@@ -79,6 +67,22 @@ def test_a_plan_that_comes_while_another_runs_is_launched_behind_it(device: str,
     assert first is not None and second is not None
     assert first.seconds >= LATENCY
     assert second.seconds < 0.6 * LATENCY  # from the end of the first on: a tenth, and what the device takes
+
+
+def test_a_copy_that_fails_is_the_failure_of_a_plan(device: str, plugin: ctypes.CDLL) -> None:
+    """Of whichever asks next for copies that are done, and of all that follow."""
+    config = RuntimeConfig(dtype="float32", num_blocks=4, num_host_blocks=4, max_num_batched_tokens=40, device=device)
+    runtime = NativeRuntime(SyntheticModel(llama_spec(num_layers=1)), config)
+    _first(runtime)
+    plugin.fastserve_simt_fail_call(b"cudaMemcpyAsync", 0)
+    offload = plan(2, [], [])
+    offload.copies = np.array([(0, OFFLOAD, 0, 0)], np.int32)
+    runtime.submit(offload)
+    with pytest.raises(_C.Error, match="CUDA: unknown error"):
+        runtime.poll()
+    runtime.submit(plan(3, [(0, 0, 1, 1)], [5], opened=[(0, 1)], table=[(0, 0, 1)]))
+    with pytest.raises(_C.Error, match="CUDA: unknown error"):
+        runtime.poll()
 
 
 def test_a_launch_that_fails_leaves_no_sample_behind(device: str, plugin: ctypes.CDLL) -> None:

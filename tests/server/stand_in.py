@@ -90,6 +90,7 @@ class Options:
     killed_by_poison: bool = False  # as by a system that is out of memory; else it crashes
     silent_death: bool = False  # it does not say first who is running
     kv_cache_memory: int | None = None  # bytes of the pool it says it has
+    engine: int = 0
     garbage_at: int | None = None  # the iteration after which something is sent that is no message
 
     @property

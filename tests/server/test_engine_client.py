@@ -22,6 +22,7 @@ import zmq
 from letters import check_finished, check_growing, letters
 from stand_in import CONTEXT, VOCAB, Options
 
+from fastserve.engine_options import EngineOptions
 from fastserve.origin import Origin
 from fastserve.server.client import EngineClient, engine_command
 from fastserve.server.engine_api import EngineUnavailable
@@ -693,6 +694,15 @@ def test_the_worker_is_told_its_options_as_json() -> None:
 
 def test_several_workers_share_the_host() -> None:
     assert told(engine_command({"model": "m", "threads": 5}, 3)).items() >= {"threads": 5, "host_share": 3}.items()
+
+
+def test_several_workers_know_which_one_they_are() -> None:
+    """For their devices to be their own, also after a crash."""
+    engines = EngineClient(engine_command({"model": "m"}, 3), None, engines=3).engines
+    commands = [engine.supervisor._command_line() for engine in engines]
+    for number, command in enumerate(commands):
+        given = [command[i + 1] for i, word in enumerate(command) if word == "--options"]
+        assert EngineOptions.from_json(*given).engine == number
 
 
 def test_a_launcher_starts_all_ranks() -> None:

@@ -85,7 +85,7 @@ def _results() -> dict[str, Any]:
             },
         },
         "steps": {"tests": "0"},
-        "sanitizer": {"memcheck": "9", "racecheck": "124"},
+        "sanitizer": {"memcheck": ("3", "9"), "racecheck": ("-", "124")},
     }
 
 
@@ -114,6 +114,45 @@ def test_figures_beside_their_limits(what: str, figure: str, verdict: str) -> No
     row = point.row(_results(), emulated=False)
     assert (row[2], row[4]) == (figure, verdict)
     assert point.row(_results(), emulated=True)[4] == ("open" if verdict == "open" else "emulated")
+
+
+@pytest.mark.parametrize(
+    ("line", "verdict"),
+    [
+        ("memcheck 0 0", "ok"),
+        ("memcheck 2 9", "short"),
+        ("memcheck 0 1", "open"),  # a test failed by itself
+        ("memcheck - 1", "open"),  # the device was refused
+        ("memcheck - 124", "open"),
+        ("memcheck - 127", "open"),
+    ],
+)
+def test_only_what_the_sanitizer_says_counts(line: str, verdict: str, tmp_path: Path) -> None:
+    (tmp_path / "sanitizer").write_text(line + "\n")
+    (point,) = [point for point in gpu_table.POINTS if point.what.startswith("memcheck")]
+    assert point.row(gpu_table.read_results(tmp_path, tmp_path), emulated=False)[4] == verdict
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", "0"),
+        ("========= RACECHECK SUMMARY: 4 hazards displayed (4 errors, 0 warnings)", "4"),
+        ("========= Error: Device not supported. Please refer to the documentation", "-"),
+    ],
+)
+def test_the_script_hears_what_the_sanitizer_says(said: str, found: str, tmp_path: Path) -> None:
+    """The function of the script, with a stand-in on the path."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\necho '{said}'\nexit 1\n")
+    program.chmod(0o755)
+    script = (BENCHMARKS.parent / "scripts" / "gpu_check.sh").read_text()
+    body = script[script.index("\nsanitize() {") :]
+    function = body[: body.index("\n}\n") + 2]
+    command = f"parts={tmp_path} OUT={tmp_path} python=python3 PATH={tmp_path}:$PATH; {function}\nsanitize"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == (9 if found == "4" else 0)
+    assert (tmp_path / "sanitizer").read_text() == f"memcheck {found} 1\nracecheck {found} 1\n"
 
 
 def test_a_trace_too_short_to_miss_the_limit_tells_nothing() -> None:

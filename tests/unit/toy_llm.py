@@ -90,7 +90,7 @@ class ToyRuntime(ToyExecutor):
             signal.raise_signal(signal.SIGINT)
         return result
 
-    def free_bytes(self, rows: int) -> int | None:
+    def free_bytes(self, rows: int, positions: int) -> int | None:
         return None
 
     def set_pools(self, num_blocks: int, num_host_blocks: int) -> None:

@@ -70,6 +70,8 @@ class CpuBackend final : public Backend {
   bool on_host() const override { return true; }
   int64_t depth() const override { return 1; }
 
+  void enter_thread() noexcept override {}
+
   Buffer allocate(int64_t bytes) override { return Buffer(bytes); }
   Buffer allocate_host(int64_t bytes) override { return Buffer(bytes); }
   void upload(const void* from, void* to, int64_t bytes) override { std::memcpy(to, from, bytes); }
@@ -115,6 +117,7 @@ class CpuBackend final : public Backend {
   void set_kv_pool(const KvShape& shape, void* base) override { attention_.set_pool(cpu::layout_of(shape), base); }
 
   int64_t free_bytes() const override { return -1; }
+  void reserve(int64_t, int64_t) override {}
 
   void move_blocks(bool, std::span<const BlockMove> moves) override {
     for (const BlockMove& move : moves) std::memcpy(move.to, move.from, move.bytes);

@@ -18,6 +18,8 @@ class HostSampler final : public TokenSampler {
   HostSampler(ThreadPool& threads, int64_t vocab_size)
       : threads_(threads), vocab_size_(vocab_size), kernels_(cpu::select_kernels().logits) {}
 
+  void reserve(int64_t) override {}
+
   void open(int32_t slot, const SamplingParams& params, std::span<const int32_t> prompt,
             std::span<const int32_t> outputs) override {
     Job& job = jobs_[slot] = {params, {}};

@@ -23,8 +23,6 @@ struct AttentionShape {
 };
 AttentionShape attention_shape(const AttentionCall& call, const DeviceBatch& batch);
 
-constexpr int64_t kMaxHeadDim = 256;
-
 // 16-bit types. A block takes `block_warps` · 16 tokens of one head, 4 or 8 warps: the smaller ones fill a device with
 // a short chunk, the larger ones read K and V less often.
 void attention_prefill(DType dtype, const AttentionShape& shape, const PrefillTile* tiles, int64_t num_tiles,

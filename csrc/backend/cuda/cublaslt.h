@@ -1,11 +1,9 @@
-// cuBLASLt's products in the place of ours, for shapes where that is faster and a row's bits stay the same whatever the
-// number of rows (DESIGN §3).
+// cuBLASLt's products in the place of ours, for shapes where that is faster and the bits are ours (DESIGN §3): which is
+// faster is chance where it is close, and must not show.
 #pragma once
 
-#include <map>
 #include <memory>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "backend/cuda/cublaslt_library.h"
@@ -39,26 +37,29 @@ class CublasLt {
   // Null where the library is not to be used.
   static std::unique_ptr<CublasLt> open();
 
-  // Tries the algorithms that cuBLASLt proposes for such products on random operands, and pins one or none: null then,
-  // and all products are ours. To be called before products of that shape are queued; waits for the stream. `workspace`
-  // is that of gemm(). Once for each shape: later calls return the first one's choice, which stays where it is.
-  const CublasShape* choose(DType dtype, int64_t n, int64_t k_padded, bool wide, void* workspace, cudaStream_t stream);
+  // Tries the algorithms that cuBLASLt proposes for such products of up to so many rows on random operands, and pins
+  // one or none: null then, and all products are ours. To be called before products of that shape are queued; waits for
+  // the stream. `workspace` is that of gemm(). Once for each shape and device in a process: later calls return the
+  // first one's choice, which stays where it is.
+  const CublasShape* choose(DType dtype, int64_t n, int64_t k_padded, bool wide, int64_t most_rows, void* workspace,
+                            cudaStream_t stream) const;
 
-  // Queues the product if it is one of those that the choice is for; else false, and the caller queues gemm().
+  // Queues the product if it is one of those that the choice is for and the algorithm is made for so many rows; else
+  // false, and the caller queues gemm().
   // Allocates nothing on the device, so that it may be captured in a graph.
   bool gemm(const CublasShape& chosen, const GemmCall& call, cudaStream_t stream) const;
 
  private:
   explicit CublasLt(std::unique_ptr<CublasLtLibrary> library);
 
-  CublasShape tried(DType dtype, int64_t n, int64_t k_padded, bool wide, void* workspace, cudaStream_t stream) const;
+  CublasShape tried(DType dtype, int64_t n, int64_t k_padded, bool wide, int64_t most_rows, void* workspace,
+                    cudaStream_t stream) const;
   bool run(const CublasCandidate& candidate, const GemmCall& call, cudaStream_t stream) const;
   bool add_parts(const CublasCandidate& candidate, const GemmCall& call, int64_t first, int64_t columns, float* output,
                  int64_t ld_output, cudaStream_t stream) const;
 
   const std::unique_ptr<CublasLtLibrary> library_;
   const Memory sums_;
-  std::map<std::tuple<DType, int64_t, int64_t, bool>, CublasShape> shapes_;
 };
 
 }  // namespace fastserve::cuda

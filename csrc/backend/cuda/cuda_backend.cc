@@ -65,6 +65,9 @@ class CudaBackend final : public Backend {
   bool on_host() const override { return false; }
   int64_t depth() const override { return kDepth; }
 
+  // What is wrong with the device the first call that uses it says.
+  void enter_thread() noexcept override { static_cast<void>(cudaSetDevice(device_)); }
+
   Buffer allocate(int64_t bytes) override {
     use_device();
     return release(Memory(Place::kDevice, bytes));
@@ -115,6 +118,17 @@ class CudaBackend final : public Backend {
     return static_cast<int64_t>(free);
   }
 
+  void reserve(int64_t rows, int64_t positions) override {
+    const int64_t per_row = ceil_div(positions, kSegment);
+    const int64_t held = rows + free_bytes() / (pool_.block_bytes() * kSegment / pool_.block_size);
+    int64_t bytes = 0;
+    for (int64_t decodes = 1; decodes <= filled_up(rows); ++decodes) {  // with more of them, less is left in parts
+      const int64_t segments = std::min(std::min(decodes, rows) * per_row, held);
+      bytes = std::max(bytes, attention_workspace(attended_heads_, pool_, decodes, segments));
+    }
+    reserve_attention(bytes, bytes);
+  }
+
   // A direction has its own stream. Neither waits for the compute stream: the engine copies only blocks that no queued
   // batch writes or reads, and uses them again when the copy is known to be done.
   void move_blocks(bool to_host, std::span<const BlockMove> moves) override {
@@ -133,7 +147,7 @@ class CudaBackend final : public Backend {
     batch_ = batches_->upload(batch, compute_);
     begun_ = true;
     if (batches_->moved()) graphs_.clear();
-    if (attended_heads_ > 0) reserve_attention();
+    if (attended_heads_ > 0) reserve_for_batch();
     return {batch_.num_tokens, batch_.num_logits};
   }
   void run(const std::function<void()>& body) override {
@@ -247,7 +261,7 @@ class CudaBackend final : public Backend {
   void attention(const AttentionArgs& args) override {
     if (attended_heads_ < args.num_heads) {  // never while recording: a first run has been here before
       attended_heads_ = args.num_heads;
-      reserve_attention();
+      reserve_for_batch();
     }
     cuda::attention({.dtype = dtype_,
                      .qkv = args.qkv,
@@ -280,13 +294,17 @@ class CudaBackend final : public Backend {
   void use_device() const { check(cudaSetDevice(device_)); }
 
   // For the batch, whose segments no graph knows.
-  void reserve_attention() {
-    const int64_t bytes = attention_workspace(attended_heads_, pool_, batch_.num_decodes, batch_.num_segments);
-    if (static_cast<int64_t>(attention_.bytes()) >= bytes) return;
+  void reserve_for_batch() {
+    const auto needed = [&](int64_t segments) {
+      return attention_workspace(attended_heads_, pool_, batch_.num_decodes, segments);
+    };
+    reserve_attention(needed(batch_.num_segments), needed(batch_.num_segments + batch_.num_segments / 2));
+  }
+  void reserve_attention(int64_t least, int64_t wanted) {
+    if (static_cast<int64_t>(attention_.bytes()) >= least) return;
     finish_queued();
     attention_ = Memory();  // first, or both would have to fit
-    const int64_t room = batch_.num_segments + batch_.num_segments / 2;
-    attention_ = Memory(Place::kDevice, attention_workspace(attended_heads_, pool_, batch_.num_decodes, room));
+    attention_ = Memory(Place::kDevice, wanted);
     graphs_.clear();
   }
 
@@ -294,7 +312,7 @@ class CudaBackend final : public Backend {
     if (dtype_ == DType::kFloat32 || is_quantized(call.weight.format)) return nullptr;
     if (!std::exchange(sought_cublas_, true)) cublas_ = CublasLt::open();
     if (cublas_ == nullptr) return nullptr;
-    return cublas_->choose(dtype_, call.weight.n, call.weight.k_padded, call.wide, call.workspace, compute_);
+    return cublas_->choose(dtype_, call.weight.n, call.weight.k_padded, call.wide, call.m, call.workspace, compute_);
   }
 
   void finish_queued() {

@@ -15,7 +15,12 @@ void Graphs::run(const Key& key, cudaStream_t stream, const std::function<void()
   entry->second.used = ++runs_;
   if (is_new) {
     if (graphs_.size() > kMostGraphs) drop_oldest();
-    return body();
+    try {
+      return body();
+    } catch (...) {  // before all was allocated, perhaps
+      graphs_.erase(key);
+      throw;
+    }
   }
   if (entry->second.executable == nullptr) entry->second.executable = record(stream, body);
   check(cudaGraphLaunch(entry->second.executable, stream));

@@ -6,6 +6,8 @@
 
 namespace fastserve::cuda {
 
+constexpr int64_t kMaxHeadDim = 256;
+
 // A block is [layers][kv heads][K, V][slots][head_dim_padded]: rows of K and V are padded with zeros to a multiple of
 // 16 elements, and so 16-byte aligned.
 struct KvLayout : KvShape {
@@ -19,6 +21,8 @@ struct KvLayout : KvShape {
 inline KvLayout layout_of(const KvShape& shape) {
   FS_CHECK(shape.format != KvFormat::kInt8,
            "the CUDA backend holds no keys and values in int8: use the type of the model (auto)");
+  FS_CHECK(shape.head_dim <= kMaxHeadDim, "the CUDA backend takes heads of up to ", kMaxHeadDim,
+           " dimensions, the model's have ", shape.head_dim);
   return {shape};
 }
 

@@ -15,16 +15,17 @@
 
 namespace fastserve::cuda {
 
-// Row counts at which a candidate's results are compared bit by bit, and those at which it is timed.
+// Row counts at which a candidate's results are compared with ours bit by bit, besides the most that there may be; of
+// products that are added to what is there; and those at which it is timed.
 constexpr std::array<int64_t, 10> kComparedRows = {1, 2, 8, 16, 17, 64, 100, 128, 512, 2048};
+constexpr std::array<int64_t, 2> kAddedRows = {1, 100};
 constexpr std::array<int64_t, 4> kTimedRows = {1, 32, 512, 2048};
 using RowSeconds = std::array<double, kTimedRows.size()>;
 
 struct ProductTrial {
   std::string name;
-  bool runs;              // at every row count
-  bool same_across_rows;  // a row has the same bits at every row count
-  bool same_as_ours;      // and those of gemm()
+  bool runs;          // at every row count
+  bool same_as_ours;  // every row, at every row count, has the bits of gemm()
   RowSeconds seconds;
 };
 
@@ -37,15 +38,19 @@ double time_on_device(cudaStream_t stream, const std::function<void()>& body);
 // Random operands of one shape, on the device.
 class ProductTrials {
  public:
-  // The shape is that of 16-bit weights [n, k_padded]; `workspace` is that of gemm().
-  ProductTrials(DType dtype, int64_t n, int64_t k_padded, bool wide, void* workspace, cudaStream_t stream,
-                DeviceClock clock = time_on_device);
+  // The shape is that of 16-bit weights [n, k_padded], by which so many rows at most are multiplied; `workspace` is
+  // that of gemm().
+  ProductTrials(DType dtype, int64_t n, int64_t k_padded, bool wide, int64_t most_rows, void* workspace,
+                cudaStream_t stream, DeviceClock clock = time_on_device);
 
   ProductTrial measure(const std::string& name, const Product& product);
   const RowSeconds& ours() const { return ours_; }
 
  private:
+  void add_to_numbers(const Product& us);
   GemmCall call(int64_t rows, const Memory& output) const;
+  // Whether the product is there and is what ours is; `onto`: added to numbers.
+  void compare(int64_t rows, bool onto, const Product& product, ProductTrial& trial);
   bool differs(const Memory& a, const Memory& b, int64_t rows);
   // Of one product, by the median of some runs, with weights that the device does not have in its cache.
   double seconds(int64_t rows, const Product& product);
@@ -53,12 +58,14 @@ class ProductTrials {
   DType dtype_;
   int64_t n_, k_padded_;
   bool wide_;
+  int64_t most_rows_;
   void* workspace_;
   cudaStream_t stream_;
   DeviceClock clock_;
   int64_t copies_, turn_ = 0;
-  Memory input_, by_us_, most_, output_, flag_;
-  Memory weights_;  // copies_ of them
+  Memory input_, by_us_, output_, flag_;
+  Memory numbers_, added_by_us_;  // where outputs are wide
+  Memory weights_;                // copies_ of them
   RowSeconds ours_;
 };
 
@@ -67,9 +74,8 @@ struct ProductChoice {
   int64_t from_rows;                  // products of so many rows and more are the trial's, the others ours
   std::vector<std::string> verdicts;  // on every trial
 };
-// A trial whose bits are not ours must serve every row count, and so must be as fast as ours (within 5 %) for few rows;
-// one whose bits are ours serves from where it is faster. Of those that are faster for the most rows, the fastest
-// there.
+// Of the trials whose bits are ours, so that no choice changes any, the one that is fastest for the most rows, if it is
+// faster than ours there; it serves from the number of rows on where it is.
 ProductChoice choose_product(std::span<const ProductTrial> trials, const RowSeconds& ours);
 
 // ---- kernels (product_trial.cu)

@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "backend/cuda/runtime_api.h"
+#include "backend/cuda/shared_limits.h"
 #include "common/dtype.h"
 
 namespace fastserve::cuda {
@@ -129,15 +130,6 @@ __device__ __forceinline__ void wait_copies() {
 
 // ---- other instructions
 
-// 16 bytes that are read once: past the L1 cache.
-__device__ __forceinline__ uint4 load_streaming(const void* from) {
-  uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(from));
-  return value;
-}
-
 // 2^x, within 2 units in the last place; subnormal results are zero; 2^-infinity is zero.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -158,10 +150,7 @@ struct LaunchConfig {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
   const auto* function = reinterpret_cast<const void*>(kernel);
-  if (config.shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(config.shared_bytes)));
-  }
+  allow_shared_memory(function, config.shared_bytes);
   [&](Parameters... values) {
     void* pointers[] = {static_cast<void*>(&values)..., nullptr};
     check(cudaLaunchKernel(function, config.grid, config.block, pointers, config.shared_bytes, config.stream));

@@ -20,12 +20,13 @@ namespace {
 // Products of one shape.
 class CublasProducts {
  public:
-  CublasProducts(const std::string& dtype, int64_t n, int64_t k_padded, bool wide)
+  CublasProducts(const std::string& dtype, int64_t n, int64_t k_padded, bool wide, int64_t most_rows)
       : workspace_(Place::kDevice, kGemmWorkspace), library_(CublasLt::open()) {
     FS_CHECK(library_ != nullptr, "there is no cuBLASLt");
-    chosen_ = library_->choose(parse_dtype(dtype), n, k_padded, wide, workspace_.as<void>(), stream_);
-    FS_CHECK(chosen_ == library_->choose(parse_dtype(dtype), n, k_padded, wide, workspace_.as<void>(), stream_),
-             "another choice for the same shape");
+    chosen_ = library_->choose(parse_dtype(dtype), n, k_padded, wide, most_rows, workspace_.as<void>(), stream_);
+    FS_CHECK(
+        chosen_ == library_->choose(parse_dtype(dtype), n, k_padded, wide, most_rows, workspace_.as<void>(), stream_),
+        "another choice for the same shape");
   }
 
   std::optional<std::string> text() const { return chosen_ == nullptr ? std::nullopt : std::optional(chosen_->text()); }
@@ -64,8 +65,8 @@ class CublasProducts {
 void register_cublaslt(py::module_& module) {
   module.def("has_cublaslt", [] { return CublasLtLibrary::open() != nullptr; });
   py::class_<CublasProducts>(module, "CublasProducts")
-      .def(py::init<const std::string&, int64_t, int64_t, bool>(), py::arg("dtype"), py::arg("n"), py::arg("k"),
-           py::arg("wide"))
+      .def(py::init<const std::string&, int64_t, int64_t, bool, int64_t>(), py::arg("dtype"), py::arg("n"),
+           py::arg("k"), py::arg("wide"), py::arg("most_rows") = 1)
       .def_property_readonly("text", &CublasProducts::text)
       .def("multiply", &CublasProducts::multiply, py::arg("input"), py::arg("weight"), py::arg("bias"),
            py::arg("output"), py::arg("accumulate"));

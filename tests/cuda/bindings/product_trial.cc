@@ -21,18 +21,22 @@ namespace fastserve::cuda {
 namespace {
 
 // Our own products under other names: "same"; "cannot" do 512 rows; "differs", always, by a bias; "depends", which does
-// from 100 rows on.
+// from 100 rows on; "adds" differently; "many", where there are more than 2048 rows.
 Product stand_in(const std::string& kind, const float* bias) {
   return [kind, bias](const GemmCall& call, cudaStream_t stream) {
     if (kind == "cannot" && call.m == 512) return false;
     GemmCall changed = call;
-    if (kind == "differs" || (kind == "depends" && call.m >= 100)) changed.bias = bias;
+    if (kind == "differs" || (kind == "depends" && call.m >= 100) || (kind == "adds" && call.accumulate) ||
+        (kind == "many" && call.m > 2048)) {
+      changed.bias = bias;
+    }
     gemm(changed, stream);
     return true;
   };
 }
 
-ProductTrial measure(const std::string& dtype, int64_t n, int64_t k, bool wide, const std::string& kind) {
+ProductTrial measure(const std::string& dtype, int64_t n, int64_t k, bool wide, const std::string& kind,
+                     int64_t most_rows) {
   Stream stream;
   const Memory workspace(Place::kDevice, kGemmWorkspace);
   // Five runs take 0, 3, 1, 4 and 2 seconds.
@@ -41,7 +45,7 @@ ProductTrial measure(const std::string& dtype, int64_t n, int64_t k, bool wide, 
     body();
     return static_cast<double>(runs++ * 3 % 5);
   };
-  ProductTrials trials(parse_dtype(dtype), n, k, wide, workspace.as<void>(), stream, clock);
+  ProductTrials trials(parse_dtype(dtype), n, k, wide, most_rows, workspace.as<void>(), stream, clock);
   const std::vector<float> ones(n, 1.0f);
   const Memory bias(Place::kDevice, n * sizeof(float));
   check(cudaMemcpy(bias.as<void>(), ones.data(), bias.bytes(), cudaMemcpyHostToDevice));
@@ -62,7 +66,7 @@ std::vector<std::pair<int64_t, int64_t>> timed_products(const std::string& dtype
     timing = false;
     return 1.0;
   };
-  ProductTrials trials(parse_dtype(dtype), n, k, false, workspace.as<void>(), stream, clock);
+  ProductTrials trials(parse_dtype(dtype), n, k, false, 1, workspace.as<void>(), stream, clock);
   std::vector<std::pair<int64_t, int64_t>> products;
   const auto log = [&](const GemmCall& call, cudaStream_t queue) {
     if (timing) products.emplace_back(call.m, reinterpret_cast<intptr_t>(call.weight.data));
@@ -84,12 +88,11 @@ int64_t cache_bytes() {
 
 void register_product_trial(py::module_& module) {
   py::class_<ProductTrial>(module, "ProductTrial")
-      .def(py::init([](std::string name, bool runs, bool same_across_rows, bool same_as_ours, RowSeconds seconds) {
-             return ProductTrial{std::move(name), runs, same_across_rows, same_as_ours, seconds};
+      .def(py::init([](std::string name, bool runs, bool same_as_ours, RowSeconds seconds) {
+             return ProductTrial{std::move(name), runs, same_as_ours, seconds};
            }),
-           py::arg("name"), py::arg("runs"), py::arg("same_across_rows"), py::arg("same_as_ours"), py::arg("seconds"))
+           py::arg("name"), py::arg("runs"), py::arg("same_as_ours"), py::arg("seconds"))
       .def_readonly("runs", &ProductTrial::runs)
-      .def_readonly("same_across_rows", &ProductTrial::same_across_rows)
       .def_readonly("same_as_ours", &ProductTrial::same_as_ours)
       .def_readonly("seconds", &ProductTrial::seconds);
   module.attr("TIMED_ROWS") = py::cast(kTimedRows);
@@ -98,7 +101,7 @@ void register_product_trial(py::module_& module) {
     return std::make_tuple(choice.trial, choice.from_rows, choice.verdicts);
   });
   module.def("measure_product", &measure, py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("wide"),
-             py::arg("kind"));
+             py::arg("kind"), py::arg("most_rows") = 1);
   module.def("timed_products", &timed_products, py::arg("dtype"), py::arg("n"), py::arg("k"));
   module.def("cache_bytes", &cache_bytes);
   // finish_product() of sums [m, n] onto an output of float32, in windows of so many columns.

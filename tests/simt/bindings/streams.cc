@@ -148,6 +148,7 @@ void register_streams(py::module_& module) {
   });
   module.def("add", add, "a"_a, "b"_a, "c"_a, "stream"_a);
   module.def("host_function", host_function, "stream"_a, "function"_a);
+  module.def("set_device", [](int device) { check(cudaSetDevice(device)); }, "device"_a);
   module.def("synchronize", [] { check(cudaDeviceSynchronize()); }, unlocked());
   module.def("memory_info", [] {
     size_t free = 0, total = 0;

@@ -1,5 +1,5 @@
 // What tests set of the fake runtime. The environment sets it too: FASTSERVE_SIMT_EAGERNESS, _SEED and _MEMORY, and
-// by _DEVICE which device it is.
+// by _DEVICE which machine's devices they are.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@ namespace fake_cudart {
 // The seed also orders the threads of kernels.
 void configure(const std::string& eagerness, uint64_t seed);
 
-// Bytes of memory the device has.
+// Bytes of memory each device has.
 void set_device_memory(size_t bytes);
 
 // Throws what a call that cannot throw has found (those that destructors make) and what guards around allocations show.
@@ -26,6 +26,9 @@ void set_latency(double seconds);
 
 // The call of this function of CUDA's that comes after so many others of it fails, and does nothing; null: none does.
 void fail_call(const char* function, int after);
+
+// How often a kernel was given an attribute.
+size_t attributes_set();
 
 // How many allocations, streams, events and graphs there are that nobody has freed.
 size_t live_objects();

@@ -18,6 +18,7 @@ constexpr unsigned char kPoison = 0xff;
 constexpr auto kOtherProcesses = std::chrono::microseconds(50);
 
 thread_local bool in_host_function = false;
+thread_local int device_of_thread = 0;
 thread_local cudaError_t last_error = cudaSuccess;
 
 cudaError_t checked(const char* function, const std::function<cudaError_t(Device&, Device::Lock&)>& body, Device& self,
@@ -37,16 +38,11 @@ cudaError_t checked(const char* function, const std::function<cudaError_t(Device
 
 bool overlap(const Range& a, const Range& b) { return a.begin < b.end && b.begin < a.end; }
 
-Eagerness parse(const std::string& name) {
-  if (name == "lazy") return Eagerness::kLazy;
-  if (name == "random") return Eagerness::kRandom;
-  if (name == "eager") return Eagerness::kEager;
-  throw fastserve::Error("eagerness must be lazy, random or eager, got '" + name + "'");
-}
-
 }  // namespace
 
 void error(const std::string& what) { throw fastserve::Error(what); }
+
+int current_device() { return device_of_thread; }
 
 Device& device() {
   static Device the_device;
@@ -84,8 +80,8 @@ std::string Operation::describe() const {
 }
 
 Device::Device() : numbers_(1, 0) {
-  default_stream = make_stream(true);
-  if (const char* named = std::getenv("FASTSERVE_SIMT_EAGERNESS"); named != nullptr) eagerness = parse(named);
+  for (int i = 0; i < kDevices; ++i) default_streams[i] = make_stream(true, i);
+  if (const char* named = std::getenv("FASTSERVE_SIMT_EAGERNESS"); named != nullptr) eagerness = parse_eagerness(named);
   if (const char* seed = std::getenv("FASTSERVE_SIMT_SEED"); seed != nullptr) random = simt::Random(std::stoull(seed));
   if (const char* bytes = std::getenv("FASTSERVE_SIMT_MEMORY"); bytes != nullptr) total_bytes = std::stoull(bytes);
 }
@@ -94,15 +90,15 @@ Device::Device() : numbers_(1, 0) {
 
 char* Device::allocate(Allocation::Place place, size_t bytes) {
   if (place == Allocation::Place::kDevice) {
-    if (bytes > free_bytes()) return nullptr;
-    used_bytes += bytes;
+    if (bytes > free_bytes(current_device())) return nullptr;
+    used_bytes[current_device()] += bytes;
   }
   const size_t all = bytes + 2 * kGuard + kAlignment;
   std::unique_ptr<char[]> memory(new char[all]);
   std::memset(memory.get(), kPoison, all);
   const auto begin = reinterpret_cast<uintptr_t>(memory.get());
   char* base = memory.get() + ((begin + kGuard + kAlignment - 1) / kAlignment * kAlignment - begin);
-  allocations[base] = {place, bytes, std::move(memory), {}};
+  allocations[base] = {place, current_device(), ++allocations_made_, bytes, std::move(memory), {}};
   return base;
 }
 
@@ -118,14 +114,15 @@ void Device::release(Allocation::Place place, void* memory) {
     const auto within = [&](const char* p) { return p >= base && p < base + at->second.bytes; };
     return std::any_of(operation.task.ranges.begin(), operation.task.ranges.end(),
                        [&](const Range& range) { return within(range.begin); }) ||
-           std::any_of(operation.task.mentioned.begin(), operation.task.mentioned.end(), within);
+           std::any_of(operation.task.mentioned.begin(), operation.task.mentioned.end(),
+                       [&](const Mention& mention) { return within(mention.pointer); });
   };
   // Whether it has been carried out already is chance; what counts is whether the host can know.
   std::string user;
   for (const auto& operation : pending_) {
     if (operation->number > host[operation->actor] && touches(*operation)) user = operation->describe();
   }
-  if (place == Allocation::Place::kDevice) used_bytes -= at->second.bytes;
+  if (place == Allocation::Place::kDevice) used_bytes[at->second.device] -= at->second.bytes;
   if (!user.empty()) {
     at->second.memory.release();  // what is queued may still use it
     allocations.erase(at);
@@ -140,6 +137,11 @@ Allocation* Device::find(const void* address) {
   if (next == allocations.begin()) return nullptr;
   --next;
   return at <= next->first + next->second.bytes ? &next->second : nullptr;
+}
+
+void Device::check_device(const std::string& name, const Allocation* allocation, int device) const {
+  if (allocation == nullptr || allocation->place != Allocation::Place::kDevice || allocation->device == device) return;
+  error(simt::join(name, " on device ", device, " uses memory of device ", allocation->device));
 }
 
 void Device::check_bounds(const std::string& name, const void* address, size_t bytes) {
@@ -171,7 +173,7 @@ void Device::check_guards(const std::string& after) {
 // ---- streams
 
 CUstream_st* Device::stream(cudaStream_t handle) {
-  if (handle == nullptr || handle == cudaStreamLegacy) return default_stream;
+  if (handle == nullptr || handle == cudaStreamLegacy) return default_streams[current_device()];
   if (streams.count(handle) == 0) error("a stream that is not there, or not any more");
   return handle;
 }
@@ -191,8 +193,8 @@ size_t Device::make_actor() {
   return numbers_.size() - 1;
 }
 
-CUstream_st* Device::make_stream(bool blocking) {
-  auto* stream = new CUstream_st{make_actor(), blocking, nullptr, nullptr, 0, {}};
+CUstream_st* Device::make_stream(bool blocking, int device) {
+  auto* stream = new CUstream_st{make_actor(), device, blocking, nullptr, nullptr, 0, {}};
   streams.insert(stream);
   return stream;
 }
@@ -339,48 +341,6 @@ void Device::progress(Lock& lock) {
   }
 }
 
-// ---- control.h
-
-void configure(const std::string& eagerness, uint64_t seed) {
-  Device& self = device();
-  const Device::Lock lock(self.mutex);
-  self.eagerness = parse(eagerness);
-  self.random = simt::Random(seed);
-}
-
-void set_device_memory(size_t bytes) {
-  Device& self = device();
-  const Device::Lock lock(self.mutex);
-  self.total_bytes = std::max(bytes, self.used_bytes);
-}
-
-void check_errors() {
-  enter("check_errors", [](Device& self, Device::Lock&) {
-    self.check_guards("check_errors");
-    return cudaSuccess;
-  });
-}
-
-void set_latency(double seconds) {
-  Device& self = device();
-  const Device::Lock lock(self.mutex);
-  self.latency = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(seconds));
-}
-
-void fail_call(const char* function, int after) {
-  Device& self = device();
-  const Device::Lock lock(self.mutex);
-  self.failing = function == nullptr ? "" : function;
-  self.calls_before_failing = after;
-}
-
-size_t live_objects() {
-  Device& self = device();
-  const Device::Lock lock(self.mutex);
-  return self.allocations.size() + self.streams.size() - 1 + self.events.size() + self.graphs.size() +
-         self.executables.size();
-}
-
 }  // namespace fake_cudart
 
 extern "C" {
@@ -388,11 +348,28 @@ extern "C" {
 cudaError_t cudaGetLastError() { return std::exchange(fake_cudart::last_error, cudaSuccess); }
 cudaError_t cudaPeekAtLastError() { return fake_cudart::last_error; }
 
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = fake_cudart::kDevices;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int index) {
+  if (index < 0 || index >= fake_cudart::kDevices) return cudaErrorInvalidDevice;
+  fake_cudart::device_of_thread = index;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* index) {
+  *index = fake_cudart::current_device();
+  return cudaSuccess;
+}
+
 // For tests of a whole backend, which have nothing but the plugin.
 __attribute__((visibility("default"))) void fastserve_simt_fail_call(const char* function, int after) {
   fake_cudart::fail_call(function, after);
 }
 __attribute__((visibility("default"))) void fastserve_simt_set_latency(double seconds) {
   fake_cudart::set_latency(seconds);
+}
+__attribute__((visibility("default"))) void fastserve_simt_set_memory(size_t bytes) {
+  fake_cudart::set_device_memory(bytes);
 }
 }

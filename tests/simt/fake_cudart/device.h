@@ -1,4 +1,4 @@
-// The state of the one fake device. Everything here is guarded by `mutex`.
+// The state of the fake devices, of which there are two. Everything here is guarded by `mutex`.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,6 +13,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fake_cudart/operation.h"
@@ -28,15 +29,23 @@ struct Access {
   std::string name;
 };
 
+constexpr int kDevices = 2;
+constexpr size_t kSharedByDefault = 48 * 1024;
+// That the calling thread works on: 0 until it says otherwise.
+int current_device();
+
 struct Allocation {
   enum class Place { kDevice, kPinned };
   Place place;
+  int device;       // whose memory it is, if it is a device's
+  uint64_t number;  // tells it from what has its address later
   size_t bytes;
   std::unique_ptr<char[]> memory;  // with guards around
   std::vector<Access> accesses;    // those that the host does not know to be over
 };
 
 enum class Eagerness { kLazy, kRandom, kEager };  // control.h
+Eagerness parse_eagerness(const std::string& name);
 
 struct Graph;    // graph.h
 struct Capture;  // graph.h
@@ -45,6 +54,7 @@ struct Capture;  // graph.h
 
 struct CUstream_st {
   size_t actor;
+  int device;
   bool blocking;  // waits for the default stream, and that for it
   std::shared_ptr<fake_cudart::Operation> last;
   std::shared_ptr<fake_cudart::Capture> capture;
@@ -53,6 +63,7 @@ struct CUstream_st {
 };
 
 struct CUevent_st {
+  int device;
   bool timed;
   std::shared_ptr<fake_cudart::Operation> recorded;
   std::shared_ptr<fake_cudart::Capture> capture;  // when it was recorded in one
@@ -73,17 +84,19 @@ class Device {
   char* allocate(Allocation::Place place, size_t bytes);  // null: none left
   void release(Allocation::Place place, void* memory);
   Allocation* find(const void* address);  // null: the host's own memory
+  // Throws when it is the memory of another device than this one, which has no way there.
+  void check_device(const std::string& name, const Allocation* allocation, int device) const;
   // Throws unless it is the host's own or within one allocation.
   void check_bounds(const std::string& name, const void* address, size_t bytes);
   void check_guards(const std::string& after);
-  size_t free_bytes() const { return total_bytes - used_bytes; }
-  size_t total_bytes = size_t{512} << 20;
-  size_t used_bytes = 0;
+  size_t free_bytes(int device) const { return total_bytes - used_bytes[device]; }
+  size_t total_bytes = size_t{512} << 20;  // of each device
+  size_t used_bytes[kDevices] = {};
 
   // ---- streams
   CUstream_st* stream(cudaStream_t handle);  // throws for one that is not there
   CUevent_st* event(cudaEvent_t handle);
-  CUstream_st* make_stream(bool blocking);
+  CUstream_st* make_stream(bool blocking, int device);
   void destroy_stream(CUstream_st* stream);
   size_t make_actor();
   uint64_t next_number(size_t actor) { return ++numbers_[actor]; }
@@ -104,13 +117,21 @@ class Device {
   // Carries out something or nothing, as Eagerness says.
   void progress(Lock& lock);
 
+  // The most shared memory that a launch of the kernel may ask for: what its attribute says, or what all may have.
+  size_t shared_limit(const void* kernel, int device) const {
+    const auto found = shared_limits.find({kernel, device});
+    return found == shared_limits.end() ? kSharedByDefault : found->second;
+  }
+  std::map<std::pair<const void*, int>, size_t> shared_limits;
+  size_t attributes_set = 0;
+
   std::map<const char*, Allocation> allocations;
   std::set<CUstream_st*> streams;
   std::set<CUevent_st*> events;
   std::set<Graph*> graphs;
   std::set<void*> executables;
   std::set<Capture*> captures;  // under way
-  CUstream_st* default_stream;
+  CUstream_st* default_streams[kDevices];
   Clock host;
   simt::Random random{0};
   Eagerness eagerness = Eagerness::kLazy;
@@ -124,6 +145,7 @@ class Device {
   void carry_out(Operation& operation, Lock& lock);
 
   std::vector<uint64_t> numbers_;  // of operations, by actor
+  uint64_t allocations_made_ = 0;
   std::vector<size_t> idle_actors_;
   std::vector<std::shared_ptr<Operation>> pending_;
   std::condition_variable done_;

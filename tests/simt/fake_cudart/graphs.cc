@@ -73,6 +73,12 @@ void launch_graph(Device& self, CUgraphExec_st* executable, CUstream_st* stream)
   std::vector<std::shared_ptr<Operation>> operations;
   Clock end = start;
   for (const fake_cudart::Node& node : graph.nodes) {
+    for (const fake_cudart::Mention& mention : node.task.mentioned) {
+      const fake_cudart::Allocation* allocation = self.find(mention.pointer);
+      if (allocation == nullptr || allocation->number != mention.allocation) {
+        error(simt::join("cudaGraphLaunch: ", node.task.name, " uses memory that was freed"));
+      }
+    }
     Clock clock = start;
     std::vector<std::shared_ptr<Operation>> after{stream->last, executable->last};
     for (const size_t before : node.after) {
@@ -98,7 +104,7 @@ extern "C" {
 cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mode) {
   return enter("cudaStreamBeginCapture", [&](Device& self, Device::Lock&) {
     CUstream_st* stream = self.stream(handle);
-    if (stream == self.default_stream) return cudaErrorStreamCaptureUnsupported;
+    if (stream == self.default_streams[stream->device]) return cudaErrorStreamCaptureUnsupported;
     if (stream->capture) return cudaErrorIllegalState;
     stream->capture = std::make_shared<Capture>(Capture{mode, std::this_thread::get_id(), stream, {stream}, {}});
     stream->branch = 0;

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "backend/cuda/runtime_api.h"
 #include "fake_cudart/device.h"
 
 namespace fake_cudart {
@@ -10,13 +11,16 @@ namespace {
 
 thread_local std::vector<Range> next_ranges;
 
-// Pointers into allocations of the device among the arguments' bytes.
-std::vector<const char*> pointers(Device& self, const void* arguments, size_t bytes) {
-  std::vector<const char*> found;
+// Pointers into allocations among the arguments' bytes. Throws for memory of another device.
+std::vector<Mention> pointers(Device& self, const std::string& name, const void* arguments, size_t bytes, int device) {
+  std::vector<Mention> found;
   for (size_t i = 0; i + sizeof(void*) <= bytes; i += sizeof(void*)) {
     const char* pointer;
     std::memcpy(&pointer, static_cast<const char*>(arguments) + i, sizeof(void*));
-    if (self.find(pointer) != nullptr) found.push_back(pointer);
+    const Allocation* allocation = self.find(pointer);
+    if (allocation == nullptr) continue;
+    self.check_device(name, allocation, device);
+    found.push_back({pointer, allocation->number});
   }
   return found;
 }
@@ -47,23 +51,33 @@ void check_configuration(const simt::Launch& launch) {
 
 }  // namespace
 
-void launch(const simt::Launch& configuration, std::function<void()> body, const void* arguments, size_t bytes,
-            cudaStream_t handle) {
-  enter("a launch", [&](Device& self, Device::Lock&) {
+void launch(const void* function, const simt::Launch& configuration, std::function<void()> body, const void* arguments,
+            size_t bytes, cudaStream_t handle) {
+  const cudaError_t status = enter("a launch", [&](Device& self, Device::Lock&) {
     check_configuration(configuration);
     Task task;
     task.name = "the kernel launched at " + simt::describe(configuration.where);
     task.ranges = std::exchange(next_ranges, {});
-    task.mentioned = pointers(self, arguments, bytes);
+    CUstream_st* stream = self.stream(handle);
+    if (stream->device != current_device()) {
+      error(simt::join(task.name, " goes to a stream of device ", stream->device, ", and the thread is on device ",
+                       current_device()));
+    }
+    if (configuration.shared_bytes > self.shared_limit(function, stream->device)) {
+      error(simt::join(task.name, " asks for ", configuration.shared_bytes,
+                       " bytes of shared memory, more than its attribute allows"));
+    }
+    task.mentioned = pointers(self, task.name, arguments, bytes, stream->device);
     task.action = [&self, configuration, body = std::move(body), name = task.name] {
       simt::Launch launch = configuration;
       launch.is_device_memory = is_device_memory;
       simt::run(launch, body, self.random.next());
       self.check_guards(name);
     };
-    self.submit(self.stream(handle), std::move(task));
+    self.submit(stream, std::move(task));
     return cudaSuccess;
   });
+  fastserve::cuda::check(status);
 }
 
 void next_launch_reads(const void* memory, size_t bytes) {

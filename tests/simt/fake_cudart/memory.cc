@@ -66,6 +66,7 @@ cudaError_t copy(Device& self, Device::Lock& lock, const char* function, const R
                        on_device(target) ? "device" : "host", " memory"));
     }
   }
+  for (const Allocation* allocation : {target, source}) self.check_device(function, allocation, stream->device);
   check_rows(self, function, to);
   check_rows(self, function, from);
   if (!waits && (target == nullptr || source == nullptr)) {
@@ -98,7 +99,9 @@ Rows one(const void* memory, size_t bytes) { return {static_cast<char*>(const_ca
 
 cudaError_t set(Device& self, const char* function, void* memory, int value, size_t bytes, CUstream_st* stream) {
   if (bytes == 0) return cudaSuccess;
-  if (self.find(memory) == nullptr) error(simt::join(function, " of memory that is not the device's"));
+  const Allocation* allocation = self.find(memory);
+  if (allocation == nullptr) error(simt::join(function, " of memory that is not the device's"));
+  self.check_device(function, allocation, stream->device);
   const Rows rows = one(memory, bytes);
   check_rows(self, function, rows);
   Task task;
@@ -151,7 +154,7 @@ cudaError_t cudaFreeHost(void* memory) { return release("cudaFreeHost", Place::k
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   return enter("cudaMemcpy", [&](Device& self, Device::Lock& lock) {
     fake_cudart::check_allowed_in_captures(self, "cudaMemcpy");
-    return copy(self, lock, "cudaMemcpy", one(to, bytes), one(from, bytes), kind, self.default_stream, true);
+    return copy(self, lock, "cudaMemcpy", one(to, bytes), one(from, bytes), kind, self.stream(nullptr), true);
   });
 }
 
@@ -167,7 +170,7 @@ cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t fro
     fake_cudart::check_allowed_in_captures(self, "cudaMemcpy2D");
     if (width > to_pitch || width > from_pitch) return cudaErrorInvalidPitchValue;
     return copy(self, lock, "cudaMemcpy2D", {static_cast<char*>(to), to_pitch, width, height},
-                {static_cast<char*>(const_cast<void*>(from)), from_pitch, width, height}, kind, self.default_stream,
+                {static_cast<char*>(const_cast<void*>(from)), from_pitch, width, height}, kind, self.stream(nullptr),
                 true);
   });
 }
@@ -185,7 +188,7 @@ cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_
 cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
   return enter("cudaMemset", [&](Device& self, Device::Lock&) {
     fake_cudart::check_allowed_in_captures(self, "cudaMemset");
-    return set(self, "cudaMemset", memory, value, bytes, self.default_stream);
+    return set(self, "cudaMemset", memory, value, bytes, self.stream(nullptr));
   });
 }
 
@@ -197,7 +200,7 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t 
 
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   return enter("cudaMemGetInfo", [&](Device& self, Device::Lock&) {
-    *free = self.free_bytes();
+    *free = self.free_bytes(fake_cudart::current_device());
     *total = self.total_bytes;
     return cudaSuccess;
   });

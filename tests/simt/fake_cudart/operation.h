@@ -39,11 +39,17 @@ struct Range {
   bool write;
 };
 
+// A pointer into an allocation, by the allocation's number.
+struct Mention {
+  const char* pointer;
+  uint64_t allocation;
+};
+
 // What an operation does, whenever and as often as it is done.
 struct Task {
   std::string name;
-  std::vector<Range> ranges;           // the bytes it touches, as far as known
-  std::vector<const char*> mentioned;  // allocations that it may touch
+  std::vector<Range> ranges;       // the bytes it touches, as far as known
+  std::vector<Mention> mentioned;  // allocations that it may touch
   std::function<void()> action;
   bool is_host_function = false;
   std::function<bool()> ready;  // waits for other processes first, until this is so; null: does not

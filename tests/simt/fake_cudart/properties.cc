@@ -1,4 +1,4 @@
-// What the device says of itself: one of compute capability 9.0.
+// What the devices say of themselves: alike, of compute capability 9.0.
 #include <unistd.h>
 
 #include <cstdio>
@@ -46,6 +46,8 @@ const Name& find(cudaError_t status) {
   return kUnknown;
 }
 
+bool is_device(int index) { return index >= 0 && index < fake_cudart::kDevices; }
+
 // NVIDIA's libraries know nothing of an emulated device, so the backend must not come upon one: tests name stand-ins.
 const int kNoLibraries = setenv("FASTSERVE_CUBLASLT", "0", 0);
 
@@ -65,16 +67,6 @@ cudaError_t cudaDriverGetVersion(int* version) {
   return cudaSuccess;
 }
 
-cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
-  return cudaSuccess;
-}
-cudaError_t cudaSetDevice(int index) { return index == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
-cudaError_t cudaGetDevice(int* index) {
-  *index = 0;
-  return cudaSuccess;
-}
-
 cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   *least = 0;
   *greatest = -5;
@@ -83,14 +75,14 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int index) {
   return enter("cudaGetDeviceProperties", [&](Device& self, Device::Lock&) {
-    if (index != 0) return cudaErrorInvalidDevice;
+    if (!is_device(index)) return cudaErrorInvalidDevice;
     *properties = {};
     std::snprintf(properties->name, sizeof properties->name, "emulated CUDA device");
-    const char* named = std::getenv("FASTSERVE_SIMT_DEVICE");  // else each process has a device of its own
-    const int identity = named != nullptr ? std::atoi(named) : static_cast<int>(getpid());
-    std::memcpy(properties->uuid.bytes, &identity, sizeof identity);
+    const char* named = std::getenv("FASTSERVE_SIMT_DEVICE");  // else each process has devices of its own
+    const int identity[] = {named != nullptr ? std::atoi(named) : static_cast<int>(getpid()), index};
+    std::memcpy(properties->uuid.bytes, identity, sizeof identity);
     properties->totalGlobalMem = self.total_bytes;
-    properties->sharedMemPerBlock = 48 * 1024;
+    properties->sharedMemPerBlock = fake_cudart::kSharedByDefault;
     properties->sharedMemPerBlockOptin = simt::kMaxShared;
     properties->sharedMemPerMultiprocessor = kSharedPerProcessor;
     properties->regsPerBlock = properties->regsPerMultiprocessor = 65536;
@@ -113,13 +105,13 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int index) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index) {
-  if (index != 0) return cudaErrorInvalidDevice;
+  if (!is_device(index)) return cudaErrorInvalidDevice;
   switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock:
       *value = simt::kMaxThreads;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlock:
-      *value = 48 * 1024;
+      *value = fake_cudart::kSharedByDefault;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = simt::kMaxShared;
@@ -158,11 +150,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
 }
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
-  if (function == nullptr) return cudaErrorInvalidValue;
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize &&
-      (value < 0 || static_cast<size_t>(value) > simt::kMaxShared)) {
-    return cudaErrorInvalidValue;
-  }
-  return cudaSuccess;
+  return enter("cudaFuncSetAttribute", [&](Device& self, Device::Lock&) {
+    if (function == nullptr) return cudaErrorInvalidValue;
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+    if (value < 0 || static_cast<size_t>(value) > simt::kMaxShared) return cudaErrorInvalidValue;
+    self.shared_limits[{function, fake_cudart::current_device()}] = static_cast<size_t>(value);
+    ++self.attributes_set;
+    return cudaSuccess;
+  });
 }
 }

@@ -22,7 +22,10 @@ std::shared_ptr<Operation> Device::submit(CUstream_st* stream, Task task) {
   std::vector<std::shared_ptr<Operation>> after{stream->last};
   if (stream->blocking) {  // the default stream and those that are not "non-blocking" wait for each other
     for (CUstream_st* other : streams) {
-      if (other->blocking && (stream == default_stream || other == default_stream)) after.push_back(other->last);
+      CUstream_st* const first = default_streams[stream->device];
+      if (other->blocking && other->device == stream->device && (stream == first || other == first)) {
+        after.push_back(other->last);
+      }
     }
   }
   for (const auto& before : after) {
@@ -59,7 +62,7 @@ extern "C" {
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
   return enter("cudaStreamCreateWithFlags", [&](Device& self, Device::Lock&) {
     if ((flags & ~unsigned{cudaStreamNonBlocking}) != 0) return cudaErrorInvalidValue;
-    *stream = self.make_stream((flags & cudaStreamNonBlocking) == 0);
+    *stream = self.make_stream((flags & cudaStreamNonBlocking) == 0, fake_cudart::current_device());
     return cudaSuccess;
   });
 }
@@ -73,7 +76,7 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, i
 cudaError_t cudaStreamDestroy(cudaStream_t handle) {
   return enter_quietly("cudaStreamDestroy", [&](Device& self, Device::Lock&) {
     CUstream_st* stream = self.stream(handle);
-    if (stream == self.default_stream) return cudaErrorInvalidResourceHandle;
+    if (stream == self.default_streams[stream->device]) return cudaErrorInvalidResourceHandle;
     fake_cudart::check_not_captured(stream, "cudaStreamDestroy");
     self.destroy_stream(stream);
     return cudaSuccess;
@@ -143,7 +146,7 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void*
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
   return enter("cudaEventCreateWithFlags", [&](Device& self, Device::Lock&) {
     if ((flags & ~unsigned{cudaEventBlockingSync | cudaEventDisableTiming}) != 0) return cudaErrorInvalidValue;
-    *event = new CUevent_st{(flags & cudaEventDisableTiming) == 0, nullptr, nullptr, {}};
+    *event = new CUevent_st{fake_cudart::current_device(), (flags & cudaEventDisableTiming) == 0, nullptr, nullptr, {}};
     self.events.insert(*event);
     return cudaSuccess;
   });
@@ -164,6 +167,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event_handle, cudaStream_t handle) {
   return enter("cudaEventRecord", [&](Device& self, Device::Lock&) {
     CUstream_st* stream = self.stream(handle);
     CUevent_st* event = self.event(event_handle);
+    if (event->device != stream->device) return cudaErrorInvalidResourceHandle;
     if (stream->capture) {
       event->capture = stream->capture;
       event->behind = stream->behind;

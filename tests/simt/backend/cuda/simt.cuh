@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "backend/cuda/runtime_api.h"
+#include "backend/cuda/shared_limits.h"
 #include "common/dtype.h"
 #include "fake_cudart/launch.h"
 #include "machine/intrinsics.h"
@@ -90,13 +91,6 @@ inline void wait_copies() {
 
 // ---- other instructions
 
-inline uint4 load_streaming(const void* from) {
-  simt::check_global("load_streaming", from, 16, 16);
-  uint4 value;
-  std::memcpy(&value, from, 16);
-  return value;
-}
-
 inline float exp2_fast(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;
@@ -114,10 +108,12 @@ struct LaunchConfig {
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  allow_shared_memory(function, config.shared_bytes);
   std::tuple<Parameters...> values(static_cast<Arguments&&>(arguments)...);
   fake_cudart::launch(
-      {config.grid, config.block, config.shared_bytes, config.where}, [kernel, values] { std::apply(kernel, values); },
-      &values, sizeof values, config.stream);
+      function, {config.grid, config.block, config.shared_bytes, config.where},
+      [kernel, values] { std::apply(kernel, values); }, &values, sizeof values, config.stream);
 }
 
 }  // namespace fastserve::cuda
