@@ -245,6 +245,7 @@ class ClockworkLLM:
     max_model_len: int = 64
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 512
+    enable_prefix_caching: bool = True
     now: float = 0.0
     spec = SimpleNamespace(vocab_size=97)
     info = SimpleNamespace()
@@ -258,6 +259,7 @@ class ClockworkLLM:
 
     def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Any]:
         assert params.ignore_eos and params.max_tokens is not None
+        assert not self.enable_prefix_caching, "repetitions have the same prompts"
         self.now += 10.0  # idle before the batch: no part of it
         arrival = self.now
         names = tuple(map(str, range(len(prompts))))
