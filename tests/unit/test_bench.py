@@ -259,7 +259,6 @@ class ClockworkLLM:
 
     def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Any]:
         assert params.ignore_eos and params.max_tokens is not None
-        assert not self.enable_prefix_caching, "repetitions have the same prompts"
         self.now += 10.0  # idle before the batch: no part of it
         arrival = self.now
         names = tuple(map(str, range(len(prompts))))
