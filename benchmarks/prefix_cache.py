@@ -16,6 +16,7 @@ Ratios are medians over seeds, each of two runs with the same jobs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import heapq
 import json
 import sys
@@ -72,7 +73,14 @@ def _full_prefill(config: SchedulerConfig, cost: Cost, programs: Programs) -> Ca
     )
 
 
-POLICIES[FULL_PREFILL] = _full_prefill  # in this process only
+@contextlib.contextmanager
+def full_prefill_known() -> Iterator[None]:
+    """For a while, and in this process, the policy has a name."""
+    POLICIES[FULL_PREFILL] = _full_prefill
+    try:
+        yield
+    finally:
+        del POLICIES[FULL_PREFILL]
 
 
 @dataclass(frozen=True)
@@ -128,14 +136,15 @@ def trace(options: argparse.Namespace, seed: int, tell: Callable[[str], None]) -
         setting = replace(_experiment(options, trace=path).setting(), warmup_jobs=0)
         setting = replace(setting, workload=Recorded(path), jobs=options.jobs)
         rate = options.load * capacity(setting, seed)
-        runs = {
-            name: _run(setting, policy, seed, rate, tell, enable_prefix_caching=cached)
-            for name, policy, cached in (
-                ("by what it must compute", "skip-join-mlfq", True),
-                ("by its whole prompt", FULL_PREFILL, True),
-                ("no cache", "skip-join-mlfq", False),
-            )
-        }
+        with full_prefill_known():
+            runs = {
+                name: _run(setting, policy, seed, rate, tell, enable_prefix_caching=cached)
+                for name, policy, cached in (
+                    ("by what it must compute", "skip-join-mlfq", True),
+                    ("by its whole prompt", FULL_PREFILL, True),
+                    ("no cache", "skip-join-mlfq", False),
+                )
+            }
     ours, full = runs["by what it must compute"], runs["by its whole prompt"]
     assert ours.hit_rate is not None and ours.hit_rate_bound is not None
     return {

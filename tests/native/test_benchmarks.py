@@ -61,6 +61,7 @@ def test_a_table_and_the_same_as_json(name: str, tmp_path: Path) -> None:
         assert row["read_percent"] > 0
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not EMULATED.is_file(), reason="not built: make build-cuda")
 @pytest.mark.parametrize("name", ON_DEVICE)
 def test_on_a_device(name: str, tmp_path: Path) -> None:

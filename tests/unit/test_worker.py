@@ -361,7 +361,7 @@ def test_options_are_those_of_llm() -> None:
     assert {name: getattr(options, name) for name in defaults.keys() - of_others} == {
         name: value for name, value in defaults.items() if name not in of_others
     }
-    assert set(EngineOptions.__struct_fields__) == {"model", "stages", "host_share", *defaults} - of_others
+    assert set(EngineOptions.__struct_fields__) == {"model", "stages", "host_share", "engine", *defaults} - of_others
     assert EngineOptions.from_json(options.to_json()) == options
 
 
