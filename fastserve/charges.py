@@ -51,7 +51,7 @@ class Charges:
         if new <= 0:
             return end - start
         decodes = job.served >= len(job.prompt)
-        seconds = self._cost.decode_seconds(end) if decodes else self._prefill_seconds(job, job.served, end)
+        seconds = self._cost.decode_seconds(end) if decodes else self._prefill_seconds(job, max(start, job.served), end)
         self._untold[job] = seconds
         job.served = end
         return end - start - new

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import islice
 from typing import Final
 
 from .cost import Cost
@@ -41,7 +42,7 @@ def _digest(data: bytes) -> bytes:
 class _Prefix:
     """The keys of a job's full blocks, as far as anybody asked."""
 
-    root: bytes
+    owner: bytes  # the tenant and the salt: the first block's tokens begin with them
     keys: list[bytes] = field(default_factory=list)
     tokens: list[bytes] = field(default_factory=list)  # of each block: 4 bytes a token
     found: list[Block] = field(default_factory=list)  # when last looked for; what left the index since has no key
@@ -59,6 +60,7 @@ class Prefixes:
         self._digest = digest
         self._prefixes: dict[Job, _Prefix] = {}
         self._awaiting: dict[bytes, dict[Job, None]] = {}
+        self._to_tell: dict[Job, None] = {}  # jobs that may have less to compute than they think
         self._found: dict[Job, None] = {}  # jobs that have less to compute than they thought
         self._computing: dict[bytes, Job] = {}  # by the key of the next block, who computes it in the next iteration
 
@@ -73,18 +75,11 @@ class Prefixes:
         if not self._enabled or isinstance(job.prompt, range):
             return
         owner = f"{len(job.tenant)}:{job.tenant}{job.cache_salt}".encode()
-        prefix = self._prefixes[job] = _Prefix(self._digest(owner))
+        prefix = self._prefixes[job] = _Prefix(owner)
         self._look(job, prefix)
         if len(job.prompt) >= _GROUP_BLOCKS * self._blocks.block_size:
             self._extend(job, prefix, _GROUP_BLOCKS)
             job.group = int.from_bytes(prefix.keys[_GROUP_BLOCKS - 1][:8], "little")
-
-    def take_found(self) -> Collection[Job]:
-        """Jobs that were never served and for which more is there than when they came, or than they were told since."""
-        if not self._found:
-            return ()
-        found, self._found = self._found, {}
-        return found
 
     def path(self, job: Job) -> list[Block]:
         """The blocks that hold the job's beginning, wherever they are; at least its last token is not in them."""
@@ -111,11 +106,9 @@ class Prefixes:
         self._expect_nothing(job, prefix)
         found = len(path) * self._blocks.block_size
         if job.served == job.cached and not job.attained:  # never served
-            counters = self._blocks.cache.counters
-            counters.queries += 0 if prefix.counted else len(job.prompt)
-            counters.hits += found - job.metrics.cached_tokens
-            prefix.counted = True
             job.metrics.cached_tokens = job.cached = job.served = found
+        else:
+            job.served = max(job.served, found)
         self._blocks.cache.touch(path, hit=True)
 
     def computes(self, job: Job) -> None:
@@ -125,13 +118,18 @@ class Prefixes:
             self._computing.setdefault(key, job)
 
     def forget_computing(self) -> None:
-        """A decision begins."""
+        """A decision begins: only what plans in flight go on with will be computed."""
+        jobs = [job for job in self._computing.values() if job.in_flight and not job.primed]
         self._computing.clear()
+        for job in jobs:
+            self.computes(job)
 
-    def better_waits(self, job: Job, found: int) -> bool:
-        """Whether much of what a job with so many blocks lacks is computed for another in the next iteration."""
-        if not self._computing:
+    def better_waits(self, job: Job) -> bool:
+        """Whether much of what a job that has not started lacks is computed for another in the next iteration."""
+        prefix = self._prefixes.get(job)
+        if prefix is None or not self._computing:
             return False
+        found = len(prefix.found)
         other = self._computing.get(self._key(job, found) or b"")
         if other is None or other is job:
             return False
@@ -142,7 +140,31 @@ class Prefixes:
 
     def computed(self, job: Job) -> None:
         """A plan computes the job up to `computed`: others can have its full blocks from the next plan on."""
+        prefix = self._prefixes.get(job)
+        if prefix is None:
+            return
+        if not prefix.counted and not job.output:
+            prefix.counted = True
+            self._blocks.cache.counters.queries += len(job.prompt)
+            self._blocks.cache.counters.hits += job.metrics.cached_tokens
         self._put(job, job.computed, leaving=False)
+
+    def catch_up(self, job: Job) -> bool:
+        """Have a job that has computed a part of what it needs take over what others have computed beyond that.
+
+        It is not in flight. Whether it did: its table is another then.
+        """
+        if job not in self._prefixes:
+            return False
+        path = self.path(job)
+        here = next((i for i, block in enumerate(path) if not block.here), len(path))
+        size = self._blocks.block_size
+        if here * size <= job.computed or not self._blocks.exchange(job.index, path[:here]):
+            return False
+        job.computed = here * size
+        job.served = max(job.served, job.computed)
+        self._blocks.cache.touch(path[:here], hit=True)
+        return True
 
     def leaves(self, job: Job, keep: float) -> None:
         """The job is about to give back its blocks; `keep`: until when they are sure to be wanted."""
@@ -175,12 +197,19 @@ class Prefixes:
         """Whoever waits to start and needs what is there now has less to compute."""
         if not self._awaiting:
             return
-        jobs: dict[Job, None] = {}
         for key in keys:
-            jobs.update(self._awaiting.get(key, ()))
-        for job in list(jobs)[:_MOST_TOLD]:
-            if self._look(job, self._prefixes[job]):
+            self._to_tell.update(self._awaiting.get(key, ()))
+
+    def take_found(self) -> Collection[Job]:
+        """Jobs that were never served and for which more is there than when they came, or than they were told since."""
+        for job in list(islice(self._to_tell, _MOST_TOLD)):
+            del self._to_tell[job]
+            if self._look(job, self._prefixes[job]) and not job.output:
                 self._found[job] = None
+        if not self._found:
+            return ()
+        found, self._found = self._found, {}
+        return found
 
     def _look(self, job: Job, prefix: _Prefix) -> bool:
         """How much of a job that has not started is there; whether that is another answer than before."""
@@ -194,6 +223,7 @@ class Prefixes:
 
     def _expect_nothing(self, job: Job, prefix: _Prefix) -> None:
         self._found.pop(job, None)
+        self._to_tell.pop(job, None)
         if prefix.awaits is not None:
             jobs = self._awaiting[prefix.awaits]
             del jobs[job]
@@ -217,8 +247,10 @@ class Prefixes:
             if end > prompt:
                 ids = [*ids, *job.output[max(0, start - prompt) : end - prompt]]
             tokens = array("i", ids).tobytes()
+            if not index:
+                tokens = prefix.owner + tokens
             prefix.tokens.append(tokens)
-            prefix.keys.append(self._digest((prefix.keys[-1] if prefix.keys else prefix.root) + tokens))
+            prefix.keys.append(self._digest((prefix.keys[-1] if prefix.keys else b"") + tokens))
 
     def check_integrity(self) -> None:
         """Raise RuntimeError when a job waits for a key and is not known to, or the other way round."""

@@ -62,7 +62,7 @@ class Residency:
     """The KV of all jobs. A job that holds none has no slot."""
 
     def __init__(self, config: SchedulerConfig, policy: Policy, cost: Cost, link: Link | None) -> None:
-        host_blocks = 0 if config.swap_mode == "recompute" else config.num_host_blocks
+        host_blocks = config.num_host_blocks if config.swaps else 0
         guess = cost.decode_seconds(1) * _GUESS
         self.blocks = BlockManager(config.num_blocks, config.block_size, host_blocks)
         self.link = LinkEstimate(link or Link(offload_block=guess, upload_block=guess))
@@ -123,6 +123,8 @@ class Residency:
         if job.tier == HOST:
             self.blocks.recall(job.index)
             return False
+        if not job.primed and not job.in_flight and self.prefixes.catch_up(job):
+            self._slots.change(job.slot, self.blocks.table(job.index))
         if not self._gets(job, self._lacking(job), first=members == 0):
             return False
         if not job.primed:
@@ -131,10 +133,10 @@ class Residency:
 
     def _starts(self, job: Job) -> bool:
         """Whether a job without a slot finds the room that it needs, beside what is there of it already."""
+        if self.prefixes.better_waits(job):
+            return False
         path = self.prefixes.path(job)
         here = next((i for i, block in enumerate(path) if not block.here), len(path))
-        if self.prefixes.better_waits(job, here):
-            return False
         if here < len(path) and self._is_worth_fetching(path, here):
             self._fetch(job, path)
             return False
@@ -400,9 +402,9 @@ class Residency:
         plan.grow(slot, self.blocks.table(job.index))
         return len(added)
 
-    def can_open(self, job: Job) -> bool:
-        """Whether there is room still for a job that was to start."""
-        return job in self._begun and self._lacking(job) <= self.blocks.free_blocks
+    def has_room(self, job: Job) -> bool:
+        """Whether a job that was chosen finds the room still that it was given then."""
+        return (job.slot is not None or job in self._begun) and self._lacking(job) <= self.blocks.free_blocks
 
     def extend(self, job: Job) -> int:
         """Give a job that has a slot blocks for all its tokens; returns how many it lacked."""

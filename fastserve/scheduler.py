@@ -189,7 +189,7 @@ class Scheduler:
             for job in batch.prefills:
                 if (tokens := chunks.cut(job.computed, min(job.known - job.computed, budget), job.known)) == 0:
                     break
-                if job.slot is None and not self.residency.can_open(job):
+                if not self.residency.has_room(job):
                     self._version += 1  # others have taken its room
                     break
                 taken += self._prefill(plan, job, tokens, prefills, now)

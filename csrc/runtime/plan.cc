@@ -74,8 +74,8 @@ void validate(const BatchPlan& plan, const std::unordered_map<int32_t, Slot>& sl
     FS_CHECK(seen.insert(row.slot).second, "plan ", plan.plan_id, " runs slot ", row.slot, " twice");
     FS_CHECK(row.tokens >= 1 && row.logits >= 0 && row.logits <= row.tokens, "slot ", row.slot, " has ", row.tokens,
              " tokens and ", row.logits, " logits");
-    // A slot that has not run may begin behind whole blocks that others have computed.
-    const bool behind_others = slot.computed == 0 && row.start % limits.block_size == 0;
+    // A slot may begin, or go on, behind whole blocks that others have computed.
+    const bool behind_others = row.start % limits.block_size == 0;
     FS_CHECK(row.start >= 0 && (row.start <= slot.computed || behind_others), "slot ", row.slot, " starts at ",
              row.start, " with only ", slot.computed, " positions computed");
     const int64_t end = int64_t{row.start} + row.tokens;

@@ -31,7 +31,7 @@ class Block:
         """Be in the cache's index (see cache.py): all of it holds KV, and none of it will change."""
         self.key, self.tokens = key, tokens
         self.parent = parent  # what it goes on from; None: it begins a prompt
-        self.children: set[Block] = set()
+        self.children: dict[Block, None] = {}
         self.below = 0  # children that are on the device, and not moving
         self.counted = False  # in the `below` of its parent
         self.cost = cost  # seconds of computing it again

@@ -194,6 +194,28 @@ class BlockManager:
             self._places.spare.pop(block, None)
         self._classify(table)
 
+    def exchange(self, owner: int, path: Sequence[Block]) -> bool:
+        """Have an owner that does not run give up its own blocks for those of the index, all of them on the device.
+
+        False where that cannot be: it has some away, or they are no continuation of what it shares.
+        """
+        table = self._tables[owner]
+        if table.missing or path[: table.shared] != table.blocks[: table.shared]:
+            return False
+        for index in range(table.shared, len(path)):
+            block = path[index]
+            if not block.tables:
+                self.cache.wakes(block)
+            block.tables = (*block.tables, table)
+            if index < len(table.blocks):
+                own, table.blocks[index] = table.blocks[index], block
+                own.tables = ()
+                self._places.rest(own)
+            else:
+                table.blocks.append(block)
+        table.shared, table.diverged = len(path), False
+        return True
+
     def release(self, owner: int) -> int:
         """Take back every block of the owner, those in transfer when that ends; returns how many there were."""
         table = self._tables.pop(owner, None)
@@ -223,12 +245,26 @@ class BlockManager:
         new: list[bytes] = []
         for key, tokens, cost in () if table.diverged else keys:
             parent = table.blocks[table.shared - 1] if table.shared else None
-            if not self.cache.insert(table.blocks[table.shared], key, tokens, parent, cost):
+            if self.cache.insert(table.blocks[table.shared], key, tokens, parent, cost):
+                new.append(key)
+            elif not self._revive(table, key, tokens, parent):
                 table.diverged = True
                 break
             table.shared += 1
-            new.append(key)
         return new
+
+    def _revive(self, table: Table, key: bytes, tokens: bytes, parent: Block | None) -> bool:
+        """Where what the owner has computed rests on the host, which was too far away, let it have this one's place."""
+        found = self.cache.find(key, tokens, parent)
+        if found is None or found.tables or found.device != NOWHERE or found.transfer is not None:
+            return False
+        self.cache.wakes(found)
+        own, table.blocks[table.shared] = table.blocks[table.shared], found
+        found.device, own.device = own.device, NOWHERE
+        found.tables = own.tables
+        self.cache.moved(found)
+        self._places.check_spare(found)
+        return True
 
     def shared(self, owner: int) -> int:
         """How many of the owner's blocks are in the index."""
@@ -308,6 +344,7 @@ class BlockManager:
                 self._places.throw_away(worse)
             block.host = self._places.take_host(1)[0]
             block.stays = True
+            block.transfer = OFFLOAD  # at once: to make place for the next one, all that rests below another may go
             saving.append(block)
         return self._begin_offload(None, saving)
 
@@ -348,7 +385,7 @@ class BlockManager:
         if transfer is None:
             raise ValueError(f"copy {copy} is not under way")
         returned: dict[int, None] = {}
-        for block in transfer.blocks:
+        for block in reversed(transfer.blocks):  # the ends of paths first, as they are used
             stays = block.transfer == UPLOAD or block.stays
             wanted = bool(block.tables or block.key is not None)
             if transfer.direction == OFFLOAD and not block.stays:

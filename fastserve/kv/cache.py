@@ -51,7 +51,7 @@ class PrefixCache:
     # --- the index ---------------------------------------------------------------------------------------------------
 
     def find(self, key: bytes, tokens: bytes, parent: Block | None) -> Block | None:
-        """The block that holds these tokens behind that parent."""
+        """The block that holds these tokens behind that parent. Of a first block, `tokens` tell whose it is as well."""
         block = self._index.get(key)
         return block if block is not None and block.parent is parent and block.tokens == tokens else None
 
@@ -62,7 +62,7 @@ class PrefixCache:
         self._index[key] = block
         block.enter(key, tokens, parent, cost)
         if parent is not None:
-            parent.children.add(block)
+            parent.children[block] = None
             self.moved(block)
         return True
 
@@ -87,7 +87,7 @@ class PrefixCache:
             gone += each.children
         for each in reversed(gone):
             if (parent := each.parent) is not None:
-                parent.children.discard(each)
+                del parent.children[each]
                 parent.below -= each.counted
                 each.parent, each.counted = None, False
             del self._index[each.key]  # type: ignore[arg-type]
@@ -118,10 +118,7 @@ class PrefixCache:
             self.cached += 1
             if not block.below:
                 self._push_device(block)
-            if block.host == NOWHERE:
-                self._unsaved.append(block)
-                if len(self._unsaved) > 2 * self.cached + _SLACK:
-                    self._unsaved = deque(dict.fromkeys(filter(self._is_unsaved, self._unsaved)))
+            self.unsaves(block)
 
     def wakes(self, block: Block) -> None:
         """Somebody takes a block that rests, or it begins to move."""
@@ -161,6 +158,13 @@ class PrefixCache:
                 self.wakes(block)
                 return block
         return None
+
+    def unsaves(self, block: Block) -> None:
+        """A block that may be at rest may have no copy on the host."""
+        if self._is_unsaved(block):
+            self._unsaved.append(block)
+            if len(self._unsaved) > 2 * self.cached + _SLACK:
+                self._unsaved = deque(dict.fromkeys(filter(self._is_unsaved, self._unsaved)))
 
     def unsaved(self) -> Block | None:
         """Of what rests on the device only the block that has done so for longest; it wakes."""

@@ -81,6 +81,7 @@ class Places:
         self.spare.pop(block, None)
         self.free_host.append(block.host)
         block.host = NOWHERE
+        self._cache.unsaves(block)
 
     def check_spare(self, block: Block) -> None:
         """Whether a block's host copy could go for another's sake may have changed."""

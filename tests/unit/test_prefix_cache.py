@@ -17,7 +17,7 @@ from toy import VOCAB, Toy, expected_output
 from fastserve.config import SWAP_MODES
 from fastserve.cost import CostModel, Link
 from fastserve.engine import Engine
-from fastserve.kv import Block, check_blocks
+from fastserve.kv import Block, BlockManager, check_blocks
 from fastserve.types import UPLOAD, Job, SamplingParams
 
 COSTS = (
@@ -158,7 +158,9 @@ def test_no_word_changes_and_nothing_is_lost(
 ) -> None:
     """Whatever hits, collides, is shared, moves, is thrown away or aborted."""
     world = World(calls, options, spare, cost, slowness, keys)
+    counters = world.toy.engine.scheduler.residency.cache_counters
     world.run()
+    assert 0 <= counters.hits <= counters.queries
     for job in world.jobs.values():
         expected = expected_output(list(job.prompt), job.params, job.seed, world.toy.config.max_model_len)
         assert job.output == expected[: len(job.output)]
@@ -218,12 +220,36 @@ def test_tenants_and_salts_share_nothing(other: dict[str, str]) -> None:
     assert job.cached == 0
 
 
+def test_tenants_share_nothing_even_where_all_keys_collide() -> None:
+    world = toy()
+    world.engine.scheduler.residency.prefixes._digest = lambda data: b"!"
+    for tenant in ("a", "b"):
+        assert ask(world, tenant, piece(0, 5), tenant=tenant).cached == 0
+        world.run()
+    assert ask(world, "again", piece(0, 5), tenant="a").cached == 4
+
+
 def test_of_jobs_that_come_at_once_one_computes_what_they_have_in_common() -> None:
     world = toy()
     for name in "abc":
         ask(world, name, [*piece(0, 12), ord(name) % VOCAB])
     world.run()
     assert computed(world) == [13, 2]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "mlfq", "skip-join-mlfq", "gittins"])
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_common_prompt_is_computed_once_in_chunks_too(policy: str, stages: int) -> None:
+    """Whoever is told that more is there may overtake who computes it, which then finds what the other has added."""
+    cost = CostModel(per_iteration=1.0, per_token=0.1)
+    limits = {"max_num_seqs": 6, "max_num_batched_tokens": 32, "num_blocks": 2000, "max_model_len": 1000}
+    world = toy(cost, policy=policy, **limits, pipeline_parallel_size=stages, max_in_flight=stages)
+    prompt = [(i * i + 3 * i) % VOCAB for i in range(400)]
+    jobs = [ask(world, str(number), [*prompt, number], output=2) for number in range(6)]
+    world.run()
+    # Of each the last token of the prompt and one of output; and some chunks may be under way twice.
+    assert 400 + 6 * 2 <= sum(computed(world)) <= 400 + 6 * 2 + 3 * 32
+    assert all(job.output == world.expected(job) for job in jobs)
 
 
 def test_a_short_beginning_is_not_worth_waiting_for() -> None:
@@ -276,6 +302,61 @@ def test_a_job_whose_blocks_were_taken_finds_what_is_left_of_them() -> None:
     assert [job.output for job in jobs] == [world.expected(job) for job in jobs]
     again = jobs[1].metrics.recomputed_tokens
     assert 0 < again < 13, "all of it was computed again"
+
+
+def test_saving_a_block_never_throws_away_another_that_is_being_saved() -> None:
+    """One on the host that is worth less than what is to be saved has below it one that is to be saved first."""
+
+    def keys(name: str, count: int, cost: float) -> list[tuple[bytes, bytes, float]]:
+        return [(f"{name}{number}".encode(), b"", cost) for number in range(count)]
+
+    blocks = BlockManager(256, BLOCK, 3)
+    blocks.grow(1, 2 * BLOCK)
+    blocks.acknowledge(blocks.offload(1, 1)[0][0][0])
+    blocks.bequeath(1, keys("a", 2, 1.0))
+    blocks.release(1)
+    blocks.grow(2, BLOCK)
+    blocks.bequeath(2, keys("b", 1, 5.0))
+    blocks.release(2)
+    blocks.grow(3, BLOCK)
+    blocks.acknowledge(blocks.offload(3, 1)[0][0][0])
+    copies = blocks.save(2)
+    check_blocks(blocks)
+    assert len(copies) == 2 and all(source >= 0 and place >= 0 for _, _, source, place in copies)
+
+
+def test_what_is_too_far_away_is_computed_once_more_and_no_more() -> None:
+    cost = CostModel(per_iteration=1.0, per_token=0.1)
+    world = toy(cost, num_blocks=64, num_host_blocks=2048, max_num_seqs=2)
+    far = Link(offload_block=0.01, upload_block=100.0)
+    world.engine = Engine(world.config, world.executor, cost, link=far, clock=world.clock)
+    world.engine.scheduler.residency.link.observe = lambda *copy: None  # type: ignore[method-assign]
+    ask(world, "first", piece(0, 40))
+    world.run()
+    for number in range(1, 14):
+        ask(world, f"other {number}", piece(number, 120), output=2)
+        world.run()
+    found = []
+    for number in range(3):
+        job = ask(world, f"again {number}", [*piece(0, 40), number, 1], output=2)
+        world.run()
+        found.append(job.metrics.cached_tokens)
+    assert found == [0, 40, 40]
+
+
+def test_a_job_of_a_lost_engine_is_not_charged_again_for_what_is_found_meanwhile() -> None:
+    attained = []
+    for shares in (False, True):
+        world = toy(CostModel(per_iteration=1.0, per_token=1.0), max_num_seqs=1, policy="fcfs")
+        prompt = [*piece(0, 40), 5]
+        params = SamplingParams(max_tokens=12, ignore_eos=True)
+        output = expected_output(prompt, params, 0, world.config.max_model_len)
+        ask(world, "before", piece(0 if shares else 3, 40), output=2)
+        job = world.engine.add_job("job", prompt, params, seed=0, vocab_size=VOCAB, output=output[:8])
+        world.run()
+        assert job.output == output
+        attained.append(job.attained)
+    assert attained[0] == attained[1]
 
 
 def test_cache_leaves_for_the_host_and_comes_back_before_its_job_runs() -> None:

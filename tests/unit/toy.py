@@ -210,7 +210,7 @@ class ToyExecutor:
             state = self._slots[slot]
             assert count > 0
             # Where the job stands, or its last row once more: the profiler measures twice. Or behind what it shares.
-            shares = self._config.enable_prefix_caching and not state.length and start % self._config.block_size == 0
+            shares = self._config.enable_prefix_caching and start % self._config.block_size == 0
             assert start == state.length or start + count == state.length or shares
             for position in range(start, start + count):
                 token = next(tokens)
