@@ -335,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ratios.append(SCENARIOS[options.scenario](session, number_))
             tell(json.dumps(ratios[-1]))
             if options.json is not None:
-                told = {k: str(v) for k, v in vars(options).items()}
+                told = {k: str(v) for k, v in vars(options).items() if "/" not in str(v)}  # no paths of this machine
                 result = {"benchmark": "conversations", "options": told, "ratios": ratios, "runs": session.runs}
                 options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     except (InvalidRequest, PeerError) as error:
