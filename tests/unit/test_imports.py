@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str] | None] = {
     "convert": {"loaders", "config", "types"},
     "kv": {"config", "cost", "types"},
     "programs": {"types"},
-    "policies": {"programs", "config", "cost", "types"},
+    "policies": {"programs", "origin", "config", "cost", "types"},
     "planning": {"config", "cost", "types"},
     "decode_rows": {"cost", "types"},
     "prefixes": {"kv", "cost", "types"},
