@@ -116,7 +116,9 @@ class Programs:
         self._thoughts = Quantiles()
         self._patience = _GIVEN_UP * _GUESS
         self._all = _Ends()
-        self._own: OrderedDict[str, _Ends] = OrderedDict()  # by tenant, those of whom something was learned last at the end
+        self._own: OrderedDict[str, _Ends] = (
+            OrderedDict()
+        )  # by tenant, those of whom something was learned last at the end
 
     def served(self, job: Job) -> float:
         """Modelled seconds of service that the program has had in its other calls, for a job that comes now.
