@@ -12,14 +12,16 @@ import numpy as np
 from .cost import Cost
 from .decode_rows import DecodeRows
 from .policies import Policy
+from .programs import Programs
 from .types import Job
 
 
 class Charges:
     """Keeps Job.attained, Job.served and Job.next_seconds."""
 
-    def __init__(self, policy: Policy, cost: Cost) -> None:
+    def __init__(self, policy: Policy, programs: Programs, cost: Cost) -> None:
         self._policy = policy
+        self._programs = programs
         self._cost = cost
         self._untold: dict[Job, float] = {}  # service that the policy has not been told of
 
@@ -66,6 +68,7 @@ class Charges:
         if seconds <= 0.0:
             return 0
         job.attained += seconds
+        self._programs.on_service(job, seconds)
         self._estimate(job)
         self._policy.on_service(job, seconds, now)
         return 1
@@ -81,6 +84,7 @@ class Charges:
             batch.sync(job)
             if (own := batch.take_service(job)) > 0.0:
                 job.attained += own
+                self._programs.on_service(job, own)
                 job.next_seconds = self._cost.decode_seconds(job.served + 1)
                 self._policy.on_service(job, own, now)
                 told += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 from .types import InvalidRequest
@@ -21,6 +22,21 @@ class Origin:
 
 
 NOBODY: Final = Origin()
+
+
+def key_of(tenant: str) -> str:
+    """The same for all users of an API key, who are called `key N/USER`; "" for tenants of no key.
+
+    Where there are no keys, anybody may take any name.
+    """
+    key, slash, _ = tenant.partition("/")
+    return key if slash and key.startswith("key ") else ""
+
+
+@lru_cache(maxsize=4096)
+def sharer_of(tenant: str) -> str:
+    """Who the device is shared between in the first place: a tenant's API key, or itself where it has none."""
+    return key_of(tenant) or tenant
 
 
 def checked_origin(tenant: Any = "", program_id: Any = None, cache_salt: Any = "") -> Origin:

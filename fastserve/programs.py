@@ -18,6 +18,9 @@ from .types import FinishReason, Job
 # Programs that are remembered while none of their calls is live.
 _MOST_IDLE: Final = 65_536
 
+# Tenants of whose programs it is remembered how many calls they make.
+_MOST_TENANTS: Final = 1024
+
 # A program is taken to have ended when it has been thinking for this many times what 99 in 100 thoughts take.
 _GIVEN_UP: Final = 3.0
 # Seconds of a thought that 9 in 10 are shorter than, until some have been measured.
@@ -73,10 +76,33 @@ class Quantiles:
 class _Program:
     live: dict[Job, None] = field(default_factory=dict)
     calls: int = 0  # those that began while another was live count as one: several answers, or parts of one step
-    served: float = 0.0  # seconds, of calls that have ended
+    served: float = 0.0  # seconds, of all calls, as far as it was told
     idle_since: float = 0.0
     thoughts: int = 0
     mean_log: float = 0.0  # of its thoughts
+
+
+class _Ends:
+    """By number of calls: how many programs came to it and are known to have gone on or not, and which have not."""
+
+    __slots__ = ("ended", "reached")
+
+    def __init__(self) -> None:
+        self.reached = [0.0] * (_MOST_CALLS + 1)
+        self.ended = [0.0] * (_MOST_CALLS + 1)
+
+    def add(self, calls: int, ended: float) -> None:
+        keep = 1 - 1 / _MEMORY
+        self.reached[calls] = self.reached[calls] * keep + 1
+        self.ended[calls] = self.ended[calls] * keep + ended
+
+    def take_back(self, calls: int) -> None:
+        """One that was taken to have ended has not."""
+        self.ended[calls] = max(0.0, self.ended[calls] - 1)
+
+    def chance(self, calls: int, others: float) -> float:
+        """That it ends there, going by the others' while few have come to it."""
+        return (self.ended[calls] + _ALL_CALLS * others) / (self.reached[calls] + _ALL_CALLS)
 
 
 class Programs:
@@ -89,9 +115,10 @@ class Programs:
         self._over: OrderedDict[tuple[str, str], _Program] = OrderedDict()
         self._thoughts = Quantiles()
         self._patience = _GIVEN_UP * _GUESS
-        # By number of calls: how many programs came to it and are known to have gone on or not, and which have not.
-        self._reached = [0.0] * (_MOST_CALLS + 1)
-        self._ended = [0.0] * (_MOST_CALLS + 1)
+        self._all = _Ends()
+        self._own: OrderedDict[str, _Ends] = (
+            OrderedDict()
+        )  # by tenant, those of whom something was learned last at the end
 
     def served(self, job: Job) -> float:
         """Modelled seconds of service that the program has had in its other calls, for a job that comes now.
@@ -99,9 +126,7 @@ class Programs:
         Of live ones, what policies have been told of. A job that a lost engine left brings its own service with it.
         """
         program = self._find(job)
-        if program is None:
-            return 0.0
-        return program.served + sum(call.attained for call in program.live)
+        return 0.0 if program is None else program.served
 
     def number(self, job: Job) -> int:
         """Which of the program's calls a job is that comes now, from 1 on; 0 for one that is no program's."""
@@ -121,6 +146,12 @@ class Programs:
             program = self._live[key] = self._wake(key, now)
             program.calls += 1
         program.live[job] = None
+        program.served += job.attained
+
+    def on_service(self, job: Job, seconds: float) -> None:
+        """A live job's `attained` has grown by so much."""
+        if job.program is not None:
+            self._live[job.tenant, job.program].served += seconds
 
     def ended(self, job: Job, now: float) -> None:
         """A job that came has ended, however, and all of its service has been told."""
@@ -129,7 +160,6 @@ class Programs:
         key = job.tenant, job.program
         program = self._live[key]
         del program.live[job]
-        program.served += job.attained
         if not program.live:
             del self._live[key]
             program.idle_since = now
@@ -138,24 +168,34 @@ class Programs:
                 if self._over:
                     self._over.popitem(last=False)
                 else:
-                    self._resolve(self._thinking.popitem(last=False)[1], ended=1.0)
+                    (tenant, _), program = self._thinking.popitem(last=False)
+                    self._resolve(tenant, program, ended=1.0)
         self._give_up(now)
 
-    def ends(self, calls: int) -> float:
-        """The chance that a program which has come to its call of this number, from 1 on, makes no other."""
+    def ends(self, calls: int, tenant: str | None = None) -> float:
+        """The chance that a program which has come to its call of this number, from 1 on, makes no other.
+
+        Of all programs; or of a tenant's, going by all while its own are few.
+        """
         calls = min(calls, _MOST_CALLS)
-        overall = (sum(self._ended) + 1) / (sum(self._reached) + 2)
-        return (self._ended[calls] + _ALL_CALLS * overall) / (self._reached[calls] + _ALL_CALLS)
+        overall = (sum(self._all.ended) + 1) / (sum(self._all.reached) + 2)
+        chance = self._all.chance(calls, overall)
+        own = None if tenant is None else self._own.get(tenant)
+        return chance if own is None else own.chance(calls, chance)
 
     def keep_until(self, job: Job, now: float) -> float:
         """Until when the KV of a job that has ended is likely to be come back for: `now` where it is not.
 
         As long as 9 in 10 of the program's thoughts take, going by its own and, while these are few, by those of all.
+        A name alone keeps nothing: of a program that has called once, KV is kept if most of its tenant's call again.
         """
         if job.program is None or job.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
             return now
         program = self._find(job)
-        if program is None or self.ends(program.calls) > 1 - _RARE:
+        if program is None:
+            return now
+        ends = self.ends(program.calls, job.tenant)
+        if ends > 1 - _RARE or (program.calls == 1 and ends >= 0.5):
             return now
         if self._thoughts.count < _FEW_THOUGHTS:
             return now + _GUESS
@@ -186,9 +226,11 @@ class Programs:
             if program is None:
                 return _Program()
             calls = min(program.calls, _MOST_CALLS)  # it has not ended after all
-            self._ended[calls] = max(0.0, self._ended[calls] - 1)
+            self._all.take_back(calls)
+            if (own := self._own.get(key[0])) is not None:
+                own.take_back(calls)
         else:
-            self._resolve(program, ended=0.0)
+            self._resolve(key[0], program, ended=0.0)
         log = self._thoughts.add(now - program.idle_since)
         program.thoughts += 1
         program.mean_log += (log - program.mean_log) / program.thoughts
@@ -203,12 +245,17 @@ class Programs:
             if self._thinking[key].idle_since + self._patience >= now:
                 return
             program = self._thinking.pop(key)
-            self._resolve(program, ended=1.0)
+            self._resolve(key[0], program, ended=1.0)
             self._over[key] = program
 
-    def _resolve(self, program: _Program, *, ended: float) -> None:
+    def _resolve(self, tenant: str, program: _Program, *, ended: float) -> None:
         """It is known whether the program goes on after its latest call."""
         calls = min(program.calls, _MOST_CALLS)
-        keep = 1 - 1 / _MEMORY
-        self._reached[calls] = self._reached[calls] * keep + 1
-        self._ended[calls] = self._ended[calls] * keep + ended
+        own = self._own.get(tenant)
+        if own is None:
+            own = self._own[tenant] = _Ends()
+            if len(self._own) > _MOST_TENANTS:
+                self._own.popitem(last=False)
+        self._own.move_to_end(tenant)
+        self._all.add(calls, ended)
+        own.add(calls, ended)

@@ -60,7 +60,7 @@ class Scheduler:
         self.policy = create_policy(config, cost, self.programs)
         self.residency = Residency(config, self.policy, cost, link)
         self.blocks = self.residency.blocks
-        self._charges = Charges(self.policy, cost)
+        self._charges = Charges(self.policy, self.programs, cost)
         self.jobs: dict[str, Job] = {}
         self.in_flight: deque[Iteration] = deque()
         self.record_levels = False  # whether iterations shall tell their jobs' levels

@@ -120,7 +120,7 @@ TENANTS: dict[str, Any] = {
         list[str] | None,
         "1 each",
         "Share of the device of a tenant, beside others who want it, too. Repeatable. A tenant is a request's `user`; "
-        "with --api-key it is `key 0`, the first key without a user, or `key 0/USER`.",
+        "with --api-key it is `key 0`, the first key as a whole, or `key 0/USER`, a user within it.",
         "--tenant-weight",
         metavar="NAME=WEIGHT",
     ),

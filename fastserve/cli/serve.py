@@ -169,18 +169,13 @@ def _engine_client(settings: ServerSettings, options: dict[str, Any], tokenizer:
 
 
 def _of_keys(weights: dict[str, float], keys: int) -> dict[str, float]:
-    """By the names that tenants have: a key alone is for its requests without a user."""
-    from ..server.tenants import named
-
-    numbers = {f"key {number}": number for number in range(keys)}
-    weighed = {}
-    for tenant, weight in weights.items():
-        key, _, user = tenant.partition("/")
-        if key not in numbers:
+    """A key's among keys, and a user's within its key: `key 0/` are the requests of a key without a user."""
+    names = {f"key {number}" for number in range(keys)}
+    for tenant in weights:
+        if tenant.partition("/")[0] not in names:
             told = "key 0" if keys == 1 else f"key 0 to key {keys - 1}"
             raise InvalidRequest("tenant_weights", f"must name {told}, or a user of one as key 0/USER, got {tenant!r}")
-        weighed[named(numbers[key], user)] = weight
-    return weighed
+    return weights
 
 
 def _keys_of_environment() -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ..config import SchedulerConfig
 from ..cost import Cost
+from ..origin import sharer_of
 from ..programs import Programs
 from ..types import InvalidRequest
 from .base import Policy
@@ -81,6 +82,7 @@ def create_policy(config: SchedulerConfig, cost: Cost, programs: Programs | None
             quantum=cost.decode_seconds(1),
             shared=shared_seconds(cost, config.max_num_seqs),
             weights=config.tenant_weights,
+            name=sharer_of,
         )
     )
 

@@ -58,6 +58,11 @@ class Policy(ABC):
         """Jobs of other priorities compete for places too: those that run may not all stay. Called before iter_best."""
         return None
 
+    def close_order(self) -> None:
+        """The latest order that iter_best gave is over, and the next may be made without this policy's jobs: ranks and
+        iter_tier are to agree with what is now. iter_best does so by itself."""
+        return None
+
     def next_deadline(self) -> float | None:
         """When time alone will next change the order, or, for the sake of running jobs, earlier; None: never."""
         return None

@@ -54,6 +54,10 @@ class ByPriority(Policy):
     def on_finish(self, job: Job, output_tokens: int, now: float) -> None:
         self._policies[job.priority].on_finish(job, output_tokens, now)
 
+    def close_order(self) -> None:
+        for policy in self._policies.values():
+            policy.close_order()
+
     def next_deadline(self) -> float | None:
         deadlines = (policy.next_deadline() for policy in self._policies.values())
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
@@ -68,6 +72,7 @@ class ByPriority(Policy):
         if len(self._priorities) == 1:
             return self._policies[self._priorities[0]].iter_best(now)
         for policy in self._policies.values():
+            policy.close_order()
             policy.make_way()
         return chain.from_iterable(self._policies[priority].iter_best(now) for priority in self._priorities)
 

@@ -1,4 +1,4 @@
-"""Tenants share the device by their weights: one policy a tenant."""
+"""Tenants share the device by their weights: one policy a tenant. API keys do first, and then each key's users."""
 
 from __future__ import annotations
 
@@ -50,16 +50,27 @@ class ByTenant(Policy):
 
     Of an order made of many tenants' only the beginning is ever looked at, and only that has ranks one by one. The jobs
     behind it rank by tenant: who has been served most gives way first.
+
+    Where `name` gives several tenants one name, as that of their API key, they share as one, and what they get they
+    share among themselves in the same way: naming more users brings a key no more.
     """
 
     def __init__(
-        self, make: Callable[[], Policy], *, quantum: float, shared: float = 0.0, weights: Mapping[str, float]
+        self,
+        make: Callable[[], Policy],
+        *,
+        quantum: float,
+        shared: float = 0.0,
+        weights: Mapping[str, float],
+        name: Callable[[str], str] = str,
     ) -> None:
         """`quantum`: solo seconds of a decode, of which the others in a full batch pay the part `shared`.
 
-        `weights`: 1 for tenants not named. What policies learn, `make` has shared.
+        `weights`: of tenants and of `name`'s names; 1 for those not there. What policies learn, `make` has shared.
         """
         self._make = make
+        self._name = name
+        self._quantum = quantum
         self._weights = weights
         self._shared = shared
         self._slice = _SLICE * (quantum - shared)
@@ -81,20 +92,21 @@ class ByTenant(Policy):
     # --- events ------------------------------------------------------------------------------------------------------
 
     def add(self, job: Job, now: float) -> None:
-        tenant = self._tenants.get(job.tenant)
+        name = self._name(job.tenant)
+        tenant = self._tenants.get(name)
         if tenant is not None:
             tenant.policy.add(job, now)
         else:
-            policy = self._spare.pop() if self._spare else self._make()
+            policy = self._policy(job.tenant, name)
             policy.add(job, now)  # before anything changes: it may refuse
-            tenant = self._enter(job.tenant, policy)
+            tenant = self._enter(name, policy)
         self._jobs += 1
         if job.tier is not None:
             self._hold(tenant, job.tier, 1)
         self._stale[tenant] = None
 
     def remove(self, job: Job) -> None:
-        tenant = self._tenants[job.tenant]
+        tenant = self._tenants[self._name(job.tenant)]
         tenant.policy.remove(job)
         self._jobs -= 1
         self._places.pop(job, None)
@@ -105,7 +117,7 @@ class ByTenant(Policy):
             self._leave(tenant)
 
     def on_service(self, job: Job, own_seconds: float, now: float) -> None:
-        tenant = self._tenants[job.tenant]
+        tenant = self._tenants[self._name(job.tenant)]
         tenant.policy.on_service(job, own_seconds, now)
         if job.served > len(job.prompt):
             own_seconds *= max(0.0, 1 - self._shared / job.next_seconds)
@@ -115,32 +127,41 @@ class ByTenant(Policy):
             self._count(tenant)
 
     def refresh(self, job: Job, now: float) -> None:
-        tenant = self._tenants[job.tenant]
+        tenant = self._tenants[self._name(job.tenant)]
         tenant.policy.refresh(job, now)
         self._stale[tenant] = None
 
     def on_finish(self, job: Job, output_tokens: int, now: float) -> None:
-        self._tenants[job.tenant].policy.on_finish(job, output_tokens, now)
+        self._tenants[self._name(job.tenant)].policy.on_finish(job, output_tokens, now)
 
     def make_way(self) -> None:
         if self._only is not None:  # where there are several, all of them always do
             self._only.policy.make_way()
 
     def move(self, job: Job, tier: int | None) -> None:
-        tenant = self._tenants[job.tenant]
+        tenant = self._tenants[self._name(job.tenant)]
         tenant.policy.move(job, tier)
         if job.tier is not None:
             self._hold(tenant, job.tier, -1)
         if tier is not None:
             self._hold(tenant, tier, 1)
 
+    def close_order(self) -> None:
+        for tenant in self._opened:
+            tenant.policy.close_order()
+        self._opened.clear()
+        self._places.clear()
+
     # --- answers -----------------------------------------------------------------------------------------------------
 
     def settles(self) -> bool:
-        return bool(self._waking) and len(self._tenants) - len(self._waking) == 1
+        if self._waking and len(self._tenants) - len(self._waking) == 1:
+            return True
+        # Where there are several, what a job gets is told slice by slice anyway.
+        return self._only is not None and self._only.policy.settles()
 
     def horizon(self, job: Job) -> float:
-        tenant = self._tenants[job.tenant]
+        tenant = self._tenants[self._name(job.tenant)]
         horizon = tenant.policy.horizon(job)
         return horizon if self._only is not None else min(horizon, _SLICE * job.next_seconds)
 
@@ -151,13 +172,13 @@ class ByTenant(Policy):
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def deadline(self, job: Job) -> float:
-        return self._tenants[job.tenant].policy.deadline(job)
+        return self._tenants[self._name(job.tenant)].policy.deadline(job)
 
     def iter_best(self, now: float) -> Iterator[Job]:
         self._lift()
-        self._places.clear()
-        self._opened.clear()
+        self.close_order()
         if self._only is not None:
+            self._opened.append(self._only)
             return self._only.policy.iter_best(now)
         return self._merged(now)
 
@@ -192,7 +213,7 @@ class ByTenant(Policy):
         return heapq.merge(*orders, key=self.rank, reverse=worst_first)
 
     def rank(self, job: Job) -> tuple[float, ...]:
-        tenant = self._tenants[job.tenant]
+        tenant = self._tenants[self._name(job.tenant)]
         if self._only is not None:
             return tenant.policy.rank(job)
         place = self._places.get(job)
@@ -202,7 +223,7 @@ class ByTenant(Policy):
 
     def work_ahead(self, job: Job, now: float) -> float:
         """What is ahead of a job within its tenant, and what others are served meanwhile: by weight, at most all."""
-        tenant = self._tenants[job.tenant]
+        tenant = self._tenants[self._name(job.tenant)]
         own = tenant.policy.work_ahead(job, now)
         if self._only is not None:
             return own
@@ -225,12 +246,18 @@ class ByTenant(Policy):
         return max((policy.quanta() for policy in policies), key=len)
 
     def level(self, job: Job) -> int:
-        return self._tenants[job.tenant].policy.level(job)
+        return self._tenants[self._name(job.tenant)].policy.level(job)
 
     def __len__(self) -> int:
         return self._jobs
 
     # --- who is there ------------------------------------------------------------------------------------------------
+
+    def _policy(self, tenant: str, name: str) -> Policy:
+        """For who has none yet."""
+        if name != tenant:  # one of several that share as one
+            return ByTenant(self._make, quantum=self._quantum, shared=self._shared, weights=self._weights)
+        return self._spare.pop() if self._spare else self._make()
 
     def _enter(self, name: str, policy: Policy) -> _Tenant:
         """A tenant has jobs."""
@@ -256,7 +283,8 @@ class ByTenant(Policy):
         self._left[tenant.name] = tenant.service
         if len(self._left) > _MOST_IDLE:
             self._left.popitem(last=False)
-        if len(self._spare) < _MOST_SPARE:
+        # Counters within a key go with its last job: nobody in it had anything left to do.
+        if len(self._spare) < _MOST_SPARE and not isinstance(tenant.policy, ByTenant):
             self._spare.append(tenant.policy)
         if len(self._tenants) == 1:
             self._only = next(iter(self._tenants.values()))

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..cost import CostModel
+from ..origin import key_of
 from ..types import SamplingParams
 from .engine_api import EngineClient
 from .errors import ApiError, refused
 from .load import rows_of
-from .tenants import key_of
 
 _MAX_RETRY = 3600  # seconds
 _RECLAIM_EVERY = 0.05  # seconds: a look at all jobs, while requests are being refused

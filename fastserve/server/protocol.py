@@ -131,7 +131,9 @@ class GenerationRequest(_Body):
         "cache; each belongs to the API key of its request.",
         maxLength=MAX_LENGTH,
     )
-    safety_identifier: str | None = _given("OpenAI's newer name of user, which goes before.", maxLength=MAX_LENGTH)
+    safety_identifier: str | None = _given(
+        "OpenAI's newer name of user; the same, where both are sent.", maxLength=MAX_LENGTH
+    )
     program_id: str | None = _given(
         "The program, an agent say, that this is a call of: what its calls were served counts together, and its KV is "
         "kept between them. Within a user.",

@@ -22,18 +22,24 @@ async def require_json(request: Request) -> None:
 
 
 def origin_of(request: Request, log: RequestLog, body: GenerationRequest) -> Origin:
-    """Users are tenants, each within the API key of its request. Raises ApiError for two different programs."""
+    """Users are tenants, each within the API key of its request. Raises ApiError for two different ones, of either."""
+    if body.user and body.safety_identifier and body.user != body.safety_identifier:
+        raise refused("safety_identifier", "must be the same as user, its older name, where both are sent")
     return Origin(
         tenant=named(log.key, body.user or body.safety_identifier or ""),
-        program=_program(body.program_id or None, request.headers.get(_PROGRAM_HEADER) or None),
+        program=_program(body.program_id or None, request.headers.getlist(_PROGRAM_HEADER)),
         cache_salt=body.cache_salt or "",
         cache_key=body.prompt_cache_key or None,
     )
 
 
-def _program(field: str | None, header: str | None) -> str | None:
-    if header is None:
+def _program(field: str | None, headers: list[str]) -> str | None:
+    different = {header for header in headers if header}
+    if not different:
         return field
+    if len(different) > 1:
+        raise refused("X-Program-Id", "must say the same, where the header is sent more than once")
+    (header,) = different
     try:
         program = header.encode("latin-1").decode()  # what a header's bytes are, nobody says; ours are UTF-8
         check_text("X-Program-Id", program)

@@ -225,9 +225,11 @@ class LiveJob(_Answer):
     """A job that the engine has."""
 
     key: int
-    request_id: str | None
-    user: str | None = Field(description="Whose it is, as key N/user where there are API keys.")
-    program_id: str | None = Field(description="The program that it is a call of.")
+    request_id: str | None = Field(description="Null for jobs of other API keys.")
+    user: str | None = Field(
+        description="Whose it is, as key N/user where there are API keys; of other keys, with a hash for the user."
+    )
+    program_id: str | None = Field(description="The program that it is a call of; null for jobs of other API keys.")
     level: int = Field(description="Of the MLFQ, 0 the first; 0 for policies without levels.")
     running: bool
     tier: Literal["device", "host", "none"] = Field(description="Where its KV is.")

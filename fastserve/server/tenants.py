@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from ..ipc import TenantStatus
+from ..origin import key_of
 
 MOST: Final = 16  # tenants that have a name here; what others have had is one figure
 _CANDIDATES: Final = 1024  # others that are watched, in case they need one
@@ -23,12 +24,6 @@ OTHERS: Final = "other"
 def named(key: int | None, name: str) -> str:
     """A tenant: what the holder of an API key, counted from 0, calls a user; the user alone where there are no keys."""
     return name if key is None else f"key {key}/{name}"
-
-
-def key_of(tenant: str) -> str:
-    """The same for all users of a key. Where there are no keys, anybody may take any name."""
-    key, slash, _ = tenant.partition("/")
-    return key if slash and key.startswith("key ") else ""
 
 
 class _Lately:

@@ -10,6 +10,7 @@ import pytest
 from http_world import World, run
 from toy_engine import ToyEngine, ToyJob
 
+from fastserve.ipc import TenantStatus
 from fastserve.origin import Origin
 from fastserve.types import SamplingParams
 
@@ -28,19 +29,20 @@ def bodies(**more: Any) -> list[tuple[str, dict[str, Any]]]:
         ({}, {}, Origin()),
         ({"user": "ann"}, {}, Origin(tenant="ann")),
         ({"safety_identifier": "ann"}, {}, Origin(tenant="ann")),
-        ({"user": "ann", "safety_identifier": "4711"}, {}, Origin(tenant="ann")),
+        ({"user": "ann", "safety_identifier": "ann"}, {}, Origin(tenant="ann")),
         ({"user": "", "safety_identifier": "4711"}, {}, Origin(tenant="4711")),
         ({"program_id": "agent é"}, {}, Origin(program="agent é")),
         ({}, {"X-Program-Id": "agent"}, Origin(program="agent")),
         ({}, {"X-Program-Id": "agent é".encode()}, Origin(program="agent é")),
         ({"program_id": "agent"}, {"X-Program-Id": "agent"}, Origin(program="agent")),
+        ({}, [("X-Program-Id", "agent"), ("X-Program-Id", "agent")], Origin(program="agent")),
         ({"program_id": ""}, {"X-Program-Id": ""}, Origin()),
         ({"program_id": "p" * 256, "cache_salt": "s" * 256}, {}, Origin(program="p" * 256, cache_salt="s" * 256)),
         ({"prompt_cache_key": "docs"}, {}, Origin(cache_key="docs")),
         ({"user": None, "program_id": None, "cache_salt": None, "prompt_cache_key": None}, {}, Origin()),
     ],
 )
-def test_where_a_request_comes_from(given: dict[str, Any], headers: dict[str, Any], origin: Origin) -> None:
+def test_where_a_request_comes_from(given: dict[str, Any], headers: Any, origin: Origin) -> None:
     async def scenario(world: World) -> None:
         for path, body in bodies(**given):
             await world.post(path, body, headers=headers)
@@ -73,11 +75,14 @@ def test_the_users_of_a_key_are_tenants_of_their_own() -> None:
         ({"prompt_cache_key": 5}, {}, "prompt_cache_key"),
         ({"prompt_cache_key": "k" * 257}, {}, "prompt_cache_key"),
         ({"program_id": "one"}, {"X-Program-Id": "two"}, "program_id"),
+        ({}, [("X-Program-Id", "one"), ("X-Program-Id", "two")], "X-Program-Id"),
+        ({"program_id": "one"}, [("X-Program-Id", "one"), ("X-Program-Id", "two")], "X-Program-Id"),
+        ({"user": "ann", "safety_identifier": "4711"}, {}, "safety_identifier"),
         ({}, {"X-Program-Id": "p" * 257}, "X-Program-Id"),
         ({}, {"X-Program-Id": b"agent \xe9"}, None),
     ],
 )
-def test_what_is_no_origin_is_named(given: dict[str, Any], headers: dict[str, Any], param: str | None) -> None:
+def test_what_is_no_origin_is_named(given: dict[str, Any], headers: Any, param: str | None) -> None:
     async def scenario(world: World) -> None:
         for path, body in bodies(**given):
             error = await world.refuse(path, body, headers=headers)
@@ -110,6 +115,34 @@ def test_live_jobs_tell_whose_they_are() -> None:
         await asked
 
     run(scenario, held=True)
+
+
+def test_a_key_is_told_nothing_of_what_others_call_things() -> None:
+    async def scenario(world: World) -> None:
+        ours, theirs = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
+        tasks = []
+        for headers, user in ((ours, "ann"), (theirs, "bob"), (theirs, "")):
+            body = {**PLAIN, "user": user, "program_id": f"agent of {user}"}
+            named = {**headers, "X-Request-Id": f"asked by {user}"}
+            tasks.append(asyncio.create_task(world.client.post(PATH, json=body, headers=named)))
+            await world.engine.until(lambda engine: len(engine.opened) == len(tasks))
+        world.engine.tenants.said([TenantStatus(f"key {name}", 1.0) for name in ("0/ann", "1/bob", "1/")])
+        label = world.engine.tenants.label("key 1/bob")
+
+        told = await world.get("/v1/fastserve/jobs", headers=ours)
+        whose = {job["user"]: (job["request_id"], job["program_id"]) for job in told["data"]}
+        assert whose == {"key 0/ann": ("asked by ann", "agent of ann"), label: (None, None), "key 1": (None, None)}
+        assert [(each["tenant"], each["open_jobs"]) for each in told["server"]["tenants"]] == [
+            ("key 0/ann", 1), ("key 1", 1), (label, 1)
+        ]  # fmt: skip
+        assert "bob" not in str(told)
+
+        told = await world.get("/v1/fastserve/jobs", headers=theirs)
+        assert {job["user"] for job in told["data"]} >= {"key 1/bob", "key 1/"} and "ann" not in str(told)
+        world.engine.release()
+        await asyncio.gather(*tasks)
+
+    run(scenario, held=True, api_key=("one", "two"))
 
 
 # --- what was found in the cache --------------------------------------------------------------------------------------

@@ -448,7 +448,7 @@ def test_the_prefix_cache_is_on_unless_it_is_turned_off(shell: Shell) -> None:
         ("--tenant-weight ann=2 --tenant-weight b=c=0.5", {"ann": 2.0, "b=c": 0.5}),
         ("--tenant-weight =3", {"": 3.0}),  # requests without a user
         (
-            "--api-key k --api-key l --tenant-weight", {"key 0/": 2.0, "key 1/ann": 3.0},
+            "--api-key k --api-key l --tenant-weight", {"key 0": 2.0, "key 1/ann": 3.0},
         ),
     ],
 )  # fmt: skip

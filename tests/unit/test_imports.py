@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str] | None] = {
     "convert": {"loaders", "config", "types"},
     "kv": {"config", "cost", "types"},
     "programs": {"types"},
-    "policies": {"programs", "config", "cost", "types"},
+    "policies": {"programs", "origin", "config", "cost", "types"},
     "planning": {"config", "cost", "types"},
     "decode_rows": {"cost", "types"},
     "prefixes": {"kv", "cost", "types"},
@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str] | None] = {
     "residency": {"slots", "decode_rows", "policies", "prefixes", "kv", "planning", "config", "cost", "types"},
     "chunking": {"cost", "types"},
     "selection": {"policies", "residency", "decode_rows", "config", "types"},
-    "charges": {"policies", "decode_rows", "cost", "types"},
+    "charges": {"policies", "programs", "decode_rows", "cost", "types"},
     "scheduler": {
         "charges", "chunking", "selection", "policies", "residency", "decode_rows", "planning", "programs",
         "config", "cost", "types",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ def test_calls_share_what_they_were_served() -> None:
     programs.arrived(live, 2.0)
     assert programs.served(call(2, "a")) == 3.5
     live.attained = 2.0
+    programs.on_service(live, 1.5)
     assert programs.served(call(2, "a")) == 5.0
     assert programs.served(call(2, "a", tenant="other")) == programs.served(call(2, "b")) == 0.0
     assert programs.served(call(2, None)) == 0.0
@@ -92,29 +94,74 @@ def test_a_programs_own_thoughts_tell_more_than_those_of_others() -> None:
     now = chain(programs, "slow", now, 12, 20.0)
     chain(programs, "quick", now - 2.0, 2, 1.0)
     run(programs, call(0, "new"), now, now)
-    kept = {}
+    until = {}
     for name in ("quick", "slow", "new"):
         job = call(0, name)
         job.finish_reason = FinishReason.STOP
-        kept[name] = programs.keep_until(job, now) - now
-    assert 0.5 < kept["quick"] < 2 and 0.5 < kept["new"] < 2
-    assert 5 < kept["slow"] < 30
+        until[name] = programs.keep_until(job, now) - now
+    assert 0.5 < until["quick"] < 2 and 0.5 < until["new"] < 2
+    assert 5 < until["slow"] < 30
+
+
+def kept(programs: Programs, name: str, now: float, calls: int = 1, tenant: str = "") -> bool:
+    for number in range(calls):
+        job = call(number, name, tenant)
+        run(programs, job, now, now)
+    return programs.keep_until(job, now) > now
 
 
 def test_nothing_is_kept_for_programs_of_one_call_nor_for_what_was_aborted() -> None:
     programs = Programs()
-    job = call(0, "first")
-    run(programs, job, 0.0, 1.0)
-    assert programs.keep_until(job, 1.0) > 1.0  # who names a program means to call again
+    assert not kept(programs, "first", 0.0)  # a name says little, and
+    assert kept(programs, "second", 0.0, calls=2)  # a second call much
     assert programs.keep_until(call(0, None), 1.0) == 1.0
-    aborted = call(1, "aborted")
+    aborted = call(1, "second")
     run(programs, aborted, 0.0, 1.0, FinishReason.ABORT)
     assert programs.keep_until(aborted, 1.0) == 1.0
     for number in range(200):
         run(programs, call(number, str(number)), 10.0 * number, 10.0 * number + 1)
-    last = call(999, "last")
-    run(programs, last, 5000.0, 5001.0)
-    assert programs.keep_until(last, 5001.0) == 5001.0
+    assert not kept(programs, "last", 5000.0)
+    now = 5000.0
+    for number in range(200):
+        now = chain(programs, f"three {number}", now, 3, 2.0) + 1.0
+    assert kept(programs, "two", now + 1e5, calls=2) and not kept(programs, "three", now + 1e5, calls=3)
+
+
+def test_a_name_for_every_call_keeps_nothing_whatever_other_tenants_do() -> None:
+    programs, now = Programs(), 0.0
+    for number in range(60):
+        now = chain(programs, f"agent {number}", now, 4, 1.0) + 1.0
+        for more in range(5):
+            run(programs, call(0, f"{number} {more}", "names"), now, now)
+    now += 1000.0
+    run(programs, call(0, "later"), now, now)
+    assert programs.ends(1, "names") > 0.9 and programs.ends(1, "") < 0.2
+    assert not kept(programs, "once more", now, tenant="names") and kept(programs, "agent", now)
+    assert programs.ends(1, "unknown") == programs.ends(1)  # by what all do, while nothing is known
+
+
+def test_tenants_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs_module, "_MOST_TENANTS", 10)
+    programs = Programs()
+    for number in range(100):
+        for now in (2.0 * number, 2.0 * number + 1.0):
+            run(programs, call(0, "agent", str(number)), now, now)
+    assert len(programs._own) == 10 and programs.ends(1, "99") < programs.ends(1, "0") == programs.ends(1)
+
+
+def test_what_live_calls_were_served_is_not_summed_anew() -> None:
+    """One that comes to many live ones looks at none of them."""
+    programs = Programs()
+    for index in range(1000):
+        programs.arrived(call(index, "a", attained=1.0), 0.0)
+    program = programs._live["", "a"]
+    program.live = NotIterable(program.live)
+    assert programs.served(call(1000, "a")) == 1000.0
+
+
+class NotIterable(dict[Job, None]):
+    def __iter__(self) -> Iterator[Job]:
+        raise AssertionError("looked at")
 
 
 def test_how_many_calls_programs_make_is_learned_and_a_late_return_is_taken_back() -> None:
@@ -199,6 +246,7 @@ def test_gittins_prefers_programs_that_are_nearly_done() -> None:
     def finish(job: Job) -> None:
         job.served, job.output, job.attained = 20, [0] * 20, 20.0
         policy.on_service(job, 20.0, now)
+        programs.on_service(job, 20.0)
         job.finish_reason = FinishReason.STOP
         policy.on_finish(job, 20, now)
         policy.remove(job)

@@ -32,8 +32,14 @@ def job_of(tenant: str, index: int, arrival: float = 0.0, prompt: int = 1, outpu
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.sampled_from(sorted(POLICIES)), st.integers(0, 10**6), st.integers(1, 4), st.booleans())
-def test_one_tenant_is_as_none(name: str, seed: int, batch: int, lumped: bool) -> None:
+@given(
+    st.sampled_from(sorted(POLICIES)),
+    st.integers(0, 10**6),
+    st.integers(1, 4),
+    st.booleans(),
+    st.sampled_from(["one", "key 0/", "key 1/ann"]),
+)
+def test_one_tenant_is_as_none(name: str, seed: int, batch: int, lumped: bool, tenant: str) -> None:
     """What the policy alone makes of it, whatever the tenant is called and whoever was there before."""
     schedules = []
     for tenants in (False, True):
@@ -45,7 +51,7 @@ def test_one_tenant_is_as_none(name: str, seed: int, batch: int, lumped: bool) -
         server = UnitServer(policy, batch, lumped=lumped)
         jobs = [unit_job(i, float(draw.randrange(60)), draw.randint(1, 9), draw.randint(1, 20)) for i in range(30)]
         for job in jobs:
-            job.tenant = "one" if tenants else ""
+            job.tenant = tenant if tenants else ""
         server.run(jobs)
         schedules.append(server.schedule)
     assert schedules[0] == schedules[1]
@@ -63,6 +69,55 @@ def test_rows_are_shared_by_weight_and_no_row_is_empty() -> None:
         served.update(job.tenant for job in ran)
         for tenant, share in (("a", 1 / 6), ("b", 2 / 6), ("c", 3 / 6)):
             assert abs(served[tenant] - 4 * step * share) < 3 * SLICE, (step, tenant)
+
+
+def shares(weights: dict[str, float], tenants: dict[str, int], rows: int = 4) -> dict[str, float]:
+    """Of 2400 steps, where each tenant has so many jobs that never end."""
+    policy = create_policy(SchedulerConfig(policy="fcfs", tenant_weights=weights), COST)
+    server = UnitServer(policy, rows, lumped=True)
+    for index, tenant in enumerate(tenant for tenant, count in tenants.items() for _ in range(count)):
+        server.add(job_of(tenant, index, output=3000))
+    served = Counter[str]()
+    for _ in range(2400):
+        ran = server.step()
+        assert len(ran) == rows
+        served.update(job.tenant for job in ran)
+    return {tenant: count / (2400 * rows) for tenant, count in served.items()}
+
+
+def test_a_key_gets_no_more_by_naming_users() -> None:
+    users = {f"key 0/u{number}": 2 for number in range(30)}
+    had = shares({}, {**users, "key 1/": 4, "key 2/ann": 2, "key 2/bob": 4})
+    assert sum(had[user] for user in users) == pytest.approx(1 / 3, abs=0.02)
+    assert all(had[user] == pytest.approx(1 / 90, abs=0.01) for user in users)
+    assert had["key 1/"] == pytest.approx(1 / 3, abs=0.02)
+    assert had["key 2/ann"] == pytest.approx(1 / 6, abs=0.02) == had["key 2/bob"]
+
+
+def test_a_key_is_weighed_as_a_whole_and_its_users_within_it() -> None:
+    tenants = {"key 0/": 4, "key 0/ann": 4, "key 1/": 4, "key 1/ann": 4}
+    had = shares({"key 0": 2.0, "key 0/ann": 3.0}, tenants)
+    assert had["key 0/ann"] == pytest.approx(2 / 3 * 3 / 4, abs=0.02)
+    assert had["key 0/"] == pytest.approx(2 / 3 * 1 / 4, abs=0.02)
+    assert had["key 1/"] == pytest.approx(1 / 6, abs=0.02) == had["key 1/ann"]
+
+
+def test_names_without_a_key_share_one_by_one() -> None:
+    had = shares({}, {"a/x": 4, "a/y": 4, "b": 4, "keys/z": 4})
+    assert all(share == pytest.approx(1 / 4, abs=0.01) for share in had.values())
+
+
+def test_a_second_user_of_a_lone_key_does_not_pay_for_the_first() -> None:
+    """What the lone user of the lone key was served is told before the other's jobs are chosen: it does not count."""
+    policy = create_policy(SchedulerConfig(policy="fcfs"), COST)
+    policy.add(job_of("key 0/ann", 0), 0.0)
+    list(policy.iter_best(0.0))
+    policy.add(job_of("key 0/ann", 1), 0.0)
+    assert not policy.settles()
+    policy.add(job_of("key 0/bob", 2), 0.0)
+    assert policy.settles()
+    list(policy.iter_best(0.0))
+    assert not policy.settles()
 
 
 def test_who_comes_back_gets_a_share_and_no_more() -> None:
@@ -149,7 +204,9 @@ def test_decodes_count_what_they_add_to_a_full_batch() -> None:
 @given(st.sampled_from(sorted(POLICIES)), st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 6), st.booleans())
 def test_the_order_is_that_of_ranks_in_every_tier(name: str, seed: int, batch: int, tenants: int, ranked: bool) -> None:
     draw = random.Random(seed)
-    weights = {str(tenant): draw.choice([0.5, 1.0, 4.0]) for tenant in range(tenants)}
+    named = draw.choice(["{0}", "key {1}/{0}"])  # no keys, or three
+    names = [named.format(tenant, tenant % 3) for tenant in range(tenants)]
+    weights = {tenant: draw.choice([0.5, 1.0, 4.0]) for tenant in [*names, "key 0"]}
     config = SchedulerConfig(
         policy=name, starvation_limit=draw.choice([None, 9.0]), slowdown_limit=draw.choice([None, 2.0]),
         tenant_weights=weights,
@@ -158,7 +215,7 @@ def test_the_order_is_that_of_ranks_in_every_tier(name: str, seed: int, batch: i
     policy = server.policy
     jobs = [
         job_of(
-            str(draw.randrange(tenants)), i, float(draw.randrange(60)), draw.randint(1, 9), draw.randint(1, 20),
+            draw.choice(names), i, float(draw.randrange(60)), draw.randint(1, 9), draw.randint(1, 20),
             priority=ranked * draw.choice([0, 1]),
         )
         for i in range(40)
@@ -192,6 +249,11 @@ def test_the_order_is_that_of_ranks_in_every_tier(name: str, seed: int, batch: i
         for job in server.step():
             if job.finished:
                 live.remove(job)
+        # Nor do those that were looked at in an order before.
+        next(policy.iter_best(server.now), None)
+        for tier in (DEVICE, HOST):
+            there = [job for job in sorted(live, key=policy.rank) if job.tier == tier]
+            assert list(policy.iter_tier(tier)) == there
     assert len(server.finish) == 40
     assert sum(map(len, server.schedule)) == sum(len(job.prompt) + len(job.output) - 1 for job in jobs)
 
