@@ -178,7 +178,7 @@ def test_regret_where_the_server_tells_it(tmp_path: Path, monkeypatch: pytest.Mo
 
     async def check(world: World, url: str) -> None:
         for told, shown in ((1.234, "1.23 ×"), (None, "–")):
-            monkeypatch.setattr(board, "_server", lambda service, told=told: plain(service) | {"regret": told})
+            monkeypatch.setattr(board, "_server", lambda *asked, told=told: plain(*asked) | {"regret": told})
             page = await look(url, tmp_path)
             assert page.texts["regret"] == shown and not page.errors
 

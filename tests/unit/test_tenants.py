@@ -96,10 +96,10 @@ def test_a_key_gets_no_more_by_naming_users() -> None:
 
 def test_a_key_is_weighed_as_a_whole_and_its_users_within_it() -> None:
     tenants = {"key 0/": 4, "key 0/ann": 4, "key 1/": 4, "key 1/ann": 4}
-    had = shares({"key 0": 2.0, "key 0/ann": 3.0}, tenants)
-    assert had["key 0/ann"] == pytest.approx(2 / 3 * 3 / 4, abs=0.02)
-    assert had["key 0/"] == pytest.approx(2 / 3 * 1 / 4, abs=0.02)
-    assert had["key 1/"] == pytest.approx(1 / 6, abs=0.02) == had["key 1/ann"]
+    had = shares({"key 0": 3.0, "key 0/ann": 3.0}, tenants)
+    assert had["key 0/ann"] == pytest.approx(3 / 4 * 3 / 4, abs=0.02)
+    assert had["key 0/"] == pytest.approx(3 / 4 * 1 / 4, abs=0.02)
+    assert had["key 1/"] == pytest.approx(1 / 8, abs=0.02) == had["key 1/ann"]
 
 
 def test_names_without_a_key_share_one_by_one() -> None:
