@@ -181,7 +181,8 @@ def test_mistakes_are_told(kernels: ModuleType, name: str) -> None:
             kernels.example_planted(name, VALUES * 0)
         text = str(raised.value)
         assert re.search(ERRORS[name], text), text
-        assert "kernel launched at tests/simt/examples/planted.cu:" in text
+        launched = name != "too much shared memory"  # which is refused before
+        assert ("kernel launched at tests/simt/examples/planted.cu:" in text) == launched
 
 
 def test_every_planted_mistake_is_tested(kernels: ModuleType) -> None:
