@@ -14,7 +14,7 @@ from fastserve.native import NativeRuntime
 from fastserve.types import Job, SamplingParams
 
 SPEC = llama_spec(num_layers=2)
-BLOCK, BLOCKS, HOST_BLOCKS = 4, 48, 32
+BLOCK, BLOCKS, HOST_BLOCKS = 4, 26, 64
 
 
 def run(kv_cache_dtype: str, **options: Any) -> tuple[list[Job], int]:
