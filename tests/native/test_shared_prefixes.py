@@ -18,7 +18,10 @@ BLOCK, BLOCKS, HOST_BLOCKS = 4, 26, 64
 
 
 def run(kv_cache_dtype: str, **options: Any) -> tuple[list[Job], int]:
-    """Turns of conversations that begin alike, in memory for few of them, with logprobs; and blocks brought back."""
+    """Turns of conversations that begin alike, with logprobs; and how many blocks were copied or thrown away.
+
+    Memory has room for half of them. Which of the two becomes of a block goes by how long copies take.
+    """
     dtype = "float32" if kv_cache_dtype == "float32" else "bfloat16"
     limits: dict[str, Any] = {"block_size": BLOCK, "num_blocks": BLOCKS, "max_num_batched_tokens": 24}
     limits["num_host_blocks"] = HOST_BLOCKS
@@ -45,14 +48,15 @@ def run(kv_cache_dtype: str, **options: Any) -> tuple[list[Job], int]:
             engine.check_integrity()
         jobs += calls
         texts = [[*job.prompt, *job.output, turn, 5] for job in calls]
-    return jobs, engine.scheduler.residency.copied[1]
+    residency = engine.scheduler.residency
+    return jobs, sum(residency.copied) + residency.cache_counters.evicted
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["float32", "bfloat16", "int8"])
 def test_tokens_and_logprobs_are_those_without_the_cache(kv_cache_dtype: str) -> None:
-    with_cache, back = run(kv_cache_dtype)
+    with_cache, moved = run(kv_cache_dtype)
     without, _ = run(kv_cache_dtype, enable_prefix_caching=False)
     assert sum(job.metrics.cached_tokens for job in with_cache) > 0 == without[0].metrics.cached_tokens
-    assert back > 0, "nothing was brought back from the host"
+    assert moved > 0, "memory was not too small"
     assert [job.output for job in with_cache] == [job.output for job in without]
     assert [job.logprobs for job in with_cache] == [job.logprobs for job in without]
