@@ -84,8 +84,10 @@ class Prefixes:
     def path(self, job: Job) -> list[Block]:
         """The blocks that hold the job's beginning, wherever they are; at least its last token is not in them."""
         prefix = self._prefixes.get(job)
-        if prefix is None:
-            return []
+        return [] if prefix is None else self._walk(job, prefix).copy()
+
+    def _walk(self, job: Job, prefix: _Prefix) -> list[Block]:
+        """The path, which is the prefix's own list, from where it was left."""
         path = prefix.found
         while path and path[-1].key is None:  # and all behind it, which left first
             path.pop()
@@ -96,7 +98,7 @@ class Prefixes:
             if block is None:
                 break
             path.append(block)
-        return path.copy()
+        return path
 
     def started(self, job: Job, path: Sequence[Block]) -> None:
         """A job begins, or begins again, with the blocks of its path."""
@@ -154,11 +156,10 @@ class Prefixes:
 
         It is not in flight. Whether it did: its table is another then.
         """
-        if job not in self._prefixes:
+        prefix, size = self._prefixes.get(job), self._blocks.block_size
+        if prefix is None or len(path := self._walk(job, prefix)) * size <= job.computed:
             return False
-        path = self.path(job)
         here = next((i for i, block in enumerate(path) if not block.here), len(path))
-        size = self._blocks.block_size
         if here * size <= job.computed or not self._blocks.exchange(job.index, path[:here]):
             return False
         job.computed = here * size
@@ -214,7 +215,7 @@ class Prefixes:
     def _look(self, job: Job, prefix: _Prefix) -> bool:
         """How much of a job that has not started is there; whether that is another answer than before."""
         self._expect_nothing(job, prefix)
-        found = len(self.path(job))
+        found = len(self._walk(job, prefix))
         prefix.awaits = self._key(job, found)
         if prefix.awaits is not None:
             self._awaiting.setdefault(prefix.awaits, {})[job] = None

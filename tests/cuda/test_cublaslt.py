@@ -45,15 +45,17 @@ def test_what_is_not_to_be_used_is_not_looked_for(kernels: ModuleType, monkeypat
 def test_rows_are_the_same_in_every_product(
     kernels: ModuleType, library: ctypes.CDLL, dtype: str, wide: bool, accumulate: bool, with_bias: bool
 ) -> None:
-    n, k = 40, 256
+    k = 256
+    for n in (40, 48, 56):  # by time it is chosen, once a shape: where others use the processor, ours may be quicker
+        products = kernels.CublasProducts(dtype, n, k, wide)
+        if products.text is not None:
+            break
+    assert products.text is not None
     rng = np.random.default_rng(7)
     weight, input = (encode(rng.standard_normal((rows, k)), dtype) for rows in (n, max(ROWS)))
     bias = rng.standard_normal(64).astype(np.float32)
     onto = rng.standard_normal((max(ROWS), 64)).astype(np.float32)
-    products = kernels.CublasProducts(dtype, n, k, wide)
     asked = library.fastserve_simt_cublaslt_proposals()
-    if products.text is None:  # ours was quicker, as it may be where others use the processor, and that is kept
-        return
     verdicts = {part.split(" (")[0].rsplit(" id ", 1)[1][0]: part for part in products.text.split("; ")[2:]}
     assert "its bits are not ours" in verdicts["7"]
     assert "cannot do every number of rows" in verdicts["8"]
