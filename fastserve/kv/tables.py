@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from .block import NOWHERE, Block, Table
@@ -65,7 +66,8 @@ class Tables:
         table = self._tables.get(owner)
         if table is None:
             return 0
-        return next((i for i, block in enumerate(table.blocks) if len(block.tables) == 1), len(table.blocks))
+        # Who has a block has those before it as well.
+        return bisect_left(table.blocks, True, key=lambda block: len(block.tables) == 1)
 
     def _added(self, table: Table) -> None:
         self._tables[table.owner] = table

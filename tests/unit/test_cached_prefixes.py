@@ -254,6 +254,14 @@ def test_without_the_cache_nothing_is_found() -> None:
     assert computed(world) == [12, 12]
 
 
+def test_prompts_that_begin_alike_are_a_group_without_the_cache_too() -> None:
+    world = toy(enable_prefix_caching=False)
+    prompts = {"a": piece(0, 12), "b": [*piece(0, 8), 1, 2], "c": piece(1, 12), "short": piece(0, 5)}
+    groups = {name: ask(world, name, prompt).group for name, prompt in prompts.items()}
+    assert groups["a"] == groups["b"] is not None and groups["c"] not in (groups["a"], None)
+    assert groups["short"] is None
+
+
 def test_integrity_notices_a_wrong_owner_a_lost_reference_and_a_wrong_index() -> None:
     def shared() -> tuple[Toy, list[Block]]:
         world = toy()
@@ -272,7 +280,7 @@ def test_integrity_notices_a_wrong_owner_a_lost_reference_and_a_wrong_index() ->
     breakages: list[Callable[[Block], object]] = [
         lambda block: setattr(block, "tables", block.tables[1:]),
         lambda block: setattr(block, "tables", (*block.tables, block.tables[0])),
-        lambda block: block.children.clear(),
+        lambda block: setattr(block, "children", ()),
         wrong_key,
     ]
     for damage in breakages:
