@@ -80,12 +80,13 @@ def test_whose_a_job_is_and_what_its_tenant_was_served(world: ToyWorld) -> None:
     it, socket = alone(world)
     messages = [add(1, [1, 2], max_tokens=200), add(2, [3], max_tokens=200), add(3, [4], [5], max_tokens=200)]
     for message, tenant in zip(messages, ("ann", "bob", ""), strict=True):
-        message.tenant, message.program, message.cache_salt = tenant, "agent", "s"
+        message.tenant, message.program, message.cache_salt, message.inherited = tenant, "agent", "s", 7.0
         it._add(message)
     jobs = list(it._engine.jobs)
     assert [(job.tenant, job.program, job.cache_salt) for job in jobs] == [
         ("ann", "agent", "s"), ("bob", "agent", "s"), ("", "agent", "s")
     ]  # fmt: skip
+    assert [job.inherited for job in jobs] == [7.0] * 3
     before = jobs[2].attained
     for _ in range(3):
         turn(it)
