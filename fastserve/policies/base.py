@@ -55,7 +55,7 @@ class Policy(ABC):
         return None
 
     def make_way(self) -> None:
-        """Jobs of other priorities compete for places too: those that run may not all stay. Called before iter_best."""
+        """Others' jobs compete for places too: those that run may not all stay. Called before iter_best."""
         return None
 
     def close_order(self) -> None:
