@@ -18,6 +18,8 @@ class Policy(ABC):
     `program` and `group`. Every call costs O(log n) in the number of jobs.
     """
 
+    share = 1.0  # of the device's time: what its jobs may count on; set before iter_best
+
     @abstractmethod
     def add(self, job: Job, now: float) -> None:
         """A job arrived."""
@@ -81,6 +83,21 @@ class Policy(ABC):
 
         The policy must not be changed while the iterator is in use.
         """
+
+    @property
+    def several(self) -> bool:
+        """Whether tenants share the device: only then, may anybody be beyond its share."""
+        return False
+
+    @property
+    def beyond(self) -> bool:
+        """Whether the job that the latest iter_best gave last, and all after it, are beyond their tenants' shares, and
+        others' jobs, all of which are within theirs, came before."""
+        return False
+
+    def is_light(self, job: Job) -> bool:
+        """Whether all jobs of its tenant are within its share, as far as the latest iter_best came to it. O(1)."""
+        return True
 
     @abstractmethod
     def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:

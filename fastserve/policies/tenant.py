@@ -13,10 +13,14 @@ from sortedcontainers import SortedDict
 
 from ..types import Job
 from .base import Policy
+from .entitlement import Entitlement
 
 # What a row is given of service before tenants' shares are looked at again, in decodes. The fewer, the more evenly they
 # share; with one, batches would change at every token.
 _SLICE: Final = 16
+
+# Slices that a tenant may have beyond its share of the device's time, as ordinary bursts do.
+_BURST: Final = 64
 
 # Tenants without jobs whose service is remembered, and policies without jobs that are kept for the next tenant.
 _MOST_IDLE: Final = 4096
@@ -31,6 +35,9 @@ class _Tenant:
     policy: Policy
     service: float = 0.0  # seconds that its jobs were served, by its weight, and what it was lifted by
     slices: int = 0  # whole ones of that, as of late: by these tenants are compared
+    entitled: float = 0.0  # counts the same beside what it was entitled to (see Entitlement)
+    beyond: bool = False  # whether it has had more than its share, as of late
+    light: bool = False  # whether all its jobs have rows within its share, when the latest order came to it
     held: list[int] = field(default_factory=lambda: [0, 0])  # jobs with KV, by Job.tier
     backlog: float = 0.0  # as of late
 
@@ -76,10 +83,15 @@ class ByTenant(Policy):
         self._slice = _SLICE * (quantum - shared)
         self._tenants: dict[str, _Tenant] = {}  # with jobs, but for the only one there is
         self._only: _Tenant | None = None
-        self._order: SortedDict = SortedDict()  # (slices, number) → tenant
+        self._order: SortedDict = SortedDict()  # (beyond, slices, number) → tenant
+        self._entitlement = Entitlement(_BURST * self._slice)
+        self._entitled: float | None = None  # seconds of the device that they have to share; None: all there are
+        self._returning: list[tuple[float, int, _Tenant]] = []  # heap: when each that is beyond its share is not
+        self._sheltered = False  # whether the latest order has come to a tenant all of whose jobs are within its share
+        self._beyond = False  # see `beyond`
         self._weight = 0.0  # of all of them
         self._jobs = 0
-        self._left: OrderedDict[str, float] = OrderedDict()  # service of tenants without jobs
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # service and entitled of those without jobs
         self._spare: list[Policy] = []
         self._number = 0
         self._waking: list[_Tenant] = []  # to be lifted before the next order is made
@@ -121,7 +133,9 @@ class ByTenant(Policy):
         tenant.policy.on_service(job, own_seconds, now)
         if job.served > len(job.prompt):
             own_seconds *= max(0.0, 1 - self._shared / job.next_seconds)
-        tenant.service += own_seconds / tenant.weight
+        own_seconds /= tenant.weight
+        tenant.service += own_seconds
+        tenant.entitled = self._entitlement.charged(tenant.entitled, own_seconds)
         self._stale[tenant] = None
         if tenant.service >= (tenant.slices + 1) * self._slice:
             self._count(tenant)
@@ -175,36 +189,67 @@ class ByTenant(Policy):
         return self._tenants[self._name(job.tenant)].policy.deadline(job)
 
     def iter_best(self, now: float) -> Iterator[Job]:
+        seconds = now if self._entitled is None else self._entitled
+        self._entitlement.advance(seconds, self._weight, now)
+        self._return()
         self._lift()
         self.close_order()
-        if self._only is not None:
-            self._opened.append(self._only)
-            return self._only.policy.iter_best(now)
-        return self._merged(now)
+        self._beyond = self._sheltered = False
+        return self._merged(now) if self._only is None else self._open(self._only, now)
+
+    def _open(self, tenant: _Tenant, now: float) -> Iterator[Job]:
+        policy = tenant.policy
+        policy.share = self.share * tenant.weight / self._weight
+        if isinstance(policy, ByTenant):
+            policy._entitled = tenant.weight * self._entitlement.line
+        self._opened.append(tenant)
+        return policy.iter_best(now)
 
     def _merged(self, now: float) -> Iterator[Job]:
         places = self._places
-        started: list[tuple[float, int, _Tenant, Iterator[Job], Job]] = []  # by the service to be reckoned with
+        # By whether the row is beyond the share, and the service to be reckoned with.
+        started: list[tuple[bool, float, int, bool, float, _Tenant, Iterator[Job], Job]] = []
         unopened = iter(self._order.values())
         upcoming = next(unopened, None)
         while started or upcoming is not None:
             if upcoming is not None and (
-                not started or (upcoming.slices * self._slice, upcoming.number) < (started[0][0], started[0][1])
+                not started or (upcoming.beyond, upcoming.slices * self._slice, upcoming.number) < started[0][:3]
             ):
                 tenant, service = upcoming, upcoming.slices * self._slice
+                left = self._entitlement.left(tenant.entitled)
+                tenant.light = len(tenant.policy) * self._slice <= left * tenant.weight
+                self._sheltered |= tenant.light
                 tenant.policy.make_way()
-                jobs = tenant.policy.iter_best(now)
-                self._opened.append(tenant)
+                jobs = self._open(tenant, now)
                 upcoming = next(unopened, None)
             else:
-                service, _, tenant, jobs, job = heapq.heappop(started)
+                beyond, service, _, within, left, tenant, jobs, job = heapq.heappop(started)
                 places[job] = len(places)
+                # All tenants that are within their shares have been opened by then.
+                self._sheltered |= within
+                self._beyond = beyond and self._sheltered
                 yield job
                 prefill = job.next_seconds if job.served < len(job.prompt) else 0.0
-                service += max(self._slice, prefill) / tenant.weight
+                counts = max(self._slice, prefill) / tenant.weight
+                service += counts
+                left -= counts
             following = next(jobs, None)
             if following is not None:
-                heapq.heappush(started, (service, tenant.number, tenant, jobs, following))
+                within = tenant.policy.beyond  # among those that share as one with it
+                beyond = within or (left < 0 and not tenant.light)
+                heapq.heappush(started, (beyond, service, tenant.number, within, left, tenant, jobs, following))
+
+    @property
+    def several(self) -> bool:
+        return len(self._tenants) > 1 if self._only is None else self._only.policy.several
+
+    @property
+    def beyond(self) -> bool:
+        return self._beyond if self._only is None else self._only.policy.beyond
+
+    def is_light(self, job: Job) -> bool:
+        tenant = self._tenants[self._name(job.tenant)]
+        return (self._only is not None or tenant.light) and tenant.policy.is_light(job)
 
     def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:
         if self._only is not None:
@@ -219,7 +264,7 @@ class ByTenant(Policy):
         place = self._places.get(job)
         if place is not None:
             return 0, place
-        return 1, tenant.slices, tenant.number, *tenant.policy.rank(job)
+        return 1, tenant.beyond, tenant.slices, tenant.number, *tenant.policy.rank(job)
 
     def work_ahead(self, job: Job, now: float) -> float:
         """What is ahead of a job within its tenant, and what others are served meanwhile: by weight, at most all."""
@@ -227,8 +272,7 @@ class ByTenant(Policy):
         own = tenant.policy.work_ahead(job, now)
         if self._only is not None:
             return own
-        first: _Tenant = self._order.peekitem(0)[1]
-        ahead = own / tenant.weight + (tenant.slices - first.slices) * self._slice
+        ahead = own / tenant.weight + (tenant.slices - self._least().slices) * self._slice
         others = max(0.0, self.backlog(now) - tenant.backlog)
         return own + min(others, ahead * max(0.0, self._weight - tenant.weight))
 
@@ -264,23 +308,27 @@ class ByTenant(Policy):
         if self._only is not None and not len(self._only.policy):
             self._leave(self._only)
         self._number += 1
-        tenant = _Tenant(name, self._weights.get(name, 1.0), self._number, policy, self._left.pop(name, 0.0))
-        tenant.slices = math.floor(tenant.service / self._slice)
-        self._tenants[name] = self._order[tenant.slices, tenant.number] = tenant
+        service, entitled = self._left.pop(name, (0.0, 0.0))
+        tenant = _Tenant(name, self._weights.get(name, 1.0), self._number, policy, service, entitled=entitled)
+        self._tenants[name] = tenant
+        self._place(tenant)
         self._weight += tenant.weight
+        self._entitlement.wakes(name)
         self._waking.append(tenant)
         self._only = tenant if len(self._tenants) == 1 else None
         return tenant
 
     def _leave(self, tenant: _Tenant) -> None:
         """A tenant has none any more."""
-        del self._tenants[tenant.name], self._order[tenant.slices, tenant.number]
+        del self._tenants[tenant.name]
+        self._displace(tenant)
         self._weight -= tenant.weight
+        self._entitlement.rests(tenant.name, tenant.weight)
         self._backlog -= tenant.backlog
         self._stale.pop(tenant, None)
         if tenant in self._waking:
             self._waking.remove(tenant)
-        self._left[tenant.name] = tenant.service
+        self._left[tenant.name] = tenant.service, tenant.entitled
         if len(self._left) > _MOST_IDLE:
             self._left.popitem(last=False)
         # Counters within a key go with its last job: nobody in it had anything left to do.
@@ -297,18 +345,44 @@ class ByTenant(Policy):
             return
         waking, self._waking = self._waking, []
         for tenant in waking:
-            del self._order[tenant.slices, tenant.number]
+            self._displace(tenant)
         # Of those whose slices are as few, the first in the order may have a little more.
-        least = self._order.peekitem(0)[1].service if self._order else max(tenant.service for tenant in waking)
+        least = self._least().service if self._order else max(tenant.service for tenant in waking)
         for tenant in waking:
             tenant.service = max(tenant.service, least)
-            tenant.slices = math.floor(tenant.service / self._slice)
-            self._order[tenant.slices, tenant.number] = tenant
+            self._place(tenant)
+
+    def _return(self) -> None:
+        """Those that were beyond their shares for long enough are not."""
+        returning, line = self._returning, self._entitlement.line
+        while returning and returning[0][0] <= line:
+            _, _, tenant = heapq.heappop(returning)
+            if self._tenants.get(tenant.name) is tenant:
+                self._displace(tenant)
+                tenant.beyond = False
+                self._place(tenant)
+
+    def _least(self) -> _Tenant:
+        """Who has been served least."""
+        first: _Tenant = self._order.peekitem(0)[1]
+        place = self._order.bisect_left((True,))
+        if 0 < place < len(self._order):
+            first = min(first, self._order.peekitem(place)[1], key=lambda tenant: tenant.slices)
+        return first
+
+    def _displace(self, tenant: _Tenant) -> None:
+        del self._order[tenant.beyond, tenant.slices, tenant.number]
+
+    def _place(self, tenant: _Tenant) -> None:
+        tenant.slices = math.floor(tenant.service / self._slice)
+        if not tenant.beyond and self._entitlement.left(tenant.entitled) < 0:
+            tenant.beyond = True
+            heapq.heappush(self._returning, (self._entitlement.back(tenant.entitled), tenant.number, tenant))
+        self._order[tenant.beyond, tenant.slices, tenant.number] = tenant
 
     def _count(self, tenant: _Tenant) -> None:
-        del self._order[tenant.slices, tenant.number]
-        tenant.slices = math.floor(tenant.service / self._slice)
-        self._order[tenant.slices, tenant.number] = tenant
+        self._displace(tenant)
+        self._place(tenant)
 
     def _hold(self, tenant: _Tenant, tier: int, more: int) -> None:
         tenant.held[tier] += more
