@@ -79,7 +79,7 @@ class Monitor:
             iterations=self._iterations,
             prefill_tokens=self._prefill_tokens,
             decode_tokens=self._decode_tokens,
-            preemptions=scheduler.preemptions,
+            preemptions=scheduler.batches.preemptions,
             recomputed_tokens=scheduler.recomputed_tokens,
             offloaded_bytes=residency.copied[OFFLOAD] * self._block_bytes,
             uploaded_bytes=residency.copied[UPLOAD] * self._block_bytes,

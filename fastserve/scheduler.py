@@ -1,24 +1,23 @@
 """Who runs next: turns the policy's order into plans, and results into tokens.
 
-    add ──▶ policy ──iter_best──▶ schedule ──BatchPlan──▶ executor ──StepResult──▶ complete ──▶ updates
-                                     │ ▲
-                          grow, move ▼ │ release, acknowledge
-                                   Residency
+    add ──▶ policy ──iter_best──▶ batches ──▶ schedule ──BatchPlan──▶ executor ──StepResult──▶ complete ──▶ updates
+                                     │           │                                               │
+                                     ▼ move      ▼ open, extend             release, acknowledge ▼
+                                     ─────────────────────── Residency ───────────────────────────
 
 Rows (`max_num_seqs`), tokens (`max_num_batched_tokens`) and blocks are three separate limits of an iteration. A job
-left out of an iteration keeps its blocks and its slot until a job of higher priority needs them; residency.py says what
-happens then. A batch stays as it is until something happens: a job arrives, ends, changes its place in the policy's
-order, finishes a prefill, or KV has moved. Only then is it chosen anew.
+left out of an iteration keeps its blocks and its slot until a job of higher priority needs them; swapping.py says what
+happens then.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Final
 
 import numpy as np
 
+from .batches import Batches
 from .charges import Charges
 from .chunking import Chunks
 from .config import SchedulerConfig
@@ -28,7 +27,6 @@ from .planning import Iteration, PlanBuilder, Row
 from .policies import create_policy
 from .programs import Programs
 from .residency import Residency
-from .selection import Selection, select
 from .types import (
     BatchPlan,
     FinishReason,
@@ -39,9 +37,6 @@ from .types import (
     StepResult,
     TokenLogprobs,
 )
-
-# Times that a batch is chosen anew because room was made at once.
-_PASSES: Final = 3
 
 _NO_ROWS: Int32Array = np.zeros((0, 4), np.int32)
 
@@ -64,16 +59,9 @@ class Scheduler:
         self.jobs: dict[str, Job] = {}
         self.in_flight: deque[Iteration] = deque()
         self.record_levels = False  # whether iterations shall tell their jobs' levels
-        self.preemptions = 0  # of all jobs there were, as are
-        self.recomputed_tokens = 0
-        # One batch for each plan that may hold other jobs than the one before: with a pipeline, one a stage.
-        stages = config.pipeline_parallel_size
-        self.batches = [DecodeRows(config.max_num_seqs, cost) for _ in range(stages)]
-        self._version = 0  # counts what may change a batch
-        self._deadline: float | None = None  # when time alone may change one
-        self._mark = 0  # of the decision being made: chosen jobs carry it
-        self._barred: dict[Job, None] = {}  # jobs that must stay out of the batch being chosen
-        self._fetched: dict[Job, None] = {}  # jobs that were taken out of another batch for it
+        self.recomputed_tokens = 0  # of all jobs there were
+        self.batches = Batches(config, self.policy, cost, self.residency, self._charges, self.jobs)
+        self._swapping = self.batches.swapping
         self._last_completed = -math.inf
         self._next_plan = 1
 
@@ -103,9 +91,9 @@ class Scheduler:
         self.programs.arrived(job, now)
         if self.policy.settles():
             for batch in self.batches:
-                self._version += self._charges.tell_decodes(batch, now, everyone=True)
+                self.batches.changed(self._charges.tell_decodes(batch, now, everyone=True))
         self.jobs[job.job_id] = job
-        self._version += 1
+        self.batches.changed()
 
     def abort(self, job_id: str, now: float, reason: FinishReason = FinishReason.ABORT) -> bool:
         """End a job at once; False when there is no such job. A plan in flight runs on and its result is dropped."""
@@ -131,39 +119,13 @@ class Scheduler:
         for job in self.residency.prefixes.take_found():
             self._charges.arrived(job)
             self.policy.refresh(job, now)
-            self._version += 1
-        batch = self.batches[self._next_plan % len(self.batches)]
-        residency = self.residency
-        self._version += self._charges.tell_all(now) + self._charges.tell_decodes(batch, now)
-        growing = batch.growing()
-        if (
-            batch.version != self._version
-            or (self._deadline is not None and now >= self._deadline)
-            or len(growing) > self.blocks.free_blocks
-            or residency.short
-        ):
-            growing = self._choose(batch, growing, now)
-        idle = residency.waits or not (batch.jobs or batch.prefills)
-        if idle and not self.in_flight and self.jobs and not residency.moving:
-            growing = self._unstick(batch, growing, now)
-            idle = residency.waits or not (batch.jobs or batch.prefills)
-        if idle and (self.in_flight or not (residency.untold or residency.moving)):
+            self.batches.changed()
+        batch = self.batches.turn(self._next_plan)
+        growing = self.batches.fill(batch, now, alone=not self.in_flight)
+        idle = self.batches.idle(batch)
+        if idle and (self.in_flight or not (self.residency.untold or self.residency.moving)):
             return None
         return self._plan(batch, growing, idle, now)
-
-    def _unstick(self, batch: DecodeRows, growing: list[int], now: float) -> list[int]:
-        """Nothing runs and nothing moves, though jobs live: choose anew, now that no plan holds anybody's blocks.
-
-        If that is not enough, others give up their KV for the best job that wants room, and it fits alone.
-        """
-        growing = self._choose(batch, growing, now)
-        if not (batch.jobs or batch.prefills or self.residency.moving):
-            for other in self.batches:
-                for job in list(other.jobs):
-                    self._preempt(job, now)
-            self.residency.force(now)
-            growing = self._choose(batch, [], now)
-        return growing
 
     def _plan(self, batch: DecodeRows, growing: list[int], idle: bool, now: float) -> BatchPlan:
         """One iteration of the batch, or, if `idle`, one without rows."""
@@ -183,22 +145,24 @@ class Scheduler:
             rows = batch.advance()
             exhausted = batch.exhausted()
             for job in exhausted:
-                self._leave(job)
+                self.batches.leave(job)
             budget = self.config.max_num_batched_tokens - len(decodes)
             chunks = Chunks(self.cost, self.config.stall_limit, rows, self.config.max_num_seqs, len(self.jobs))
             for job in batch.prefills:
                 if (tokens := chunks.cut(job.computed, min(job.known - job.computed, budget), job.known)) == 0:
                     break
                 if not self.residency.has_room(job):
-                    self._version += 1  # others have taken its room
+                    self.batches.changed()  # others have taken its room
                     break
                 taken += self._prefill(plan, job, tokens, prefills, now)
                 budget -= tokens
             for job in batch.prefills[len(prefills) :]:  # there is no time for them: they wait, and it counts
-                self._pause(job, now)
+                self.batches.pause(job, now)
             if prefills or (batch.prefills and len(self.batches) > 1):
-                self._version += 1  # they have other rows next time, or another batch takes what they would start with
-        closed, copies = self.residency.tell(plan, taken)
+                # They have other rows next time, or another batch takes what they would start with.
+                self.batches.changed()
+        self._swapping.took(taken)
+        closed, copies = self.residency.tell(plan)
         iteration = Iteration(
             plan_id=self._next_plan,
             scheduled=now,
@@ -216,91 +180,6 @@ class Scheduler:
         self.in_flight.append(iteration)
         self._next_plan += 1
         return plan.build(iteration.plan_id, rows, closed, copies)
-
-    def _choose(self, batch: DecodeRows, growing: list[int], now: float) -> list[int]:
-        """Fill the batch anew, and have KV moved for it; returns the places that need another block."""
-        residency = self.residency
-        growers = {batch.jobs[row] for row in growing}
-        self._barred.clear()
-        self._fetched.clear()
-        for _ in range(_PASSES):
-            chosen = self._select(batch, growers, now)
-            blocks = batch.blocks(self.config.block_size)
-            blocks += sum(self.blocks.held(job.index) for job in chosen.prefills)
-            moves = residency.plan(self._mark, blocks, chosen.last, now)
-            if moves is None:
-                break
-            self._barred.update(dict.fromkeys([*moves.pauses, *moves.drops, *(job for job, _ in moves.offloads)]))
-            for job in self._barred:
-                job.mark = 0
-                self._preempt(job, now)
-            if not residency.move(moves, now):
-                break
-            # Blocks became free at once: whom they were made free for may run.
-        mark = self._mark
-        for job in [job for job in (*batch.jobs, *batch.prefills, *self._fetched) if job.mark != mark]:
-            elsewhere = job.in_flight and len(self.batches) > 1
-            if (job.batch is None or job.batch is batch) and not (elsewhere or job.finished):
-                self._preempt(job, now)
-        self._version += self._charges.tell_all(now)
-        batch.prefills = [job for job in chosen.prefills if job.mark == mark]
-        for job in chosen.joins:
-            if job.mark == mark:
-                batch.add(job, self.blocks.held(job.index) * self.blocks.block_size, self.policy.horizon(job))
-        batch.version = self._version
-        self._deadline = self.policy.next_deadline()
-        return batch.growing()
-
-    def _select(self, batch: DecodeRows, growers: set[Job], now: float) -> Selection:
-        self._mark += 1
-        return select(
-            batch,
-            growers,
-            self._mark,
-            now,
-            limit=self._rows(),
-            config=self.config,
-            policy=self.policy,
-            residency=self.residency,
-            available=self._available,
-        )
-
-    def _rows(self) -> int:
-        """Jobs of one iteration at most. With a pipeline, each stage has its share of them, or some would have none."""
-        return max(1, min(self.config.max_num_seqs, -(-len(self.jobs) // len(self.batches))))
-
-    def _available(self, job: Job) -> bool:
-        """Whether a job that is not in the batch could be: not with its last token being sampled, or in another."""
-        if job in self._barred or (job.in_flight and len(self.batches) > 1):
-            return False
-        if job.batch is not None:
-            self._leave(job)
-            self._fetched[job] = None
-        return self._wants(job)
-
-    def _wants(self, job: Job) -> bool:
-        """Whether there is a token that it has neither got nor is getting."""
-        return len(job.output) + job.pending < job.max_output
-
-    def _preempt(self, job: Job, now: float) -> None:
-        """Take a job out of its batch though it has something to do there, if it has."""
-        self._leave(job)
-        if self._wants(job):
-            self._pause(job, now)
-
-    def _leave(self, job: Job) -> None:
-        """Take a job out of the decodes, if it is there."""
-        if isinstance(job.batch, DecodeRows):
-            seconds = job.batch.remove(job)
-            if seconds > 0.0:
-                self._charges.left(job, seconds)
-                self._version += 1
-
-    def _pause(self, job: Job, now: float) -> None:
-        if job.waiting_since is None:  # else it was chosen for a batch that never ran
-            job.metrics.preemptions += 1
-            self.preemptions += 1
-            job.waiting_since = now
 
     def _runs(self, job: Job, now: float) -> None:
         assert job.waiting_since is not None
@@ -349,15 +228,15 @@ class Scheduler:
             raise RuntimeError(f"result of plan {result.plan_id} with {len(result.tokens)} tokens matches no plan")
         self.in_flight.popleft()
         if len(self.batches) > 1:
-            self._version += 1  # its jobs may now join another batch
+            self.batches.changed()  # its jobs may now join another batch
         for copy, taken in zip(result.copies.tolist(), result.copy_seconds.tolist(), strict=True):
             self.residency.acknowledge(copy, taken, now)
-            self._version += 1
+            self.batches.changed()
         # Plans overlap when several are in flight; no second is counted twice.
         seconds = now - max(iteration.scheduled, self._last_completed)
         self._last_completed = now
         if samples:
-            self.residency.iteration_seconds = seconds
+            self._swapping.iteration_seconds = seconds
         updates: list[JobUpdate] = []
         stops, plain = iteration.stop_tokens, not (result.errors or iteration.logprobs)
         sample = 0
@@ -415,7 +294,7 @@ class Scheduler:
 
     def _end(self, job: Job, reason: FinishReason, now: float) -> None:
         """Finish a live job; its blocks and slot go back when no plan in flight works on it."""
-        self._leave(job)
+        self.batches.leave(job)
         self._charges.tell(job, now)
         job.finish_reason = reason
         job.metrics.finish = now
@@ -424,7 +303,7 @@ class Scheduler:
         self.policy.remove(job)
         self.programs.ended(job, now)
         del self.jobs[job.job_id]
-        self._version += 1
+        self.batches.changed()
         if not job.in_flight:
             self._release(job, now)
 
@@ -432,7 +311,7 @@ class Scheduler:
         """Its KV is cache from here on: for its program's next call, if that is likely to come soon."""
         self.residency.release(job, now, self.programs.keep_until(job, now))
         self.residency.prefixes.ended(job)
-        self._version += 1  # others may find room
+        self.batches.changed()  # others may find room
 
 
 def _logprobs(result: StepResult, sample: int, alternatives: int) -> TokenLogprobs:

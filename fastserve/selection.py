@@ -10,7 +10,7 @@ from typing import Final
 from .config import SchedulerConfig
 from .decode_rows import DecodeRows
 from .policies import Policy
-from .residency import Residency
+from .room import Room
 from .types import DEVICE, Job
 
 # How many batches of jobs are looked at for rows that nobody may start in.
@@ -35,7 +35,7 @@ def select(
     limit: int,
     config: SchedulerConfig,
     policy: Policy,
-    residency: Residency,
+    room: Room,
     available: Callable[[Job], bool],
 ) -> Selection:
     """Choose up to `limit` jobs, best first.
@@ -47,7 +47,7 @@ def select(
     or that finds no room there, is passed over, and room is made for it. While a job waits for room to start, nobody
     behind it starts, so small jobs do not keep a large one out; only jobs whose KV is there follow.
     """
-    residency.begin(len(batch.jobs), now)
+    room.begin(len(batch.jobs), now)
     budget = config.max_num_batched_tokens
     chosen = Selection()
     prefills = chosen.prefills
@@ -59,14 +59,14 @@ def select(
             if job.mark == mark:
                 continue
             if job.batch is batch:
-                if growers and job in growers and not residency.grows(job, rows):
+                if growers and job in growers and not room.grows(job, rows):
                     continue
             elif not available(job):
                 continue
             elif not job.primed:
                 if wanted >= budget - rows + len(prefills):
-                    residency.closed = True
-                elif residency.admits(job, rows):
+                    room.closed = True
+                elif room.admits(job, rows):
                     job.mark = mark
                     prefills.append(job)
                     before.append(wanted)
@@ -75,10 +75,10 @@ def select(
                     if rows == limit:
                         chosen.last = job
                         return chosen
-                if residency.closed and not nobody_starts:
+                if room.closed and not nobody_starts:
                     break
                 continue
-            elif residency.admits(job, rows):
+            elif room.admits(job, rows):
                 chosen.joins.append(job)
             else:
                 continue

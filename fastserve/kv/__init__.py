@@ -2,9 +2,10 @@
 
 from .audit import check_blocks
 from .block import Block
-from .blocks import BlockManager, CopyRow, Done
+from .blocks import BlockManager, Done
 from .counters import CacheCounters
 from .swap import BurstReserve, Holder, LinkEstimate, Moves, Want, plan_moves
+from .transfers import CopyRow
 
 __all__ = [
     "Block",

@@ -10,7 +10,7 @@ from .blocks import BlockManager
 def check_blocks(manager: BlockManager) -> None:
     """Raise RuntimeError unless every block of both tiers is in exactly one place, every reference to one is counted,
     and the counters are true."""
-    tables, transfers = manager._tables, manager._transfers
+    tables, transfers = manager._tables, manager._transfers.under_way
     owned = {block for table in tables.values() for block in table.blocks}
     moving = {block for transfer in transfers.values() for block in transfer.blocks}
     every = owned | moving | set(manager.cache._index.values())

@@ -18,23 +18,15 @@ and is taken when no other is left; what is worth least goes first (cache.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..types import OFFLOAD, UPLOAD
 from .block import NOWHERE, Block, Table
 from .cache import PrefixCache
 from .places import Places
-
-CopyRow = tuple[int, int, int, int]  # copy, direction, source block, destination block
-
-
-@dataclass(slots=True)
-class _Transfer:
-    owner: int | None  # None: of blocks that nobody had
-    direction: int
-    blocks: list[Block]
+from .tables import Tables, leavable
+from .transfers import CopyRow, Transfers
 
 
 class Done(NamedTuple):
@@ -46,24 +38,20 @@ class Done(NamedTuple):
     returned: list[int]  # owners all of whose blocks are on the device now
 
 
-class BlockManager:
+class BlockManager(Tables):
     """`num_blocks` blocks of `block_size` token slots on the device, `num_host_blocks` on the host.
 
     An owner is any integer; the scheduler uses Job.index.
     """
 
     def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+        super().__init__()
         self.num_blocks = num_blocks
         self.num_host_blocks = num_host_blocks
         self.block_size = block_size
-        self.leaving = 0  # device blocks that acknowledgements of offloads will free
         self.cache = PrefixCache()
-        self.gone = 0  # owners without a block on the device, though they have some
-        self.partial: dict[int, None] = {}  # those with some on the device, and others not
         self._places = Places(num_blocks, num_host_blocks, self.cache)
-        self._tables: dict[int, Table] = {}
-        self._transfers: dict[int, _Transfer] = {}
-        self._next_copy = 1
+        self._transfers = Transfers()
 
     @property
     def free_blocks(self) -> int:
@@ -93,73 +81,18 @@ class BlockManager:
     @property
     def transfers(self) -> int:
         """Copies that are not acknowledged."""
-        return len(self._transfers)
+        return len(self._transfers.under_way)
 
-    def owners(self) -> set[int]:
-        """Those that have blocks."""
-        return set(self._tables)
+    @property
+    def leaving(self) -> int:
+        """Blocks on the device that acknowledgements of offloads will free."""
+        return self._transfers.leaving
 
     def blocks_for(self, tokens: int) -> int:
         """How many blocks hold the KV of `tokens` tokens."""
         return -(-tokens // self.block_size)
 
-    def held(self, owner: int) -> int:
-        """How many blocks the owner has, wherever they are."""
-        table = self._tables.get(owner)
-        return len(table.blocks) if table else 0
-
-    def missing(self, owner: int) -> int:
-        """How many of the owner's blocks are not on the device, or on their way to or from it; 0: it can run."""
-        table = self._tables.get(owner)
-        return table.missing if table else 0
-
-    def moving(self, owner: int) -> int:
-        """How many of the owner's blocks are in transfer."""
-        table = self._tables.get(owner)
-        return table.moving if table else 0
-
-    def away(self, owner: int) -> int:
-        """How many of the owner's blocks are on the host only, and not in transfer."""
-        table = self._tables.get(owner)
-        return table.missing - table.moving if table else 0
-
-    def unsaved(self, owner: int) -> int:
-        """How many of the owner's blocks are on the device only: what an offload has to copy."""
-        table = self._tables.get(owner)
-        return sum([block.host == NOWHERE for block in table.blocks]) if table else 0
-
-    def leavable(self, owner: int) -> tuple[int, int]:
-        """How many blocks would leave the device with the owner, and how many of them need a copy."""
-        table = self._tables.get(owner)
-        blocks = _leavable(table) if table else []
-        return len(blocks), sum([block.host == NOWHERE for block in blocks])
-
-    def table(self, owner: int) -> list[tuple[int, int]]:
-        """The owner's whole table, which is on the device, as (index, block)."""
-        table = self._tables.get(owner)
-        return [(index, block.device) for index, block in enumerate(table.blocks)] if table else []
-
-    def path(self, owner: int) -> list[Block]:
-        """Those of the owner's blocks that are in the index."""
-        table = self._tables.get(owner)
-        return table.blocks[: table.shared] if table else []
-
-    def common(self, owner: int) -> int:
-        """How many of the owner's blocks, from the first on, others have, too."""
-        table = self._tables.get(owner)
-        if table is None:
-            return 0
-        return next((i for i, block in enumerate(table.blocks) if len(block.tables) == 1), len(table.blocks))
-
     # --- the device's blocks -----------------------------------------------------------------------------------------
-
-    def capacity(self, owner: int) -> int:
-        """Tokens the owner could have KV for if it were given every free block."""
-        return (self.held(owner) + self.free_blocks) * self.block_size
-
-    def can_grow(self, owner: int, tokens: int) -> bool:
-        """Whether the owner's table can be made to hold `tokens` tokens in all."""
-        return tokens <= self.capacity(owner)
 
     def grow(self, owner: int, tokens: int) -> list[tuple[int, int]]:
         """Make the owner's table hold `tokens` tokens in all; returns what was added, as (index in table, block)."""
@@ -167,11 +100,11 @@ class BlockManager:
         first = len(table.blocks) if table else 0
         count = self.blocks_for(tokens) - first
         if count > self.free_blocks:
-            raise ValueError(f"owner {owner} needs room for {tokens} tokens and can have {self.capacity(owner)}")
+            raise ValueError(f"owner {owner} needs {count} blocks for {tokens} tokens, and {self.free_blocks} are free")
         if count <= 0:
             return []
         if table is None:
-            table = self._tables[owner] = Table(owner)
+            self._added(table := Table(owner))
         places = self._places.take(count)
         table.blocks += [Block(place, table.alone) for place in places]
         self._classify(table)
@@ -181,13 +114,13 @@ class BlockManager:
         """An owner without blocks begins with some of the index, wherever they are: a path from its beginning."""
         if owner in self._tables or not path:
             raise ValueError(f"owner {owner} cannot begin with {len(path)} blocks")
-        table = self._tables[owner] = Table(owner, list(path), shared=len(path))
+        self._added(table := Table(owner, list(path), shared=len(path)))
         for block in path:
             if not block.tables and block.transfer is None:
                 self.cache.wakes(block)
             block.tables = (*block.tables, table)
             if block.transfer == OFFLOAD:
-                self._stay(block)
+                self._transfers.keep(block)
             table.moving += block.transfer is not None
             table.missing += not block.here
         for block in path if table.missing else ():
@@ -218,12 +151,10 @@ class BlockManager:
 
     def release(self, owner: int) -> int:
         """Take back every block of the owner, those in transfer when that ends; returns how many there were."""
-        table = self._tables.pop(owner, None)
+        table = self._removed(owner)
         if table is None:
             return 0
         whole = not table.missing
-        self.gone -= table.gone
-        self.partial.pop(owner, None)
         for block in reversed(table.blocks):
             block.tables = () if len(block.tables) == 1 else tuple([each for each in block.tables if each is not table])
             if not block.tables:
@@ -266,11 +197,6 @@ class BlockManager:
         self._places.check_spare(found)
         return True
 
-    def shared(self, owner: int) -> int:
-        """How many of the owner's blocks are in the index."""
-        table = self._tables.get(owner)
-        return table.shared if table else 0
-
     def bequeath(self, owner: int, keys: Sequence[tuple[bytes, bytes, float]], keep: float = 0.0) -> list[bytes]:
         """The owner is about to leave: put what it has into the index, all its blocks from the first unshared one on.
 
@@ -299,7 +225,7 @@ class BlockManager:
         table = self._tables.get(owner)
         if table is None or table.moving:
             return False
-        blocks = _leavable(table)
+        blocks = leavable(table)
         if not blocks or any(block.host != NOWHERE for block in blocks):
             return bool(blocks)
         own = sum([block in self._places.spare for block in table.blocks])  # which it keeps, once some are away
@@ -316,18 +242,24 @@ class BlockManager:
         if not table.missing:
             for block in table.blocks:
                 self._places.spare.pop(block, None)
-        here = _leavable(table)
+        here = leavable(table)
         saved = [block for block in here if block.host != NOWHERE][:blocks]
         for block in saved:
             self._places.leave_device(block)
-            self._changed(block, missing=1)
+            self._changed(block.tables, missing=1)
         freed = len(saved)
         copied = min(blocks - freed, self.free_host_blocks)
         leaving = [block for block in here if block.host == NOWHERE][:copied]
         for block, place in zip(leaving, self._places.take_host(len(leaving)), strict=True):
             block.host = place
-            self._changed(block, missing=1, moving=1)
+            self._changed(block.tables, missing=1, moving=1)
         return self._begin_offload(owner, leaving), freed
+
+    def _begin_offload(self, owner: int | None, blocks: Sequence[Block]) -> list[CopyRow]:
+        copies = self._transfers.begin(owner, OFFLOAD, blocks)
+        for block in blocks:
+            self.cache.moved(block)
+        return copies
 
     def save(self, blocks: int) -> list[CopyRow]:
         """Copy up to `blocks` blocks of the cache to the host, in place of what is worth less there.
@@ -357,7 +289,7 @@ class BlockManager:
             if block.transfer == OFFLOAD and not block.stays
         ]
         for block in leaving:
-            self._stay(block)
+            self._transfers.keep(block)
         return bool(leaving)
 
     def can_upload(self, owner: int) -> bool:
@@ -373,28 +305,22 @@ class BlockManager:
         coming = [table.blocks[index] for index in indices]
         for block, place in zip(coming, self._places.take(len(coming)), strict=True):
             block.device = place
-            block.transfer = UPLOAD
-            self._changed(block, moving=1)
-        copy = self._begin(_Transfer(owner, UPLOAD, coming))
-        rows = [(copy, UPLOAD, block.host, block.device) for block in coming]
+            self._changed(block.tables, moving=1)
+        rows = self._transfers.begin(owner, UPLOAD, coming)
         return rows, [(index, table.blocks[index].device) for index in indices]
 
     def acknowledge(self, copy: int) -> Done:
         """A copy is done on all ranks. Raises ValueError for one unknown."""
-        transfer = self._transfers.pop(copy, None)
-        if transfer is None:
-            raise ValueError(f"copy {copy} is not under way")
+        transfer = self._transfers.end(copy)
         returned: dict[int, None] = {}
         for block in reversed(transfer.blocks):  # the ends of paths first, as they are used
             stays = block.transfer == UPLOAD or block.stays
             wanted = bool(block.tables or block.key is not None)
-            if transfer.direction == OFFLOAD and not block.stays:
-                self.leaving -= 1
             block.transfer, block.stays = None, False
             if not stays and wanted:
                 self._places.leave_device(block)
             self.cache.moved(block)
-            self._changed(block, missing=-1 if stays else 0, moving=-1)
+            self._changed(block.tables, missing=-1 if stays else 0, moving=-1)
             if not block.tables:
                 self._places.rest(block)
             elif stays:
@@ -412,54 +338,3 @@ class BlockManager:
         for block in table.blocks[position // self.block_size :]:
             if block.host != NOWHERE:
                 self._places.drop_copy(block)
-
-    # --- inside ------------------------------------------------------------------------------------------------------
-
-    def _stay(self, block: Block) -> None:
-        """A block that is being offloaded is wanted again."""
-        if not block.stays:
-            block.stays = True
-            self.leaving -= 1
-
-    def _begin_offload(self, owner: int | None, blocks: Iterable[Block]) -> list[CopyRow]:
-        leaving = list(blocks)
-        if not leaving:
-            return []
-        for block in leaving:
-            block.transfer = OFFLOAD
-            self.cache.moved(block)
-            self.leaving += not block.stays
-        copy = self._begin(_Transfer(owner, OFFLOAD, leaving))
-        return [(copy, OFFLOAD, block.device, block.host) for block in leaving]
-
-    def _begin(self, transfer: _Transfer) -> int:
-        copy = self._next_copy
-        self._next_copy += 1
-        self._transfers[copy] = transfer
-        return copy
-
-    def _changed(self, block: Block, missing: int = 0, moving: int = 0) -> None:
-        """So many more of its owners' blocks are missing, or moving."""
-        for table in block.tables:
-            table.missing += missing
-            table.moving += moving
-            self._classify(table)
-
-    def _classify(self, table: Table) -> None:
-        """Whether the owner has all, some or none of its blocks on the device."""
-        gone = table.missing - table.moving == len(table.blocks)
-        self.gone += gone - table.gone
-        table.gone = gone
-        if 0 < table.missing < len(table.blocks):
-            self.partial[table.owner] = None
-        else:
-            self.partial.pop(table.owner, None)
-
-
-def _leavable(table: Table) -> list[Block]:
-    """Blocks on the device that nobody else needs there: others that have them lack some of theirs."""
-    return [
-        block
-        for block in table.blocks
-        if block.here and (len(block.tables) == 1 or all(each is table or each.missing for each in block.tables))
-    ]

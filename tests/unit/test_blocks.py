@@ -41,14 +41,13 @@ def test_a_table_grows_by_whole_blocks() -> None:
     assert [index for index, _ in blocks.grow(1, 9)] == [0, 1]
     assert blocks.grow(1, 16) == []
     assert [index for index, _ in blocks.grow(1, 17)] == [2]
-    assert (blocks.held(1), blocks.free_blocks, blocks.capacity(1), blocks.capacity(2)) == (3, 1, 32, 8)
+    assert (blocks.held(1), blocks.free_blocks) == (3, 1)
 
 
-def test_growing_asks_first_and_takes_nothing_when_it_cannot() -> None:
+def test_growing_takes_nothing_when_it_cannot() -> None:
     blocks = BlockManager(num_blocks=3, block_size=4)
     blocks.grow(1, 8)
-    assert blocks.can_grow(2, 4) and not blocks.can_grow(2, 5)
-    with pytest.raises(ValueError, match="owner 2 needs room for 5 tokens and can have 4"):
+    with pytest.raises(ValueError, match="owner 2 needs 2 blocks for 5 tokens, and 1 are free"):
         blocks.grow(2, 5)
     assert blocks.free_blocks == 1 and blocks.owners() == {1}
     check_blocks(blocks)
@@ -79,12 +78,12 @@ def test_a_block_leaves_and_comes_back() -> None:
     """RESIDENT → OFFLOADING → AWAY → UPLOADING → RESIDENT."""
     blocks = BlockManager(num_blocks=3, block_size=4, num_host_blocks=5)
     before = blocks.grow(1, 8)
-    assert (blocks.unsaved(1), free(blocks)) == (2, (1, 5, 0))
+    assert (blocks.leavable(1), free(blocks)) == ((2, 2), (1, 5, 0))
 
     copies, freed = blocks.offload(1, 2)
     assert [(direction, source) for _, direction, source, _ in copies] == [(OFFLOAD, block) for _, block in before]
     assert len({copy for copy, *_ in copies}) == 1 and freed == 0
-    assert (counts(blocks, 1), blocks.unsaved(1), free(blocks)) == ((2, 2, 2, 0), 0, (1, 3, 2))
+    assert (counts(blocks, 1), blocks.leavable(1), free(blocks)) == ((2, 2, 2, 0), (0, 0), (1, 3, 2))
     assert not blocks.can_offload(1) and not blocks.can_upload(1)
 
     assert blocks.acknowledge(copies[0][0])[:3] == (1, OFFLOAD, 2)
@@ -97,7 +96,7 @@ def test_a_block_leaves_and_comes_back() -> None:
 
     assert blocks.acknowledge(back[0][0]) == (1, UPLOAD, 2, [1])
     # The host copies are good still; their places may be used for others all the same.
-    assert (counts(blocks, 1), blocks.unsaved(1), free(blocks)) == ((2, 0, 0, 0), 0, (1, 5, 0))
+    assert (counts(blocks, 1), blocks.leavable(1), free(blocks)) == ((2, 0, 0, 0), (2, 0), (1, 5, 0))
 
 
 def test_what_came_back_leaves_again_without_a_copy() -> None:
@@ -114,7 +113,7 @@ def test_a_block_that_was_written_to_is_copied_again() -> None:
     blocks.acknowledge(blocks.upload(1)[0][0][0])
     blocks.wrote(1, 10)  # in the third block, which was not full
     blocks.grow(1, 13)
-    assert (blocks.unsaved(1), blocks.free_host_blocks) == (2, 3)
+    assert (blocks.leavable(1), blocks.free_host_blocks) == ((4, 2), 3)
     copies, freed = blocks.offload(1, 4)
     # Two whose copies are good; of the other two, one finds a place.
     assert (freed, len(copies)) == (2, 1)
@@ -126,7 +125,7 @@ def test_a_part_of_a_job_leaves() -> None:
     blocks.grow(1, 16)
     copies, _ = blocks.offload(1, 1)
     blocks.acknowledge(copies[0][0])
-    assert (counts(blocks, 1), blocks.unsaved(1), blocks.can_offload(1)) == ((4, 1, 0, 1), 3, True)
+    assert (counts(blocks, 1), blocks.leavable(1), blocks.can_offload(1)) == ((4, 1, 0, 1), (3, 3), True)
     copies, _ = blocks.offload(1, 2)
     assert (len(copies), counts(blocks, 1)) == (2, (4, 3, 2, 1))
     back, table = blocks.upload(1)  # what is away already may come back meanwhile
@@ -153,11 +152,11 @@ def test_spare_copies_make_room_for_others_the_oldest_first() -> None:
         away(blocks, owner, 8)
     for owner in (2, 1):
         blocks.acknowledge(blocks.upload(owner)[0][0][0])
-    assert (blocks.free_host_blocks, blocks.unsaved(1), blocks.unsaved(2)) == (4, 0, 0)
+    assert (blocks.free_host_blocks, blocks.leavable(1)[1], blocks.leavable(2)[1]) == (4, 0, 0)
     blocks.grow(3, 4)
     assert blocks.can_offload(3)
     blocks.offload(3, 1)
-    assert (blocks.free_host_blocks, blocks.unsaved(1), blocks.unsaved(2)) == (3, 0, 1)
+    assert (blocks.free_host_blocks, blocks.leavable(1)[1], blocks.leavable(2)[1]) == (3, 0, 1)
 
 
 def test_no_place_on_the_host_is_no_error() -> None:
@@ -334,9 +333,8 @@ class TwoTiers(RuleBasedStateMachine):
     def grow(self, owner: int, tokens: int) -> None:
         table, idle = self.table(owner), self.free_device()
         needed = max(0, -(-tokens // SIZE) - len(table))
-        assert self.blocks.can_grow(owner, tokens) == (needed <= len(idle))
         if needed > len(idle):
-            with pytest.raises(ValueError, match="needs room"):
+            with pytest.raises(ValueError, match=f"needs {needed} blocks"):
                 self.blocks.grow(owner, tokens)
             return
         added = self.blocks.grow(owner, tokens)
@@ -468,8 +466,8 @@ class TwoTiers(RuleBasedStateMachine):
             assert blocks.held(owner) == len(table)
             assert blocks.missing(owner) == len(absent) + len(moving)
             assert (blocks.moving(owner), blocks.away(owner)) == (len(moving), len(absent))
-            assert blocks.unsaved(owner) == sum(block.host is None for block in table)
-            assert blocks.capacity(owner) == SIZE * (len(table) + len(self.free_device()))
+            here = self.here(owner)
+            assert blocks.leavable(owner) == (len(here), sum(block.host is None for block in here))
 
     @invariant()
     def nothing_is_lost(self) -> None:

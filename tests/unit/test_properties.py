@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from toy import bare_job
 
-from fastserve import residency
+from fastserve import swapping
 from fastserve.config import ADMISSIONS, SWAP_MODES, SchedulerConfig
 from fastserve.cost import CostModel, Link
 from fastserve.kv import Holder, Moves, Want, plan_moves
@@ -91,7 +91,7 @@ seen_in_examples = {"preempted": 0, "recomputed": 0, "offloaded": 0, "uploaded":
 
 
 def test_on_every_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residency, "plan_moves", watched_plan_moves)
+    monkeypatch.setattr(swapping, "plan_moves", watched_plan_moves)
     every_trace()
     assert all(seen_in_examples.values()), f"no example did what this is about: {seen_in_examples}"
 
