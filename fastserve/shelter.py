@@ -19,41 +19,50 @@ _LENGTHENING: Final = 1 / 8
 
 
 class Shelter:
-    """Tells how many of the rows beyond have time in one iteration, and how much of it is left for their prefills.
+    """Tells which of the rows beyond have time in one iteration, and how much of it is left for their prefills.
 
     Where rows are nearly free, as where reading the weights takes nearly all of an iteration, all of them have.
     """
 
     def __init__(self, cost: Cost, batch: DecodeRows) -> None:
+        self.prefills: set[Job] = set()  # of those that have time, and ...
+        self.spare = math.inf  # ... the seconds that there are for all of these
+        self.full = False  # whether somebody has none
         self._cost = cost
         self._batch = batch
-        self.seconds = math.inf  # left for prefills beyond shares
 
     def fitting(self, rows: Sequence[Job], jobs: Iterable[Job], most: int) -> list[Job]:
-        """Those of up to `most` jobs beyond their shares, the best first, that run beside `rows`.
+        """Those of up to `most` jobs beyond their shares, the best first, that have time beside `rows`.
 
-        The last of them may be a prefill for a part of which there is time.
+        The last of them may be a prefill for a part of which there is some.
         """
         within = [self._row(job) for job in rows if job.primed]
         if not within:  # no gaps between tokens to keep short, but somebody waits for the first
-            within = [(job.computed, job.known - job.computed) for job in rows]
+            within = [self._row(job) for job in rows]
         beyond = list(islice(jobs, most))
-        starts, tokens = np.array([*within, *map(self._row, beyond)], np.int32).reshape(-1, 2).T
+        starts, tokens = np.array([*within, *map(self._row, beyond)], np.int32).T
         first = len(within)
 
         def seconds(count: int) -> float:
             return self._cost.plan_seconds(starts[: first + count], tokens[: first + count])
 
         limit = (1 + _LENGTHENING) * seconds(0)
-        fits = bisect_right(range(1, len(beyond) + 1), limit, key=seconds)
-        decodes = fits
-        while decodes and not beyond[decodes - 1].primed:
-            decodes -= 1
-        ...
-        return beyond[:fits]
+        fits = len(beyond)
+        if seconds(fits) > limit:
+            fits = bisect_right(range(1, fits), limit, key=seconds)
+            self.full = True
+            if not beyond[fits].primed:
+                tokens[first + fits] = 1
+                fits += seconds(fits + 1) <= limit
+        fitting = beyond[:fits]
+        self.prefills = {job for job in fitting if not job.primed}
+        if self.prefills:
+            decodes = [*range(first), *(first + i for i, job in enumerate(fitting) if job.primed)]
+            self.spare = limit - self._cost.plan_seconds(starts[decodes], tokens[decodes])
+        return fitting
 
     def _row(self, job: Job) -> tuple[int, int]:
-        """Its start and its tokens."""
+        """Where it starts, and its tokens."""
         if job.batch is self._batch:
             return self._batch.position(job.row), 1
         return job.computed, job.known - job.computed

@@ -80,6 +80,7 @@ def create_policy(config: SchedulerConfig, cost: Cost, programs: Programs | None
         lambda: ByPriority(make),
         quantum=cost.decode_seconds(1),
         shared=shared_seconds(cost, config.max_num_seqs),
+        rows=config.max_num_seqs,
         weights=config.tenant_weights,
         name=sharer_of,
     )

@@ -26,6 +26,7 @@ class Entitlement:
         self._now = 0.0
         self._resting: OrderedDict[str, tuple[float, float]] = OrderedDict()  # since when and with which weight, by name
         self._weight = 0.0  # of those
+        self.weight = 0.0  # of all that have shares
 
     @property
     def line(self) -> float:
@@ -42,8 +43,9 @@ class Entitlement:
             self._weight -= resting
         if not self._resting:
             self._weight = 0.0  # exactly
-        if self._seconds is not None and seconds > self._seconds and weight > 0:
-            self._line += (seconds - self._seconds) / (weight + self._weight)
+        self.weight = weight + self._weight
+        if self._seconds is not None and seconds > self._seconds and self.weight > 0:
+            self._line += (seconds - self._seconds) / self.weight
         self._seconds = seconds if self._seconds is None else max(seconds, self._seconds)
 
     def rests(self, name: str, weight: float) -> None:

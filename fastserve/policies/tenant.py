@@ -26,6 +26,11 @@ _BURST: Final = 64
 _MOST_IDLE: Final = 4096
 _MOST_SPARE: Final = 64
 
+# How tenants stand to their shares: all their jobs may have rows within it, some may, or it is spent.
+_LIGHT: Final = 0
+_WITHIN: Final = 1
+_BEYOND: Final = 2
+
 
 @dataclass(slots=True, eq=False)
 class _Tenant:
@@ -36,8 +41,7 @@ class _Tenant:
     service: float = 0.0  # seconds that its jobs were served, by its weight, and what it was lifted by
     slices: int = 0  # whole ones of that, as of late: by these tenants are compared
     entitled: float = 0.0  # counts the same beside what it was entitled to (see Entitlement)
-    beyond: bool = False  # whether it has had more than its share, as of late
-    light: bool = False  # whether all its jobs have rows within its share, when the latest order came to it
+    standing: int = _LIGHT  # as of late
     held: list[int] = field(default_factory=lambda: [0, 0])  # jobs with KV, by Job.tier
     backlog: float = 0.0  # as of late
 
@@ -68,6 +72,7 @@ class ByTenant(Policy):
         *,
         quantum: float,
         shared: float = 0.0,
+        rows: float = 1.0,
         weights: Mapping[str, float],
         name: Callable[[str], str] = str,
     ) -> None:
@@ -80,14 +85,15 @@ class ByTenant(Policy):
         self._quantum = quantum
         self._weights = weights
         self._shared = shared
+        self._rows = rows  # of a batch that they have to share
         self._slice = _SLICE * (quantum - shared)
         self._tenants: dict[str, _Tenant] = {}  # with jobs, but for the only one there is
         self._only: _Tenant | None = None
-        self._order: SortedDict = SortedDict()  # (beyond, slices, number) → tenant
+        self._order: SortedDict = SortedDict()  # (standing, slices, number) → tenant
         self._entitlement = Entitlement(_BURST * self._slice)
         self._entitled: float | None = None  # seconds of the device that they have to share; None: all there are
         self._returning: list[tuple[float, int, _Tenant]] = []  # heap: when each that is beyond its share is not
-        self._sheltered = False  # whether the latest order has come to a tenant all of whose jobs are within its share
+        self._sheltered = False  # whether there are light ones, as of the latest order
         self._beyond = False  # see `beyond`
         self._weight = 0.0  # of all of them
         self._jobs = 0
@@ -108,6 +114,7 @@ class ByTenant(Policy):
         tenant = self._tenants.get(name)
         if tenant is not None:
             tenant.policy.add(job, now)
+            self._stand(tenant)
         else:
             policy = self._policy(job.tenant, name)
             policy.add(job, now)  # before anything changes: it may refuse
@@ -127,6 +134,8 @@ class ByTenant(Policy):
         self._stale[tenant] = None
         if not len(tenant.policy) and self._only is None:
             self._leave(tenant)
+        else:
+            self._stand(tenant)
 
     def on_service(self, job: Job, own_seconds: float, now: float) -> None:
         tenant = self._tenants[self._name(job.tenant)]
@@ -194,7 +203,8 @@ class ByTenant(Policy):
         self._return()
         self._lift()
         self.close_order()
-        self._beyond = self._sheltered = False
+        self._beyond = False
+        self._sheltered = bool(self._order) and self._order.peekitem(0)[1].standing == _LIGHT
         return self._merged(now) if self._only is None else self._open(self._only, now)
 
     def _open(self, tenant: _Tenant, now: float) -> Iterator[Job]:
@@ -202,32 +212,36 @@ class ByTenant(Policy):
         policy.share = self.share * tenant.weight / self._weight
         if isinstance(policy, ByTenant):
             policy._entitled = tenant.weight * self._entitlement.line
+            policy._rows = self._rows_of(tenant)
         self._opened.append(tenant)
         return policy.iter_best(now)
 
+    def _rows_of(self, tenant: _Tenant) -> float:
+        """Its share of a batch."""
+        return self._rows * tenant.weight / self._entitlement.weight
+
     def _merged(self, now: float) -> Iterator[Job]:
         places = self._places
-        # By whether the row is beyond the share, and the service to be reckoned with.
-        started: list[tuple[bool, float, int, bool, float, _Tenant, Iterator[Job], Job]] = []
+        # By what the row is to the tenant's share, and the service to be reckoned with.
+        started: list[tuple[int, float, int, float, _Tenant, Iterator[Job], Job]] = []
         unopened = iter(self._order.values())
         upcoming = next(unopened, None)
         while started or upcoming is not None:
             if upcoming is not None and (
-                not started or (upcoming.beyond, upcoming.slices * self._slice, upcoming.number) < started[0][:3]
+                not started or (upcoming.standing, upcoming.slices * self._slice, upcoming.number) < started[0][:3]
             ):
                 tenant, service = upcoming, upcoming.slices * self._slice
                 left = self._entitlement.left(tenant.entitled)
-                tenant.light = len(tenant.policy) * self._slice <= left * tenant.weight
-                self._sheltered |= tenant.light
+                if tenant.standing == _WITHIN:
+                    rows = max(1, math.ceil(self._rows_of(tenant)))
+                    left = min(left, (rows - 1) * self._slice / tenant.weight)
                 tenant.policy.make_way()
                 jobs = self._open(tenant, now)
                 upcoming = next(unopened, None)
             else:
-                beyond, service, _, within, left, tenant, jobs, job = heapq.heappop(started)
+                standing, service, _, left, tenant, jobs, job = heapq.heappop(started)
                 places[job] = len(places)
-                # All tenants that are within their shares have been opened by then.
-                self._sheltered |= within
-                self._beyond = beyond and self._sheltered
+                self._beyond = standing == _BEYOND and self._sheltered
                 yield job
                 prefill = job.next_seconds if job.served < len(job.prompt) else 0.0
                 counts = max(self._slice, prefill) / tenant.weight
@@ -235,9 +249,12 @@ class ByTenant(Policy):
                 left -= counts
             following = next(jobs, None)
             if following is not None:
-                within = tenant.policy.beyond  # among those that share as one with it
-                beyond = within or (left < 0 and not tenant.light)
-                heapq.heappush(started, (beyond, service, tenant.number, within, left, tenant, jobs, following))
+                standing = tenant.standing
+                if tenant.policy.beyond:  # its share of what it gets with those that share as one with it
+                    standing, self._sheltered = _BEYOND, True
+                elif left < 0 and standing == _WITHIN:
+                    standing = _BEYOND
+                heapq.heappush(started, (standing, service, tenant.number, left, tenant, jobs, following))
 
     @property
     def several(self) -> bool:
@@ -249,7 +266,7 @@ class ByTenant(Policy):
 
     def is_light(self, job: Job) -> bool:
         tenant = self._tenants[self._name(job.tenant)]
-        return (self._only is not None or tenant.light) and tenant.policy.is_light(job)
+        return (self._only is not None or tenant.standing == _LIGHT) and tenant.policy.is_light(job)
 
     def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:
         if self._only is not None:
@@ -264,7 +281,7 @@ class ByTenant(Policy):
         place = self._places.get(job)
         if place is not None:
             return 0, place
-        return 1, tenant.beyond, tenant.slices, tenant.number, *tenant.policy.rank(job)
+        return 1, tenant.standing, tenant.slices, tenant.number, *tenant.policy.rank(job)
 
     def work_ahead(self, job: Job, now: float) -> float:
         """What is ahead of a job within its tenant, and what others are served meanwhile: by weight, at most all."""
@@ -300,7 +317,7 @@ class ByTenant(Policy):
     def _policy(self, tenant: str, name: str) -> Policy:
         """For who has none yet."""
         if name != tenant:  # one of several that share as one
-            return ByTenant(self._make, quantum=self._quantum, shared=self._shared, weights=self._weights)
+            return ByTenant(self._make, quantum=self._quantum, shared=self._shared, weights=self._weights)  # rows: later
         return self._spare.pop() if self._spare else self._make()
 
     def _enter(self, name: str, policy: Policy) -> _Tenant:
@@ -359,26 +376,38 @@ class ByTenant(Policy):
             _, _, tenant = heapq.heappop(returning)
             if self._tenants.get(tenant.name) is tenant:
                 self._displace(tenant)
-                tenant.beyond = False
+                tenant.standing = _WITHIN
                 self._place(tenant)
 
     def _least(self) -> _Tenant:
         """Who has been served least."""
-        first: _Tenant = self._order.peekitem(0)[1]
-        place = self._order.bisect_left((True,))
-        if 0 < place < len(self._order):
-            first = min(first, self._order.peekitem(place)[1], key=lambda tenant: tenant.slices)
-        return first
+        order = self._order
+        places = {order.bisect_left((standing,)) for standing in (_LIGHT, _WITHIN, _BEYOND)}
+        first: list[_Tenant] = [order.peekitem(place)[1] for place in places if place < len(order)]
+        return min(first, key=lambda tenant: tenant.slices)
 
     def _displace(self, tenant: _Tenant) -> None:
-        del self._order[tenant.beyond, tenant.slices, tenant.number]
+        del self._order[tenant.standing, tenant.slices, tenant.number]
 
     def _place(self, tenant: _Tenant) -> None:
         tenant.slices = math.floor(tenant.service / self._slice)
-        if not tenant.beyond and self._entitlement.left(tenant.entitled) < 0:
-            tenant.beyond = True
+        standing = self._standing(tenant)
+        if standing == _BEYOND != tenant.standing:
             heapq.heappush(self._returning, (self._entitlement.back(tenant.entitled), tenant.number, tenant))
-        self._order[tenant.beyond, tenant.slices, tenant.number] = tenant
+        tenant.standing = standing
+        self._order[standing, tenant.slices, tenant.number] = tenant
+
+    def _standing(self, tenant: _Tenant) -> int:
+        left = self._entitlement.left(tenant.entitled)
+        if left < 0:
+            return _BEYOND
+        return _LIGHT if len(tenant.policy) * self._slice <= left * tenant.weight else _WITHIN
+
+    def _stand(self, tenant: _Tenant) -> None:
+        """It has another job, or one less."""
+        if self._standing(tenant) != tenant.standing:
+            self._displace(tenant)
+            self._place(tenant)
 
     def _count(self, tenant: _Tenant) -> None:
         self._displace(tenant)
