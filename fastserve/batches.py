@@ -150,6 +150,8 @@ class Batches:
                 self._preempt(job, now)
         self.changed(self._charges.tell_all(now))
         batch.prefills = [job for job in chosen.prefills if job.mark == mark]
+        if self._policy.several:  # the time that there is for prompts is first of all for those who ask for little
+            batch.prefills.sort(key=self._policy.is_small, reverse=True)
         batch.beyond, batch.spare = shelter.prefills, shelter.spare
         batch.at_once = self._at_once(batch.prefills, chosen.last) if self._policy.several else None
         for job in chosen.joins:
@@ -161,9 +163,9 @@ class Batches:
 
     def _at_once(self, prefills: list[Job], last: Job | None) -> set[Job]:
         """Those of tenants that want no more than their shares, while all such have rows: they do not wait for others."""
-        if last is not None and self._policy.is_light(last) and len(self._jobs) > self._rows():
+        if last is not None and self._policy.is_small(last) and len(self._jobs) > self._rows():
             return set()
-        return {job for job in prefills if self._policy.is_light(job)}
+        return {job for job in prefills if self._policy.is_small(job)}
 
     def _select(self, batch: DecodeRows, growers: set[Job], shelter: Shelter, now: float) -> Selection:
         self._mark += 1

@@ -74,11 +74,11 @@ def select(
         heavy: list[Job] = []
         for job in jobs:
             if job.mark != mark:
-                if policy.is_light(job):
+                if policy.is_small(job):
                     yield job
                 else:
                     heavy.append(job)
-        if not any(map(policy.is_light, taken())):
+        if not any(map(policy.is_small, taken())):
             yield from heavy
         elif heavy and not shelter.full:
             yield from shelter.fitting(taken(), heavy, limit - rows)

@@ -95,8 +95,8 @@ class Policy(ABC):
         others' jobs, all of which are within theirs, came before."""
         return False
 
-    def is_light(self, job: Job) -> bool:
-        """Whether all jobs of its tenant are within its share, as far as the latest iter_best came to it. O(1)."""
+    def is_small(self, job: Job) -> bool:
+        """Whether its tenant is one that rows beyond others' shares are to leave in peace. O(1)."""
         return True
 
     @abstractmethod

@@ -12,24 +12,24 @@ from typing import Final
 from sortedcontainers import SortedDict
 
 from ..types import Job
+from .average import Average
 from .base import Policy
-from .entitlement import Entitlement
+
+# A tenant is small while it has jobs for no more batches than this.
+_FEW_BATCHES: Final = 4
 
 # What a row is given of service before tenants' shares are looked at again, in decodes. The fewer, the more evenly they
 # share; with one, batches would change at every token.
 _SLICE: Final = 16
 
-# Slices that a tenant may have beyond its share of the device's time, as ordinary bursts do.
-_BURST: Final = 64
+# Slices by which a tenant may be ahead of the average, as ordinary bursts have it, and within its share; and by which
+# it can be at most.
+_BURST: Final = 16
+_MOST_AHEAD: Final = 64
 
 # Tenants without jobs whose service is remembered, and policies without jobs that are kept for the next tenant.
 _MOST_IDLE: Final = 4096
 _MOST_SPARE: Final = 64
-
-# How tenants stand to their shares: all their jobs may have rows within it, some may, or it is spent.
-_LIGHT: Final = 0
-_WITHIN: Final = 1
-_BEYOND: Final = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -40,8 +40,9 @@ class _Tenant:
     policy: Policy
     service: float = 0.0  # seconds that its jobs were served, by its weight, and what it was lifted by
     slices: int = 0  # whole ones of that, as of late: by these tenants are compared
-    entitled: float = 0.0  # counts the same beside what it was entitled to (see Entitlement)
-    standing: int = _LIGHT  # as of late
+    counter: float = 0.0  # counts the same, beside the average
+    small: bool = True  # whether it has no more jobs than a batch has rows
+    beyond: bool = False  # whether it is not, and has been served more than the others, as of late
     held: list[int] = field(default_factory=lambda: [0, 0])  # jobs with KV, by Job.tier
     backlog: float = 0.0  # as of late
 
@@ -89,15 +90,14 @@ class ByTenant(Policy):
         self._slice = _SLICE * (quantum - shared)
         self._tenants: dict[str, _Tenant] = {}  # with jobs, but for the only one there is
         self._only: _Tenant | None = None
-        self._order: SortedDict = SortedDict()  # (standing, slices, number) → tenant
-        self._entitlement = Entitlement(_BURST * self._slice)
-        self._entitled: float | None = None  # seconds of the device that they have to share; None: all there are
+        self._order: SortedDict = SortedDict()  # (beyond, slices, number) → tenant
+        self._average = Average(_MOST_AHEAD * self._slice)
         self._returning: list[tuple[float, int, _Tenant]] = []  # heap: when each that is beyond its share is not
-        self._sheltered = False  # whether there are light ones, as of the latest order
+        self._sheltered = False  # whether the latest order has come to a small one
         self._beyond = False  # see `beyond`
         self._weight = 0.0  # of all of them
         self._jobs = 0
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # service and entitled of those without jobs
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # service and counter of those without jobs
         self._spare: list[Policy] = []
         self._number = 0
         self._waking: list[_Tenant] = []  # to be lifted before the next order is made
@@ -142,9 +142,8 @@ class ByTenant(Policy):
         tenant.policy.on_service(job, own_seconds, now)
         if job.served > len(job.prompt):
             own_seconds *= max(0.0, 1 - self._shared / job.next_seconds)
-        own_seconds /= tenant.weight
-        tenant.service += own_seconds
-        tenant.entitled = self._entitlement.charged(tenant.entitled, own_seconds)
+        tenant.service += own_seconds / tenant.weight
+        tenant.counter = self._average.serve(tenant.counter, own_seconds, tenant.weight)
         self._stale[tenant] = None
         if tenant.service >= (tenant.slices + 1) * self._slice:
             self._count(tenant)
@@ -198,63 +197,63 @@ class ByTenant(Policy):
         return self._tenants[self._name(job.tenant)].policy.deadline(job)
 
     def iter_best(self, now: float) -> Iterator[Job]:
-        seconds = now if self._entitled is None else self._entitled
-        self._entitlement.advance(seconds, self._weight, now)
+        self._average.forget(now)
         self._return()
         self._lift()
         self.close_order()
-        self._beyond = False
-        self._sheltered = bool(self._order) and self._order.peekitem(0)[1].standing == _LIGHT
+        self._beyond = self._sheltered = False
         return self._merged(now) if self._only is None else self._open(self._only, now)
 
     def _open(self, tenant: _Tenant, now: float) -> Iterator[Job]:
         policy = tenant.policy
         policy.share = self.share * tenant.weight / self._weight
         if isinstance(policy, ByTenant):
-            policy._entitled = tenant.weight * self._entitlement.line
             policy._rows = self._rows_of(tenant)
         self._opened.append(tenant)
         return policy.iter_best(now)
 
     def _rows_of(self, tenant: _Tenant) -> float:
         """Its share of a batch."""
-        return self._rows * tenant.weight / self._entitlement.weight
+        return self._rows * tenant.weight / self._average.weight
+
+    def _rows_left(self, tenant: _Tenant) -> float:
+        """How many rows it may have within its share; none: it is beyond."""
+        return min(math.ceil(self._rows_of(tenant)), _BURST - math.floor(self._ahead(tenant)))
+
+    def _ahead(self, tenant: _Tenant) -> float:
+        """Slices that it was served more than the average."""
+        return (tenant.counter - self._average.seconds) * tenant.weight / self._slice
 
     def _merged(self, now: float) -> Iterator[Job]:
         places = self._places
-        # By what the row is to the tenant's share, and the service to be reckoned with.
-        started: list[tuple[int, float, int, float, _Tenant, Iterator[Job], Job]] = []
+        # By whether the row is beyond the share, and the service to be reckoned with.
+        started: list[tuple[bool, float, int, float, _Tenant, Iterator[Job], Job]] = []
         unopened = iter(self._order.values())
         upcoming = next(unopened, None)
         while started or upcoming is not None:
             if upcoming is not None and (
-                not started or (upcoming.standing, upcoming.slices * self._slice, upcoming.number) < started[0][:3]
+                not started or (upcoming.beyond, upcoming.slices * self._slice, upcoming.number) < started[0][:3]
             ):
                 tenant, service = upcoming, upcoming.slices * self._slice
-                left = self._entitlement.left(tenant.entitled)
-                if tenant.standing == _WITHIN:
-                    rows = max(1, math.ceil(self._rows_of(tenant)))
-                    left = min(left, (rows - 1) * self._slice / tenant.weight)
+                left = math.inf if tenant.small else self._rows_left(tenant)
+                self._sheltered |= tenant.small
                 tenant.policy.make_way()
                 jobs = self._open(tenant, now)
                 upcoming = next(unopened, None)
             else:
-                standing, service, _, left, tenant, jobs, job = heapq.heappop(started)
+                beyond, service, _, left, tenant, jobs, job = heapq.heappop(started)
                 places[job] = len(places)
-                self._beyond = standing == _BEYOND and self._sheltered
+                self._beyond = beyond and self._sheltered  # all that are small have been opened by then
                 yield job
                 prefill = job.next_seconds if job.served < len(job.prompt) else 0.0
                 counts = max(self._slice, prefill) / tenant.weight
                 service += counts
-                left -= counts
+                left -= 1
             following = next(jobs, None)
             if following is not None:
-                standing = tenant.standing
-                if tenant.policy.beyond:  # its share of what it gets with those that share as one with it
-                    standing, self._sheltered = _BEYOND, True
-                elif left < 0 and standing == _WITHIN:
-                    standing = _BEYOND
-                heapq.heappush(started, (standing, service, tenant.number, left, tenant, jobs, following))
+                self._sheltered |= tenant.policy.beyond  # for those that share as one with it
+                beyond = tenant.beyond or left <= 0 or tenant.policy.beyond
+                heapq.heappush(started, (beyond, service, tenant.number, left, tenant, jobs, following))
 
     @property
     def several(self) -> bool:
@@ -264,9 +263,9 @@ class ByTenant(Policy):
     def beyond(self) -> bool:
         return self._beyond if self._only is None else self._only.policy.beyond
 
-    def is_light(self, job: Job) -> bool:
+    def is_small(self, job: Job) -> bool:
         tenant = self._tenants[self._name(job.tenant)]
-        return (self._only is not None or tenant.standing == _LIGHT) and tenant.policy.is_light(job)
+        return (self._only is not None or tenant.small) and tenant.policy.is_small(job)
 
     def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:
         if self._only is not None:
@@ -281,7 +280,7 @@ class ByTenant(Policy):
         place = self._places.get(job)
         if place is not None:
             return 0, place
-        return 1, tenant.standing, tenant.slices, tenant.number, *tenant.policy.rank(job)
+        return 1, tenant.beyond, tenant.slices, tenant.number, *tenant.policy.rank(job)
 
     def work_ahead(self, job: Job, now: float) -> float:
         """What is ahead of a job within its tenant, and what others are served meanwhile: by weight, at most all."""
@@ -325,12 +324,13 @@ class ByTenant(Policy):
         if self._only is not None and not len(self._only.policy):
             self._leave(self._only)
         self._number += 1
-        service, entitled = self._left.pop(name, (0.0, 0.0))
-        tenant = _Tenant(name, self._weights.get(name, 1.0), self._number, policy, service, entitled=entitled)
+        service, counter = self._left.pop(name, (0.0, 0.0))
+        counter = max(counter, self._average.seconds)  # nobody saves up
+        tenant = _Tenant(name, self._weights.get(name, 1.0), self._number, policy, service, counter=counter)
         self._tenants[name] = tenant
         self._place(tenant)
         self._weight += tenant.weight
-        self._entitlement.wakes(name)
+        self._average.wakes(name, tenant.weight)
         self._waking.append(tenant)
         self._only = tenant if len(self._tenants) == 1 else None
         return tenant
@@ -340,12 +340,12 @@ class ByTenant(Policy):
         del self._tenants[tenant.name]
         self._displace(tenant)
         self._weight -= tenant.weight
-        self._entitlement.rests(tenant.name, tenant.weight)
+        self._average.rests(tenant.name, tenant.weight)
         self._backlog -= tenant.backlog
         self._stale.pop(tenant, None)
         if tenant in self._waking:
             self._waking.remove(tenant)
-        self._left[tenant.name] = tenant.service, tenant.entitled
+        self._left[tenant.name] = tenant.service, tenant.counter
         if len(self._left) > _MOST_IDLE:
             self._left.popitem(last=False)
         # Counters within a key go with its last job: nobody in it had anything left to do.
@@ -370,42 +370,41 @@ class ByTenant(Policy):
             self._place(tenant)
 
     def _return(self) -> None:
-        """Those that were beyond their shares for long enough are not."""
-        returning, line = self._returning, self._entitlement.line
-        while returning and returning[0][0] <= line:
+        """Those that were beyond their shares and have waited long enough are not."""
+        returning = self._returning
+        while returning and returning[0][0] <= self._average.seconds:
             _, _, tenant = heapq.heappop(returning)
             if self._tenants.get(tenant.name) is tenant:
                 self._displace(tenant)
-                tenant.standing = _WITHIN
+                tenant.beyond = False
                 self._place(tenant)
 
     def _least(self) -> _Tenant:
         """Who has been served least."""
         order = self._order
-        places = {order.bisect_left((standing,)) for standing in (_LIGHT, _WITHIN, _BEYOND)}
+        places = {0, order.bisect_left((True,))}
         first: list[_Tenant] = [order.peekitem(place)[1] for place in places if place < len(order)]
         return min(first, key=lambda tenant: tenant.slices)
 
     def _displace(self, tenant: _Tenant) -> None:
-        del self._order[tenant.standing, tenant.slices, tenant.number]
+        del self._order[tenant.beyond, tenant.slices, tenant.number]
 
     def _place(self, tenant: _Tenant) -> None:
         tenant.slices = math.floor(tenant.service / self._slice)
-        standing = self._standing(tenant)
-        if standing == _BEYOND != tenant.standing:
-            heapq.heappush(self._returning, (self._entitlement.back(tenant.entitled), tenant.number, tenant))
-        tenant.standing = standing
-        self._order[standing, tenant.slices, tenant.number] = tenant
+        beyond = self._is_beyond(tenant)
+        if beyond and not tenant.beyond:
+            returns = tenant.counter - _BURST * self._slice / tenant.weight
+            heapq.heappush(self._returning, (returns, tenant.number, tenant))
+        tenant.beyond = beyond
+        self._order[beyond, tenant.slices, tenant.number] = tenant
 
-    def _standing(self, tenant: _Tenant) -> int:
-        left = self._entitlement.left(tenant.entitled)
-        if left < 0:
-            return _BEYOND
-        return _LIGHT if len(tenant.policy) * self._slice <= left * tenant.weight else _WITHIN
+    def _is_beyond(self, tenant: _Tenant) -> bool:
+        tenant.small = len(tenant.policy) <= _FEW_BATCHES * self._rows
+        return not tenant.small and self._ahead(tenant) >= _BURST
 
     def _stand(self, tenant: _Tenant) -> None:
         """It has another job, or one less."""
-        if self._standing(tenant) != tenant.standing:
+        if self._is_beyond(tenant) != tenant.beyond:
             self._displace(tenant)
             self._place(tenant)
 
