@@ -99,6 +99,11 @@ class Policy(ABC):
         """Whether its tenant is one that rows beyond others' shares are to leave in peace. O(1)."""
         return True
 
+    def shares(self, job: Job) -> tuple[float, ...]:
+        """Of the device's memory: of those whom its tenant shares as one with, if there are such, and of its tenant. Of
+        tenants that have jobs, by weight. O(1)."""
+        return ()
+
     @abstractmethod
     def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:
         """Those of them whose KV is in a tier, in the order of the latest iter_best or against it. As lazy.

@@ -267,6 +267,11 @@ class ByTenant(Policy):
         tenant = self._tenants[self._name(job.tenant)]
         return (self._only is not None or tenant.small) and tenant.policy.is_small(job)
 
+    def shares(self, job: Job) -> tuple[float, ...]:
+        tenant = self._tenants[self._name(job.tenant)]
+        share = tenant.weight / self._weight
+        return share, *(share * within for within in tenant.policy.shares(job))
+
     def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:
         if self._only is not None:
             return self._only.policy.iter_tier(tier, worst_first)
