@@ -130,7 +130,7 @@ class Batches:
         self._barred.clear()
         self._fetched.clear()
         for _ in range(_PASSES):
-            shelter = Shelter(self._cost, batch)
+            shelter = Shelter(self._cost, self._policy, batch)
             chosen = self._select(batch, growers, shelter, now)
             held = batch.blocks(size) + sum([blocks.held(job.index) for job in chosen.prefills])
             moves = self.swapping.plan(self._mark, held, chosen.last, now)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from typing import Final
 
 from .config import SchedulerConfig
@@ -63,28 +63,8 @@ def select(
     def taken() -> list[Job]:
         return [*(job for job in batch.jobs if job.mark == mark), *chosen.joins, *prefills]
 
-    def sheltered(jobs: Iterator[Job]) -> Iterator[Job]:
-        for job in jobs:
-            if policy.beyond and rows:
-                yield from shelter.fitting(taken(), chain((job,), jobs), limit - rows)
-                return
-            yield job
-
-    def sheltered_here(jobs: Iterator[Job]) -> Iterator[Job]:
-        heavy: list[Job] = []
-        for job in jobs:
-            if job.mark != mark:
-                if policy.is_small(job):
-                    yield job
-                else:
-                    heavy.append(job)
-        if not any(map(policy.is_small, taken())):
-            yield from heavy
-        elif heavy and not shelter.full:
-            yield from shelter.fitting(taken(), heavy, limit - rows)
-
     if several:
-        candidates = sheltered(candidates)
+        candidates = shelter.best(candidates, taken, limit)
     for nobody_starts in (False, True):
         for job in candidates:
             if job.mark == mark:
@@ -128,7 +108,7 @@ def select(
             break  # there is nobody else
         candidates = islice(policy.iter_tier(DEVICE), _LOOKAHEAD * limit)
         if several:
-            candidates = sheltered_here(candidates)
+            candidates = shelter.here(candidates, taken, limit)
     if shelter.full:
         chosen.last = latest
     return chosen

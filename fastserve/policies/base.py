@@ -96,8 +96,13 @@ class Policy(ABC):
         return False
 
     def is_small(self, job: Job) -> bool:
-        """Whether its tenant is one that rows beyond others' shares are to leave in peace. O(1)."""
+        """Whether its tenant has little to ask, and so have those whom it shares as one with. O(1)."""
         return True
+
+    def is_sheltered(self, job: Job) -> bool:
+        """Whether its tenant, or those whom it shares as one with, have little to ask beside others: rows beyond these
+        others' shares are to leave it in peace. O(1)."""
+        return False
 
     def shares(self, job: Job) -> tuple[float, ...]:
         """Of the device's memory: of those whom its tenant shares as one with, if there are such, and of its tenant. Of

@@ -6,45 +6,19 @@ import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
-from sortedcontainers import SortedDict
-
 from ..types import Job
-from .average import Average
 from .base import Policy
-
-# A tenant is small while it has jobs for no more batches than this.
-_FEW_BATCHES: Final = 4
+from .standing import Standing, Tenant
 
 # What a row is given of service before tenants' shares are looked at again, in decodes. The fewer, the more evenly they
 # share; with one, batches would change at every token.
 _SLICE: Final = 16
 
-# Slices by which a tenant may be ahead of the average, as ordinary bursts have it, and within its share; and by which
-# it can be at most.
-_BURST: Final = 16
-_MOST_AHEAD: Final = 64
-
 # Tenants without jobs whose service is remembered, and policies without jobs that are kept for the next tenant.
 _MOST_IDLE: Final = 4096
 _MOST_SPARE: Final = 64
-
-
-@dataclass(slots=True, eq=False)
-class _Tenant:
-    name: str
-    weight: float
-    number: int  # breaks ties
-    policy: Policy
-    service: float = 0.0  # seconds that its jobs were served, by its weight, and what it was lifted by
-    slices: int = 0  # whole ones of that, as of late: by these tenants are compared
-    counter: float = 0.0  # counts the same, beside the average
-    small: bool = True  # whether it has no more jobs than a batch has rows
-    beyond: bool = False  # whether it is not, and has been served more than the others, as of late
-    held: list[int] = field(default_factory=lambda: [0, 0])  # jobs with KV, by Job.tier
-    backlog: float = 0.0  # as of late
 
 
 class ByTenant(Policy):
@@ -65,6 +39,9 @@ class ByTenant(Policy):
 
     Where `name` gives several tenants one name, as that of their API key, they share as one, and what they get they
     share among themselves in the same way: naming more users brings a key no more.
+
+    While some have little to ask, rows of those beyond their shares (see Standing) come last, and whoever chooses a
+    batch is told which they are: they would make its iterations longer.
     """
 
     def __init__(
@@ -73,11 +50,11 @@ class ByTenant(Policy):
         *,
         quantum: float,
         shared: float = 0.0,
-        rows: float = 1.0,
+        rows: float = math.inf,
         weights: Mapping[str, float],
         name: Callable[[str], str] = str,
     ) -> None:
-        """`quantum`: solo seconds of a decode, of which the others in a full batch pay the part `shared`.
+        """`quantum`: solo seconds of a decode, of which the others in a full batch, of `rows`, pay the part `shared`.
 
         `weights`: of tenants and of `name`'s names; 1 for those not there. What policies learn, `make` has shared.
         """
@@ -86,25 +63,21 @@ class ByTenant(Policy):
         self._quantum = quantum
         self._weights = weights
         self._shared = shared
-        self._rows = rows  # of a batch that they have to share
         self._slice = _SLICE * (quantum - shared)
-        self._tenants: dict[str, _Tenant] = {}  # with jobs, but for the only one there is
-        self._only: _Tenant | None = None
-        self._order: SortedDict = SortedDict()  # (beyond, slices, number) → tenant
-        self._average = Average(_MOST_AHEAD * self._slice)
-        self._returning: list[tuple[float, int, _Tenant]] = []  # heap: when each that is beyond its share is not
-        self._sheltered = False  # whether the latest order has come to a small one
+        self._tenants: dict[str, Tenant] = {}  # with jobs, but for the only one there is
+        self._only: Tenant | None = None
+        self._standing = Standing(self._slice, rows)
         self._beyond = False  # see `beyond`
         self._weight = 0.0  # of all of them
         self._jobs = 0
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # service and counter of those without jobs
         self._spare: list[Policy] = []
         self._number = 0
-        self._waking: list[_Tenant] = []  # to be lifted before the next order is made
-        self._holding: tuple[dict[_Tenant, None], dict[_Tenant, None]] = ({}, {})  # by tier: tenants with jobs in it
+        self._waking: list[Tenant] = []  # to be lifted before the next order is made
+        self._holding: tuple[dict[Tenant, None], dict[Tenant, None]] = ({}, {})  # by tier: tenants with jobs in it
         self._places: dict[Job, int] = {}  # in the latest order, as far as it was looked at
-        self._opened: list[_Tenant] = []  # for it
-        self._stale: dict[_Tenant, None] = {}  # whose backlog may have changed
+        self._opened: list[Tenant] = []  # for it
+        self._stale: dict[Tenant, None] = {}  # whose backlog may have changed
         self._backlog = 0.0
 
     # --- events ------------------------------------------------------------------------------------------------------
@@ -114,7 +87,7 @@ class ByTenant(Policy):
         tenant = self._tenants.get(name)
         if tenant is not None:
             tenant.policy.add(job, now)
-            self._stand(tenant)
+            self._standing.look(tenant)
         else:
             policy = self._policy(job.tenant, name)
             policy.add(job, now)  # before anything changes: it may refuse
@@ -135,18 +108,15 @@ class ByTenant(Policy):
         if not len(tenant.policy) and self._only is None:
             self._leave(tenant)
         else:
-            self._stand(tenant)
+            self._standing.look(tenant)
 
     def on_service(self, job: Job, own_seconds: float, now: float) -> None:
         tenant = self._tenants[self._name(job.tenant)]
         tenant.policy.on_service(job, own_seconds, now)
         if job.served > len(job.prompt):
             own_seconds *= max(0.0, 1 - self._shared / job.next_seconds)
-        tenant.service += own_seconds / tenant.weight
-        tenant.counter = self._average.serve(tenant.counter, own_seconds, tenant.weight)
+        self._standing.serve(tenant, own_seconds)
         self._stale[tenant] = None
-        if tenant.service >= (tenant.slices + 1) * self._slice:
-            self._count(tenant)
 
     def refresh(self, job: Job, now: float) -> None:
         tenant = self._tenants[self._name(job.tenant)]
@@ -197,63 +167,48 @@ class ByTenant(Policy):
         return self._tenants[self._name(job.tenant)].policy.deadline(job)
 
     def iter_best(self, now: float) -> Iterator[Job]:
-        self._average.forget(now)
-        self._return()
+        self._standing.pass_time(now)
         self._lift()
         self.close_order()
-        self._beyond = self._sheltered = False
+        self._beyond = False
         return self._merged(now) if self._only is None else self._open(self._only, now)
 
-    def _open(self, tenant: _Tenant, now: float) -> Iterator[Job]:
+    def _open(self, tenant: Tenant, now: float) -> Iterator[Job]:
         policy = tenant.policy
         policy.share = self.share * tenant.weight / self._weight
         if isinstance(policy, ByTenant):
-            policy._rows = self._rows_of(tenant)
+            policy._standing.rows = self._standing.rows_of(tenant)
         self._opened.append(tenant)
         return policy.iter_best(now)
 
-    def _rows_of(self, tenant: _Tenant) -> float:
-        """Its share of a batch."""
-        return self._rows * tenant.weight / self._average.weight
-
-    def _rows_left(self, tenant: _Tenant) -> float:
-        """How many rows it may have within its share; none: it is beyond."""
-        return min(math.ceil(self._rows_of(tenant)), _BURST - math.floor(self._ahead(tenant)))
-
-    def _ahead(self, tenant: _Tenant) -> float:
-        """Slices that it was served more than the average."""
-        return (tenant.counter - self._average.seconds) * tenant.weight / self._slice
-
     def _merged(self, now: float) -> Iterator[Job]:
-        places = self._places
+        places, standing, slice_ = self._places, self._standing, self._slice
+        sheltered = standing.smalls > 0
         # By whether the row is beyond the share, and the service to be reckoned with.
-        started: list[tuple[bool, float, int, float, _Tenant, Iterator[Job], Job]] = []
-        unopened = iter(self._order.values())
+        started: list[tuple[bool, float, int, float, Tenant, Iterator[Job], Job]] = []
+        unopened = standing.in_order(sheltered)
         upcoming = next(unopened, None)
         while started or upcoming is not None:
             if upcoming is not None and (
-                not started or (upcoming.beyond, upcoming.slices * self._slice, upcoming.number) < started[0][:3]
+                not started
+                or (sheltered and upcoming.beyond, upcoming.slices * slice_, upcoming.number) < started[0][:3]
             ):
-                tenant, service = upcoming, upcoming.slices * self._slice
-                left = math.inf if tenant.small else self._rows_left(tenant)
-                self._sheltered |= tenant.small
+                tenant, service = upcoming, upcoming.slices * slice_
+                rows = standing.rows_within(tenant) if sheltered else math.inf
                 tenant.policy.make_way()
                 jobs = self._open(tenant, now)
                 upcoming = next(unopened, None)
             else:
-                beyond, service, _, left, tenant, jobs, job = heapq.heappop(started)
+                self._beyond, service, _, rows, tenant, jobs, job = heapq.heappop(started)
                 places[job] = len(places)
-                self._beyond = beyond and self._sheltered  # all that are small have been opened by then
                 yield job
                 prefill = job.next_seconds if job.served < len(job.prompt) else 0.0
-                counts = max(self._slice, prefill) / tenant.weight
-                service += counts
-                left -= 1
+                service += max(slice_, prefill) / tenant.weight
+                rows -= 1
             following = next(jobs, None)
             if following is not None:
-                self._sheltered |= tenant.policy.beyond  # for those that share as one with it
-                beyond = tenant.beyond or left <= 0 or tenant.policy.beyond
-                heapq.heappush(started, (beyond, service, tenant.number, left, tenant, jobs, following))
+                beyond = rows <= 0 or tenant.policy.beyond
+                heapq.heappush(started, (beyond, service, tenant.number, rows, tenant, jobs, following))
 
     @property
     def several(self) -> bool:
@@ -266,6 +221,10 @@ class ByTenant(Policy):
     def is_small(self, job: Job) -> bool:
         tenant = self._tenants[self._name(job.tenant)]
         return (self._only is not None or tenant.small) and tenant.policy.is_small(job)
+
+    def is_sheltered(self, job: Job) -> bool:
+        tenant = self._tenants[self._name(job.tenant)]
+        return (self._only is None and tenant.small) or tenant.policy.is_sheltered(job)
 
     def shares(self, job: Job) -> tuple[float, ...]:
         tenant = self._tenants[self._name(job.tenant)]
@@ -293,7 +252,7 @@ class ByTenant(Policy):
         own = tenant.policy.work_ahead(job, now)
         if self._only is not None:
             return own
-        ahead = own / tenant.weight + (tenant.slices - self._least().slices) * self._slice
+        ahead = own / tenant.weight + (tenant.slices - self._standing.least().slices) * self._slice
         others = max(0.0, self.backlog(now) - tenant.backlog)
         return own + min(others, ahead * max(0.0, self._weight - tenant.weight))
 
@@ -321,31 +280,27 @@ class ByTenant(Policy):
     def _policy(self, tenant: str, name: str) -> Policy:
         """For who has none yet."""
         if name != tenant:  # one of several that share as one
-            return ByTenant(self._make, quantum=self._quantum, shared=self._shared, weights=self._weights)  # rows: later
+            return ByTenant(self._make, quantum=self._quantum, shared=self._shared, weights=self._weights)
         return self._spare.pop() if self._spare else self._make()
 
-    def _enter(self, name: str, policy: Policy) -> _Tenant:
+    def _enter(self, name: str, policy: Policy) -> Tenant:
         """A tenant has jobs."""
         if self._only is not None and not len(self._only.policy):
             self._leave(self._only)
         self._number += 1
-        service, counter = self._left.pop(name, (0.0, 0.0))
-        counter = max(counter, self._average.seconds)  # nobody saves up
-        tenant = _Tenant(name, self._weights.get(name, 1.0), self._number, policy, service, counter=counter)
+        tenant = Tenant(name, self._weights.get(name, 1.0), self._number, policy, *self._left.pop(name, (0.0, 0.0)))
         self._tenants[name] = tenant
-        self._place(tenant)
+        self._standing.enter(tenant)
         self._weight += tenant.weight
-        self._average.wakes(name, tenant.weight)
         self._waking.append(tenant)
         self._only = tenant if len(self._tenants) == 1 else None
         return tenant
 
-    def _leave(self, tenant: _Tenant) -> None:
+    def _leave(self, tenant: Tenant) -> None:
         """A tenant has none any more."""
         del self._tenants[tenant.name]
-        self._displace(tenant)
+        self._standing.leave(tenant)
         self._weight -= tenant.weight
-        self._average.rests(tenant.name, tenant.weight)
         self._backlog -= tenant.backlog
         self._stale.pop(tenant, None)
         if tenant in self._waking:
@@ -365,59 +320,17 @@ class ByTenant(Policy):
         """Those that had nothing to do have been served as much as anybody who had, if they have not been more."""
         if not self._waking:
             return
-        waking, self._waking = self._waking, []
+        standing, waking = self._standing, self._waking
+        self._waking = []
         for tenant in waking:
-            self._displace(tenant)
+            standing.displace(tenant)
         # Of those whose slices are as few, the first in the order may have a little more.
-        least = self._least().service if self._order else max(tenant.service for tenant in waking)
+        least = standing.least().service if len(standing) else max(tenant.service for tenant in waking)
         for tenant in waking:
             tenant.service = max(tenant.service, least)
-            self._place(tenant)
+            standing.place(tenant)
 
-    def _return(self) -> None:
-        """Those that were beyond their shares and have waited long enough are not."""
-        returning = self._returning
-        while returning and returning[0][0] <= self._average.seconds:
-            _, _, tenant = heapq.heappop(returning)
-            if self._tenants.get(tenant.name) is tenant:
-                self._displace(tenant)
-                tenant.beyond = False
-                self._place(tenant)
-
-    def _least(self) -> _Tenant:
-        """Who has been served least."""
-        order = self._order
-        places = {0, order.bisect_left((True,))}
-        first: list[_Tenant] = [order.peekitem(place)[1] for place in places if place < len(order)]
-        return min(first, key=lambda tenant: tenant.slices)
-
-    def _displace(self, tenant: _Tenant) -> None:
-        del self._order[tenant.beyond, tenant.slices, tenant.number]
-
-    def _place(self, tenant: _Tenant) -> None:
-        tenant.slices = math.floor(tenant.service / self._slice)
-        beyond = self._is_beyond(tenant)
-        if beyond and not tenant.beyond:
-            returns = tenant.counter - _BURST * self._slice / tenant.weight
-            heapq.heappush(self._returning, (returns, tenant.number, tenant))
-        tenant.beyond = beyond
-        self._order[beyond, tenant.slices, tenant.number] = tenant
-
-    def _is_beyond(self, tenant: _Tenant) -> bool:
-        tenant.small = len(tenant.policy) <= _FEW_BATCHES * self._rows
-        return not tenant.small and self._ahead(tenant) >= _BURST
-
-    def _stand(self, tenant: _Tenant) -> None:
-        """It has another job, or one less."""
-        if self._is_beyond(tenant) != tenant.beyond:
-            self._displace(tenant)
-            self._place(tenant)
-
-    def _count(self, tenant: _Tenant) -> None:
-        self._displace(tenant)
-        self._place(tenant)
-
-    def _hold(self, tenant: _Tenant, tier: int, more: int) -> None:
+    def _hold(self, tenant: Tenant, tier: int, more: int) -> None:
         tenant.held[tier] += more
         if tenant.held[tier]:
             self._holding[tier][tenant] = None
