@@ -18,7 +18,7 @@ _FEW_BATCHES: Final = 4
 
 # Slices by which a tenant may be ahead of the average, as ordinary bursts have it, and within its share; and by which
 # it can be at most.
-_BURST: Final = 16
+_BURST: Final = 4
 _MOST_AHEAD: Final = 64
 
 
@@ -100,8 +100,10 @@ class Standing:
     def pass_time(self, now: float) -> None:
         """Tenants that rest do not count for ever; those that others have caught up with are beyond no longer."""
         self.average.forget(now)
+        due: list[Tenant] = []
         while self._returning and self._returning[0][0] <= self.average.seconds:
-            _, _, tenant = heapq.heappop(self._returning)
+            due.append(heapq.heappop(self._returning)[2])
+        for tenant in due:  # rounding may have them be beyond still
             if self._order.get((tenant.beyond, tenant.slices, tenant.number)) is tenant:
                 self.displace(tenant)
                 tenant.beyond = False
