@@ -18,6 +18,7 @@ from .policies import Policy
 from .residency import Residency
 from .room import Room
 from .selection import Selection, select
+from .shelter import Shelter
 from .swapping import Swapping
 from .types import Job
 
@@ -44,6 +45,7 @@ class Batches:
         self._room = room
         self._config = config
         self._policy = policy
+        self._cost = cost
         self._residency = residency
         self._charges = charges
         self._jobs = jobs
@@ -128,7 +130,8 @@ class Batches:
         self._barred.clear()
         self._fetched.clear()
         for _ in range(_PASSES):
-            chosen = self._select(batch, growers, now)
+            shelter = Shelter(self._cost, self._policy, batch)
+            chosen = self._select(batch, growers, shelter, now)
             held = batch.blocks(size) + sum([blocks.held(job.index) for job in chosen.prefills])
             moves = self.swapping.plan(self._mark, held, chosen.last, now)
             if moves is None:
@@ -147,6 +150,10 @@ class Batches:
                 self._preempt(job, now)
         self.changed(self._charges.tell_all(now))
         batch.prefills = [job for job in chosen.prefills if job.mark == mark]
+        if self._policy.several:  # the time that there is for prompts is first of all for those who ask for little
+            batch.prefills.sort(key=self._policy.is_small, reverse=True)
+        batch.beyond, batch.spare = shelter.prefills, shelter.spare
+        batch.at_once = self._at_once(batch.prefills, chosen.last) if self._policy.several else None
         for job in chosen.joins:
             if job.mark == mark:
                 batch.add(job, blocks.held(job.index) * size, self._policy.horizon(job))
@@ -154,7 +161,13 @@ class Batches:
         self._deadline = self._policy.next_deadline()
         return batch.growing()
 
-    def _select(self, batch: DecodeRows, growers: set[Job], now: float) -> Selection:
+    def _at_once(self, prefills: list[Job], last: Job | None) -> set[Job]:
+        """Those of tenants that want no more than their shares, while all such have rows: they do not wait for others."""
+        if last is not None and self._policy.is_small(last) and len(self._jobs) > self._rows():
+            return set()
+        return {job for job in prefills if self._policy.is_small(job)}
+
+    def _select(self, batch: DecodeRows, growers: set[Job], shelter: Shelter, now: float) -> Selection:
         self._mark += 1
         return select(
             batch,
@@ -165,6 +178,7 @@ class Batches:
             config=self._config,
             policy=self._policy,
             room=self._room,
+            shelter=shelter,
             available=self._available,
         )
 

@@ -48,10 +48,11 @@ class LLM(ServingCore):
         """Answer every prompt; outputs come in the order of the prompts.
 
         A prompt is text or a list of token ids; both may be mixed. All else is for all prompts or one for each:
-        `sampling_params`; `priority` (lower goes first, whatever the policy says); `tenant`, for whom it is: tenants
-        get equal shares of the device, or those of `tenant_weights`; `program_id`, the program of several calls, one
-        after the other, that it is a call of; `cache_salt`: only prompts of one tenant and one salt find in the cache
-        what they have in common. Raises InvalidRequest, naming the parameter and the prompt, before any of them starts.
+        `sampling_params`; `priority` (lower goes first among a tenant's, whatever the policy says); `tenant`, for whom
+        it is: tenants get equal shares of the device, or those of `tenant_weights`; `program_id`, the program of
+        several calls, one after the other, that it is a call of; `cache_salt`: only prompts of one tenant and one salt
+        find in the cache what they have in common. Raises InvalidRequest, naming the parameter and the prompt, before
+        any of them starts.
         """
         origins = (tenant, program_id, cache_salt)
         return self._answer(self._requests(prompts, sampling_params, priority, origins), progress)

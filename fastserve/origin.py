@@ -39,6 +39,13 @@ def sharer_of(tenant: str) -> str:
     return key_of(tenant) or tenant
 
 
+@lru_cache(maxsize=4096)
+def accounts_of(tenant: str) -> tuple[str, ...]:
+    """Whom the memory that a tenant's jobs hold counts for: its sharer, and itself where that is its API key."""
+    sharer = sharer_of(tenant)
+    return (tenant,) if sharer == tenant else (sharer, tenant)
+
+
 def checked_origin(tenant: Any = "", program_id: Any = None, cache_salt: Any = "") -> Origin:
     """Raises InvalidRequest for what is no text, is too long, or cannot be told to another process."""
     return Origin(

@@ -28,7 +28,7 @@ class Request:
     token_ids: list[int]
     params: SamplingParams
     seed: int
-    priority: int = 0  # lower goes first, whatever the policy says
+    priority: int = 0  # lower goes first among its tenant's, whatever the policy says
     origin: Origin = NOBODY
 
 

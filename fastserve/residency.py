@@ -14,6 +14,7 @@ from typing import Final, cast
 from .config import SchedulerConfig
 from .cost import Cost, Link
 from .kv import Block, BlockManager, CopyRow, LinkEstimate, check_blocks
+from .origin import accounts_of
 from .planning import PlanBuilder
 from .policies import Policy
 from .prefixes import Prefixes
@@ -74,7 +75,7 @@ class Residency:
         """A job is about to start with the blocks of its path, which are on the device."""
         self.begun[job] = None
         if path:
-            self.blocks.attach(job.index, path)
+            self.blocks.attach(job.index, path, accounts_of(job.tenant))
             job.computed = len(path) * self.blocks.block_size
 
     def give_up_beginning(self, job: Job) -> None:
@@ -85,7 +86,7 @@ class Residency:
 
     def fetch(self, job: Job, path: Sequence[Block]) -> None:
         """The job holds what it begins with, which is not on the device, and starts when it is there."""
-        self.blocks.attach(job.index, path)
+        self.blocks.attach(job.index, path, accounts_of(job.tenant))
         job.computed = len(path) * self.blocks.block_size
         self._slots.open(job)
         self._holds(job)
@@ -106,7 +107,7 @@ class Residency:
         self._settle(job, DEVICE)
         self.prefixes.started(job, self.blocks.path(job.index))
         plan.open(job, slot)
-        added = self.blocks.grow(job.index, job.known)
+        added = self.blocks.grow(job.index, job.known, accounts_of(job.tenant))
         plan.grow(slot, self.blocks.table(job.index))
         return len(added)
 

@@ -147,9 +147,14 @@ class Scheduler:
             for job in exhausted:
                 self.batches.leave(job)
             budget = self.config.max_num_batched_tokens - len(decodes)
-            chunks = Chunks(self.cost, self.config.stall_limit, rows, self.config.max_num_seqs, len(self.jobs))
+            chunks = Chunks(self.cost, self.config.stall_limit, rows, self.config.max_num_seqs, batch.spare)
+            quick = batch.at_once
+            if quick is None and len(self.jobs) <= self.config.max_num_seqs:
+                quick = set(batch.prefills)
             for job in batch.prefills:
-                if (tokens := chunks.cut(job.computed, min(job.known - job.computed, budget), job.known)) == 0:
+                tokens = min(job.known - job.computed, budget)
+                at_once, beyond = quick is not None and job in quick, job in batch.beyond
+                if not (tokens := chunks.cut(job.computed, tokens, job.known, at_once=at_once, beyond=beyond)):
                     break
                 if not self.residency.has_room(job):
                     self.batches.changed()  # others have taken its room

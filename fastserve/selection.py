@@ -11,6 +11,7 @@ from .config import SchedulerConfig
 from .decode_rows import DecodeRows
 from .policies import Policy
 from .room import Room
+from .shelter import Shelter
 from .types import DEVICE, Job
 
 # How many batches of jobs are looked at for rows that nobody may start in.
@@ -36,6 +37,7 @@ def select(
     config: SchedulerConfig,
     policy: Policy,
     room: Room,
+    shelter: Shelter,
     available: Callable[[Job], bool],
 ) -> Selection:
     """Choose up to `limit` jobs, best first.
@@ -45,7 +47,8 @@ def select(
     Every decode chosen has its token set aside, so a prefill, however long and however important, never stalls the jobs
     it shares the iteration with; one for which nothing is left gives up its row. A job whose KV is not on the device,
     or that finds no room there, is passed over, and room is made for it. While a job waits for room to start, nobody
-    behind it starts, so small jobs do not keep a large one out; only jobs whose KV is there follow.
+    behind it starts, so small jobs do not keep a large one out; only jobs whose KV is there follow. Beside jobs within
+    their tenants' shares, those beyond have rows as far as `shelter` has time for them.
     """
     room.begin(len(batch.jobs), now)
     budget = config.max_num_batched_tokens
@@ -53,7 +56,15 @@ def select(
     prefills = chosen.prefills
     rows = wanted = 0  # rows taken, and the tokens that the prefills among them have to compute ...
     before: list[int] = []  # ... those ahead of each of them
+    latest: Job | None = None
     candidates = policy.iter_best(now)
+    several = policy.several
+
+    def taken() -> list[Job]:
+        return [*(job for job in batch.jobs if job.mark == mark), *chosen.joins, *prefills]
+
+    if several:
+        candidates = shelter.best(candidates, taken, limit)
     for nobody_starts in (False, True):
         for job in candidates:
             if job.mark == mark:
@@ -67,6 +78,7 @@ def select(
                 if wanted >= budget - rows + len(prefills):
                     room.closed = True
                 elif room.admits(job, rows):
+                    latest = job
                     job.mark = mark
                     prefills.append(job)
                     before.append(wanted)
@@ -82,6 +94,7 @@ def select(
                 chosen.joins.append(job)
             else:
                 continue
+            latest = job
             job.mark = mark
             rows += 1
             while before and before[-1] >= budget - rows + len(before):
@@ -94,6 +107,10 @@ def select(
         else:
             break  # there is nobody else
         candidates = islice(policy.iter_tier(DEVICE), _LOOKAHEAD * limit)
+        if several:
+            candidates = shelter.here(candidates, taken, limit)
+    if shelter.full:
+        chosen.last = latest
     return chosen
 
 

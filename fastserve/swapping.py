@@ -19,6 +19,7 @@ from .config import SchedulerConfig
 from .cost import Cost
 from .decode_rows import DecodeRows
 from .kv import BurstReserve, Holder, Moves, Want, plan_moves
+from .origin import accounts_of
 from .policies import Policy
 from .residency import Residency
 from .room import Room
@@ -92,6 +93,7 @@ class Swapping:
             repayment=self._config.repayment,
             backlog=(self._residency.backlog(OFFLOAD), self._residency.backlog(UPLOAD)),
             patience=_BACKLOG * self.iteration_seconds,
+            gives_way=self._gives_way if self._policy.several else None,
         )
 
     def move(self, moves: Moves, now: float) -> bool:
@@ -138,6 +140,22 @@ class Swapping:
                 most = max(1, manager.num_blocks // _SAVED)
                 each = max(self._residency.link.seconds(OFFLOAD, 1), 1e-9)
                 self._residency.save(max(1, min(most, int(spare / each))))
+
+    def _gives_way(self, holder: Job, wanting: Job) -> bool:
+        """Whether the one's tenant holds more than its share of the memory, and the other's no more than its own.
+
+        API keys have shares first, and then each key's users.
+        """
+        for account, share, other, others_share in zip(
+            accounts_of(holder.tenant), self._policy.shares(holder),
+            accounts_of(wanting.tenant), self._policy.shares(wanting), strict=False,
+        ):  # fmt: skip
+            if account != other:
+                held = self._blocks.accounts
+                blocks = held.get(other, 0) + self._blocks.blocks_for(wanting.known) - self._blocks.held(wanting.index)
+                most = self._blocks.num_blocks
+                return held.get(account, 0) > share * most and blocks <= others_share * most
+        return False
 
     def _enst(self, job: Job, now: float) -> float:
         """Estimated time until the job is scheduled, in seconds: min(T_promote, T_execute) of the paper."""

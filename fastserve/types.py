@@ -269,7 +269,7 @@ class Job:
     max_output: int  # output tokens at which the job ends: max_tokens, cut to the context
     stop_tokens: frozenset[int]
     index: int = 0  # arrival order, unique; ties in every policy break by it
-    priority: int = 0
+    priority: int = 0  # lower goes first among its tenant's
     tenant: str = ""  # whose job it is: tenants share the device by their weights
     program: str | None = None  # the program that it is a call of
     cache_salt: str = ""  # KV is shared only between jobs of one tenant and one salt

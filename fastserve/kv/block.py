@@ -60,6 +60,7 @@ class Table:
     """One owner's blocks, by position / block_size. The first `shared` are the index's."""
 
     owner: int
+    accounts: tuple[str, ...] = ()  # that its blocks count for; those of all who share a block are the same
     blocks: list[Block] = field(default_factory=list)
     missing: int = 0  # blocks that are away or moving: with any, the owner cannot run
     moving: int = 0  # blocks in transfer

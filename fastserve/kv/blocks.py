@@ -101,8 +101,11 @@ class BlockManager(Tables):
 
     # --- the device's blocks -----------------------------------------------------------------------------------------
 
-    def grow(self, owner: int, tokens: int) -> list[tuple[int, int]]:
-        """Make the owner's table hold `tokens` tokens in all; returns what was added, as (index in table, block)."""
+    def grow(self, owner: int, tokens: int, accounts: tuple[str, ...] = ()) -> list[tuple[int, int]]:
+        """Make the owner's table hold `tokens` tokens in all; returns what was added, as (index in table, block).
+
+        `accounts`: what the blocks of an owner that has none yet count for.
+        """
         table = self._tables.get(owner)
         first = len(table.blocks) if table else 0
         count = self.blocks_for(tokens) - first
@@ -111,17 +114,18 @@ class BlockManager(Tables):
         if count <= 0:
             return []
         if table is None:
-            self._added(table := Table(owner))
+            self._added(table := Table(owner, accounts))
         places = self._places.take(count)
+        self._count(table, count)
         table.blocks += [Block(place, table.alone) for place in places]
         self._classify(table)
         return list(enumerate(places, first))
 
-    def attach(self, owner: int, path: Sequence[Block]) -> None:
+    def attach(self, owner: int, path: Sequence[Block], accounts: tuple[str, ...] = ()) -> None:
         """An owner without blocks begins with some of the index, wherever they are: a path from its beginning."""
         if owner in self._tables or not path:
             raise ValueError(f"owner {owner} cannot begin with {len(path)} blocks")
-        self._added(table := Table(owner, list(path), shared=len(path)))
+        self._added(table := Table(owner, accounts, list(path), shared=len(path)))
         for block in path:
             if block.tables:
                 block.tables = with_one(block.tables, table)
@@ -129,6 +133,8 @@ class BlockManager(Tables):
                 block.tables = table.alone
                 if block.transfer is None:
                     self.cache.wakes(block)
+                if block.device != NOWHERE:
+                    self._count(table, 1)
             if block.transfer == OFFLOAD:
                 self._transfers.keep(block)
             table.moving += block.transfer is not None
@@ -149,10 +155,12 @@ class BlockManager(Tables):
             block = path[index]
             if not block.tables:
                 self.cache.wakes(block)
+                self._count(table, 1)
             block.tables = with_one(block.tables, table)
             if index < len(table.blocks):
                 own, table.blocks[index] = table.blocks[index], block
                 own.tables = ()
+                self._count(table, -1)
                 self._places.rest(own)
             else:
                 table.blocks.append(block)
@@ -168,6 +176,8 @@ class BlockManager(Tables):
         for block in reversed(table.blocks):
             block.tables = without_one(block.tables, table)
             if not block.tables:
+                if block.device != NOWHERE:
+                    self._count(table, -1)
                 if block.transfer is None:
                     self._places.rest(block)
             elif not whole:
@@ -256,6 +266,7 @@ class BlockManager(Tables):
         saved = [block for block in here if block.host != NOWHERE][:blocks]
         for block in saved:
             self._places.leave_device(block)
+            self._count(table, -1)
             self._changed(block.tables, missing=1)
         freed = len(saved)
         copied = min(blocks - freed, self.free_host_blocks)
@@ -315,6 +326,7 @@ class BlockManager(Tables):
         coming = [table.blocks[index] for index in indices]
         for block, place in zip(coming, self._places.take(len(coming)), strict=True):
             block.device = place
+            self._count(table, 1)
             self._changed(block.tables, moving=1)
         rows = self._transfers.begin(owner, UPLOAD, coming)
         return rows, [(index, table.blocks[index].device) for index in indices]
@@ -329,6 +341,8 @@ class BlockManager(Tables):
             block.transfer, block.stays = None, False
             if not stays and wanted:
                 self._places.leave_device(block)
+                if block.tables:
+                    self._count(block.tables[0], -1)
             self.cache.moved(block)
             self._changed(block.tables, missing=-1 if stays else 0, moving=-1)
             if not block.tables:

@@ -14,7 +14,7 @@ as they do in an overload, the link and the device do nothing but bring KV back 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -117,6 +117,7 @@ def plan_moves(
     link: LinkEstimate,
     backlog: tuple[float, float],
     patience: float,
+    gives_way: Callable[[Job, Job], bool] | None = None,
 ) -> Moves:
     """Decide the moves of one iteration.
 
@@ -131,9 +132,13 @@ def plan_moves(
     repayment    a job keeps its KV until it was served this many times what bringing it back costs
     backlog      seconds of offloads and of uploads under way
     patience     seconds of each that may be: blocks on their way are of no use to anybody
+    gives_way    whether a job has to give up its KV for another's sake, who is owed the memory, whatever it was served
+                 and whoever runs first
     """
     moves = Moves()
-    room = _Room(victims, free, leaving, host_places, whole, repayment, backlog[OFFLOAD], patience, link, moves)
+    room = _Room(
+        victims, free, leaving, host_places, whole, repayment, backlog[OFFLOAD], patience, link, moves, gives_way
+    )
     coming = backlog[UPLOAD]  # seconds of uploads
     owed = 0  # blocks that better jobs wait for: what becomes free is theirs
     for want in wants:
@@ -170,6 +175,7 @@ class _Room:
     patience: float
     link: LinkEstimate
     moves: Moves
+    gives_way: Callable[[Job, Job], bool] | None
     next: Holder | None = None  # the victim looked at, when it was not taken
     losers: set[Job] = field(default_factory=set)  # taken from: what they want comes in another iteration
 
@@ -182,11 +188,16 @@ class _Room:
             victim = self.next or next(self.victims, None)
             self.next = None
             runs_before = victim is not None and want is not None and want.urgent and victim.rank <= want.rank
+            runs_before = runs_before and not self._owes(victim, want)
             if victim is None or (runs_before and not victim.away):
                 self.next = victim
                 return False  # nobody is left who will run later
             refusals += runs_before or not self._take(victim, needed - self.free - self.coming, want)
         return True
+
+    def _owes(self, victim: Holder | None, want: Want | None) -> bool:
+        """Whether the victim has what the other is owed."""
+        return bool(self.gives_way and victim and want and self.gives_way(victim.job, want.job))
 
     def _take(self, victim: Holder, short: int, want: Want | None) -> bool:
         """Have the victim give up to `short` blocks, the cheapest way; False: keeping them is cheaper."""
@@ -199,7 +210,7 @@ class _Room:
         there_and_back = self.backlog + out + self.link.seconds(UPLOAD, victim.away + short)
         if not urgent and victim.enst <= there_and_back + (want.enst if want else 0.0):
             return False  # it would not be back in time
-        first = want is not None and want.first
+        first = want is not None and (want.first or (urgent and self._owes(victim, want)))
         earned = victim.service / self.repayment if self.repayment and not first else math.inf  # seconds of cost
         swaps = bool(copied or victim.here > victim.unsaved)
         swaps = swaps and max(0.0, there_and_back - victim.enst) <= victim.recompute

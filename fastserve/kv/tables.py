@@ -14,6 +14,7 @@ class Tables:
     def __init__(self) -> None:
         self.gone = 0  # owners without a block on the device, though they have some
         self.partial: dict[int, None] = {}  # those with some on the device, and others not
+        self.accounts: dict[str, int] = {}  # blocks on the device that owners have, by account; none is 0
         self._tables: dict[int, Table] = {}
 
     def owners(self) -> set[int]:
@@ -68,6 +69,15 @@ class Tables:
             return 0
         # Who has a block has those before it as well.
         return bisect_left(table.blocks, True, key=lambda block: len(block.tables) == 1)
+
+    def _count(self, table: Table, blocks: int) -> None:
+        """So many more blocks on the device are the owner's, and were nobody's, or came back."""
+        for account in table.accounts:
+            held = self.accounts.get(account, 0) + blocks
+            if held:
+                self.accounts[account] = held
+            else:
+                self.accounts.pop(account, None)
 
     def _added(self, table: Table) -> None:
         self._tables[table.owner] = table

@@ -55,7 +55,7 @@ def _gittins(config: SchedulerConfig, cost: Cost, programs: Programs) -> Callabl
     )
 
 
-# Each gives what makes one policy for each tenant of each priority value.
+# Each gives what makes one policy for each priority value of each tenant.
 POLICIES: dict[str, Callable[[SchedulerConfig, Cost, Programs], Callable[[], Policy]]] = {
     "fcfs": _fcfs,
     "mlfq": _mlfq,
@@ -76,14 +76,13 @@ def create_policy(config: SchedulerConfig, cost: Cost, programs: Programs | None
     if config.policy not in POLICIES:
         raise InvalidRequest("policy", f"must be one of {', '.join(POLICIES)}; got {config.policy!r}")
     make = POLICIES[config.policy](config, cost, Programs() if programs is None else programs)
-    return ByPriority(
-        lambda: ByTenant(
-            make,
-            quantum=cost.decode_seconds(1),
-            shared=shared_seconds(cost, config.max_num_seqs),
-            weights=config.tenant_weights,
-            name=sharer_of,
-        )
+    return ByTenant(
+        lambda: ByPriority(make),
+        quantum=cost.decode_seconds(1),
+        shared=shared_seconds(cost, config.max_num_seqs),
+        rows=config.max_num_seqs,
+        weights=config.tenant_weights,
+        name=sharer_of,
     )
 
 

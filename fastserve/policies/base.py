@@ -18,6 +18,8 @@ class Policy(ABC):
     `program` and `group`. Every call costs O(log n) in the number of jobs.
     """
 
+    share = 1.0  # of the device's time: what its jobs may count on; set before iter_best
+
     @abstractmethod
     def add(self, job: Job, now: float) -> None:
         """A job arrived."""
@@ -55,7 +57,7 @@ class Policy(ABC):
         return None
 
     def make_way(self) -> None:
-        """Jobs of other priorities compete for places too: those that run may not all stay. Called before iter_best."""
+        """Others' jobs compete for places too: those that run may not all stay. Called before iter_best."""
         return None
 
     def close_order(self) -> None:
@@ -81,6 +83,31 @@ class Policy(ABC):
 
         The policy must not be changed while the iterator is in use.
         """
+
+    @property
+    def several(self) -> bool:
+        """Whether tenants share the device: only then, may anybody be beyond its share."""
+        return False
+
+    @property
+    def beyond(self) -> bool:
+        """Whether the job that the latest iter_best gave last, and all after it, are beyond their tenants' shares, and
+        others' jobs, all of which are within theirs, came before."""
+        return False
+
+    def is_small(self, job: Job) -> bool:
+        """Whether its tenant has little to ask, and so have those whom it shares as one with. O(1)."""
+        return True
+
+    def is_sheltered(self, job: Job) -> bool:
+        """Whether its tenant, or those whom it shares as one with, have little to ask beside others: rows beyond these
+        others' shares are to leave it in peace. O(1)."""
+        return False
+
+    def shares(self, job: Job) -> tuple[float, ...]:
+        """Of the device's memory: of those whom its tenant shares as one with, if there are such, and of its tenant. Of
+        tenants that have jobs, by weight. O(1)."""
+        return ()
 
     @abstractmethod
     def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:

@@ -20,7 +20,7 @@ from .lengths import LengthDistribution
 from .mlfq import PROMOTED_QUANTA, SPENT, MultiLevelFeedbackQueue
 from .queue import JobQueue
 
-# What jobs that waited too long may take of the device's time. In an overload all wait too long: then this share goes
+# What jobs that waited too long may take of the device's time, or of their tenant's part of it. In an overload all wait too long: then this share goes
 # to them, first come, first served, and the index decides about the rest. At a load of 1.2, an eighth costs a sixth of
 # the mean JCT where the index matters most (Zipf 0.99, Alpaca), and a quarter a third.
 PROMOTED_SHARE: Final = 1 / 8
@@ -291,7 +291,7 @@ class Gittins(Policy):
             seconds, decode = self._indices.prefill(job), self._cost.decode_seconds(len(job.prompt) + 1)
             age += 1
         self._places[job].next_age = age + PROMOTED_QUANTA
-        self._deadlines.charge(seconds + PROMOTED_QUANTA * (decode - self._indices.shared))
+        self._deadlines.charge((seconds + PROMOTED_QUANTA * (decode - self._indices.shared)) / self.share)
         self._expect(job)
 
     def _expect(self, job: Job) -> None:

@@ -1,4 +1,4 @@
-"""Priorities before everything else: one policy a priority value."""
+"""A tenant's priorities before its policy: one policy a priority value."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from .base import Policy
 
 class ByPriority(Policy):
     """Jobs of a lower `priority` value go first, whatever the policy says; among equals it decides, bounds included.
+
+    It orders the jobs of one tenant only (see ByTenant): else whoever names the lowest value would be served first.
 
     A value's policy is made when its first job comes and dropped when its last leaves, but for the only one there is;
     `make` sees to it that what policies learn is shared.
@@ -54,6 +56,10 @@ class ByPriority(Policy):
     def on_finish(self, job: Job, output_tokens: int, now: float) -> None:
         self._policies[job.priority].on_finish(job, output_tokens, now)
 
+    def make_way(self) -> None:
+        for policy in self._policies.values():
+            policy.make_way()
+
     def close_order(self) -> None:
         for policy in self._policies.values():
             policy.close_order()
@@ -69,11 +75,12 @@ class ByPriority(Policy):
         self._policies[job.priority].move(job, tier)
 
     def iter_best(self, now: float) -> Iterator[Job]:
-        if len(self._priorities) == 1:
-            return self._policies[self._priorities[0]].iter_best(now)
         for policy in self._policies.values():
-            policy.close_order()
-            policy.make_way()
+            policy.share = self.share
+        if len(self._priorities) == 1:
+            return policy.iter_best(now)
+        self.close_order()
+        self.make_way()
         return chain.from_iterable(self._policies[priority].iter_best(now) for priority in self._priorities)
 
     def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:

@@ -6,13 +6,11 @@ import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Final
-
-from sortedcontainers import SortedDict
 
 from ..types import Job
 from .base import Policy
+from .standing import Standing, Tenant
 
 # What a row is given of service before tenants' shares are looked at again, in decodes. The fewer, the more evenly they
 # share; with one, batches would change at every token.
@@ -21,18 +19,6 @@ _SLICE: Final = 16
 # Tenants without jobs whose service is remembered, and policies without jobs that are kept for the next tenant.
 _MOST_IDLE: Final = 4096
 _MOST_SPARE: Final = 64
-
-
-@dataclass(slots=True, eq=False)
-class _Tenant:
-    name: str
-    weight: float
-    number: int  # breaks ties
-    policy: Policy
-    service: float = 0.0  # seconds that its jobs were served, by its weight, and what it was lifted by
-    slices: int = 0  # whole ones of that, as of late: by these tenants are compared
-    held: list[int] = field(default_factory=lambda: [0, 0])  # jobs with KV, by Job.tier
-    backlog: float = 0.0  # as of late
 
 
 class ByTenant(Policy):
@@ -53,6 +39,9 @@ class ByTenant(Policy):
 
     Where `name` gives several tenants one name, as that of their API key, they share as one, and what they get they
     share among themselves in the same way: naming more users brings a key no more.
+
+    While some have little to ask, rows of those beyond their shares (see Standing) come last, and whoever chooses a
+    batch is told which they are: they would make its iterations longer.
     """
 
     def __init__(
@@ -61,10 +50,11 @@ class ByTenant(Policy):
         *,
         quantum: float,
         shared: float = 0.0,
+        rows: float = math.inf,
         weights: Mapping[str, float],
         name: Callable[[str], str] = str,
     ) -> None:
-        """`quantum`: solo seconds of a decode, of which the others in a full batch pay the part `shared`.
+        """`quantum`: solo seconds of a decode, of which the others in a full batch, of `rows`, pay the part `shared`.
 
         `weights`: of tenants and of `name`'s names; 1 for those not there. What policies learn, `make` has shared.
         """
@@ -74,19 +64,20 @@ class ByTenant(Policy):
         self._weights = weights
         self._shared = shared
         self._slice = _SLICE * (quantum - shared)
-        self._tenants: dict[str, _Tenant] = {}  # with jobs, but for the only one there is
-        self._only: _Tenant | None = None
-        self._order: SortedDict = SortedDict()  # (slices, number) → tenant
+        self._tenants: dict[str, Tenant] = {}  # with jobs, but for the only one there is
+        self._only: Tenant | None = None
+        self._standing = Standing(self._slice, rows)
+        self._beyond = False  # see `beyond`
         self._weight = 0.0  # of all of them
         self._jobs = 0
-        self._left: OrderedDict[str, float] = OrderedDict()  # service of tenants without jobs
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # service and counter of those without jobs
         self._spare: list[Policy] = []
         self._number = 0
-        self._waking: list[_Tenant] = []  # to be lifted before the next order is made
-        self._holding: tuple[dict[_Tenant, None], dict[_Tenant, None]] = ({}, {})  # by tier: tenants with jobs in it
+        self._waking: list[Tenant] = []  # to be lifted before the next order is made
+        self._holding: tuple[dict[Tenant, None], dict[Tenant, None]] = ({}, {})  # by tier: tenants with jobs in it
         self._places: dict[Job, int] = {}  # in the latest order, as far as it was looked at
-        self._opened: list[_Tenant] = []  # for it
-        self._stale: dict[_Tenant, None] = {}  # whose backlog may have changed
+        self._opened: list[Tenant] = []  # for it
+        self._stale: dict[Tenant, None] = {}  # whose backlog may have changed
         self._backlog = 0.0
 
     # --- events ------------------------------------------------------------------------------------------------------
@@ -96,6 +87,7 @@ class ByTenant(Policy):
         tenant = self._tenants.get(name)
         if tenant is not None:
             tenant.policy.add(job, now)
+            self._standing.look(tenant)
         else:
             policy = self._policy(job.tenant, name)
             policy.add(job, now)  # before anything changes: it may refuse
@@ -115,16 +107,16 @@ class ByTenant(Policy):
         self._stale[tenant] = None
         if not len(tenant.policy) and self._only is None:
             self._leave(tenant)
+        else:
+            self._standing.look(tenant)
 
     def on_service(self, job: Job, own_seconds: float, now: float) -> None:
         tenant = self._tenants[self._name(job.tenant)]
         tenant.policy.on_service(job, own_seconds, now)
         if job.served > len(job.prompt):
             own_seconds *= max(0.0, 1 - self._shared / job.next_seconds)
-        tenant.service += own_seconds / tenant.weight
+        self._standing.serve(tenant, own_seconds)
         self._stale[tenant] = None
-        if tenant.service >= (tenant.slices + 1) * self._slice:
-            self._count(tenant)
 
     def refresh(self, job: Job, now: float) -> None:
         tenant = self._tenants[self._name(job.tenant)]
@@ -175,36 +167,69 @@ class ByTenant(Policy):
         return self._tenants[self._name(job.tenant)].policy.deadline(job)
 
     def iter_best(self, now: float) -> Iterator[Job]:
+        self._standing.pass_time(now)
         self._lift()
         self.close_order()
-        if self._only is not None:
-            self._opened.append(self._only)
-            return self._only.policy.iter_best(now)
-        return self._merged(now)
+        self._beyond = False
+        return self._merged(now) if self._only is None else self._open(self._only, now)
+
+    def _open(self, tenant: Tenant, now: float) -> Iterator[Job]:
+        policy = tenant.policy
+        policy.share = self.share * tenant.weight / self._weight
+        if isinstance(policy, ByTenant):
+            policy._standing.rows = self._standing.rows_of(tenant)
+        self._opened.append(tenant)
+        return policy.iter_best(now)
 
     def _merged(self, now: float) -> Iterator[Job]:
-        places = self._places
-        started: list[tuple[float, int, _Tenant, Iterator[Job], Job]] = []  # by the service to be reckoned with
-        unopened = iter(self._order.values())
+        places, standing, slice_ = self._places, self._standing, self._slice
+        sheltered = standing.smalls > 0
+        # By whether the row is beyond the share, and the service to be reckoned with.
+        started: list[tuple[bool, float, int, float, Tenant, Iterator[Job], Job]] = []
+        unopened = standing.in_order(sheltered)
         upcoming = next(unopened, None)
         while started or upcoming is not None:
             if upcoming is not None and (
-                not started or (upcoming.slices * self._slice, upcoming.number) < (started[0][0], started[0][1])
+                not started
+                or (sheltered and upcoming.beyond, upcoming.slices * slice_, upcoming.number) < started[0][:3]
             ):
-                tenant, service = upcoming, upcoming.slices * self._slice
+                tenant, service = upcoming, upcoming.slices * slice_
+                rows = standing.rows_within(tenant) if sheltered else math.inf
                 tenant.policy.make_way()
-                jobs = tenant.policy.iter_best(now)
-                self._opened.append(tenant)
+                jobs = self._open(tenant, now)
                 upcoming = next(unopened, None)
             else:
-                service, _, tenant, jobs, job = heapq.heappop(started)
+                self._beyond, service, _, rows, tenant, jobs, job = heapq.heappop(started)
                 places[job] = len(places)
                 yield job
                 prefill = job.next_seconds if job.served < len(job.prompt) else 0.0
-                service += max(self._slice, prefill) / tenant.weight
+                service += max(slice_, prefill) / tenant.weight
+                rows -= 1
             following = next(jobs, None)
             if following is not None:
-                heapq.heappush(started, (service, tenant.number, tenant, jobs, following))
+                beyond = rows <= 0 or tenant.policy.beyond
+                heapq.heappush(started, (beyond, service, tenant.number, rows, tenant, jobs, following))
+
+    @property
+    def several(self) -> bool:
+        return len(self._tenants) > 1 if self._only is None else self._only.policy.several
+
+    @property
+    def beyond(self) -> bool:
+        return self._beyond if self._only is None else self._only.policy.beyond
+
+    def is_small(self, job: Job) -> bool:
+        tenant = self._tenants[self._name(job.tenant)]
+        return (self._only is not None or tenant.small) and tenant.policy.is_small(job)
+
+    def is_sheltered(self, job: Job) -> bool:
+        tenant = self._tenants[self._name(job.tenant)]
+        return (self._only is None and tenant.small) or tenant.policy.is_sheltered(job)
+
+    def shares(self, job: Job) -> tuple[float, ...]:
+        tenant = self._tenants[self._name(job.tenant)]
+        share = tenant.weight / self._weight
+        return share, *(share * within for within in tenant.policy.shares(job))
 
     def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:
         if self._only is not None:
@@ -219,7 +244,7 @@ class ByTenant(Policy):
         place = self._places.get(job)
         if place is not None:
             return 0, place
-        return 1, tenant.slices, tenant.number, *tenant.policy.rank(job)
+        return 1, tenant.beyond, tenant.slices, tenant.number, *tenant.policy.rank(job)
 
     def work_ahead(self, job: Job, now: float) -> float:
         """What is ahead of a job within its tenant, and what others are served meanwhile: by weight, at most all."""
@@ -227,8 +252,7 @@ class ByTenant(Policy):
         own = tenant.policy.work_ahead(job, now)
         if self._only is not None:
             return own
-        first: _Tenant = self._order.peekitem(0)[1]
-        ahead = own / tenant.weight + (tenant.slices - first.slices) * self._slice
+        ahead = own / tenant.weight + (tenant.slices - self._standing.least().slices) * self._slice
         others = max(0.0, self.backlog(now) - tenant.backlog)
         return own + min(others, ahead * max(0.0, self._weight - tenant.weight))
 
@@ -259,28 +283,29 @@ class ByTenant(Policy):
             return ByTenant(self._make, quantum=self._quantum, shared=self._shared, weights=self._weights)
         return self._spare.pop() if self._spare else self._make()
 
-    def _enter(self, name: str, policy: Policy) -> _Tenant:
+    def _enter(self, name: str, policy: Policy) -> Tenant:
         """A tenant has jobs."""
         if self._only is not None and not len(self._only.policy):
             self._leave(self._only)
         self._number += 1
-        tenant = _Tenant(name, self._weights.get(name, 1.0), self._number, policy, self._left.pop(name, 0.0))
-        tenant.slices = math.floor(tenant.service / self._slice)
-        self._tenants[name] = self._order[tenant.slices, tenant.number] = tenant
+        tenant = Tenant(name, self._weights.get(name, 1.0), self._number, policy, *self._left.pop(name, (0.0, 0.0)))
+        self._tenants[name] = tenant
+        self._standing.enter(tenant)
         self._weight += tenant.weight
         self._waking.append(tenant)
         self._only = tenant if len(self._tenants) == 1 else None
         return tenant
 
-    def _leave(self, tenant: _Tenant) -> None:
+    def _leave(self, tenant: Tenant) -> None:
         """A tenant has none any more."""
-        del self._tenants[tenant.name], self._order[tenant.slices, tenant.number]
+        del self._tenants[tenant.name]
+        self._standing.leave(tenant)
         self._weight -= tenant.weight
         self._backlog -= tenant.backlog
         self._stale.pop(tenant, None)
         if tenant in self._waking:
             self._waking.remove(tenant)
-        self._left[tenant.name] = tenant.service
+        self._left[tenant.name] = tenant.service, tenant.counter
         if len(self._left) > _MOST_IDLE:
             self._left.popitem(last=False)
         # Counters within a key go with its last job: nobody in it had anything left to do.
@@ -295,22 +320,17 @@ class ByTenant(Policy):
         """Those that had nothing to do have been served as much as anybody who had, if they have not been more."""
         if not self._waking:
             return
-        waking, self._waking = self._waking, []
+        standing, waking = self._standing, self._waking
+        self._waking = []
         for tenant in waking:
-            del self._order[tenant.slices, tenant.number]
+            standing.displace(tenant)
         # Of those whose slices are as few, the first in the order may have a little more.
-        least = self._order.peekitem(0)[1].service if self._order else max(tenant.service for tenant in waking)
+        least = standing.least().service if len(standing) else max(tenant.service for tenant in waking)
         for tenant in waking:
             tenant.service = max(tenant.service, least)
-            tenant.slices = math.floor(tenant.service / self._slice)
-            self._order[tenant.slices, tenant.number] = tenant
+            standing.place(tenant)
 
-    def _count(self, tenant: _Tenant) -> None:
-        del self._order[tenant.slices, tenant.number]
-        tenant.slices = math.floor(tenant.service / self._slice)
-        self._order[tenant.slices, tenant.number] = tenant
-
-    def _hold(self, tenant: _Tenant, tier: int, more: int) -> None:
+    def _hold(self, tenant: Tenant, tier: int, more: int) -> None:
         tenant.held[tier] += more
         if tenant.held[tier]:
             self._holding[tier][tenant] = None

@@ -150,7 +150,9 @@ class GenerationRequest(_Body):
         maxLength=MAX_LENGTH,
     )
     priority: _Int | None = _given(
-        "Lower goes first, whatever the policy says; 0.", minimum=-(2**31), maximum=2**31 - 1
+        "Lower goes first among the requests of a user, or of all who name none; 0.",
+        minimum=-(2**31),
+        maximum=2**31 - 1,
     )
     timeout: float | None = _given(
         "Seconds until nobody wants the answer any more.", exclusiveMinimum=0, exclusiveMaximum=1e9

@@ -55,7 +55,7 @@ def run(jobs: list[SimJob], policy: str, stall_limit: float | None) -> tuple[lis
 def test_worked_example() -> None:
     """One decode at position 0 takes 1.3753 s, so that as much is left: 1.2503 beside the row. From position 0 on, n
     tokens take 0.2501 n + 0.0001 n (n + 1): 1.0024 for 4 and 1.2535 for 5."""
-    chunks = Chunks(COST, 2.0, decodes(0), 1, 2)
+    chunks = Chunks(COST, 2.0, decodes(0), 1)
     assert chunks.cut(0, 100, 100) == 4
     assert chunks.cut(0, 100, 100) == 0  # no time is left
 
@@ -65,23 +65,37 @@ def test_a_batch_that_is_not_full_leaves_more_time() -> None:
     s (one token, as always), 0.2503 s in a batch of two (a token is 0.2503 s) and in a batch of eight 1.9 times the
     1.3753 s: 1.2378 s (4 tokens are 1.0024 s, 5 would be 1.2535 s)."""
     for rows, tokens in ((1, 1), (2, 1), (8, 4)):
-        assert Chunks(COST, 1.1, decodes(0), rows, 2).cut(0, 100, 100) == tokens
-    assert Chunks(COST, 1.1, decodes(*[0] * 8), 8, 9).cut(0, 100, 100) == 1  # 10 % of 4.0024 s
-    assert Chunks(COST, 3.0, decodes(0), 8, 2).cut(0, 100, 100) == 10  # three times is what was asked for: 2.6256 s
+        assert Chunks(COST, 1.1, decodes(0), rows).cut(0, 100, 100) == tokens
+    assert Chunks(COST, 1.1, decodes(*[0] * 8), 8).cut(0, 100, 100) == 1  # 10 % of 4.0024 s
+    assert Chunks(COST, 3.0, decodes(0), 8).cut(0, 100, 100) == 10  # three times is what was asked for: 2.6256 s
 
 
 def test_short_prompts_are_computed_at_once_while_nobody_waits_for_a_row() -> None:
     """Alone, 500 tokens take 60 ms, 1,000 110 ms and 2,048 215 ms. Beside a decode, with a limit of 1.5 and 10.1 ms
     alone, there is time for 50 tokens; of a batch of four, 10.4 ms, as well."""
-    chunks = Chunks(QUICK, 1.5, decodes(7), 4, 4)
-    assert chunks.cut(0, 500, 500) == 500
-    assert chunks.cut(0, 1000, 1000) == 1000  # 170 ms in all
-    assert chunks.cut(0, 500, 500) == 0  # 230 ms would be too long a gap
-    assert Chunks(QUICK, 1.5, decodes(7), 4, 5).cut(0, 500, 500) == 50  # five jobs: one waits for a row
-    assert Chunks(QUICK, 1.5, decodes(7), 4, 4).cut(0, 2048, 2048) == 50
-    assert Chunks(QUICK, 1.5, decodes(7), 4, 4).cut(2000, 48, 2048) == 48  # as cut: there is time for 50
-    assert Chunks(QUICK, 1.5, decodes(7), 4, 4).cut(1900, 148, 2048) == 50  # the rest of a long prompt is no short one
-    assert Chunks(QUICK, 1.5, decodes(7), 4, 4).cut(0, 512, 600) == 512  # what the token budget leaves of a short one
+    chunks = Chunks(QUICK, 1.5, decodes(7), 4)
+    assert chunks.cut(0, 500, 500, at_once=True) == 500
+    assert chunks.cut(0, 1000, 1000, at_once=True) == 1000  # 170 ms in all
+    assert chunks.cut(0, 500, 500, at_once=True) == 0  # 230 ms would be too long a gap
+    for known, start, tokens, at_once, taken in (
+        (500, 0, 500, False, 50),  # somebody waits for a row
+        (2048, 0, 2048, True, 50),
+        (2048, 2000, 48, True, 48),  # as cut: there is time for 50
+        (2048, 1900, 148, True, 50),  # the rest of a long prompt is no short one
+        (600, 0, 512, True, 512),  # what the token budget leaves of a short one
+    ):
+        assert Chunks(QUICK, 1.5, decodes(7), 4).cut(start, tokens, known, at_once=at_once) == taken
+
+
+@pytest.mark.parametrize("limit", [None, 1.5])
+def test_prompts_beyond_their_tenants_shares_have_what_is_spare(limit: float | None) -> None:
+    """QUICK takes 0.1 ms a token: 2.05 ms are 20 of them, whatever else is cut, and together."""
+    chunks = Chunks(QUICK, limit, decodes(7), 4, 0.00205)
+    whole = chunks.cut(0, 30, 30)
+    assert whole == 30
+    assert chunks.cut(0, 12, 100, at_once=True, beyond=True) == 12
+    assert chunks.cut(0, 100, 100, at_once=True, beyond=True) == 8
+    assert chunks.cut(0, 100, 100, beyond=True) == 0
 
 
 def test_a_short_prompt_is_one_iteration_of_a_batch_that_has_a_row_for_it() -> None:
@@ -100,7 +114,7 @@ def test_a_short_prompt_is_one_iteration_of_a_batch_that_has_a_row_for_it() -> N
 )
 def test_as_much_as_there_is_time_for(positions: list[int], wants: list[tuple[int, int]], limit: float | None) -> None:
     rows = [(position, 1) for position in positions]
-    chunks = Chunks(COST, limit, decodes(*positions), 4, 4)
+    chunks = Chunks(COST, limit, decodes(*positions), 4)
     longest = float("inf") if limit is None or not rows else allowed(limit, rows)
     for number, (start, tokens) in enumerate(wants):
         taken = chunks.cut(start, tokens, start + tokens)  # more than 0.2 s: no prompt is short by COST

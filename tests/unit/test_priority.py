@@ -1,4 +1,4 @@
-"""Priorities order before the policy does, on every policy."""
+"""Priorities order a tenant's jobs before its policy does, on every policy, and nobody else's."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import pytest
 from unit_server import COST, UnitServer, unit_job
 
 from fastserve.config import SchedulerConfig
-from fastserve.policies import POLICIES, create_policy
+from fastserve.policies import POLICIES, Policy, create_policy
 from fastserve.policies.fcfs import FirstComeFirstServed
 from fastserve.policies.priority import ByPriority
 from fastserve.types import InvalidRequest, Job
 
 
-def policy(name: str, **options: object) -> ByPriority:
-    made = create_policy(SchedulerConfig(policy=name, **options), COST)  # type: ignore[arg-type]
-    assert isinstance(made, ByPriority)
-    return made
+def policy(name: str, **options: object) -> Policy:
+    return create_policy(SchedulerConfig(policy=name, **options), COST)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -38,6 +36,22 @@ def test_an_urgent_job_preempts() -> None:
     server = UnitServer(policy("fcfs"))
     server.run([unit_job(0, 0.0, 1, 5), unit_job(1, 2.0, 1, 2, priority=-5)])
     assert server.schedule == [(0,), (0,), (1,), (1,), (0,), (0,), (0,)]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("tenants", [("ann", "bob"), ("key 0/", "key 1/bob"), ("key 0/ann", "key 0/bob")])
+def test_a_priority_brings_a_tenant_no_more(name: str, tenants: tuple[str, str]) -> None:
+    """Whatever one claims, both run side by side; and of its own jobs, the urgent one goes first."""
+    urgent, modest = tenants
+    server = UnitServer(policy(name, starvation_limit=None), 2)
+    jobs = [unit_job(i, 0.0, 1, 8, priority=-(2**31) + (i == 0)) for i in range(4)]
+    jobs += [unit_job(i, 0.0, 1, 8, priority=2**31 - 1) for i in range(4, 8)]
+    for job in jobs:
+        job.tenant = urgent if job.index < 4 else modest
+    server.run(jobs)
+    for ran in server.schedule:
+        assert sorted(index // 4 for index in ran) == [0, 1]
+    assert server.finish[0] == max(server.finish[index] for index in range(4))
 
 
 def test_bounds_act_within_a_priority() -> None:

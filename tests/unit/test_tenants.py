@@ -47,7 +47,7 @@ def test_one_tenant_is_as_none(name: str, seed: int, batch: int, lumped: bool, t
         config = SchedulerConfig(policy=name, starvation_limit=draw.choice([None, 15.0]))
         policy = create_policy(config, COST)
         if not tenants:
-            policy._make = policy._make()._make  # type: ignore[attr-defined]
+            policy = policy._make()  # type: ignore[attr-defined]
         server = UnitServer(policy, batch, lumped=lumped)
         jobs = [unit_job(i, float(draw.randrange(60)), draw.randint(1, 9), draw.randint(1, 20)) for i in range(30)]
         for job in jobs:

@@ -1,0 +1,50 @@
+"""What tenants are served on average, by their weights, and how far ahead of that each of them is."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final
+
+# Whoever has had no job for so many seconds does not count any more.
+_LATELY: Final = 60.0
+
+
+class Average:
+    """A counter beside those of tenants: it goes up by all that is served, over all weights.
+
+    It is of those that have jobs and of those that had some lately, who are served nothing: who sends a job now and
+    then, is thought of as somebody who takes little, and not as one that comes and goes.
+    """
+
+    def __init__(self, most: float) -> None:
+        """`most`: seconds by weight. What anybody is further ahead is forgiven, or whoever had an idle device for
+        itself would pay for that for ever."""
+        self.now = 0.0
+        self.seconds = 0.0  # that a weight of 1 was served
+        self.weight = 0.0  # of all that count
+        self._most = most
+        self._resting: OrderedDict[str, tuple[float, float]] = OrderedDict()  # since when and with which weight, by name
+
+    def rests(self, name: str, weight: float) -> None:
+        """Somebody has no jobs any more."""
+        self._resting[name] = self.now, weight
+
+    def wakes(self, name: str, weight: float) -> None:
+        """It has some."""
+        if self._resting.pop(name, None) is None:
+            self.weight += weight
+
+    def forget(self, now: float) -> None:
+        """Those that had some lately, and not any more. The others are all there are, then."""
+        self.now = max(self.now, now)
+        while self._resting:
+            name, (since, weight) = next(iter(self._resting.items()))
+            if since + _LATELY > self.now:
+                return
+            del self._resting[name]
+            self.weight -= weight
+
+    def serve(self, counter: float, seconds: float, weight: float) -> float:
+        """The counter of one that was served so many seconds more."""
+        self.seconds += seconds / self.weight
+        return min(counter + seconds / weight, self.seconds + self._most)
