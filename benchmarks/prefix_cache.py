@@ -3,8 +3,8 @@
     python benchmarks/prefix_cache.py [trace] [agents] [flood] [--jobs 4000] [--seeds 3] [--json prefix_cache.json]
 
 - trace: conversations written as a trace of Mooncake's and read back. How much of its prompts is found, beside what a
-  cache would find that forgets nothing; and mean JCT under skip-join-mlfq where a job joins by what it must compute,
-  beside one where it joins by its whole prompt (and the cache works all the same).
+  cache would find that forgets nothing; and mean JCT under skip-join-mlfq, which goes by what a job must compute,
+  beside one that goes by its whole prompt (and the cache works all the same), and one that only joins by it.
 - agents: chains of two to twenty calls at load 0.9, where the engine knows which calls are of one program, beside one
   where each call is a job like any other. Mean completion time of programs.
 - flood: several users, one of whom sends fifty times as much as each of the others. The others' P95 JCT beside that
@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -33,7 +34,7 @@ from fastserve.bench.experiment import Experiment
 from fastserve.bench.simulation import Point, RunSummary, Setting, capacity, run
 from fastserve.bench.tables import new_table, number
 from fastserve.config import SchedulerConfig
-from fastserve.cost import Cost
+from fastserve.cost import Cost, quantum_of, shared_seconds
 from fastserve.policies import POLICIES, Policy
 from fastserve.policies.mlfq import MultiLevelFeedbackQueue
 from fastserve.programs import Programs
@@ -41,31 +42,53 @@ from fastserve.types import Job
 from fastserve.workloads import Recorded, SimJob, Synthetic, parse_load
 
 FULL_PREFILL = "skip-join-mlfq, full prefill"
+JOINS_BY_FULL_PREFILL = "skip-join-mlfq, joins by full prefill"
 NORMAL = "user-"
 FLOOD = "flood"
 
 
 class FullPrefillQueue(MultiLevelFeedbackQueue):
-    """Skip-join that sees the whole prompt of a job, whatever of it the cache holds."""
+    """Skip-join that sees the whole prompt of a job, whatever of it the cache holds.
 
-    def __init__(self, cost: Cost, **options: Any) -> None:
+    A job joins by it, and, where `charges` says so, is charged for it too, as it is where there is no cache.
+    """
+
+    def __init__(self, cost: Cost, charges: bool, **options: Any) -> None:
         super().__init__(**options)
         self._cost = cost
+        self._uncharged: dict[Job, None] | None = {} if charges else None
 
     def add(self, job: Job, now: float) -> None:
-        uncached = job.next_seconds
-        job.next_seconds = self._cost.prefill_charge(0, len(job.prompt))
+        uncached, cached = job.next_seconds, job.cached
+        job.next_seconds, job.cached = self._cost.prefill_charge(0, len(job.prompt)), 0
         super().add(job, now)
-        job.next_seconds = uncached
+        job.next_seconds, job.cached = uncached, cached
+        if self._uncharged is not None:
+            self._uncharged[job] = None
+
+    def on_service(self, job: Job, seconds: float, now: float) -> None:
+        if self._uncharged is not None and job in self._uncharged:
+            del self._uncharged[job]
+            seconds += self._cost.prefill_charge(0, job.cached) if job.cached else 0.0
+        super().on_service(job, seconds, now)
+
+    def remove(self, job: Job) -> None:
+        if self._uncharged is not None:
+            self._uncharged.pop(job, None)
+        super().remove(job)
 
     def refresh(self, job: Job, now: float) -> None:
         """It joined by its whole prompt, and stays."""
 
 
-def _full_prefill(config: SchedulerConfig, cost: Cost, programs: Programs) -> Callable[[], Policy]:
+def _full_prefill(
+    config: SchedulerConfig, cost: Cost, programs: Programs, *, charges: bool = True
+) -> Callable[[], Policy]:
     return lambda: FullPrefillQueue(
         cost,
-        quantum=cost.decode_seconds(1),
+        charges,
+        quantum=quantum_of(cost, config.max_num_seqs),
+        shared=shared_seconds(cost, config.max_num_seqs),
         num_levels=config.num_levels,
         starvation_limit=config.starvation_limit,
         slowdown_limit=config.slowdown_limit,
@@ -75,12 +98,13 @@ def _full_prefill(config: SchedulerConfig, cost: Cost, programs: Programs) -> Ca
 
 @contextlib.contextmanager
 def full_prefill_known() -> Iterator[None]:
-    """For a while, and in this process, the policy has a name."""
+    """For a while, and in this process, these policies have names."""
     POLICIES[FULL_PREFILL] = _full_prefill
+    POLICIES[JOINS_BY_FULL_PREFILL] = partial(_full_prefill, charges=False)
     try:
         yield
     finally:
-        del POLICIES[FULL_PREFILL]
+        del POLICIES[FULL_PREFILL], POLICIES[JOINS_BY_FULL_PREFILL]
 
 
 @dataclass(frozen=True)
@@ -142,6 +166,7 @@ def trace(options: argparse.Namespace, seed: int, tell: Callable[[str], None]) -
                 for name, policy, cached in (
                     ("by what it must compute", "skip-join-mlfq", True),
                     ("by its whole prompt", FULL_PREFILL, True),
+                    ("joins by its whole prompt", JOINS_BY_FULL_PREFILL, True),
                     ("no cache", "skip-join-mlfq", False),
                 )
             }
@@ -151,6 +176,7 @@ def trace(options: argparse.Namespace, seed: int, tell: Callable[[str], None]) -
         "runs": {name: each.as_dict() for name, each in runs.items()},
         "found_of_bound": ours.hit_rate / ours.hit_rate_bound,
         "better_than_full_prefill": full.mean_jct / ours.mean_jct,
+        "better_than_joining_by_full_prefill": runs["joins by its whole prompt"].mean_jct / ours.mean_jct,
         "better_than_no_cache": runs["no cache"].mean_jct / ours.mean_jct,
     }
 

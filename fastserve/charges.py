@@ -1,29 +1,37 @@
 """What jobs are charged for the service they get, and when the policy hears of it.
 
-Charged is the modelled solo time of what is new: neighbours, waiting, swapping and recomputation never are, and of a
-pipeline one stage (see cost.stage_cost). The policy hears of it in lumps, when it can change a job's place, so methods
-return how often they told it.
+A job's service is the modelled solo time of what is new: neighbours, waiting, swapping and recomputation never are, and
+of a pipeline one stage (see cost.stage_cost). Charged of it is what the job takes from the others of a full batch: what
+it adds to an iteration, and its share of what an iteration costs empty. In a batch of 16 a token that takes as long as
+a prefill of 1,500 if it is alone takes from the others what one of 50 does, and a job that was charged for all of it
+would seem to be a long one as soon as it decodes, and give way to prefills that hold up everybody.
+
+The policy hears of it in lumps, when it can change a job's place, so methods return how often they told it.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .cost import Cost
+from .cost import Cost, shared_seconds
 from .decode_rows import DecodeRows
 from .policies import Policy
 from .programs import Programs
 from .types import Job
 
+_NOTHING = 0.0, 0.0
+
 
 class Charges:
-    """Keeps Job.attained, Job.served and Job.next_seconds."""
+    """Keeps Job.attained, Job.charged, Job.served and Job.next_seconds."""
 
-    def __init__(self, policy: Policy, programs: Programs, cost: Cost) -> None:
+    def __init__(self, policy: Policy, programs: Programs, cost: Cost, batch: int) -> None:
+        """`batch`: the most jobs in an iteration."""
         self._policy = policy
         self._programs = programs
         self._cost = cost
-        self._untold: dict[Job, float] = {}  # service that the policy has not been told of
+        self._shared = shared_seconds(cost, batch)
+        self._untold: dict[Job, tuple[float, float]] = {}  # service, and charges, that the policy was not told of
 
     def arrived(self, job: Job) -> None:
         """A job without output. What others have computed of it, it is never charged for."""
@@ -39,38 +47,44 @@ class Charges:
         prompt = len(job.prompt)
         contexts = np.arange(prompt + 1, job.known, dtype=np.int32)  # of the tokens behind the first
         job.attained = self._cost.prefill_charge(0, prompt) + float(self._cost.decode_each(contexts).sum())
+        job.charged = max(0.0, job.attained - (1 + len(contexts)) * self._shared)
         job.served = job.known - 1
         job.next_seconds = self._prefill_seconds(job, job.cached, job.known)
 
     def attained(self, job: Job) -> float:
         """Modelled seconds of its service so far, told or not."""
         rows = job.batch
-        return job.attained + (rows.unreported(job) if isinstance(rows, DecodeRows) else self._untold.get(job, 0.0))
+        if isinstance(rows, DecodeRows):
+            return job.attained + rows.unreported(job)
+        return job.attained + self._untold.get(job, _NOTHING)[0]
 
     def prefill(self, job: Job, start: int, end: int) -> int:
         """Charge a job for its tokens start … end - 1; returns how many had been computed before."""
-        new = end - max(start, job.served)
-        if new <= 0:
-            return end - start
-        decodes = job.served >= len(job.prompt)
-        seconds = self._cost.decode_seconds(end) if decodes else self._prefill_seconds(job, max(start, job.served), end)
-        self._untold[job] = seconds
+        known = max(0, min(job.served, end) - start)
+        start += known
+        if start == end:
+            return known
+        decodes = start >= len(job.prompt)
+        seconds = self._cost.decode_seconds(end) if decodes else self._prefill_seconds(job, start, end)
+        # The first part of a prefill is charged what an iteration costs empty, the others are not.
+        self._untold[job] = seconds, max(0.0, seconds - (self._shared if decodes or start == job.cached else 0.0))
         job.served = end
-        return end - start - new
+        return known
 
     def left(self, job: Job, seconds: float) -> None:
         """A job is not among the decodes any more, and the policy has not heard of so much of what it got there."""
-        self._untold[job] = seconds
+        self._untold[job] = seconds, self._of_decodes(job, seconds)
 
     def tell(self, job: Job, now: float) -> int:
         """Tell the policy of one job."""
-        seconds = self._untold.pop(job, 0.0)
+        seconds, charged = self._untold.pop(job, _NOTHING)
         if seconds <= 0.0:
             return 0
         job.attained += seconds
-        self._programs.on_service(job, seconds)
+        job.charged += charged
+        self._programs.on_service(job, charged)
         self._estimate(job)
-        self._policy.on_service(job, seconds, now)
+        self._policy.on_service(job, charged, now)
         return 1
 
     def tell_all(self, now: float) -> int:
@@ -83,13 +97,19 @@ class Charges:
         for job in batch.jobs if everyone else batch.expired():
             batch.sync(job)
             if (own := batch.take_service(job)) > 0.0:
+                charged = self._of_decodes(job, own)
                 job.attained += own
-                self._programs.on_service(job, own)
+                job.charged += charged
+                self._programs.on_service(job, charged)
                 job.next_seconds = self._cost.decode_seconds(job.served + 1)
-                self._policy.on_service(job, own, now)
+                self._policy.on_service(job, charged, now)
                 told += 1
             batch.set_horizon(job, self._policy.horizon(job))
         return told
+
+    def _of_decodes(self, job: Job, seconds: float) -> float:
+        """What decodes of so many solo seconds are charged, all taken to be as long as the first of them."""
+        return seconds * max(0.0, 1 - self._shared / job.next_seconds)
 
     def _estimate(self, job: Job) -> None:
         if job.served < len(job.prompt):

@@ -88,7 +88,7 @@ class SchedulerConfig:
     max_model_len: int = 2048  # longest prompt + output
     max_in_flight: int = 1  # plans submitted and not yet completed
     pipeline_parallel_size: int = 1  # stages; with more than one, a job is in at most one plan in flight
-    num_levels: int = 12  # of the MLFQ; quantum(i) = quantum(0) * 2^i
+    num_levels: int = 16  # of the MLFQ; quantum(i) = quantum(0) * 2^i
     starvation_limit: float | None = 60.0  # a job left waiting this long is promoted to the front; None: never
     slowdown_limit: float | None = None  # so is one that has waited this many times its own service; None: never
     admission: str = "paged"  # a job starts when its prompt fits; "reserve": when prompt and longest output do (Orca)

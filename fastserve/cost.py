@@ -54,6 +54,16 @@ class Cost(Protocol):
         """Time of one iteration of rows (starts[i], tokens[i]), which share the reading of the weights."""
 
 
+def shared_seconds(cost: Cost, batch: int) -> float:
+    """Of a token's solo time, what the others pay in a full batch: their part of what an iteration costs empty."""
+    return max(0.0, cost.decode_seconds(1) - cost.prefill_charge(1, 2)) * (1 - 1 / batch)
+
+
+def quantum_of(cost: Cost, batch: int) -> float:
+    """What is charged for a token in a full batch: the rest of its solo time."""
+    return cost.decode_seconds(1) - shared_seconds(cost, batch)
+
+
 def stage_cost(cost: Cost, stages: int) -> Cost:
     """What iterations take of one pipeline stage, where `cost` says how long they take through all `stages`.
 

@@ -76,7 +76,7 @@ class Quantiles:
 class _Program:
     live: dict[Job, None] = field(default_factory=dict)
     calls: int = 0  # those that began while another was live count as one: several answers, or parts of one step
-    served: float = 0.0  # seconds, of all calls, as far as it was told
+    served: float = 0.0  # seconds charged, of all calls, as far as it was told
     idle_since: float = 0.0
     thoughts: int = 0
     mean_log: float = 0.0  # of its thoughts
@@ -146,10 +146,10 @@ class Programs:
             program = self._live[key] = self._wake(key, now)
             program.calls += 1
         program.live[job] = None
-        program.served += job.attained
+        program.served += job.charged
 
     def on_service(self, job: Job, seconds: float) -> None:
-        """A live job's `attained` has grown by so much."""
+        """A live job's `charged` has grown by so much."""
         if job.program is not None:
             self._live[job.tenant, job.program].served += seconds
 

@@ -55,7 +55,7 @@ class Scheduler:
         self.policy = create_policy(config, cost, self.programs)
         self.residency = Residency(config, self.policy, cost, link)
         self.blocks = self.residency.blocks
-        self._charges = Charges(self.policy, self.programs, cost)
+        self._charges = Charges(self.policy, self.programs, cost, config.max_num_seqs)
         self.jobs: dict[str, Job] = {}
         self.in_flight: deque[Iteration] = deque()
         self.record_levels = False  # whether iterations shall tell their jobs' levels
@@ -303,7 +303,7 @@ class Scheduler:
         self._charges.tell(job, now)
         job.finish_reason = reason
         job.metrics.finish = now
-        job.metrics.service_seconds = job.attained
+        job.metrics.service_seconds = job.charged
         if reason not in (FinishReason.ABORT, FinishReason.ERROR):
             self.policy.on_finish(job, len(job.output), now)
         self.policy.remove(job)

@@ -200,7 +200,7 @@ class JobMetrics:
     # queue time is what is left of the job's completion time
     swap_seconds: float = 0.0  # of that, with its KV on the way back from the host
     cached_tokens: int = 0  # of the prompt, whose KV was found when the job first ran
-    service_seconds: float = 0.0  # modelled, as if it were alone: what it was charged, in lost engines, too
+    service_seconds: float = 0.0  # modelled: what it was charged (see Job.charged), in lost engines, too
 
     @property
     def jct(self) -> float | None:
@@ -273,7 +273,7 @@ class Job:
     tenant: str = ""  # whose job it is: tenants share the device by their weights
     program: str | None = None  # the program that it is a call of
     cache_salt: str = ""  # KV is shared only between jobs of one tenant and one salt
-    inherited: float = 0.0  # modelled solo seconds that earlier calls of its program were served
+    inherited: float = 0.0  # what earlier calls of its program were charged
     group: int | None = None  # of prompts that begin alike, for policies that learn; None: too short to tell
     cached: int = 0  # first positions that it need not compute, as far as is known
     output: list[int] = field(default_factory=list)
@@ -285,6 +285,7 @@ class Job:
     slot: int | None = None  # the runtime's slot, while the job holds KV
     tier: int | None = None  # where that is: DEVICE or HOST
     attained: float = 0.0  # modelled solo seconds of service reported to the policy so far
+    charged: float = 0.0  # seconds of them that it took from the others of a full batch
     waiting_since: float | None = None  # when it was last left out of a batch, or arrived; None while it runs
     waited: float = 0.0  # seconds of the waits before that one
     primed: bool = False  # its slot holds its last token, sampled or being sampled: the next row is a decode

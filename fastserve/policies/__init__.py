@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from ..config import SchedulerConfig
-from ..cost import Cost
+from ..cost import Cost, quantum_of, shared_seconds
 from ..origin import sharer_of
 from ..programs import Programs
 from ..types import InvalidRequest
 from .base import Policy
 from .fcfs import FirstComeFirstServed
 from .gittins import Gittins
-from .indices import Indices, shared_seconds
+from .indices import Indices
 from .lengths import LengthDistribution
 from .mlfq import MultiLevelFeedbackQueue
 from .priority import ByPriority
@@ -26,11 +27,13 @@ def _fcfs(config: SchedulerConfig, cost: Cost, programs: Programs) -> Callable[[
 
 def _mlfq(config: SchedulerConfig, cost: Cost, programs: Programs, *, skip_join: bool = False) -> Callable[[], Policy]:
     return lambda: MultiLevelFeedbackQueue(
-        quantum=cost.decode_seconds(1),
+        quantum=quantum_of(cost, config.max_num_seqs),
+        shared=shared_seconds(cost, config.max_num_seqs),
         num_levels=config.num_levels,
         starvation_limit=config.starvation_limit,
         slowdown_limit=config.slowdown_limit,
         skip_join=skip_join,
+        prefill=partial(cost.prefill_charge, 0),
     )
 
 
@@ -78,8 +81,7 @@ def create_policy(config: SchedulerConfig, cost: Cost, programs: Programs | None
     make = POLICIES[config.policy](config, cost, Programs() if programs is None else programs)
     return ByTenant(
         lambda: ByPriority(make),
-        quantum=cost.decode_seconds(1),
-        shared=shared_seconds(cost, config.max_num_seqs),
+        quantum=quantum_of(cost, config.max_num_seqs),
         rows=config.max_num_seqs,
         weights=config.tenant_weights,
         name=sharer_of,

@@ -9,13 +9,22 @@ from collections.abc import Iterator, Sequence
 from ..types import Job
 
 
+def charge_ahead(job: Job, shared: float) -> float:
+    """What a job will be charged for its next iteration: for all that is left of its prefill, or for a decode.
+
+    Of either the others of a full batch pay the part `shared`, but once for each prefill.
+    """
+    return job.next_seconds - (0.0 if job.cached < job.served < len(job.prompt) else shared)
+
+
 class Policy(ABC):
     """A deterministic index over the live jobs. It knows no clock (it is told `now`), no memory and no device.
 
     It reads what the scheduler keeps up to date in a job and changes nothing of it: `next_seconds` (modelled solo time
-    of its next iteration), `attained` (what `on_service` has reported), `inherited` (what earlier calls of its program
-    had), `waiting_since` and `waited`, `arrival`, `index`, `max_output`, `prompt`, `output`, `served`, `tenant`,
-    `program` and `group`. Every call costs O(log n) in the number of jobs.
+    of its next iteration), `attained` (that of its service so far), `charged` (what `on_service` has reported),
+    `inherited` (what earlier calls of its program were charged), `waiting_since` and `waited`, `arrival`, `index`,
+    `max_output`, `prompt`, `output`, `cached`, `served`, `tenant`, `program` and `group`. Every call costs O(log n) in
+    the number of jobs.
     """
 
     share = 1.0  # of the device's time: what its jobs may count on; set before iter_best
@@ -29,8 +38,10 @@ class Policy(ABC):
         """A job left, finished or aborted."""
 
     @abstractmethod
-    def on_service(self, job: Job, own_seconds: float, now: float) -> None:
-        """The job got new work done; `own_seconds` is its modelled solo time. Not called for recomputation alone.
+    def on_service(self, job: Job, seconds: float, now: float) -> None:
+        """The job got new work done, and is charged for what it took from the others of a full batch (see Charges).
+
+        Not called for recomputation alone.
 
         The service of several iterations may come in one call, though never later than `horizon` allows.
         """

@@ -26,7 +26,7 @@ class FirstComeFirstServed(Policy):
     def remove(self, job: Job) -> None:
         self._queue.remove(job)
 
-    def on_service(self, job: Job, own_seconds: float, now: float) -> None:
+    def on_service(self, job: Job, seconds: float, now: float) -> None:
         self._queue.set_seconds(job, job.next_seconds)
 
     def refresh(self, job: Job, now: float) -> None:

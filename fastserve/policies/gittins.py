@@ -6,12 +6,13 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Final
 
 from ..cost import Cost
 from ..types import FinishReason, Job
-from .base import Policy
+from .base import Policy, charge_ahead
 from .deadlines import Deadlines
 from .groups import Group
 from .hazards import bucket, edge
@@ -102,11 +103,13 @@ class Gittins(Policy):
 
     def _skip_join(self) -> MultiLevelFeedbackQueue:
         return MultiLevelFeedbackQueue(
-            quantum=self._quantum,
+            quantum=self._quantum - self._indices.shared,
+            shared=self._indices.shared,
             num_levels=self._num_levels,
             starvation_limit=self._starvation_limit,
             slowdown_limit=self._slowdown_limit,
             skip_join=True,
+            prefill=partial(self._cost.prefill_charge, 0),
         )
 
     # --- events ------------------------------------------------------------------------------------------------------
@@ -142,7 +145,7 @@ class Gittins(Policy):
             self._deadlines.forget(job)
         del self._places[job]
 
-    def on_service(self, job: Job, own_seconds: float, now: float) -> None:
+    def on_service(self, job: Job, seconds: float, now: float) -> None:
         place = self._places[job]
         age = _age(job)
         # At once, or those that wait at an edge would be missing; on_finish takes it back if this token was the last.
@@ -150,7 +153,7 @@ class Gittins(Policy):
             self._lengths.survived(place.reported, reached, place.groups)
             place.reported = reached
         if self._unlearned is not None:
-            self._unlearned.on_service(job, own_seconds, now)
+            self._unlearned.on_service(job, seconds, now)
         elif place.cohort is not None:
             if age >= place.next_age or place.cohort.kind[0]:
                 self._join(job)
@@ -164,7 +167,7 @@ class Gittins(Policy):
         else:
             self._lengths.ended(place.reported, output_tokens, place.groups)
         if place.call:
-            self._indices.saw_call(job, output_tokens)
+            self._indices.saw_call(job)
         place.reported = -1
 
     # --- answers -----------------------------------------------------------------------------------------------------
@@ -288,7 +291,7 @@ class Gittins(Policy):
         """Charge a promoted job for its next tokens: its prompt, and some decodes."""
         age, seconds, decode = _age(job), 0.0, job.next_seconds
         if job.served < len(job.prompt):
-            seconds, decode = self._indices.prefill(job), self._cost.decode_seconds(len(job.prompt) + 1)
+            seconds, decode = charge_ahead(job, self._indices.shared), self._cost.decode_seconds(len(job.prompt) + 1)
             age += 1
         self._places[job].next_age = age + PROMOTED_QUANTA
         self._deadlines.charge((seconds + PROMOTED_QUANTA * (decode - self._indices.shared)) / self.share)

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from ..cost import Cost
+from ..cost import Cost, shared_seconds
 from ..programs import Programs
 from ..types import Job
+from .base import charge_ahead
 from .hazards import edge
 from .lengths import LengthDistribution
 
@@ -81,11 +82,6 @@ def gittins(
     return best, spent, decodes
 
 
-def shared_seconds(cost: Cost, batch: int) -> float:
-    """What the others pay of a token's solo time: their part of what an iteration costs whatever is in it."""
-    return max(0.0, cost.decode_seconds(1) - cost.prefill_charge(1, 2)) * (1 - 1 / batch)
-
-
 class Indices:
     """Those of one distribution of lengths and its programs, made anew with its tables; policies may share them.
 
@@ -112,20 +108,14 @@ class Indices:
         """The number of a job that comes now among its program's calls, as far as it is told apart."""
         return min(self._programs.number(job), _MOST_CALLS)
 
-    def saw_call(self, job: Job, output_tokens: int) -> None:
+    def saw_call(self, job: Job) -> None:
         """A call of a program is complete."""
         self._calls += 1
-        seconds = max(0.0, job.attained - self.shared * output_tokens)
-        self._call_seconds += (seconds - self._call_seconds) / min(self._calls, 1000)
-
-    def prefill(self, job: Job) -> float:
-        """Seconds that the rest of a job's prompt takes."""
-        # The first part that is computed is charged what an iteration costs whatever is in it, the others are not.
-        return job.next_seconds - (0.0 if job.served > job.cached else self.shared)
+        self._call_seconds += (job.charged - self._call_seconds) / min(self._calls, 1000)
 
     def prefill_level(self, job: Job) -> int:
-        """The level of that, from 1 on."""
-        level = round(_PREFILLS_PER_OCTAVE * math.log2(max(self.prefill(job) / self._unit, 1e-9)))
+        """The level of what the rest of a job's prompt is charged, from 1 on."""
+        level = round(_PREFILLS_PER_OCTAVE * math.log2(max(charge_ahead(job, self.shared) / self._unit, 1e-9)))
         return 1 + max(0, level - _LOWEST_PREFILL)
 
     def of(self, kind: Kind) -> tuple[Key, float]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Final
 
 from ..types import Job
-from .base import Policy
+from .base import Policy, charge_ahead
 from .deadlines import Deadlines
 from .queue import JobQueue
 
@@ -29,16 +29,20 @@ class _Place:
 
 
 class MultiLevelFeedbackQueue(Policy):
-    """Levels 0 (highest) … num_levels - 1; quantum(i) = quantum · 2^i seconds of a job's own service.
+    """Levels 0 (highest) … num_levels - 1; quantum(i) = quantum · 2^i seconds of what a job is charged.
 
     - Arrival: the first level whose quantum covers the job's next iteration, that is its whole prefill (skip-join), or
       level 0 (plain). The last level takes every job. What a job was served elsewhere before, and what earlier calls of
       its program were, counts as if it had spent that here: then it joins the level in which it would be by now.
+    - Where the cache has some of a prompt, what is left of it says where the job joins, but its first quantum is that
+      of the level in which it would join by its whole prompt: who comes first by a short prefill would otherwise be
+      told to give way at once, again and again, with as much KV to be kept as anybody.
     - A job that waits and was never served moves up when less of its prefill is left to compute than when it joined;
       if it is more, its quantum will not last.
-    - Service is charged at its modelled solo time. A job keeps its place in the level while it has quantum left. With
-      none left it goes to the tail of the first level below whose quantum covers its *next* iteration, with a fresh
-      quantum; from the last level it goes to the tail of the last level.
+    - Charged is what service takes from the others of a full batch (see Charges): by its solo time, as in the paper, a
+      decode would seem to be as much as a prefill that holds up everybody for as long. A job keeps its place in the
+      level while it has quantum left. With none left it goes to the tail of the first level below whose quantum covers
+      its *next* iteration, with a fresh quantum; from the last level it goes to the tail of the last level.
     - A job below level 0 that has waited too long (see Deadlines) goes to the tail of level 0 with a quantum that
       covers at least one iteration, and several where slowdowns are bounded.
     """
@@ -47,18 +51,27 @@ class MultiLevelFeedbackQueue(Policy):
         self,
         *,
         quantum: float,
+        shared: float = 0.0,
         num_levels: int,
         starvation_limit: float | None,
         slowdown_limit: float | None = None,
         skip_join: bool,
+        prefill: Callable[[int], float] | None = None,
     ) -> None:
+        """`quantum`: what a decode is charged. `shared`: the rest of its solo seconds, which the others pay.
+
+        `prefill`: the solo seconds of a prompt of so many tokens; without it, nothing is known to be in the cache.
+        """
+        self._shared = shared
+        self._prefill = prefill
         self._quanta = [math.ldexp(quantum, level) for level in range(num_levels)]
         self._skip_join = skip_join
+        self._solo = (quantum + shared) / quantum  # solo seconds of decodes that are charged one
         self._levels = [JobQueue() for _ in range(num_levels)]
         self._places: dict[Job, _Place] = {}
         self._work_above: dict[int, float] = {}  # by level; forgotten when a job changes its level
         self._deadlines = Deadlines(
-            starvation_limit=starvation_limit, slowdown_limit=slowdown_limit, quantum=quantum
+            starvation_limit=starvation_limit, slowdown_limit=slowdown_limit, quantum=quantum + shared
         )  # of the jobs below level 0
         self._promoted_quantum = quantum if slowdown_limit is None else PROMOTED_QUANTA * quantum
 
@@ -82,20 +95,21 @@ class MultiLevelFeedbackQueue(Policy):
         self._work_above.clear()
         self._deadlines.forget(job)
 
-    def on_service(self, job: Job, own_seconds: float, now: float) -> None:
+    def on_service(self, job: Job, seconds: float, now: float) -> None:
         place = self._places[job]
         queue = self._levels[place.level]
-        left = queue.seconds(job) - own_seconds
+        left = queue.seconds(job) - seconds
         if left > SPENT * place.quantum:
             queue.set_seconds(job, left)
         else:
             queue.remove(job)
-            level = self._first_fitting(place.level + 1, job.next_seconds)
+            level = self._first_fitting(place.level + 1, charge_ahead(job, self._shared))
             self._enter(job, level, self._quanta[level], now)
 
     def horizon(self, job: Job) -> float:
         place = self._places[job]
-        return self._levels[place.level].seconds(job) - SPENT * place.quantum
+        left = self._levels[place.level].seconds(job) - SPENT * place.quantum
+        return left * job.next_seconds / charge_ahead(job, self._shared)
 
     def next_deadline(self) -> float | None:
         return self._deadlines.next()
@@ -109,7 +123,7 @@ class MultiLevelFeedbackQueue(Policy):
     def iter_best(self, now: float) -> Iterator[Job]:
         for job in self._deadlines.pop_due(now):
             self._levels[self._places[job].level].remove(job)
-            self._enter(job, 0, max(self._promoted_quantum, job.next_seconds), now)
+            self._enter(job, 0, max(self._promoted_quantum, charge_ahead(job, self._shared)), now)
         return chain.from_iterable(self._levels)
 
     def iter_tier(self, tier: int, worst_first: bool = False) -> Iterator[Job]:
@@ -127,14 +141,14 @@ class MultiLevelFeedbackQueue(Policy):
         in the same level what they have left.
         """
         level = self._places[job].level
-        return self._above(level) + self._levels[level].ahead(job)
+        return self._solo * (self._above(level) + self._levels[level].ahead(job))
 
     def backlog(self, now: float) -> float:
         last = len(self._levels) - 1
-        return self._above(last) + self._levels[last].total()
+        return self._solo * (self._above(last) + self._levels[last].total())
 
     def quanta(self) -> Sequence[float]:
-        return self._quanta
+        return [self._solo * quantum for quantum in self._quanta]
 
     def level(self, job: Job) -> int:
         return self._places[job].level
@@ -159,8 +173,8 @@ class MultiLevelFeedbackQueue(Policy):
 
     def _joins(self, job: Job) -> tuple[int, float]:
         """The level in which a job belongs that comes now, and what it has spent there."""
-        level = self._first_fitting(0, job.next_seconds) if self._skip_join else 0
-        spent, last = job.inherited + job.attained, len(self._quanta) - 1
+        level = self._first_fitting(0, charge_ahead(job, self._shared)) if self._skip_join else 0
+        spent, last = job.inherited + job.charged, len(self._quanta) - 1
         while level < last and spent >= self._quanta[level] * (1 - SPENT):
             spent -= self._quanta[level]
             level += 1
@@ -168,6 +182,9 @@ class MultiLevelFeedbackQueue(Policy):
 
     def _join(self, job: Job, level: int, spent: float, now: float) -> None:
         quantum = self._quanta[level]
+        if self._skip_join and self._prefill is not None and job.cached:
+            whole = self._prefill(len(job.prompt)) - self._shared
+            quantum = max(quantum, self._quanta[self._first_fitting(0, whole)])
         self._enter(job, level, quantum, now)
         if spent > 0:
             self._levels[level].set_seconds(job, quantum - spent % quantum)

@@ -41,8 +41,8 @@ class ByPriority(Policy):
         if len(self._priorities) > 1 and not len(policy):
             self._drop_empty()
 
-    def on_service(self, job: Job, own_seconds: float, now: float) -> None:
-        self._policies[job.priority].on_service(job, own_seconds, now)
+    def on_service(self, job: Job, seconds: float, now: float) -> None:
+        self._policies[job.priority].on_service(job, seconds, now)
 
     def refresh(self, job: Job, now: float) -> None:
         self._policies[job.priority].refresh(job, now)

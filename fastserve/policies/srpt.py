@@ -63,7 +63,7 @@ class ShortestRemainingTime(Policy):
         self._delete(job)
         self._ran.pop(job, None)
 
-    def on_service(self, job: Job, own_seconds: float, now: float) -> None:
+    def on_service(self, job: Job, seconds: float, now: float) -> None:
         self._refresh(job)
 
     def refresh(self, job: Job, now: float) -> None:

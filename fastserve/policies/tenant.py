@@ -49,12 +49,11 @@ class ByTenant(Policy):
         make: Callable[[], Policy],
         *,
         quantum: float,
-        shared: float = 0.0,
         rows: float = math.inf,
         weights: Mapping[str, float],
         name: Callable[[str], str] = str,
     ) -> None:
-        """`quantum`: solo seconds of a decode, of which the others in a full batch, of `rows`, pay the part `shared`.
+        """`quantum`: seconds that a decode is charged in a full batch, which is of `rows`.
 
         `weights`: of tenants and of `name`'s names; 1 for those not there. What policies learn, `make` has shared.
         """
@@ -62,8 +61,7 @@ class ByTenant(Policy):
         self._name = name
         self._quantum = quantum
         self._weights = weights
-        self._shared = shared
-        self._slice = _SLICE * (quantum - shared)
+        self._slice = _SLICE * quantum
         self._tenants: dict[str, Tenant] = {}  # with jobs, but for the only one there is
         self._only: Tenant | None = None
         self._standing = Standing(self._slice, rows)
@@ -110,12 +108,10 @@ class ByTenant(Policy):
         else:
             self._standing.look(tenant)
 
-    def on_service(self, job: Job, own_seconds: float, now: float) -> None:
+    def on_service(self, job: Job, seconds: float, now: float) -> None:
         tenant = self._tenants[self._name(job.tenant)]
-        tenant.policy.on_service(job, own_seconds, now)
-        if job.served > len(job.prompt):
-            own_seconds *= max(0.0, 1 - self._shared / job.next_seconds)
-        self._standing.serve(tenant, own_seconds)
+        tenant.policy.on_service(job, seconds, now)
+        self._standing.serve(tenant, seconds)
         self._stale[tenant] = None
 
     def refresh(self, job: Job, now: float) -> None:
@@ -280,7 +276,7 @@ class ByTenant(Policy):
     def _policy(self, tenant: str, name: str) -> Policy:
         """For who has none yet."""
         if name != tenant:  # one of several that share as one
-            return ByTenant(self._make, quantum=self._quantum, shared=self._shared, weights=self._weights)
+            return ByTenant(self._make, quantum=self._quantum, weights=self._weights)
         return self._spare.pop() if self._spare else self._make()
 
     def _enter(self, name: str, policy: Policy) -> Tenant:
