@@ -73,7 +73,7 @@ class Charges:
 
     def left(self, job: Job, seconds: float) -> None:
         """A job is not among the decodes any more, and the policy has not heard of so much of what it got there."""
-        self._untold[job] = seconds, self._of_decodes(job, seconds)
+        self._untold[job] = seconds, self._of_decodes(seconds, self._cost.decode_seconds(job.served + 1))
 
     def tell(self, job: Job, now: float) -> int:
         """Tell the policy of one job."""
@@ -97,19 +97,19 @@ class Charges:
         for job in batch.jobs if everyone else batch.expired():
             batch.sync(job)
             if (own := batch.take_service(job)) > 0.0:
-                charged = self._of_decodes(job, own)
+                job.next_seconds = self._cost.decode_seconds(job.served + 1)
+                charged = self._of_decodes(own, job.next_seconds)
                 job.attained += own
                 job.charged += charged
                 self._programs.on_service(job, charged)
-                job.next_seconds = self._cost.decode_seconds(job.served + 1)
                 self._policy.on_service(job, charged, now)
                 told += 1
             batch.set_horizon(job, self._policy.horizon(job))
         return told
 
-    def _of_decodes(self, job: Job, seconds: float) -> float:
-        """What decodes of so many solo seconds are charged, all taken to be as long as the first of them."""
-        return seconds * max(0.0, 1 - self._shared / job.next_seconds)
+    def _of_decodes(self, seconds: float, following: float) -> float:
+        """What decodes of so many solo seconds are charged, all taken to be as long as the `following` one."""
+        return seconds * (1 - self._shared / following)
 
     def _estimate(self, job: Job) -> None:
         if job.served < len(job.prompt):

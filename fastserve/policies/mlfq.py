@@ -109,7 +109,8 @@ class MultiLevelFeedbackQueue(Policy):
     def horizon(self, job: Job) -> float:
         place = self._places[job]
         left = self._levels[place.level].seconds(job) - SPENT * place.quantum
-        return left * job.next_seconds / charge_ahead(job, self._shared)
+        ahead = charge_ahead(job, self._shared)
+        return left * job.next_seconds / ahead if ahead > 0.0 else 0.0  # not above 0: its prefill is yet to be told
 
     def next_deadline(self) -> float | None:
         return self._deadlines.next()

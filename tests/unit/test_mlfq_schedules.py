@@ -174,7 +174,7 @@ def test_a_job_served_elsewhere_joins_as_if_here() -> None:
     """6 s of service spend levels 0 (1 s) and 1 (2 s) and 3 of level 2's 4 s; 1000 s reach the last level, 16 s."""
     policy = mlfq()
     served, old = bare_job(0, 1.0), bare_job(1, 1.0)
-    served.attained, old.attained = 6.0, 1000.0
+    served.charged, old.charged = 6.0, 1000.0
     policy.add(served, 0.0)
     policy.add(old, 0.0)
     assert (policy.level(served), policy.level(old)) == (2, 4)

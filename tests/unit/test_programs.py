@@ -11,15 +11,15 @@ from toy import VOCAB, Toy, bare_job
 
 from fastserve import programs as programs_module
 from fastserve.config import SchedulerConfig
-from fastserve.cost import CostModel
+from fastserve.cost import CostModel, quantum_of
 from fastserve.policies import create_policy
 from fastserve.programs import Programs, Quantiles
 from fastserve.types import FinishReason, Job, SamplingParams
 
 
-def call(index: int, program: str | None, tenant: str = "", attained: float = 0.0) -> Job:
+def call(index: int, program: str | None, tenant: str = "", charged: float = 0.0) -> Job:
     job = bare_job(index, 1.0)
-    job.program, job.tenant, job.attained = program, tenant, attained
+    job.program, job.tenant, job.charged = program, tenant, charged
     return job
 
 
@@ -31,11 +31,11 @@ def run(programs: Programs, job: Job, start: float, end: float, reason: FinishRe
 
 def test_calls_share_what_they_were_served() -> None:
     programs = Programs()
-    run(programs, call(0, "a", attained=3.0), 0.0, 1.0)
-    live = call(1, "a", attained=0.5)
+    run(programs, call(0, "a", charged=3.0), 0.0, 1.0)
+    live = call(1, "a", charged=0.5)
     programs.arrived(live, 2.0)
     assert programs.served(call(2, "a")) == 3.5
-    live.attained = 2.0
+    live.charged = 2.0
     programs.on_service(live, 1.5)
     assert programs.served(call(2, "a")) == 5.0
     assert programs.served(call(2, "a", tenant="other")) == programs.served(call(2, "b")) == 0.0
@@ -45,7 +45,7 @@ def test_calls_share_what_they_were_served() -> None:
 def test_a_job_that_a_lost_engine_left_counts_once() -> None:
     """It brings its own service, of which this engine has not heard: others inherit it, itself does not."""
     programs = Programs()
-    resumed = call(0, "a", attained=7.0)
+    resumed = call(0, "a", charged=7.0)
     resumed.output = [5, 6]
     assert programs.served(resumed) == 0.0
     programs.arrived(resumed, 0.0)
@@ -153,7 +153,7 @@ def test_what_live_calls_were_served_is_not_summed_anew() -> None:
     """One that comes to many live ones looks at none of them."""
     programs = Programs()
     for index in range(1000):
-        programs.arrived(call(index, "a", attained=1.0), 0.0)
+        programs.arrived(call(index, "a", charged=1.0), 0.0)
     program = programs._live["", "a"]
     program.live = NotIterable(program.live)
     assert programs.served(call(1000, "a")) == 1000.0
@@ -180,7 +180,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs_module, "_MOST_IDLE", 100)
     programs = Programs()
     for number in range(1000):
-        run(programs, call(number, str(number), attained=1.0), number / 10, number / 10 + 0.05)
+        run(programs, call(number, str(number), charged=1.0), number / 10, number / 10 + 0.05)
         assert len(programs) <= 100
     assert programs.served(call(0, "999")) == 1.0 and programs.served(call(0, "0")) == 0.0
 
@@ -231,7 +231,9 @@ def test_an_aborted_call_counts_too() -> None:
 def test_gittins_prefers_programs_that_are_nearly_done() -> None:
     """All programs make four calls, of 20 tokens each: the fourth is 20 s from its end, the first four times that."""
     programs = Programs()
-    policy = create_policy(SchedulerConfig(policy="gittins", starvation_limit=None), CostModel.constant(1.0), programs)
+    config, cost = SchedulerConfig(policy="gittins", starvation_limit=None), CostModel.constant(1.0)
+    policy = create_policy(config, cost, programs)
+    charged = 20 * quantum_of(cost, config.max_num_seqs)
     draw, now, index = random.Random(0), 0.0, 0
 
     def new(name: str) -> Job:
@@ -244,9 +246,9 @@ def test_gittins_prefers_programs_that_are_nearly_done() -> None:
         return job
 
     def finish(job: Job) -> None:
-        job.served, job.output, job.attained = 20, [0] * 20, 20.0
-        policy.on_service(job, 20.0, now)
-        programs.on_service(job, 20.0)
+        job.served, job.output, job.charged = 20, [0] * 20, charged
+        policy.on_service(job, charged, now)
+        programs.on_service(job, charged)
         job.finish_reason = FinishReason.STOP
         policy.on_finish(job, 20, now)
         policy.remove(job)

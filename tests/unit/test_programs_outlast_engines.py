@@ -17,22 +17,22 @@ def call(world: Toy, name: str, inherited: float = 0.0) -> Job:
 
 def test_a_call_joins_by_what_others_were_served_in_engines_that_are_gone() -> None:
     cost = CostModel(per_iteration=1.0)
-    before = Toy(cost, policy="skip-join-mlfq")
+    before = Toy(cost, policy="skip-join-mlfq", max_num_seqs=4)
     first = call(before, "first")
     before.run()
-    assert first.metrics.service_seconds == first.attained == 3.0
+    assert first.metrics.service_seconds == first.charged == 3.0 / 4 and first.attained == 3.0
     here = call(before, "second")
 
-    after = Toy(cost, policy="skip-join-mlfq")
+    after = Toy(cost, policy="skip-join-mlfq", max_num_seqs=4)
     second = call(after, "second", first.metrics.service_seconds)
-    assert second.inherited == here.inherited == 3.0
+    assert second.inherited == here.inherited == 3.0 / 4
     assert after.engine.scheduler.policy.level(second) == before.engine.scheduler.policy.level(here) > 0
 
 
 def test_it_is_counted_once() -> None:
     """The server knows of calls that this engine has served itself, too."""
-    world = Toy(CostModel(per_iteration=1.0), policy="skip-join-mlfq")
+    world = Toy(CostModel(per_iteration=1.0), policy="skip-join-mlfq", max_num_seqs=4)
     first = call(world, "first")
     world.run()
-    assert call(world, "second", first.metrics.service_seconds).inherited == 3.0
+    assert call(world, "second", first.metrics.service_seconds).inherited == 3.0 / 4
     assert call(world, "third", 8.0).inherited == 8.0

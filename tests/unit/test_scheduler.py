@@ -10,7 +10,7 @@ import pytest
 from toy import Toy
 
 from fastserve.config import SchedulerConfig
-from fastserve.cost import CostModel
+from fastserve.cost import CostModel, shared_seconds
 from fastserve.scheduler import Scheduler
 from fastserve.types import InvalidRequest, Job, SamplingParams
 
@@ -193,27 +193,30 @@ def test_a_prefill_costs_the_same_in_however_many_chunks(rows: int, budget: int)
         toy.add(str(number), 1, 100)
     toy.engine.step()
     charged: list[float] = []
+    shared = shared_seconds(cost, 8)
     policy = toy.engine.scheduler.policy
     charge = policy.on_service
     job = toy.add("a", 64, 3)
     joined = policy.level(job)
 
-    def spy(served: Job, own_seconds: float, now: float) -> None:
+    def spy(served: Job, seconds: float, now: float) -> None:
         if served is job:
-            charged.append(own_seconds)
+            charged.append(seconds)
             if not job.output and job.served < 64:
-                assert sum(charged) + job.next_seconds == cost.prefill_seconds(0, 64)
-        charge(served, own_seconds, now)
+                assert sum(charged) + job.next_seconds == cost.prefill_seconds(0, 64) - shared
+        charge(served, seconds, now)
 
     policy.on_service = spy  # type: ignore[method-assign]
     while not job.output:
         assert policy.level(job) == joined
         toy.engine.step()
     toy.engine.step()
-    assert sum(charged) == cost.prefill_seconds(0, 64)
+    assert sum(charged) == cost.prefill_seconds(0, 64) - shared
     charged.clear()
     toy.run()
-    assert sum(charged) == cost.decode_seconds(65) + cost.decode_seconds(66)
+    alone = cost.decode_seconds(65) + cost.decode_seconds(66)
+    assert job.attained == cost.prefill_seconds(0, 64) + alone
+    assert sum(charged) == pytest.approx(alone - 2 * shared, rel=1e-2)  # their lengths differ by one
 
 
 def test_recomputation_is_not_charged() -> None:

@@ -187,7 +187,7 @@ def test_a_prompt_counts_for_as_long_as_it_takes() -> None:
 
 def test_decodes_count_what_they_add_to_a_full_batch() -> None:
     """Of a decode of 1 s the others pay 0.9: 100 of them weigh as much as 10 s of prompts."""
-    policy = ByTenant(FirstComeFirstServed, quantum=1.0, shared=0.9, weights={})
+    policy = ByTenant(FirstComeFirstServed, quantum=0.1, weights={})
     decoding, prompt = job_of("a", 0), job_of("b", 1, prompt=10)
     for job in (decoding, prompt, job_of("a", 2), job_of("b", 3)):
         policy.add(job, 0.0)
