@@ -1,4 +1,4 @@
-"""How much longer an iteration may take for rows beyond their tenants' shares, beside rows of those who ask for little."""
+"""How much longer an iteration may take for rows beyond their tenants' shares, beside those of who asks for little."""
 
 from __future__ import annotations
 

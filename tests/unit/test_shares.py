@@ -208,7 +208,9 @@ def test_all_end_and_no_iteration_is_too_long(
     link = Link(offload_block=0.02, upload_block=0.02)
     toy.engine = Engine(toy.config, toy.executor, ROWS, link=link, clock=toy.clock, on_iteration=toy.records.append)
     jobs: list[Job] = []
-    to_come = [(int(draw.integers(60)), "flood", int(draw.integers(1, 20)), int(draw.integers(1, 30))) for _ in range(flood)]
+    to_come = [
+        (int(draw.integers(60)), "flood", int(draw.integers(1, 20)), int(draw.integers(1, 30))) for _ in range(flood)
+    ]
     for number, (count, output) in enumerate(tenants):
         name = f"key {number % 2}/{number}" if keyed else f"user{number}"
         to_come += [(int(draw.integers(60)), name, int(draw.integers(1, 20)), output) for _ in range(count)]
