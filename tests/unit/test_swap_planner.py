@@ -146,18 +146,18 @@ def test_kv_that_came_back_stays_until_it_was_worth_it() -> None:
 
 
 def test_who_is_owed_the_memory_gets_it_from_whoever_has_it() -> None:
-    """Whatever it was served, and though it runs first; but only for who belongs in the batch."""
-    new = [holder(3, 8, service=0.0), holder(1, 8, service=0.0)]
+    """Whatever that was served; but only for who belongs in the batch, and from who runs later."""
+    new = [holder(9, 8, service=0.0), holder(8, 8, service=0.0), holder(1, 8, service=0.0)]
     assert numbers(decide([want(2, 12)], new)) == {}
 
     def owed(victim: Job, wanting: Job) -> bool:
-        return victim.index != 3 and wanting.index == 2
+        return victim.index != 9 and wanting.index == 2
 
-    assert numbers(decide([want(2, 12)], new, gives_way=owed)) == {"offload": [(1, 8)]}
-    assert numbers(decide([want(4, 12)], new, gives_way=owed)) == {}
+    assert numbers(decide([want(2, 12)], new, gives_way=owed)) == {"offload": [(8, 8)]}
+    assert numbers(decide([want(3, 12)], new, gives_way=owed)) == {}
     assert numbers(decide([want(2, 8, enst=5.0)], new, gives_way=owed)) == {}
-    dear = [holder(1, 8, service=0.0, recompute=500.0)]
-    assert numbers(decide([want(2, 8)], dear, gives_way=owed, host_places=0)) == {"drop": [1], "upload": [2]}
+    dear = [holder(8, 8, service=0.0, recompute=500.0)]
+    assert numbers(decide([want(2, 8)], dear, gives_way=owed, host_places=0)) == {"drop": [8], "upload": [2]}
 
 
 def test_the_search_for_victims_gives_up() -> None:
