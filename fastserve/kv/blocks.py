@@ -123,16 +123,17 @@ class BlockManager(Tables):
             raise ValueError(f"owner {owner} cannot begin with {len(path)} blocks")
         self._added(table := Table(owner, list(path), shared=len(path)))
         for block in path:
-            if block.tables:
-                block.tables = with_one(block.tables, table)
-            else:
-                block.tables = table.alone
-                if block.transfer is None:
+            owners = block.tables
+            block.tables = with_one(owners, table) if owners else table.alone
+            if block.transfer is None:
+                if not owners:
                     self.cache.wakes(block)
-            if block.transfer == OFFLOAD:
-                self._transfers.keep(block)
-            table.moving += block.transfer is not None
-            table.missing += not block.here
+                table.missing += block.device == NOWHERE
+            else:
+                if block.transfer == OFFLOAD:
+                    self._transfers.keep(block)
+                table.moving += 1
+                table.missing += 1
         for block in path if table.missing else ():
             self._places.spare.pop(block, None)
         self._classify(table)
