@@ -88,6 +88,7 @@ class Engine:
         known_output: int | None = None,
         output: Sequence[int] = (),
         waiting_since: float | None = None,
+        inherited: float = 0.0,
     ) -> Job:
         """Queue one prompt for one output (`params.n` is the caller's business). `arrival` is on the engine's clock.
 
@@ -97,6 +98,7 @@ class Engine:
         `output` is what an engine that is lost had put out already: the job goes on behind it, with the tokens that
         the other engine would have sampled next. Updates, logprobs and metrics are of what comes from here on.
         `waiting_since`: when that engine had put out the last of it (None: now), for policies that let nobody starve.
+        `inherited`: modelled seconds that earlier calls of the program were served, in other engines, too.
 
         Raises InvalidRequest, before anything changes, for an empty prompt or one that fills the context, a token id
         outside the vocabulary, an id in use, min_tokens where every token is a stop token, an output that is complete,
@@ -140,6 +142,7 @@ class Engine:
             known_output=None if known_output is None else min(known_output, max_output),
             output=so_far,
             waiting_since=waiting_since,
+            inherited=inherited,
         )
         job.metrics = JobMetrics(job.arrival)
         self.scheduler.add(job, now)

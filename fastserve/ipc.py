@@ -32,6 +32,7 @@ class Add(Message):
     """One prompt for one output. `output`: tokens that a lost engine had put out; they count as put out.
 
     `waiting_since`: when the last of those came, so that a restart makes no wait shorter; None: it waits from now.
+    `inherited`: seconds of service, modelled, of the program's calls that have ended, in whichever engine.
     """
 
     key: int
@@ -45,6 +46,7 @@ class Add(Message):
     tenant: str = ""
     program: str | None = None
     cache_salt: str = ""
+    inherited: float = 0.0
 
 
 class Abort(Message):

@@ -72,19 +72,24 @@ class Prefixes:
 
     def arrived(self, job: Job) -> None:
         """Tell a job how much of it is there already, and to which group it belongs."""
-        if not self._enabled or isinstance(job.prompt, range):
+        if isinstance(job.prompt, range):
             return
         owner = f"{len(job.tenant)}:{job.tenant}{job.cache_salt}".encode()
-        prefix = self._prefixes[job] = _Prefix(owner)
-        self._look(job, prefix)
+        prefix = _Prefix(owner)
+        if self._enabled:
+            self._prefixes[job] = prefix
+            self._look(job, prefix)
         if len(job.prompt) >= _GROUP_BLOCKS * self._blocks.block_size:
             self._extend(job, prefix, _GROUP_BLOCKS)
             job.group = int.from_bytes(prefix.keys[_GROUP_BLOCKS - 1][:8], "little")
 
-    def path(self, job: Job) -> list[Block]:
-        """The blocks that hold the job's beginning, wherever they are; at least its last token is not in them."""
+    def path(self, job: Job) -> Sequence[Block]:
+        """The blocks that hold the job's beginning, wherever they are; at least its last token is not in them.
+
+        It is told as it is now, and grows and shrinks with the cache.
+        """
         prefix = self._prefixes.get(job)
-        return [] if prefix is None else self._walk(job, prefix).copy()
+        return () if prefix is None else self._walk(job, prefix)
 
     def _walk(self, job: Job, prefix: _Prefix) -> list[Block]:
         """The path, which is the prefix's own list, from where it was left."""
@@ -159,7 +164,7 @@ class Prefixes:
         prefix, size = self._prefixes.get(job), self._blocks.block_size
         if prefix is None or len(path := self._walk(job, prefix)) * size <= job.computed:
             return False
-        here = next((i for i, block in enumerate(path) if not block.here), len(path))
+        here = self._blocks.readable(path)
         if here * size <= job.computed or not self._blocks.exchange(job.index, path[:here]):
             return False
         job.computed = here * size

@@ -7,6 +7,7 @@ begin, fetch ──▶ open ──▶ extend … ──▶ release          a jo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Final, cast
 
@@ -70,7 +71,7 @@ class Residency:
 
     # --- a job's life with KV ----------------------------------------------------------------------------------------
 
-    def begin(self, job: Job, path: list[Block]) -> None:
+    def begin(self, job: Job, path: Sequence[Block]) -> None:
         """A job is about to start with the blocks of its path, which are on the device."""
         self.begun[job] = None
         if path:
@@ -83,7 +84,7 @@ class Residency:
         self.blocks.release(job.index)
         job.computed = 0
 
-    def fetch(self, job: Job, path: list[Block]) -> None:
+    def fetch(self, job: Job, path: Sequence[Block]) -> None:
         """The job holds what it begins with, which is not on the device, and starts when it is there."""
         self.blocks.attach(job.index, path, accounts_of(job.tenant))
         job.computed = len(path) * self.blocks.block_size

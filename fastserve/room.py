@@ -6,11 +6,13 @@ remembered as wants; swapping.py has KV moved for them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
 from typing import Final
 
 from .config import SchedulerConfig
 from .cost import Cost
-from .kv import Block, Want
+from .kv import Block, Want, first_unused
 from .policies import Policy
 from .residency import Residency
 from .types import HOST, UPLOAD, Job
@@ -91,12 +93,12 @@ class Room:
         if self._prefixes.better_waits(job):
             return False
         path = self._prefixes.path(job)
-        here = next((i for i, block in enumerate(path) if not block.here), len(path))
+        here = self._blocks.readable(path)
         if here < len(path) and self._is_worth_fetching(path, here):
             self.left -= _unused(path)
             self._residency.fetch(job, path)
             return False
-        del path[here:]
+        unused = here - min(here, first_unused(path))
         blocks = self._residency.to_start(job)
         if self._reserves:
             if blocks > self._unpromised:
@@ -104,20 +106,20 @@ class Room:
                 return False
             self._unpromised -= blocks
         else:
-            blocks += _unused(path) - len(path)
+            blocks += unused - here
             owed = max(self.headroom(self._starting), self._growth)
             if blocks + owed > self.left:
                 self.closed = True
                 self._want(job, blocks + owed)
                 return False
             self.left -= blocks
-            self.given += blocks - _unused(path)
+            self.given += blocks - unused
         self._starting += 1
-        self._residency.begin(job, path)
+        self._residency.begin(job, path[:here])
         self._prefixes.computes(job)
         return True
 
-    def _is_worth_fetching(self, path: list[Block], here: int) -> bool:
+    def _is_worth_fetching(self, path: Sequence[Block], here: int) -> bool:
         """Whether what is not on the device comes back sooner than it is computed again, and nobody is harmed."""
         if len(self._residency.fetched) == self._config.max_num_seqs or _unused(path) > self.left:
             return False
@@ -139,6 +141,6 @@ class Room:
             self.wants.append(Want(job, blocks, 0.0, self._policy.rank(job), first=first))
 
 
-def _unused(path: list[Block]) -> int:
+def _unused(path: Sequence[Block]) -> int:
     """Blocks on the device that are free as long as nobody has them."""
-    return sum([block.here and not block.tables for block in path])
+    return sum([block.here for block in islice(path, first_unused(path), None)])

@@ -86,7 +86,7 @@ class Scheduler:
             self._charges.arrived(job)
         if job.waiting_since is None:
             job.waiting_since = now if job.output else job.arrival
-        job.inherited = self.programs.served(job)
+        job.inherited = max(job.inherited, self.programs.served(job))
         self.policy.add(job, now)
         self.programs.arrived(job, now)
         if self.policy.settles():
@@ -303,6 +303,7 @@ class Scheduler:
         self._charges.tell(job, now)
         job.finish_reason = reason
         job.metrics.finish = now
+        job.metrics.service_seconds = job.attained
         if reason not in (FinishReason.ABORT, FinishReason.ERROR):
             self.policy.on_finish(job, len(job.output), now)
         self.policy.remove(job)

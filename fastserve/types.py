@@ -200,6 +200,7 @@ class JobMetrics:
     # queue time is what is left of the job's completion time
     swap_seconds: float = 0.0  # of that, with its KV on the way back from the host
     cached_tokens: int = 0  # of the prompt, whose KV was found when the job first ran
+    service_seconds: float = 0.0  # modelled, as if it were alone: what it was charged, in lost engines, too
 
     @property
     def jct(self) -> float | None:

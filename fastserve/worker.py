@@ -150,6 +150,7 @@ class Worker:
                 arrival=add.arrival,
                 output=add.output,
                 waiting_since=add.waiting_since,
+                inherited=add.inherited,
             )
         except InvalidRequest as error:
             self._tell(Refused(add.key, error.field, _message(error)))

@@ -1,15 +1,12 @@
 #include "comm/shared_memory.h"
 
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <deque>
-#include <thread>
 
+#include "comm/futex.h"
+#include "comm/shared_joining.h"
 #include "comm/shared_layout.h"
 #include "common/check.h"
 #include "common/pause.h"
@@ -25,15 +22,7 @@ constexpr int64_t kWholeBytes = 32 << 10;  // up to here every rank sums everyth
 constexpr auto kSpinTime = std::chrono::microseconds(50);
 constexpr auto kLookTime = std::chrono::milliseconds(100);  // between looks after the others, while parked
 constexpr auto kSoon = std::chrono::microseconds(50);       // between turns while other messages have to be moved
-constexpr double kJoinSeconds = 120;
 constexpr int kSpinsPerClockRead = 64;
-
-void futex_wait(std::atomic<uint32_t>& word, uint32_t expected, std::chrono::nanoseconds time) {
-  const timespec limit{.tv_sec = 0, .tv_nsec = time.count()};
-  syscall(SYS_futex, &word, FUTEX_WAIT, expected, &limit, nullptr, 0);
-}
-
-void futex_wake(std::atomic<uint32_t>& word) { syscall(SYS_futex, &word, FUTEX_WAKE, 1, nullptr, nullptr, 0); }
 
 class SharedMemory final : public Communicator {
  public:
@@ -333,19 +322,6 @@ void SharedMemory::progress() {
   }
 }
 
-void abort_all(Segment& segment, const SharedLayout& layout, const std::string& reason) {
-  auto& header = *reinterpret_cast<SharedHeader*>(segment.data());
-  uint32_t expected = kNo;
-  if (!header.aborted.compare_exchange_strong(expected, kWriting)) return;  // the first reason is the one to know
-  reason.copy(header.reason, sizeof(SharedHeader::reason) - 1);
-  header.aborted.store(kYes);
-  for (int r = 0; r < layout.size; ++r) {
-    Desk& desk = *reinterpret_cast<Desk*>(segment.data() + layout.desk(r));
-    desk.bell.fetch_add(1);
-    futex_wake(desk.bell);
-  }
-}
-
 void SharedMemory::do_abort(const std::string& reason) { abort_all(*segment_, layout_, reason); }
 
 void SharedMemory::do_close() {
@@ -375,33 +351,9 @@ std::unique_ptr<Communicator> join_shared_memory(const std::string& path, int ra
                                                  Patience patience) {
   FS_CHECK(size >= 1 && size <= kMaxSharedRanks && rank >= 0 && rank < size, "there is no rank ", rank, " of ", size,
            " that can share memory");
-  const SharedLayout layout{size};
-  auto segment = std::make_unique<Segment>(path, layout.bytes());
-  const auto desk = [&](int r) -> Desk& { return *reinterpret_cast<Desk*>(segment->data() + layout.desk(r)); };
-  segment->hold(rank);
-  desk(rank).member = self;
-  sched_getaffinity(0, sizeof(cpu_set_t), &desk(rank).cores);
-  desk(rank).state.store(kHere);
-
-  const auto begin = Clock::now();
-  const double limit = std::min(kJoinSeconds, patience.seconds);
-  std::vector<Member> members;
-  for (auto next_look = begin + kLookTime; static_cast<int>(members.size()) < size;) {
-    const int next = static_cast<int>(members.size());
-    if (desk(next).state.load() != kAbsent) {
-      members.push_back(desk(next).member);
-      continue;
-    }
-    const auto& header = *reinterpret_cast<SharedHeader*>(segment->data());
-    if (header.aborted.load(std::memory_order_acquire) == kYes) throw Error(header.reason);
-    std::this_thread::sleep_for(std::chrono::microseconds(200));
-    if (Clock::now() < next_look) continue;
-    next_look += kLookTime;
-    FS_CHECK(Seconds(Clock::now() - begin).count() < limit, "rank ", next, " of ", size, " on ", self.host,
-             " has not come within ", limit, " seconds");
-    if (patience.ask) patience.ask();
-  }
-  return std::make_unique<SharedMemory>(std::move(segment), rank, std::move(members), std::move(patience));
+  Joined joined = join_segment(path, rank, size, self, patience);
+  return std::make_unique<SharedMemory>(std::move(joined.segment), rank, std::move(joined.members),
+                                        std::move(patience));
 }
 
 std::unique_ptr<Communicator> share_memory(Communicator& parent, std::span<const int> ranks) {

@@ -7,24 +7,19 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <span>
 #include <string>
 #include <thread>
-#include <unordered_map>
-#include <utility>
 #include <vector>
 
 #include "backend/backend.h"
-#include "common/thread_pool.h"
 #include "model/shard.h"
 #include "model/spec.h"
-#include "model/token_sampler.h"
 #include "model/transformer.h"
 #include "model/weights.h"
 #include "runtime/copy_engine.h"
 #include "runtime/kv_pool.h"
 #include "runtime/plan.h"
-#include "runtime/shared_sampling.h"
+#include "runtime/plan_runner.h"
 
 namespace fastserve {
 
@@ -89,29 +84,12 @@ class Runtime {
   static KvShape kv_shape(const ModelSpec& spec, KvFormat format, int64_t block_size);
 
  private:
-  // A plan whose operations are queued.
-  struct Launched {
-    BatchPlan plan;
-    StepResult result;
-    std::chrono::steady_clock::time_point begin;
-    std::vector<std::pair<int32_t, int64_t>> sampled;  // slots of the rows with logits, and which job they held
-    bool sampling = false;                             // the sampler is at it
-  };
-
   void work();
   const Communicator* any_neighbour() const;
   void fail(const std::exception_ptr& error);
-  Launched launch(BatchPlan plan);
-  StepResult finish(Launched launched);
-  void wait_for(Launched& oldest);
-  void give_up_samples(Launched& launched);
-  void apply_deltas(const BatchPlan& plan);
-  Batch batch_of(const BatchPlan& plan);
   void make_pools();
   void check_idle(const char* what);
-  std::vector<float> all_logits(const float* logits, int64_t count);
-  void sample_rows(Launched& launched, float* logits);
-  std::vector<Sampled> take_samples(const Launched& launched);
+  PlanLimits limits() const;
 
   const ModelSpec spec_;
   const Shard shard_;
@@ -131,19 +109,9 @@ class Runtime {
   Weights weights_;
   std::optional<KvPool> pool_;
   std::optional<CopyEngine> copies_;
-  Transformer transformer_;                        // has a thread that calls fail()
-  std::unique_ptr<ThreadPool> sampler_threads_;    // where not the backend samples, but the host for it
-  std::unique_ptr<TokenSampler> sampler_;          // in the last stage
-  std::optional<SharedSampling> shared_sampling_;  // where the stage has other ranks
+  Transformer transformer_;  // has a thread that calls fail()
+  PlanRunner runner_;        // the worker's
   bool loaded_ = false;
-
-  // Touched by the worker only.
-  std::unordered_map<int32_t, Slot> slots_;
-  std::vector<Row> rows_;
-  std::vector<int32_t> token_ids_, positions_, logit_tokens_;
-  int64_t jobs_ = 0;  // opened so far
-  Buffer host_logits_;
-  std::chrono::steady_clock::time_point last_end_;
 
   std::thread worker_;
 };

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
+
+from .few import Few
 
 NOWHERE: Final = -1
 
@@ -19,10 +23,10 @@ class Block:
         "parent", "score", "stays", "tables", "tokens", "transfer", "used", "uses",
     )  # fmt: skip
 
-    def __init__(self, device: int, tables: tuple[Table, ...]) -> None:
+    def __init__(self, device: int, tables: Few[Table]) -> None:
         self.device = device  # NOWHERE: it is away
         self.host = NOWHERE  # NOWHERE: no copy there
-        self.tables = tables  # of the owners that have it; none: it is cache, or moving
+        self.tables = tables  # of its owners, whose tables all have its parent; none: it is cache, or moving
         self.transfer: int | None = None  # its direction
         self.stays = False  # while it is offloaded: it is wanted again, and keeps its place on the device
         self.key: bytes | None = None  # None: not in the index, and has nothing of what `enter` gives it
@@ -31,7 +35,7 @@ class Block:
         """Be in the cache's index (see cache.py): all of it holds KV, and none of it will change."""
         self.key, self.tokens = key, tokens
         self.parent = parent  # what it goes on from; None: it begins a prompt
-        self.children: dict[Block, None] = {}
+        self.children: Few[Block] = ()
         self.below = 0  # children that are on the device, and not moving
         self.counted = False  # in the `below` of its parent
         self.cost = cost  # seconds of computing it again
@@ -44,6 +48,11 @@ class Block:
     def here(self) -> bool:
         """Whether an iteration can read it."""
         return self.device != NOWHERE and self.transfer is None
+
+
+def first_unused(path: Sequence[Block]) -> int:
+    """Where the blocks of a path begin that nobody has: whoever has one has those before it."""
+    return bisect_left(path, True, key=lambda block: not block.tables)
 
 
 @dataclass(slots=True, eq=False)

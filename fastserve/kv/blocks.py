@@ -24,6 +24,7 @@ from typing import NamedTuple
 from ..types import OFFLOAD, UPLOAD
 from .block import NOWHERE, Block, Table
 from .cache import PrefixCache
+from .few import with_one, without_one
 from .places import Places
 from .tables import Tables, leavable
 from .transfers import CopyRow, Transfers
@@ -49,7 +50,7 @@ class BlockManager(Tables):
         self.num_blocks = num_blocks
         self.num_host_blocks = num_host_blocks
         self.block_size = block_size
-        self.cache = PrefixCache()
+        self.cache = PrefixCache(num_blocks + num_host_blocks)
         self._places = Places(num_blocks, num_host_blocks, self.cache)
         self._transfers = Transfers()
 
@@ -88,6 +89,12 @@ class BlockManager(Tables):
         """Blocks on the device that acknowledgements of offloads will free."""
         return self._transfers.leaving
 
+    def readable(self, path: Sequence[Block]) -> int:
+        """How many blocks of a path, from its beginning on, an iteration can read."""
+        if not (self.transfers or self.cached_host or self.gone or self.partial):  # all blocks are on the device
+            return len(path)
+        return next((index for index, block in enumerate(path) if not block.here), len(path))
+
     def blocks_for(self, tokens: int) -> int:
         """How many blocks hold the KV of `tokens` tokens."""
         return -(-tokens // self.block_size)
@@ -119,16 +126,22 @@ class BlockManager(Tables):
         if owner in self._tables or not path:
             raise ValueError(f"owner {owner} cannot begin with {len(path)} blocks")
         self._added(table := Table(owner, accounts, list(path), shared=len(path)))
+        new = 0
         for block in path:
-            if not block.tables and block.transfer is None:
-                self.cache.wakes(block)
-            if not block.tables and block.device != NOWHERE:
-                self._count(table, 1)
-            block.tables = (*block.tables, table)
-            if block.transfer == OFFLOAD:
-                self._transfers.keep(block)
-            table.moving += block.transfer is not None
-            table.missing += not block.here
+            owners = block.tables
+            block.tables = with_one(owners, table) if owners else table.alone
+            if not owners and block.device != NOWHERE:
+                new += 1
+            if block.transfer is None:
+                if not owners:
+                    self.cache.wakes(block)
+                table.missing += block.device == NOWHERE
+            else:
+                if block.transfer == OFFLOAD:
+                    self._transfers.keep(block)
+                table.moving += 1
+                table.missing += 1
+        self._count(table, new)
         for block in path if table.missing else ():
             self._places.spare.pop(block, None)
         self._classify(table)
@@ -146,7 +159,7 @@ class BlockManager(Tables):
             if not block.tables:
                 self.cache.wakes(block)
                 self._count(table, 1)
-            block.tables = (*block.tables, table)
+            block.tables = with_one(block.tables, table)
             if index < len(table.blocks):
                 own, table.blocks[index] = table.blocks[index], block
                 own.tables = ()
@@ -164,7 +177,7 @@ class BlockManager(Tables):
             return 0
         whole = not table.missing
         for block in reversed(table.blocks):
-            block.tables = () if len(block.tables) == 1 else tuple([each for each in block.tables if each is not table])
+            block.tables = without_one(block.tables, table)
             if not block.tables:
                 if block.device != NOWHERE:
                     self._count(table, -1)
@@ -332,16 +345,15 @@ class BlockManager(Tables):
             if not stays and wanted:
                 self._places.leave_device(block)
                 if block.tables:
-                    self._count(block.tables[0], -1)
+                    self._count(next(iter(block.tables)), -1)
             self.cache.moved(block)
             self._changed(block.tables, missing=-1 if stays else 0, moving=-1)
             if not block.tables:
                 self._places.rest(block)
             elif stays:
                 returned.update(dict.fromkeys(table.owner for table in block.tables if not table.missing))
-        for owner in returned:
-            for block in self._tables[owner].blocks:
-                self._places.check_spare(block)
+        for block in dict.fromkeys(block for owner in returned for block in self._tables[owner].blocks):
+            self._places.check_spare(block)
         return Done(transfer.owner, transfer.direction, len(transfer.blocks), list(returned))
 
     def wrote(self, owner: int, position: int) -> None:

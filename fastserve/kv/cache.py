@@ -7,42 +7,41 @@ nobody's either.
 
 What is worth least goes first, by GreedyDual with frequencies (Cherkasova, "Improving WWW proxies performance with
 greedy-dual-size-frequency caching policy", 1998): score = clock + uses · seconds of computing it again, and the clock
-moves on to the score of what is thrown away. So a block is worth the more, the later and the more often it was used and
-the deeper it lies; and a parent at least what its children are, so that a path is lost from its end. Among equals the
-least recently used path goes first.
+moves on to the score of what is thrown away. While nothing is, it goes on as it would where each block used took the
+place of another: when as many have been as there is memory for, by what one of them costs. So a block is worth the
+more, the later and the more often it was used and the deeper it lies; and a parent at least what its children are, so
+that a path is lost from its end. Among equals the least recently used path goes first.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Sequence
-from operator import itemgetter
 from typing import Final
 
 from .block import NOWHERE, Block
 from .counters import CacheCounters
+from .few import with_one, without_one
+from .order import LeavingOrder
 
 _MOST_USES: Final = 16  # that count: what was asked for a thousand times yesterday is no better than that
-_SLACK: Final = 1024  # entries of a heap that are out of date, beside as many as there are good ones
-
-_Entry = tuple[float, int, int, Block]
+_SLACK: Final = 1024  # entries that are out of date, beside as many as there are good ones
 
 
 class PrefixCache:
     """The index, and the order in which blocks leave it. Knows places only to tell the tiers apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: int) -> None:
+        """`places`: blocks that there is memory for, in both tiers."""
         self.cached = 0  # blocks that nobody has, on the device ...
         self.cached_host = 0  # ... and on the host only
         self.counters = CacheCounters()
         self._index: dict[bytes, Block] = {}
         self._clock = 0.0
-        self._now = 0.0
-        self._number = 0  # of uses and of heap entries
-        self._device: list[_Entry] = []  # by score; only blocks without others below them on the device
-        self._kept: list[_Entry] = []  # the same, of those that are sure to be wanted, by how long
-        self._host: list[_Entry] = []  # by score
+        self._places = places
+        self._number = 0  # of uses
+        self._device = LeavingOrder(_is_leaf)
+        self._host = LeavingOrder(_is_away)
         self._unsaved: deque[Block] = deque()  # those at rest on the device only, as they came
 
     def __len__(self) -> int:
@@ -62,7 +61,7 @@ class PrefixCache:
         self._index[key] = block
         block.enter(key, tokens, parent, cost)
         if parent is not None:
-            parent.children[block] = None
+            parent.children = with_one(parent.children, block)
             self.moved(block)
         return True
 
@@ -70,14 +69,21 @@ class PrefixCache:
         """A path, from the beginning of a prompt, is used now; `keep`: until when it is sure to be used again."""
         least = 0.0
         self._number += 1
+        self._clock += sum([block.cost for block in path]) / self._places
+        clock, number = self._clock, self._number
         for block in reversed(path):
-            block.uses = min(block.uses + hit, _MOST_USES)
-            least = max(self._clock + (1 + block.uses) * block.cost, block.score, least)
-            block.score, block.used, block.keep = least, self._number, max(block.keep, keep)
-            if self._is_leaf(block):
-                self._push_device(block)
-            elif self._is_away(block):
-                self._push(self._host, block.score, block, self.cached_host)
+            if hit and block.uses < _MOST_USES:
+                block.uses += 1
+            block.score = least = max(clock + (1 + block.uses) * block.cost, block.score, least)
+            block.used = number
+            if block.keep < keep:
+                block.keep = keep
+            if block.tables:
+                continue
+            if _is_leaf(block):
+                self._device.push(block, self.cached)
+            elif _is_away(block):
+                self._host.push(block, self.cached_host)
 
     def remove(self, block: Block) -> list[Block]:
         """Take a block that nobody has out of the index, with all below it; returns them, the ends of paths first."""
@@ -87,13 +93,13 @@ class PrefixCache:
             gone += each.children
         for each in reversed(gone):
             if (parent := each.parent) is not None:
-                del parent.children[each]
+                parent.children = without_one(parent.children, each)
                 parent.below -= each.counted
                 each.parent, each.counted = None, False
             del self._index[each.key]  # type: ignore[arg-type]
             each.key = None
-        if above is not None and self._is_leaf(above):
-            self._push_device(above)
+        if above is not None and _is_leaf(above):
+            self._device.push(above, self.cached)
         self.counters.evicted += len(gone)
         return gone[::-1]
 
@@ -104,8 +110,8 @@ class PrefixCache:
             return
         block.counted = block.here
         parent.below += 1 if block.counted else -1
-        if self._is_leaf(parent):
-            self._push_device(parent)
+        if _is_leaf(parent):
+            self._device.push(parent, self.cached)
 
     # --- what nobody has ---------------------------------------------------------------------------------------------
 
@@ -113,11 +119,11 @@ class PrefixCache:
         """Nobody has a block of the index any more, or it has come to rest in another place."""
         if block.device == NOWHERE:
             self.cached_host += 1
-            self._push(self._host, block.score, block, self.cached_host)
+            self._host.push(block, self.cached_host)
         else:
             self.cached += 1
             if not block.below:
-                self._push_device(block)
+                self._device.push(block, self.cached)
             self.unsaves(block)
 
     def wakes(self, block: Block) -> None:
@@ -129,35 +135,21 @@ class PrefixCache:
 
     def expire(self, now: float) -> None:
         """Time goes on: what was kept until now is like all others."""
-        self._now = now
-        while self._kept and self._kept[0][0] <= now:
-            block = heapq.heappop(self._kept)[-1]
-            if self._is_leaf(block):
-                self._push_device(block)
+        self._device.expire(now, self.cached)
+        self._host.expire(now, self.cached_host)
 
     def coldest(self) -> Block | None:
         """Of what rests on the device the block that is worth the least; it wakes."""
-        for heap in (self._device, self._kept):
-            while heap:
-                value, used, _, block = heapq.heappop(heap)
-                current = block.score if heap is self._device else block.keep
-                if self._is_leaf(block) and (value, used) == (current, block.used):
-                    self.wakes(block)
-                    return block
-        return None
+        return self._woken(self._device.pop())
 
     def coldest_on_host(self, below: float | None = None) -> Block | None:
         """The same of the host; only one that is worth less than `below`. It wakes."""
-        while self._host:
-            score, used, _, block = self._host[0]
-            current = self._is_away(block) and (score, used) == (block.score, block.used)
-            if current and below is not None and score >= below:
-                return None
-            heapq.heappop(self._host)
-            if current:
-                self.wakes(block)
-                return block
-        return None
+        return self._woken(self._host.pop() if below is None else self._host.pop_below(below))
+
+    def _woken(self, block: Block | None) -> Block | None:
+        if block is not None:
+            self.wakes(block)
+        return block
 
     def unsaves(self, block: Block) -> None:
         """A block that may be at rest may have no copy on the host."""
@@ -178,36 +170,10 @@ class PrefixCache:
     def _is_unsaved(self, block: Block) -> bool:
         return block.key is not None and not block.tables and block.here and block.host == NOWHERE
 
-    def _is_leaf(self, block: Block) -> bool:
-        return block.key is not None and not block.tables and block.here and not block.below
-
-    def _is_away(self, block: Block) -> bool:
-        return block.key is not None and not block.tables and block.device == NOWHERE and block.transfer is None
-
-    def _push_device(self, block: Block) -> None:
-        if block.keep > self._now:
-            self._push(self._kept, block.keep, block, self.cached)
-        else:
-            self._push(self._device, block.score, block, self.cached)
-
-    def _push(self, heap: list[_Entry], value: float, block: Block, good: int) -> None:
-        self._number += 1
-        heapq.heappush(heap, (value, block.used, self._number, block))
-        if len(heap) > 2 * good + _SLACK:  # what was taken up again has left its entry
-            fits = self._is_away if heap is self._host else self._is_leaf
-            newest = {entry[-1]: entry for entry in sorted(heap, key=itemgetter(2)) if fits(entry[-1])}
-            heap[:] = newest.values()
-            heapq.heapify(heap)
-
     def check_integrity(self) -> None:
         """Raise RuntimeError unless index, forest and order agree with the blocks."""
         resting = [block for block in self._index.values() if not block.tables and block.transfer is None]
         here = [block for block in resting if block.device != NOWHERE]
-        ordered = {
-            (entry[-1], entry[1])
-            for entry in (*self._device, *self._kept)
-            if entry[0] in (entry[-1].score, entry[-1].keep)
-        }
         for what, fine in {
             "counts of cached blocks": (self.cached, self.cached_host) == (len(here), len(resting) - len(here)),
             "a key": all(block.key == key for key, block in self._index.items()),
@@ -225,9 +191,16 @@ class PrefixCache:
             "a path worth more at its end": all(
                 block.parent is None or block.parent.score >= block.score for block in resting
             ),
-            "what could leave the device": all((block, block.used) in ordered for block in here if not block.below),
-            "what could leave the host": {block for block in resting if block.device == NOWHERE}
-            <= {entry[-1] for entry in self._host if entry[:2] == (entry[-1].score, entry[-1].used)},
+            "what could leave the device": {block for block in here if not block.below} <= self._device.known(),
+            "what could leave the host": set(resting) - set(here) <= self._host.known(),
         }.items():
             if not fine:
                 raise RuntimeError(f"the prefix cache is out of step: {what}")
+
+
+def _is_leaf(block: Block) -> bool:
+    return block.key is not None and not block.tables and block.here and not block.below
+
+
+def _is_away(block: Block) -> bool:
+    return block.key is not None and not block.tables and block.device == NOWHERE and block.transfer is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from .block import NOWHERE, Block, Table
@@ -66,7 +67,8 @@ class Tables:
         table = self._tables.get(owner)
         if table is None:
             return 0
-        return next((i for i, block in enumerate(table.blocks) if len(block.tables) == 1), len(table.blocks))
+        # Who has a block has those before it as well.
+        return bisect_left(table.blocks, True, key=lambda block: len(block.tables) == 1)
 
     def _count(self, table: Table, blocks: int) -> None:
         """So many more blocks on the device are the owner's, and were nobody's, or came back."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Final
 
 from ..types import Job
-from .hazards import Hazards, deviation
+from .hazards import Hazards, deviation, drifted
 
 # Groups of each sort that are remembered.
 _MOST: Final = 4096
 
 # Completions after which one of a group counts 1/e of a new one, and those that a table is made from at least.
 _MEMORY: Final = 1000.0
+_RECENT_MEMORY: Final = 100.0
 _ENOUGH: Final = 32
 
 # A table counts what others say as much as this many jobs of the group.
@@ -27,15 +28,29 @@ _DEVIATIONS, _DISTANCE = 5.0, 0.1
 class Group:
     """Its hazards, and its table while it is unlike `parent`, or, without one, unlike all jobs."""
 
-    __slots__ = ("completions", "hazards", "parent", "remembered", "table", "values")
+    __slots__ = ("completions", "parent", "remembered", "table", "told", "values")
 
     def __init__(self, parent: Group | None) -> None:
         self.parent = parent
         self.remembered = True
-        self.hazards = Hazards(_MEMORY)
+        self.told: list[Hazards] = []  # its hazards and, while it has a table, those of late, by which it may drift
         self.completions = 0
         self.table = 0  # its number; 0: none
         self.values: list[float] = []  # the table's hazards
+        self.restart()
+
+    @property
+    def hazards(self) -> Hazards:
+        return self.told[0]
+
+    @property
+    def drifted(self) -> bool:
+        return len(self.told) > 1 and drifted(self.told[1], self.told[0])
+
+    def restart(self) -> None:
+        """What was learned of it is of no use any more."""
+        self.told = [Hazards(_MEMORY)]
+        self.completions = 0
 
 
 class Groups:
@@ -73,11 +88,11 @@ class Groups:
                 self._news[group] = None
 
     def forget(self) -> None:
-        """All that was learned is of no use any more."""
-        for groups in (self._tenants, self._prompts, self._programs):
-            groups.forget()
-        for group in list(self._tables.values()):
-            self._drop(group)
+        """All jobs together are not as they were: keep only what is unlike them, and as it was."""
+        for group in (*self._tenants, *self._prompts, *self._programs):
+            if not group.table or group.drifted:
+                self._drop(group)
+                group.restart()
         self._news.clear()
 
     def hazard(self, table: int, index: int) -> float | None:
@@ -92,6 +107,9 @@ class Groups:
     def renew(self, counts: Callable[[int], tuple[float, float]], hazard: Callable[[int, int], float]) -> None:
         """Make the tables anew. `counts(b)` are those of all jobs, `hazard(b, table)` what a table says, 0 for all."""
         for group in sorted(self._news, key=lambda group: group.parent is not None):
+            if group.drifted:
+                self._drop(group)
+                group.restart()
             if group.completions < _ENOUGH or not group.remembered:
                 continue
             parent = group.parent if group.parent is not None and group.parent.table else None
@@ -103,6 +121,7 @@ class Groups:
             if not group.table:
                 group.table, self._next_table = self._next_table, self._next_table + 1
                 self._tables[group.table] = group
+                group.told.append(Hazards(_RECENT_MEMORY))
                 self.changes += 1
             others = parent.table if parent is not None else 0
             group.values = [
@@ -117,6 +136,7 @@ class Groups:
         if group.table:
             del self._tables[group.table]
             group.table, group.values = 0, []
+            del group.told[1:]
             self.changes += 1
 
 
@@ -140,10 +160,8 @@ class _Recent:
             self._groups.move_to_end(key)
         return group
 
-    def forget(self) -> None:
-        for group in self._groups.values():
-            group.remembered = False
-        self._groups.clear()
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self._groups.values())
 
     def take_gone(self) -> list[Group]:
         gone, self._gone = self._gone, []

@@ -114,6 +114,17 @@ def deviation(sample: Hazards, others: Callable[[int], tuple[float, float]]) -> 
     return largest / math.sqrt(max(variance, 1.0)), distance
 
 
+# To be taken for drift, a deviation has this many standard deviations (chance makes it once in 10⁸) and this size.
+_DRIFT_DEVIATIONS: Final = 6.0
+_DRIFT_DISTANCE: Final = 0.15
+
+
+def drifted(recent: Hazards, longer: Hazards) -> bool:
+    """Whether outputs are of other lengths of late than they were before."""
+    deviations, distance = excess(recent, longer)
+    return deviations > _DRIFT_DEVIATIONS and distance > _DRIFT_DISTANCE
+
+
 def excess(recent: Hazards, longer: Hazards) -> tuple[float, float]:
     """The deviation of recent ends from those before: what `longer` remembers of the same jobs and `recent` not."""
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from ..types import Job
 from .groups import Group, Groups
-from .hazards import Hazards, bucket, edge, excess
+from .hazards import Hazards, bucket, drifted, edge
 
 # What little is known of a bucket is mixed with a prior that counts as much as this many jobs: the older a job, the
 # longer it still has to go (a Lomax distribution of this shape, whose mean is that of the lengths seen), which makes
@@ -21,7 +21,8 @@ class LengthDistribution:
     """What the policies that learn share: tables of hazards, and whether to trust them.
 
     They are trusted after `learn_after` completions, made anew every so often, and no longer once the lengths of late
-    have drifted from those before; then all is learned again. Table 0 is that of all jobs; see Groups for the others.
+    have drifted from those before; then all is learned again, but for groups that are as they were: it was the mix of
+    them that drifted. Table 0 is that of all jobs; see Groups for the others.
     What is told of a job is told with `groups`, those that it belonged to when it came (see `groups_of`).
     """
 
@@ -29,8 +30,6 @@ class LengthDistribution:
     _SLOW, _FAST = 4000.0, 200.0
     # Completions between two tables: a tenth of those learned from, within these.
     _RENEWALS = (25, 400)
-    # To be taken for drift, a deviation has this many standard deviations (chance makes it once in 10⁸) and this size.
-    _DRIFT_DEVIATIONS, _DRIFT_DISTANCE = 6.0, 0.15
 
     # Few, for what decides until then may leave many jobs half done; the prior keeps so small a table from being taken
     # at its word.
@@ -102,16 +101,18 @@ class LengthDistribution:
             self._complete(length)
 
     def _told(self, groups: Sequence[Group]) -> list[Hazards]:
-        return [self._slow, self._fast, *(group.hazards for group in groups)]
+        told = [self._slow, self._fast]
+        for group in groups:
+            told += group.told
+        return told
 
     def _complete(self, length: int) -> None:
         self._completions += 1
         self._mean += (length - self._mean) / min(self._completions, self._SLOW)
         if self._completions < self._next_renewal:
             return
-        deviations, distance = excess(self._fast, self._slow) if self.learned else (0.0, 0.0)
         self.version += 1
-        if deviations > self._DRIFT_DEVIATIONS and distance > self._DRIFT_DISTANCE:
+        if self.learned and drifted(self._fast, self._slow):
             self._forget()
             return
         self.learned = True

@@ -40,6 +40,7 @@ class OpenJob:
         "finish_reason",
         "finished",
         "first_token",
+        "inherited",
         "key",
         "last_token",
         "logprobs",
@@ -86,6 +87,7 @@ class OpenJob:
         self.last_token: float | None = None
         self.finished: float | None = None
 
+        self.inherited = 0.0  # seconds that earlier calls of its program were served
         self.engine = 0  # the number of the one that it is on
         self.pieces: Sequence[int] = ()  # of its prompt, where there are several (affinity.py)
 

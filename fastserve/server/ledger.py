@@ -273,4 +273,5 @@ def _add(job: OpenJob, ticket: int) -> Add:
         origin.tenant,
         origin.program,
         origin.cache_salt,
+        job.inherited,
     )

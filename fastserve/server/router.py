@@ -38,6 +38,7 @@ from .affinity import Affinity
 from .jobs import OpenJob
 from .ledger import Ledger, confined, order
 from .load import Load, Work
+from .program_service import ProgramService
 from .supervisor import Send
 
 _LOOK: Final = 1024  # jobs of an engine that may go to others at a time: an engine is heard of four times a second
@@ -59,6 +60,7 @@ class Router:
         self._tokenizer = tokenizer
         self._lengths = OutputLengths()
         self._affinity = Affinity(engines)
+        self._programs = ProgramService()
         self._context = 2**31 - 1  # tokens of prompt and output at most
         self._keys = 0
         self._turn = 0  # who is first where all are alike
@@ -83,6 +85,7 @@ class Router:
         self._keys += 1
         arrival = time.monotonic() if arrival is None else arrival
         job = OpenJob(self._keys, tokens, params, seed, priority, arrival, origin, self._tokenizer)
+        job.inherited = self._programs.of(origin)
         if len(self.ledgers) > 1:
             job.pieces = self._affinity.pieces(origin, tokens)
         job.engine, work = self._choose(job)
@@ -232,6 +235,7 @@ class Router:
     def _ended(self, job: OpenJob) -> None:
         del self.open_jobs[job.key]
         self.loads[job.engine].drop(job.key)
+        self._programs.ended(job)
         if len(self.ledgers) > 1 and job.output:
             self._affinity.ended(job.engine, job.origin, job.pieces, job.prompt, job.output)
         if job.finish_reason in ("stop", "length"):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from engine_world import LONG, QUICK, SLOW, follow, run, serving, until
 from letters import check_finished, check_growing, letters
 from stand_in import Options
-from test_engine_client import LONG, QUICK, SLOW, _nothing_is_left, follow, run, serving, until
 
 from fastserve.server.client import EngineClient
 from fastserve.server.engine_api import EngineUnavailable
@@ -21,7 +21,7 @@ from fastserve.server.jobs import OpenJob
 from fastserve.server.supervisor import EngineStartError, Health
 from fastserve.types import SamplingParams
 
-__all__ = ["_nothing_is_left"]  # a fixture that is used by itself
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 PATIENT = Health(backoff=1e6, max_backoff=1e6, heartbeat_timeout=20.0)  # an engine that is gone stays away
 

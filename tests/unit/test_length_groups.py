@@ -108,7 +108,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table(lengths, member(0, group=0)) == 0
 
 
-def test_after_drift_nothing_is_left_of_groups() -> None:
+def test_after_drift_of_all_nothing_is_left_of_groups() -> None:
     lengths, draw = LengthDistribution(), np.random.default_rng(4)
     live = member(0, group=0)
     told = lengths.groups_of(live)
@@ -122,6 +122,36 @@ def test_after_drift_nothing_is_left_of_groups() -> None:
     assert not told[0].table and not lengths._groups._tables
     lengths.ended(0, 5, told)  # of a job that came before
     assert table(lengths, live) == 0
+
+
+def test_when_only_the_mix_drifts_groups_are_as_they_were() -> None:
+    lengths, draw = LengthDistribution(), np.random.default_rng(6)
+    short, long = member(0, tenant="short"), member(0, tenant="long")
+    for number in range(4000):
+        tell(lengths, (short, long)[number % 8 == 0], 1 + int(draw.exponential((5, 300)[number % 8 == 0])))
+    before = table(lengths, short), table(lengths, long)
+    assert all(before)
+    while lengths.learned:
+        tell(lengths, long, 1 + int(draw.exponential(300)))
+    assert (table(lengths, short), table(lengths, long)) == before
+    assert survival(lengths, before[1], 256) == pytest.approx(np.exp(-256 / 300), abs=0.07)
+
+
+def test_a_group_that_drifts_is_learned_anew_and_no_other() -> None:
+    lengths, draw = LengthDistribution(), np.random.default_rng(7)
+    of = [member(0, group=number) for number in range(3)]
+    groups = [lengths.groups_of(job)[0] for job in of]
+    scales = [50.0, 10.0, 200.0]
+    for number in range(8000):
+        which = max(0, number % 10 - 7)
+        if number == 4000:
+            tables = [group.table for group in groups]
+            assert tables[1] and tables[2]
+            scales[1] = 400.0
+        tell(lengths, of[which], 1 + int(draw.exponential(scales[which])))
+        assert lengths.learned or number < 64
+    assert survival(lengths, groups[1].table, 64) == pytest.approx(np.exp(-64 / 400), abs=0.12)
+    assert groups[2].table == tables[2]
 
 
 def gittins(lengths: LengthDistribution) -> Gittins:

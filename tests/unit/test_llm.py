@@ -1,17 +1,15 @@
-"""LLM: prompts of every form, stop strings, n answers, errors before work, timed arrivals."""
+"""LLM: prompts of every form, stop strings, n answers, errors before work, options."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import toy_llm
-from toy import EOS, expected_output
-from toy_llm import ALPHABET, CONTEXT, ToyWorld
+from toy import EOS
+from toy_llm import ALPHABET, CONTEXT, ToyWorld, as_text, expected, ids
 
-from fastserve import EngineError, InvalidRequest, RequestOutput, SamplingParams
+from fastserve import EngineError, InvalidRequest, SamplingParams
 from fastserve.seeds import derived_seed
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, seed=5)
@@ -21,18 +19,6 @@ CONVERSATION = [{"role": "user", "content": "hi"}]
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> ToyWorld:
     return toy_llm.enter(monkeypatch)
-
-
-def expected(prompt: list[int], params: SamplingParams, seed: int) -> list[int]:
-    return expected_output(prompt, params, seed, CONTEXT)
-
-
-def ids(text: str) -> list[int]:
-    return [ALPHABET.index(character) for character in text]
-
-
-def as_text(tokens: list[int]) -> str:
-    return "".join(ALPHABET[token] for token in tokens if token != EOS)
 
 
 def test_prompts_of_every_form_come_back_in_order(world: ToyWorld) -> None:
@@ -255,117 +241,6 @@ def test_info_tells_the_pool(world: ToyWorld) -> None:
         assert llm.info["kv_cache_tokens"] == 4 * CONTEXT
 
 
-def test_stream_yields_growing_answers(world: ToyWorld) -> None:
-    with world.llm() as llm:
-        seen: list[RequestOutput] = list(llm.stream(["abc", "b"], GREEDY))
-    for prompt in ("abc", "b"):
-        tokens = [output.outputs[0].token_ids for output in seen if output.prompt == prompt]
-        assert tokens == [expected(ids(prompt), GREEDY, 5)[: k + 1] for k in range(12)]
-        assert [output.finished for output in seen if output.prompt == prompt] == [False] * 11 + [True]
-
-
-def test_leaving_a_stream_aborts_it(world: ToyWorld) -> None:
-    with world.llm() as llm:
-        stream = llm.stream("abc", GREEDY)
-        next(stream)
-        stream.close()
-        llm.generate("b", GREEDY)
-        assert not llm._has_work and not llm._live
-        unread = llm.stream("abc", GREEDY)
-        del unread
-        assert not llm._has_work
-
-
-def test_two_streams_share_the_engine(world: ToyWorld) -> None:
-    with world.llm() as llm:
-        first, second = llm.stream("abc", GREEDY), llm.stream("b", GREEDY)
-        next(first)
-        *_, last_of_second = second  # runs the first one to its end, too
-        *_, last_of_first = first
-    assert last_of_first.outputs[0].token_ids == expected(ids("abc"), GREEDY, 5)
-    assert last_of_second.outputs[0].token_ids == expected(ids("b"), GREEDY, 5)
-
-
-def test_replay_admits_jobs_when_their_time_has_come(world: ToyWorld) -> None:
-    """One second an iteration (and 0.01 a token): the third job finds the engine idle."""
-    requests = [(0.0, "abc", GREEDY), (2.5, [7], GREEDY), (100.0, "b", GREEDY)]
-    seen: list[str] = []
-    with world.llm(policy="fcfs") as llm:
-        world.clock.now = 50.0
-        outputs = llm.replay(requests, lambda output: seen.append(output.request_id), request_ids=["x", "y", "z"])
-        assert not llm._has_work
-    assert [output.request_id for output in outputs] == ["x", "y", "z"]
-    assert [output.metrics.arrival for output in outputs] == [50.0, 52.5, 150.0]
-    for output, (_, _, params) in zip(outputs, requests, strict=True):
-        assert output.outputs[0].token_ids == expected(output.prompt_token_ids, params, 5)
-    x, y, z = (output.metrics for output in outputs)
-    assert x.first_scheduled == 50.0 and z.first_scheduled == 150.0
-    assert y.first_scheduled is not None and 52.5 <= y.first_scheduled <= 55.0
-    assert z.jct == pytest.approx(12 * 1.01)
-    assert seen.count("x") == seen.count("y") == seen.count("z") == 12
-
-
-def test_replay_checks_everything_first(world: ToyWorld) -> None:
-    with world.llm() as llm:
-        for bad in ((-1.0, "a", GREEDY), (5.0, [61], GREEDY), (float("nan"), "a", GREEDY)):
-            with pytest.raises(InvalidRequest, match=r"\(request 2 of 2\)"):
-                llm.replay([(0.0, "abc", GREEDY), bad])
-        with pytest.raises(InvalidRequest, match="request_id"):
-            llm.replay([(0.0, "abc", GREEDY), (9.0, "b", GREEDY)], request_ids=["same", "same"])
-        assert world.plans == [] and not llm._has_work
-
-
-def test_an_engine_that_failed_says_so_from_then_on(world: ToyWorld) -> None:
-    world.fail_at = 3
-    with world.llm(policy="fcfs") as llm:
-        with pytest.raises(EngineError, match="the device is gone"):
-            llm.generate("abc", GREEDY)
-        with pytest.raises(EngineError, match="the device is gone"):
-            llm.generate("abc", GREEDY)
-
-
-def test_a_closed_llm_says_so(world: ToyWorld) -> None:
-    llm = world.llm()
-    llm.close()
-    llm.close()
-    with pytest.raises(EngineError, match="closed"):
-        llm.generate("abc", GREEDY)
-
-
-def test_an_error_in_a_callback_leaves_nothing_behind(world: ToyWorld) -> None:
-    def on_update(output: RequestOutput) -> None:
-        raise KeyboardInterrupt
-
-    with world.llm() as llm:
-        with pytest.raises(KeyboardInterrupt):
-            llm.replay([(0.0, "abc", GREEDY)], on_update)
-        (output,) = llm.generate("abc", GREEDY)
-        assert not llm._has_work
-    assert output.outputs[0].token_ids == expected(ids("abc"), GREEDY, 5)
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Interrupts arrive even where the shell had them ignored, as it does for what runs in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_while_the_engine_waits_costs_it_nothing(world: ToyWorld) -> None:
-    with world.llm(policy="fcfs") as llm:
-        world.runtimes[-1].interrupt_at = 4
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate(["abc", "b"], GREEDY)
-        outputs = llm.generate(["abc", "b"], GREEDY)
-        assert llm._engine is not None
-        llm._engine.check_integrity()
-        assert not llm._has_work
-    for output in outputs:
-        assert output.outputs[0].token_ids == expected(output.prompt_token_ids, GREEDY, 5)
-
-
 def test_the_cost_model_is_measured_once_and_remembered(
     world: ToyWorld, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
@@ -390,75 +265,3 @@ def test_the_cost_model_is_measured_once_and_remembered(
         llm.generate("a", GREEDY)
         with pytest.raises(EngineError, match="served no request"):
             llm.profile()
-
-
-# --- whose a request is -----------------------------------------------------------------------------------------------
-
-
-def origins(llm: Any) -> list[tuple[str, str | None, str]]:
-    """Of the live jobs."""
-    return [(job.tenant, job.program, job.cache_salt) for job in llm._engine.jobs]
-
-
-def test_tenant_program_and_salt_reach_the_job(world: ToyWorld) -> None:
-    with world.llm() as llm:
-        given: dict[str, Any] = {"tenant": "ann", "program_id": "agent", "cache_salt": "s"}
-        streams = [llm.stream("abc", GREEDY, **given), llm.stream_chat(CONVERSATION, GREEDY, **given)]
-        each = {"tenant": ["ann", "bob"], "program_id": ["agent", None], "cache_salt": ["", "s"]}
-        streams.append(llm.stream(["a", "b"], GREEDY, **each))
-        for stream in streams:
-            next(stream)
-        assert origins(llm) == [("ann", "agent", "s")] * 2 + [("ann", "agent", ""), ("bob", None, "s")]
-        for stream in streams:
-            stream.close()
-
-
-def test_calls_that_answer_at_once_take_them_too(world: ToyWorld) -> None:
-    seen: set[tuple[str, str | None, str]] = set()
-    with world.llm(on_iteration=lambda record: seen.update(origins(llm))) as llm:
-        more: dict[str, Any] = {"tenant": "ann", "program_id": "agent"}
-        llm.generate("abc", GREEDY, cache_salt="1", **more)
-        llm.chat(CONVERSATION, GREEDY, cache_salt="2", **more)
-        llm.replay([(0.0, "abc", GREEDY)], cache_salt="3", **more)
-    assert seen == {("ann", "agent", salt) for salt in "123"}
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"tenant": 4}, r"tenant: must be a string, got 4"),
-        ({"tenant": None}, r"tenant: must be a string, got None"),
-        ({"tenant": ["ann"]}, r"tenant: must be a string, or one for each of 2, got \['ann'\]"),
-        ({"tenant": ["ann", 4]}, r"tenant: must be a string, got 4 \(request 2 of 2\)"),
-        ({"program_id": "p" * 257}, r"program_id: must have at most 256 characters, got 257"),
-        ({"program_id": b"ab"}, r"program_id: must be a string, got 97"),
-        ({"cache_salt": "\ud800"}, r"cache_salt: must be valid Unicode"),
-    ],
-)
-def test_what_is_no_origin_is_refused(world: ToyWorld, given: dict[str, Any], message: str) -> None:
-    with world.llm() as llm:
-        with pytest.raises(InvalidRequest, match=message):
-            llm.generate(["a", "b"], GREEDY, **given)
-        assert world.plans == []
-
-
-def test_the_options_of_the_cache_reach_the_scheduler(world: ToyWorld) -> None:
-    with world.llm() as llm:
-        assert llm._engine is not None and llm._engine.config.enable_prefix_caching
-        assert llm.info["enable_prefix_caching"] is True and llm.info["tenant_weights"] == {}
-    with world.llm(enable_prefix_caching=False, tenant_weights={"ann": 2}) as llm:
-        assert llm._engine is not None and not llm._engine.config.enable_prefix_caching
-        assert llm._engine.config.tenant_weights == llm.info["tenant_weights"] == {"ann": 2.0}
-    with pytest.raises(InvalidRequest, match="tenant_weights"):
-        world.llm(tenant_weights={"ann": 0})
-    with pytest.raises(InvalidRequest, match="enable_prefix_caching: must be True or False"):
-        world.llm(enable_prefix_caching="yes")
-
-
-def test_cached_tokens_of_several_answers_are_the_first_ones(world: ToyWorld) -> None:
-    with world.llm() as llm:
-        (output,) = llm.generate("abc", SamplingParams(n=3, max_tokens=4, ignore_eos=True))
-    for answer, found in zip(output.outputs, (2, 3, 3), strict=True):
-        answer.metrics.cached_tokens, answer.metrics.finish = found, 100.0 + answer.index
-    assert output.metrics.cached_tokens == output.num_cached_tokens == 2
-    assert output.metrics.as_dict(4)["cached_tokens"] == 2

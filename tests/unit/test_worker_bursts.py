@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import toy_llm
 import zmq
-from test_worker import Recorder, add, alone, turn
+from lone_worker import Recorder, add, alone, turn
 from toy_llm import ToyWorld
 
 from fastserve.ipc import Abort, Refused, Status, Step, Stop, ToEngine

@@ -46,6 +46,11 @@ def sampling_key(params: SamplingParams) -> tuple[object, ...]:
     return max(0, params.top_k), params.min_tokens, [float(np.float32(value)) for value in reals], bias
 
 
+def piece(number: int, size: int) -> list[int]:
+    """Tokens to make prompts of that begin alike; those of another number are others."""
+    return [(11 * number + 5 * i + i * i) % VOCAB for i in range(size)]
+
+
 def expected_output(prompt: list[int], params: SamplingParams, seed: int, max_model_len: int) -> list[int]:
     """The job's tokens, by the definition."""
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from toy import EOS, VOCAB, Clock, ToyExecutor
+from toy import EOS, VOCAB, Clock, ToyExecutor, expected_output
 
 from fastserve import assembly, async_llm, llm, placement, serving
 from fastserve.config import RuntimeConfig, SchedulerConfig
@@ -18,7 +18,7 @@ from fastserve.cost import CostModel
 from fastserve.loaders.spec import ModelSpec, TokenizerData
 from fastserve.loaders.weights import tensor_shapes
 from fastserve.native import block_bytes
-from fastserve.types import StepResult
+from fastserve.types import SamplingParams, StepResult
 
 CONTEXT = 256
 COST = CostModel(per_iteration=1.0, per_token=0.01)
@@ -44,6 +44,20 @@ SPEC = ModelSpec(
     eos_token_ids=(EOS,),
 )
 BLOCK_BYTES = block_bytes(SPEC, "bfloat16", 16)
+
+
+def ids(text: str) -> list[int]:
+    return [ALPHABET.index(character) for character in text]
+
+
+def as_text(tokens: list[int]) -> str:
+    """The end of a sequence is no text."""
+    return "".join(ALPHABET[token] for token in tokens if token != EOS)
+
+
+def expected(prompt: list[int], params: SamplingParams, seed: int) -> list[int]:
+    """What the toy puts out for it."""
+    return expected_output(prompt, params, seed, CONTEXT)
 
 
 def _tokenizer_json() -> str:
