@@ -37,11 +37,14 @@ class Shelter:
     def best(self, jobs: Iterator[Job], taken: Callable[[], list[Job]], limit: int) -> Iterator[Job]:
         """Of the policy's order, those that there is time for. `taken`: those of them that have rows by now."""
         for job in jobs:
-            if self._policy.beyond:
-                beyond = chain((job,), jobs)
-                yield from self._fitting(rows, beyond, limit) if self._has_sheltered(rows := taken()) else beyond
-                return
-            yield job
+            if not self._policy.beyond:
+                yield job
+                continue
+            rows, beyond = taken(), chain((job,), jobs)
+            if self._has_sheltered(rows):
+                yield from self._fitting(rows, beyond, limit)
+            else:
+                yield from beyond
 
     def here(self, jobs: Iterable[Job], taken: Callable[[], list[Job]], limit: int) -> Iterator[Job]:
         """Of jobs whose KV is on the device, those who ask for little first, and of the others those there is time for.
@@ -55,12 +58,11 @@ class Shelter:
             else:
                 others.append(job)
         rows = taken()
-        if self._has_sheltered(rows):
-            has_row = set(rows)
-            rest = (job for job in others if job not in has_row)
-            yield from () if self.full else self._fitting(rows, rest, limit)
-        else:
+        if not self._has_sheltered(rows):
             yield from others
+        elif not self.full:
+            has_row = set(rows)
+            yield from self._fitting(rows, (job for job in others if job not in has_row), limit)
 
     def _has_sheltered(self, rows: Iterable[Job]) -> bool:
         return any(map(self._policy.is_sheltered, rows))
