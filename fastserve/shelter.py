@@ -37,14 +37,14 @@ class Shelter:
     def best(self, jobs: Iterator[Job], taken: Callable[[], list[Job]], limit: int) -> Iterator[Job]:
         """Of the policy's order, those that there is time for. `taken`: those of them that have rows by now."""
         for job in jobs:
-            if not self._policy.beyond:
-                yield job
-                continue
-            rows, beyond = taken(), chain((job,), jobs)
-            if self._has_sheltered(rows):
-                yield from self._fitting(rows, beyond, limit)
-            else:
-                yield from beyond
+            if self._policy.beyond:
+                rows, beyond = taken(), chain((job,), jobs)
+                if self._has_sheltered(rows):
+                    yield from self._fitting(rows, beyond, limit)
+                else:
+                    yield from beyond
+                return
+            yield job
 
     def here(self, jobs: Iterable[Job], taken: Callable[[], list[Job]], limit: int) -> Iterator[Job]:
         """Of jobs whose KV is on the device, those who ask for little first, and of the others those there is time for.
