@@ -8,7 +8,7 @@
 - agents: chains of two to twenty calls at load 0.9, where the engine knows which calls are of one program, beside one
   where each call is a job like any other. Mean completion time of programs.
 - flood: several users, one of whom sends fifty times as much as each of the others. The others' P95 JCT beside that
-  which they have without him.
+  which they have without him, where memory is ample and, with --flood-kv-blocks 2000, where the flood would take all.
 
 Ratios are medians over seeds, each of two runs with the same jobs.
 """
@@ -200,7 +200,8 @@ def agents(options: argparse.Namespace, seed: int, tell: Callable[[str], None]) 
 
 def flood(options: argparse.Namespace, seed: int, tell: Callable[[str], None]) -> dict[str, Any]:
     """The others' P95 with the flood ÷ without it, by policy."""
-    setting = _experiment(options, workload=options.flood_workload).setting()
+    blocks = options.flood_kv_blocks or options.kv_blocks
+    setting = _experiment(options, kv_blocks=blocks, workload=options.flood_workload).setting()
     calm = replace(setting, workload=Flooded(options.users, 0, options.flood_workload))
     stormy = replace(setting, workload=Flooded(options.users, options.times, options.flood_workload))
     rate = options.flood_load * capacity(calm, seed)
@@ -218,13 +219,13 @@ def flood(options: argparse.Namespace, seed: int, tell: Callable[[str], None]) -
 SCENARIOS = {"trace": trace, "agents": agents, "flood": flood}
 
 
-def _experiment(options: argparse.Namespace, **more: Any) -> Experiment:
+def _experiment(options: argparse.Namespace, kv_blocks: int | None = None, **more: Any) -> Experiment:
     scheduler = {"max_num_seqs": options.max_num_seqs}
     return Experiment(
         jobs=options.jobs,
         model=options.model,
         hardware=options.hardware,
-        kv_blocks=options.kv_blocks,
+        kv_blocks=kv_blocks if kv_blocks is not None else options.kv_blocks,
         scheduler=scheduler,
         **more,
     )
@@ -266,6 +267,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--agents-arrivals", default="poisson", help="of programs (default: poisson)")
     parser.add_argument("--agents-slots", type=int, default=2, help="max_num_seqs of agents (default: 2)")
     parser.add_argument("--flood-workload", default="sharegpt")
+    parser.add_argument("--flood-kv-blocks", type=int, help="of flood (default: those of the others)")
     parser.add_argument("--flood-load", type=float, default=0.6, help="of the other users together (default: 0.6)")
     parser.add_argument("--users", type=int, default=4, help="other users (default: 4)")
     parser.add_argument("--times", type=float, default=50.0, help="what one other sends, the flood sends (default: 50)")

@@ -162,7 +162,7 @@ class Batches:
         return batch.growing()
 
     def _at_once(self, prefills: list[Job], last: Job | None) -> set[Job]:
-        """Those of tenants that want no more than their shares, while all such have rows: they do not wait for others."""
+        """Those of tenants that ask for little, while all such jobs have rows: they do not wait for others' gaps."""
         if last is not None and self._policy.is_small(last) and len(self._jobs) > self._rows():
             return set()
         return {job for job in prefills if self._policy.is_small(job)}

@@ -94,9 +94,9 @@ class Charges:
     def tell_decodes(self, batch: DecodeRows, now: float, *, everyone: bool = False) -> int:
         """Of decodes whose service may change their places, or of `everyone`."""
         told = 0
-        for job in batch.jobs if everyone else batch.expired():
-            batch.sync(job)
-            if (own := batch.take_service(job)) > 0.0:
+        horizons: list[tuple[Job, float]] = []
+        for job, own in batch.take_service(everyone=everyone):
+            if own > 0.0:
                 job.next_seconds = self._cost.decode_seconds(job.served + 1)
                 charged = self._of_decodes(own, job.next_seconds)
                 job.attained += own
@@ -104,7 +104,8 @@ class Charges:
                 self._programs.on_service(job, charged)
                 self._policy.on_service(job, charged, now)
                 told += 1
-            batch.set_horizon(job, self._policy.horizon(job))
+            horizons.append((job, self._policy.horizon(job)))
+        batch.set_horizons(horizons)
         return told
 
     def _of_decodes(self, seconds: float, following: float) -> float:

@@ -8,6 +8,7 @@ iteration does to all of them is a handful of array operations instead of a loop
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -115,20 +116,26 @@ class DecodeRows:
         jobs = self.jobs
         return [jobs[row] for row in (self._left[: len(jobs)] <= 0).nonzero()[0].tolist()]
 
-    def expired(self) -> list[Job]:
-        """The jobs whose service must be reported."""
-        jobs, count = self.jobs, len(self.jobs)
-        return [jobs[row] for row in (self._service[:count] >= self._horizon[:count]).nonzero()[0].tolist()]
+    def take_service(self, *, everyone: bool = False) -> list[tuple[Job, float]]:
+        """The jobs whose service must be reported, or all, up to date, and the seconds of it.
+
+        It counts as reported from here on.
+        """
+        count = len(self.jobs)
+        rows = np.arange(count) if everyone else (self._service[:count] >= self._horizon[:count]).nonzero()[0]
+        jobs = [self.jobs[row] for row in rows.tolist()]
+        for job, position in zip(jobs, self._rows[rows, 1].tolist(), strict=True):
+            job.computed = position
+            job.served = max(job.served, position)
+        services = self._service[rows].tolist()
+        self._service[rows] = 0.0
+        return list(zip(jobs, services, strict=True))
+
+    def set_horizons(self, horizons: Sequence[tuple[Job, float]]) -> None:
+        """When the service of these jobs must be reported (Policy.horizon)."""
+        if horizons:
+            self._horizon[[job.row for job, _ in horizons]] = np.array([horizon for _, horizon in horizons]) * _ALL
 
     def unreported(self, job: Job) -> float:
         """Seconds of its service that nobody has been told of."""
         return float(self._service[job.row])
-
-    def take_service(self, job: Job) -> float:
-        """What has not been reported of the job's service; it counts as reported from here on."""
-        service = float(self._service[job.row])
-        self._service[job.row] = 0.0
-        return service
-
-    def set_horizon(self, job: Job, horizon: float) -> None:
-        self._horizon[job.row] = horizon * _ALL

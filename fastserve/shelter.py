@@ -1,4 +1,4 @@
-"""How much longer an iteration may take for rows beyond their tenants' shares, beside rows of those who ask for little."""
+"""How much longer an iteration may take for rows beyond their tenants' shares, beside those of who asks for little."""
 
 from __future__ import annotations
 
@@ -38,8 +38,11 @@ class Shelter:
         """Of the policy's order, those that there is time for. `taken`: those of them that have rows by now."""
         for job in jobs:
             if self._policy.beyond:
-                beyond = chain((job,), jobs)
-                yield from self._fitting(rows, beyond, limit) if self._has_sheltered(rows := taken()) else beyond
+                rows, beyond = taken(), chain((job,), jobs)
+                if self._has_sheltered(rows):
+                    yield from self._fitting(rows, beyond, limit)
+                else:
+                    yield from beyond
                 return
             yield job
 
@@ -55,12 +58,11 @@ class Shelter:
             else:
                 others.append(job)
         rows = taken()
-        if self._has_sheltered(rows):
-            has_row = set(rows)
-            rest = (job for job in others if job not in has_row)
-            yield from () if self.full else self._fitting(rows, rest, limit)
-        else:
+        if not self._has_sheltered(rows):
             yield from others
+        elif not self.full:
+            has_row = set(rows)
+            yield from self._fitting(rows, (job for job in others if job not in has_row), limit)
 
     def _has_sheltered(self, rows: Iterable[Job]) -> bool:
         return any(map(self._policy.is_sheltered, rows))

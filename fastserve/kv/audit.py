@@ -42,7 +42,7 @@ def check_blocks(manager: BlockManager) -> None:
             raise RuntimeError(f"a copy moves blocks that know nothing of it: {transfer}")
     accounts: dict[str, int] = {}
     for block in every:
-        for account in block.tables[0].accounts if block.tables and block.device != NOWHERE else ():
+        for account in next(iter(block.tables)).accounts if block.tables and block.device != NOWHERE else ():
             accounts[account] = accounts.get(account, 0) + 1
         if len({table.accounts for table in block.tables}) > 1:
             raise RuntimeError(f"a block is shared by owners of other accounts: {block}")

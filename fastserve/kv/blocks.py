@@ -126,19 +126,22 @@ class BlockManager(Tables):
         if owner in self._tables or not path:
             raise ValueError(f"owner {owner} cannot begin with {len(path)} blocks")
         self._added(table := Table(owner, accounts, list(path), shared=len(path)))
+        new = 0
         for block in path:
-            if block.tables:
-                block.tables = with_one(block.tables, table)
-            else:
-                block.tables = table.alone
-                if block.transfer is None:
+            owners = block.tables
+            block.tables = with_one(owners, table) if owners else table.alone
+            if not owners and block.device != NOWHERE:
+                new += 1
+            if block.transfer is None:
+                if not owners:
                     self.cache.wakes(block)
-                if block.device != NOWHERE:
-                    self._count(table, 1)
-            if block.transfer == OFFLOAD:
-                self._transfers.keep(block)
-            table.moving += block.transfer is not None
-            table.missing += not block.here
+                table.missing += block.device == NOWHERE
+            else:
+                if block.transfer == OFFLOAD:
+                    self._transfers.keep(block)
+                table.moving += 1
+                table.missing += 1
+        self._count(table, new)
         for block in path if table.missing else ():
             self._places.spare.pop(block, None)
         self._classify(table)
@@ -342,7 +345,7 @@ class BlockManager(Tables):
             if not stays and wanted:
                 self._places.leave_device(block)
                 if block.tables:
-                    self._count(block.tables[0], -1)
+                    self._count(next(iter(block.tables)), -1)
             self.cache.moved(block)
             self._changed(block.tables, missing=-1 if stays else 0, moving=-1)
             if not block.tables:

@@ -70,10 +70,14 @@ class PrefixCache:
         least = 0.0
         self._number += 1
         self._clock += sum([block.cost for block in path]) / self._places
+        clock, number = self._clock, self._number
         for block in reversed(path):
-            block.uses = min(block.uses + hit, _MOST_USES)
-            least = max(self._clock + (1 + block.uses) * block.cost, block.score, least)
-            block.score, block.used, block.keep = least, self._number, max(block.keep, keep)
+            if hit and block.uses < _MOST_USES:
+                block.uses += 1
+            block.score = least = max(clock + (1 + block.uses) * block.cost, block.score, least)
+            block.used = number
+            if block.keep < keep:
+                block.keep = keep
             if block.tables:
                 continue
             if _is_leaf(block):

@@ -132,8 +132,8 @@ def plan_moves(
     repayment    a job keeps its KV until it was served this many times what bringing it back costs
     backlog      seconds of offloads and of uploads under way
     patience     seconds of each that may be: blocks on their way are of no use to anybody
-    gives_way    whether a job has to give up its KV for another's sake, who is owed the memory, whatever it was served
-                 and whoever runs first
+    gives_way    whether a job has to give up its KV for one that runs before it and is owed the memory, whatever it
+                 was served
     """
     moves = Moves()
     room = _Room(
@@ -188,16 +188,11 @@ class _Room:
             victim = self.next or next(self.victims, None)
             self.next = None
             runs_before = victim is not None and want is not None and want.urgent and victim.rank <= want.rank
-            runs_before = runs_before and not self._owes(victim, want)
             if victim is None or (runs_before and not victim.away):
                 self.next = victim
                 return False  # nobody is left who will run later
             refusals += runs_before or not self._take(victim, needed - self.free - self.coming, want)
         return True
-
-    def _owes(self, victim: Holder | None, want: Want | None) -> bool:
-        """Whether the victim has what the other is owed."""
-        return bool(self.gives_way and victim and want and self.gives_way(victim.job, want.job))
 
     def _take(self, victim: Holder, short: int, want: Want | None) -> bool:
         """Have the victim give up to `short` blocks, the cheapest way; False: keeping them is cheaper."""
@@ -210,7 +205,8 @@ class _Room:
         there_and_back = self.backlog + out + self.link.seconds(UPLOAD, victim.away + short)
         if not urgent and victim.enst <= there_and_back + (want.enst if want else 0.0):
             return False  # it would not be back in time
-        first = want is not None and (want.first or (urgent and self._owes(victim, want)))
+        owed = urgent and self.gives_way is not None and want is not None and self.gives_way(victim.job, want.job)
+        first = owed or (want is not None and want.first)
         earned = victim.service / self.repayment if self.repayment and not first else math.inf  # seconds of cost
         swaps = bool(copied or victim.here > victim.unsaved)
         swaps = swaps and max(0.0, there_and_back - victim.enst) <= victim.recompute

@@ -23,9 +23,7 @@ class Average:
         self.seconds = 0.0  # that a weight of 1 was served
         self.weight = 0.0  # of all that count
         self._most = most
-        self._resting: OrderedDict[str, tuple[float, float]] = (
-            OrderedDict()
-        )  # since when and with which weight, by name
+        self._resting: OrderedDict[str, tuple[float, float]] = OrderedDict()  # since when, and their weights
 
     def rests(self, name: str, weight: float) -> None:
         """Somebody has no jobs any more."""

@@ -21,9 +21,9 @@ from .lengths import LengthDistribution
 from .mlfq import PROMOTED_QUANTA, SPENT, MultiLevelFeedbackQueue
 from .queue import JobQueue
 
-# What jobs that waited too long may take of the device's time, or of their tenant's part of it. In an overload all wait too long: then this share goes
-# to them, first come, first served, and the index decides about the rest. At a load of 1.2, an eighth costs a sixth of
-# the mean JCT where the index matters most (Zipf 0.99, Alpaca), and a quarter a third.
+# What jobs that waited too long may take of the device's time, or of their tenant's share of it. In an overload all
+# wait too long: then this goes to them, first come, first served, and the index decides about the rest. At a load of
+# 1.2, an eighth costs a sixth of the mean JCT where the index matters most (Zipf 0.99, Alpaca), and a quarter a third.
 PROMOTED_SHARE: Final = 1 / 8
 
 # Jobs that look for their place anew in one decision, when groups have got a table or lost it.

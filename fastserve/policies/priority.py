@@ -78,7 +78,7 @@ class ByPriority(Policy):
         for policy in self._policies.values():
             policy.share = self.share
         if len(self._priorities) == 1:
-            return policy.iter_best(now)
+            return self._policies[self._priorities[0]].iter_best(now)
         self.close_order()
         self.make_way()
         return chain.from_iterable(self._policies[priority].iter_best(now) for priority in self._priorities)

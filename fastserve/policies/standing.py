@@ -1,4 +1,4 @@
-"""How tenants stand: what each was served by its weight, and whether that is beyond its share while others want little."""
+"""How tenants stand: what each was served, by its weight, and whether that is beyond its share."""
 
 from __future__ import annotations
 

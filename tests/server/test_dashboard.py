@@ -36,7 +36,7 @@ class BoardEngine(ToyEngine):
     def status(self) -> Status | None:
         if not self.ready:
             return None
-        levels = [LevelStatus(quantum, 0, 0, 0.0) for quantum in (0.1, 0.2, 0.4, 0.8, 1.6)]
+        levels = [LevelStatus(quantum, 0, 0, 0.0) for quantum in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)]
         blocks = {"device_blocks": 100, "device_blocks_used": 40, "host_blocks": 50, "host_blocks_used": 10}
         blocks |= {"device_blocks_cached": 30, "host_blocks_cached": 5, "programs": 2}
         return msgspec.structs.replace(super().status or pytest.fail(), levels=levels, **blocks)
@@ -55,6 +55,7 @@ class BoardEngine(ToyEngine):
 class Page(HTMLParser):
     """`chips`: level and class by the key of a job. `texts`: by an element's id."""
 
+    levels: list[int] = field(default_factory=list)  # that have a line
     chips: dict[int, tuple[int, str]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
@@ -79,7 +80,9 @@ class Page(HTMLParser):
         if self._tenants and tag == "tr":
             self.rows.append([])
         self._id = given.get("id") or (self._id if tag in ("p", "small") else "")
-        self._level = int(given.get("data-level") or self._level)
+        if given.get("data-level"):
+            self._level = int(given["data-level"] or "")
+            self.levels.append(self._level)
         self.stale = self.stale or (tag == "body" and given.get("class") == "stale")
         if given.get("data-key"):
             self.chips[int(given["data-key"] or "")] = (self._level, given["class"] or "")
@@ -158,6 +161,17 @@ def test_jobs_move_between_levels(tmp_path: Path) -> None:
         assert not first.errors + later.errors and "banner" not in later.texts and not later.stale
 
     show(3, sink, check)
+
+
+def test_levels_have_lines_down_to_the_last_that_has_jobs(tmp_path: Path) -> None:
+    async def check(world: World, url: str) -> None:
+        page = await look(url, tmp_path)
+        assert page.levels == [0, 1, 2, 3, 4, 5] and page.chips[0][0] == 5
+
+    def deep(looks: int, job: JobStatus) -> None:
+        job.level = 5
+
+    show(1, deep, check)
 
 
 def test_no_jobs_and_two_hundred(tmp_path: Path) -> None:

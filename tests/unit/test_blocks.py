@@ -204,6 +204,36 @@ def test_blocks_released_on_their_way_back_are_free_when_it_ends() -> None:
     check_blocks(blocks)
 
 
+def test_accounts_hold_what_is_on_the_device_and_a_shared_block_once() -> None:
+    manager = BlockManager(num_blocks=8, block_size=2, num_host_blocks=8)
+    manager.grow(1, 7, ("key 0", "key 0/ann"))
+    manager.grow(2, 2, ("key 0", "key 0/bob"))
+    assert manager.accounts == {"key 0": 5, "key 0/ann": 4, "key 0/bob": 1}
+    keys = [(bytes([n]), bytes([n]), 1.0) for n in range(2)]
+    manager.share(1, keys)
+    manager.attach(3, manager.path(1), ("key 0", "key 0/ann"))
+    assert manager.accounts["key 0/ann"] == 4
+    manager.release(1)
+    assert manager.accounts["key 0/ann"] == 2
+    manager.release(3)
+    assert manager.accounts == {"key 0": 1, "key 0/bob": 1} and manager.cached == 2
+    found = manager.cache.find(*keys[0][:2], None)
+    assert found is not None
+    manager.attach(3, [found], ("key 1",))
+    assert manager.accounts["key 1"] == 1
+    check_blocks(manager)
+    copies, _ = manager.offload(2, 1)
+    assert manager.accounts["key 0/bob"] == 1, "it has its place until the copy is done"
+    manager.acknowledge(copies[0][0])
+    assert manager.accounts == {"key 1": 1}
+    manager.upload(2)
+    assert manager.accounts["key 0/bob"] == 1
+    check_blocks(manager)
+    manager.accounts["key 1"] = 2
+    with pytest.raises(RuntimeError, match="accounts hold"):
+        check_blocks(manager)
+
+
 def test_an_unknown_copy_is_refused() -> None:
     blocks = BlockManager(num_blocks=2, block_size=4, num_host_blocks=2)
     blocks.grow(1, 4)

@@ -14,13 +14,15 @@ from unit_server import COST, UnitServer, unit_job
 
 from fastserve.config import SchedulerConfig
 from fastserve.cost import CostModel
-from fastserve.policies import create_policy
+from fastserve.origin import sharer_of
+from fastserve.policies import Policy, create_policy
 from fastserve.policies.fcfs import FirstComeFirstServed
 from fastserve.policies.gittins import PROMOTED_SHARE, Gittins
 from fastserve.policies.hazards import bucket, edge
 from fastserve.policies.indices import gittins
 from fastserve.policies.lengths import LengthDistribution
 from fastserve.policies.mlfq import MultiLevelFeedbackQueue
+from fastserve.policies.tenant import ByTenant
 from fastserve.types import FinishReason, Job
 
 
@@ -280,6 +282,42 @@ def test_in_an_overload_those_that_waited_too_long_get_their_share_and_no_more()
     assert PROMOTED_SHARE * 0.9 < share < PROMOTED_SHARE * 1.02
     never, unlimited = promoted_share(1.5, None)
     assert never == 0 and limited < 1.02 * unlimited
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_many_tenants_together_promote_no_more_than_one(keyed: bool) -> None:
+    """Eight tenants, an eighth of the device for each, all of which is more than is done: promoted jobs of all of them
+    get an eighth of the rows, not eight."""
+    draw = random.Random(4)
+    lengths = draw.choices([10, 20, 300], weights=[6, 3, 1], k=1200)
+    known = learned(draw.choices([10, 20, 300], weights=[6, 3, 1], k=2000))
+
+    def make() -> Gittins:
+        cost = CostModel.constant(1.0)
+        return Gittins(cost=cost, batch=8, lengths=known, num_levels=12, starvation_limit=60.0)
+
+    made = ByTenant(make, quantum=1.0, shared=7 / 8, rows=8.0, weights={}, name=sharer_of)
+    server = UnitServer(made, 8, lumped=True)
+    waiting, rows, front = trace(4, 1200, 2.0 * 8 / 42, lengths, 1)[::-1], 0, 0
+    for job in waiting:
+        job.tenant = f"key {job.index % 2}/{job.index % 8}" if keyed else str(job.index % 8)
+    while waiting:
+        while waiting and waiting[-1].arrival <= server.now:
+            server.add(waiting.pop())
+        ran = server.step()
+        if server.now > 1000:
+            rows += len(ran)
+            front += sum(not job.finished and policy_of(made, job)._places[job].cohort is None for job in ran)
+    assert 0.5 * PROMOTED_SHARE < front / rows < 1.25 * PROMOTED_SHARE
+
+
+def policy_of(tenants: ByTenant, job: Job) -> Gittins:
+    """The one that has the job."""
+    policy: Policy = tenants
+    while isinstance(policy, ByTenant):
+        policy = policy._tenants[policy._name(job.tenant)].policy
+    assert isinstance(policy, Gittins)
+    return policy
 
 
 def test_work_ahead_is_what_better_jobs_are_expected_to_need() -> None:

@@ -42,7 +42,8 @@ ARROWS: dict[str, set[str] | None] = {
     "selection": {"shelter", "policies", "room", "decode_rows", "config", "types"},
     "charges": {"policies", "programs", "decode_rows", "cost", "types"},
     "batches": {
-        "charges", "selection", "shelter", "swapping", "room", "residency", "decode_rows", "policies", "config", "cost", "types",
+        "charges", "selection", "shelter", "swapping", "room", "residency", "decode_rows", "policies", "config", "cost",
+        "types",
     },
     "scheduler": {
         "batches", "charges", "chunking", "policies", "residency", "decode_rows", "planning", "programs", "config",

@@ -12,7 +12,7 @@ from toy import bare_job
 
 from fastserve.cost import Link
 from fastserve.kv import BurstReserve, Holder, LinkEstimate, Moves, Want, plan_moves
-from fastserve.types import OFFLOAD, UPLOAD
+from fastserve.types import OFFLOAD, UPLOAD, Job
 
 LINK = Link(offload_block=0.01, upload_block=0.02)  # seconds a block
 JOBS = [bare_job(number, 1.0) for number in range(40)]  # named by their numbers, which are their ranks as well
@@ -143,6 +143,21 @@ def test_kv_that_came_back_stays_until_it_was_worth_it() -> None:
     # For the best of all, and where it has begun to leave, it goes.
     assert numbers(decide([want(1, 10, first=True)], [holder(9, 10, service=3.1)])) == {"offload": [(9, 10)]}
     assert numbers(decide([want(1, 10)], [holder(9, 10, service=3.1, away=1)])) == {"offload": [(9, 10)]}
+
+
+def test_who_is_owed_the_memory_gets_it_from_whoever_has_it() -> None:
+    """Whatever that was served; but only for who belongs in the batch, and from who runs later."""
+    new = [holder(9, 8, service=0.0), holder(8, 8, service=0.0), holder(1, 8, service=0.0)]
+    assert numbers(decide([want(2, 12)], new)) == {}
+
+    def owed(victim: Job, wanting: Job) -> bool:
+        return victim.index != 9 and wanting.index == 2
+
+    assert numbers(decide([want(2, 12)], new, gives_way=owed)) == {"offload": [(8, 8)]}
+    assert numbers(decide([want(3, 12)], new, gives_way=owed)) == {}
+    assert numbers(decide([want(2, 8, enst=5.0)], new, gives_way=owed)) == {}
+    dear = [holder(8, 8, service=0.0, recompute=500.0)]
+    assert numbers(decide([want(2, 8)], dear, gives_way=owed, host_places=0)) == {"drop": [8], "upload": [2]}
 
 
 def test_the_search_for_victims_gives_up() -> None:
