@@ -144,6 +144,7 @@ struct LaunchConfig {
   dim3 block;
   size_t shared_bytes;
   cudaStream_t stream;
+  unsigned cluster = 1;  // neighbouring blocks, by x, that run together (hopper.cuh); divides the grid
 };
 
 // Runs kernel(arguments…), which are copied. Throws when the launch is refused.
@@ -152,8 +153,23 @@ void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments
   const auto* function = reinterpret_cast<const void*>(kernel);
   allow_shared_memory(function, config.shared_bytes);
   [&](Parameters... values) {
-    void* pointers[] = {static_cast<void*>(&values)..., nullptr};
-    check(cudaLaunchKernel(function, config.grid, config.block, pointers, config.shared_bytes, config.stream));
+    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&values))..., nullptr};
+    if (config.cluster == 1) {
+      check(cudaLaunchKernel(function, config.grid, config.block, pointers, config.shared_bytes, config.stream));
+      return;
+    }
+    cudaLaunchAttribute clusters{};
+    clusters.id = cudaLaunchAttributeClusterDimension;
+    clusters.val.clusterDim.x = config.cluster;
+    clusters.val.clusterDim.y = clusters.val.clusterDim.z = 1;
+    cudaLaunchConfig_t with_clusters{};
+    with_clusters.gridDim = config.grid;
+    with_clusters.blockDim = config.block;
+    with_clusters.dynamicSmemBytes = config.shared_bytes;
+    with_clusters.stream = config.stream;
+    with_clusters.attrs = &clusters;
+    with_clusters.numAttrs = 1;
+    check(cudaLaunchKernelExC(&with_clusters, function, pointers));
   }(static_cast<Arguments&&>(arguments)...);
 }
 

@@ -9,6 +9,8 @@
 namespace fake_cudart {
 namespace {
 
+constexpr unsigned kMaxCluster = 8;
+
 thread_local std::vector<Range> next_ranges;
 
 // Pointers into allocations among the arguments' bytes. Throws for memory of another device.
@@ -43,6 +45,10 @@ void check_configuration(const simt::Launch& launch) {
       launch.grid.y > 65535 || launch.grid.z > 65535) {
     error(simt::join(name, " has a grid of (", launch.grid.x, ", ", launch.grid.y, ", ", launch.grid.z,
                      "); (2^31 - 1, 65535, 65535) is the most and (1, 1, 1) the least"));
+  }
+  if (launch.cluster == 0 || launch.cluster > kMaxCluster || launch.grid.x % launch.cluster != 0) {
+    error(simt::join(name, " has clusters of ", launch.cluster, " blocks in a grid of ", launch.grid.x, "; 1 to ",
+                     kMaxCluster, " are possible, and must divide the grid"));
   }
   if (launch.shared_bytes > simt::kMaxShared) {
     error(simt::join(name, " asks for ", launch.shared_bytes, " bytes of shared memory; there are ", simt::kMaxShared));

@@ -13,7 +13,7 @@ void run(const Launch& launch, const std::function<void()>& body, uint64_t seed)
   std::vector<uint3> order;
   for (unsigned z = 0; z < launch.grid.z; ++z) {
     for (unsigned y = 0; y < launch.grid.y; ++y) {
-      for (unsigned x = 0; x < launch.grid.x; ++x) order.push_back({x, y, z});
+      for (unsigned x = 0; x < launch.grid.x; x += launch.cluster) order.push_back({x, y, z});
     }
   }
   random.shuffle(order);
@@ -41,6 +41,10 @@ void meet(const char* operation, unsigned mask, const Site& site, void* payload,
 bool block_barrier(const char* operation, const Site& site, bool predicate) {
   return block().barrier(operation, site, predicate);
 }
+
+void cluster_barrier(const Site& site) { block().cluster_barrier(site); }
+
+unsigned cluster_rank() { return block().running()->rank; }
 
 unsigned char* shared_memory() { return block().shared(); }
 

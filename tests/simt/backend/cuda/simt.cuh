@@ -103,6 +103,7 @@ struct LaunchConfig {
   dim3 block;
   size_t shared_bytes;
   cudaStream_t stream;
+  unsigned cluster = 1;
   simt::Site where = simt::Site::current();
 };
 
@@ -112,7 +113,7 @@ void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments
   allow_shared_memory(function, config.shared_bytes);
   std::tuple<Parameters...> values(static_cast<Arguments&&>(arguments)...);
   fake_cudart::launch(
-      function, {config.grid, config.block, config.shared_bytes, config.where},
+      function, {config.grid, config.block, config.shared_bytes, config.cluster, config.where},
       [kernel, values] { std::apply(kernel, values); }, &values, sizeof values, config.stream);
 }
 
