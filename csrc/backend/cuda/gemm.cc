@@ -56,9 +56,13 @@ void gemm(const GemmCall& call, cudaStream_t stream) {
   check_call(call);
   if (call.m == 0) return;
   if (call.dtype == DType::kFloat32) return gemm_f32(call, stream);
+  run(call, gemm_kernel(call, warpgroups_admitted(call.dtype)), this_device().processors, stream);
+}
+
+GemmKernel gemm_kernel(const GemmCall& call, bool warpgroups) {
   GemmDevice device = this_device();
-  device.warpgroups = call.m >= kLeastWarpgroupRows && warpgroups_admitted(call.dtype);
-  run(call, choose_gemm(shape_of(call), device, workspace_of(call)), device.processors, stream);
+  device.warpgroups = warpgroups && call.m >= kLeastWarpgroupRows;
+  return choose_gemm(shape_of(call), device, workspace_of(call));
 }
 
 void gemm_with(GemmKernel kernel, const GemmCall& call, cudaStream_t stream, int processors) {

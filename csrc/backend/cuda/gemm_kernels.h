@@ -10,6 +10,9 @@ void gemm_f32(const GemmCall& call, cudaStream_t stream);
 void gemm_bf16(const GemmCall& call, GemmKernel kernel, cudaStream_t stream);
 void gemm_f16(const GemmCall& call, GemmKernel kernel, cudaStream_t stream);
 
+// What gemm() takes for a call of 16-bit activations, whether or not kernels of warpgroups are admitted.
+GemmKernel gemm_kernel(const GemmCall& call, bool warpgroups);
+
 // By one of the kernels of warpgroups, on so many multiprocessors at most.
 void gemm_warpgroup(const GemmCall& call, GemmKernel kernel, int processors, cudaStream_t stream);
 

@@ -46,6 +46,9 @@ void run_kernel(const GemmCall& call, GemmKernel kernel, cudaStream_t stream) {
       return launch_tiles<Weights, kFormat, GemmKernel::kWide64, 64>(call, stream);
     case GemmKernel::kLarge128:
       return launch_tiles<Weights, kFormat, GemmKernel::kLarge128, 64>(call, stream);
+    case GemmKernel::kWarpgroup128:
+    case GemmKernel::kWarpgroup192:
+      FS_CHECK(false, "the kernel ", geometry(kernel).name, " is launched elsewhere");
   }
 }
 

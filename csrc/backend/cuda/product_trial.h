@@ -46,6 +46,9 @@ class ProductTrials {
   // Whether the product of so many rows, at most most_rows, runs and has gemm()'s bits; `onto`: added to numbers, where
   // outputs are wide.
   bool has_our_bits(int64_t rows, bool onto, const Product& product);
+  // Of one product of so many rows, by the median of some runs, with weights that the device does not have in its
+  // cache.
+  double seconds(int64_t rows, const Product& product);
   ProductTrial measure(const std::string& name, const Product& product);
   const RowSeconds& ours() const { return ours_; }
 
@@ -55,8 +58,6 @@ class ProductTrials {
   // Whether the product is there and is what ours is; `onto`: added to numbers.
   void compare(int64_t rows, bool onto, const Product& product, ProductTrial& trial);
   bool differs(const Memory& a, const Memory& b, int64_t rows);
-  // Of one product, by the median of some runs, with weights that the device does not have in its cache.
-  double seconds(int64_t rows, const Product& product);
 
   DType dtype_;
   int64_t n_, k_padded_;

@@ -61,6 +61,7 @@ void launch(const void* function, const simt::Launch& configuration, std::functi
             size_t bytes, cudaStream_t handle) {
   const cudaError_t status = enter("a launch", [&](Device& self, Device::Lock&) {
     check_configuration(configuration);
+    self.cluster_launches += configuration.cluster > 1 ? 1 : 0;
     Task task;
     task.name = "the kernel launched at " + simt::describe(configuration.where);
     task.ranges = std::exchange(next_ranges, {});
