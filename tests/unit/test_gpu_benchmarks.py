@@ -74,8 +74,17 @@ def _results() -> dict[str, Any]:
             "results": [
                 {"matrix": matrix, "rows": rows, "n": n, "k": 4096, "weights": weights, "taken": taken}
                 | {"mma_gflop_s": 400e3, "wgmma_gflop_s": wgmma, "library_gflop_s": 800e3}
-                for matrix, n, wgmma in (("qkv", 100, 600e3), ("out", 100, 600e3), ("up", 400, 480e3), ("down", 200, 600e3))
-                for rows, weights, taken in ((2048, "bfloat16", "warpgroup192"), (32, "bfloat16", ""), (2048, "q4_0", ""))
+                for matrix, n, wgmma in (
+                    ("qkv", 100, 600e3),
+                    ("out", 100, 600e3),
+                    ("up", 400, 480e3),
+                    ("down", 200, 600e3),
+                )
+                for rows, weights, taken in (
+                    (2048, "bfloat16", "warpgroup192"),
+                    (32, "bfloat16", ""),
+                    (2048, "q4_0", ""),
+                )
             ],
         },
         "transformers": {

@@ -124,6 +124,7 @@ struct WarpgroupKernel {
 #pragma unroll 1
       for (const int end = part_begin(slabs, part + 1); slab < end; ++slab) {
         wait_barrier(ring.full + turn.stage, turn.parity);
+        fence_products();  // not between products on the same sums, says PTX; but the assembler adds what is not there
         // Descriptors count in chunks of 16 bytes.
         const auto at = static_cast<uint64_t>(turn.stage) * (kStageBytes / 16);
 #pragma unroll

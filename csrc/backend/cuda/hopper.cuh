@@ -123,10 +123,11 @@ __device__ __forceinline__ void keep_sums(float (&d)[kSums]) {
 #pragma unroll
   for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+__device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 template <int kSums>
 __device__ __forceinline__ void fence_sums(float (&d)[kSums]) {
   keep_sums(d);
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  fence_products();
 }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits until at most `kOpen` of the groups of products that were committed, the latest, are not done.

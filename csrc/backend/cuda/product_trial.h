@@ -42,6 +42,9 @@ class ProductTrials {
   // that of gemm(). Products are timed by the clock, or only compared if there is none.
   ProductTrials(DType dtype, int64_t n, int64_t k_padded, bool wide, int64_t most_rows, void* workspace,
                 cudaStream_t stream, DeviceClock clock = time_on_device);
+  ~ProductTrials() { static_cast<void>(cudaStreamSynchronize(stream_)); }  // before its memory goes
+  ProductTrials(const ProductTrials&) = delete;
+  ProductTrials& operator=(const ProductTrials&) = delete;
 
   // Whether the product of so many rows, at most most_rows, runs and has gemm()'s bits; `onto`: added to numbers, where
   // outputs are wide.

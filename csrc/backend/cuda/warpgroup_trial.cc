@@ -74,6 +74,7 @@ WarpgroupTrial compare_warpgroups(DType dtype, void* workspace, cudaStream_t str
         for (const GemmKernel kernel : kTried) {
           const auto tried = [&](const GemmCall& call, cudaStream_t queue) { return product(kernel, call, queue); };
           for (const int64_t rows : shape.rows) {
+            if (!wide && rows != most) continue;  // the same sums
             if (trials.has_our_bits(rows, false, tried) && (!wide || trials.has_our_bits(rows, true, tried))) continue;
             return refused(geometry(kernel).name, " has other bits for ", rows, " rows by [", shape.n, ", ", shape.k,
                            "]");

@@ -72,7 +72,7 @@ __global__ void copy_kernel(const __grid_constant__ CUtensorMap map, int tiles, 
   const unsigned rank = cluster_rank();
   if (thread == 0) {
     init_barrier(full, 1);
-    init_barrier(empty, kHow == Copy::kTooManyArrivals ? 1 : 2);
+    init_barrier(empty, 2);
     if (kHow != Copy::kNotPublished) publish_barriers();
   }
   if (kHow != Copy::kNoBarrierYet) cluster_barrier();
@@ -80,6 +80,7 @@ __global__ void copy_kernel(const __grid_constant__ CUtensorMap map, int tiles, 
     if (thread == 0) {
       if (kHow != Copy::kReused) wait_barrier(empty, i % 2 ^ 1);
       arrive_and_expect(full, kHow == Copy::kTooFewBytes ? 2 * kHalf - 16 : 2 * kHalf);
+      if (kHow == Copy::kTooManyArrivals) arrive_at(full, rank);
       if (rank == 0) copy_tile_to(3, tile, &map, 0, 16 * i, full);
       copy_tile(tile + kHalf, &map, static_cast<int>(rank) * 64, 16 * i + 8, full);
     }

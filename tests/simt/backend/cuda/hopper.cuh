@@ -62,6 +62,10 @@ template <int kSums>
 inline void fence_sums(float (&d)[kSums], const simt::Site& site = simt::Site::current()) {
   simt::fence_sums(d, kSums, site);
 }
+// Fences sums that no thread has touched: nothing.
+inline void fence_products(const simt::Site& site = simt::Site::current()) {
+  simt::meet("fence_products", kAllLanes, site, nullptr, nullptr);
+}
 inline void commit_products(const simt::Site& site = simt::Site::current()) { simt::commit_products(site); }
 template <int kOpen>
 inline void wait_products(const simt::Site& site = simt::Site::current()) {
