@@ -12,6 +12,7 @@
 #include "backend/cuda/cublaslt.h"
 #include "backend/cuda/cuda_sampler.h"
 #include "backend/cuda/device_batch.h"
+#include "backend/cuda/early_launch.h"
 #include "backend/cuda/event_watch.h"
 #include "backend/cuda/graphs.h"
 #include "backend/cuda/kernels.h"
@@ -53,7 +54,9 @@ using Clock = std::chrono::steady_clock;
 
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(DType dtype, int device) : dtype_(dtype), device_(device), name_(device_name(device)) {}
+  CudaBackend(DType dtype, int device) : dtype_(dtype), device_(device), name_(device_name(device)) {
+    try_early_launches(compute_);
+  }
   ~CudaBackend() override {
     static_cast<void>(cudaSetDevice(device_));  // on whichever thread this is
     static_cast<void>(cudaDeviceSynchronize());

@@ -146,6 +146,7 @@ struct TilesKernel {
 template <class Weights, int kRows, int kColumns, int kWarpRows, int kStages, bool kSplit>
 __global__ void __launch_bounds__(TilesKernel<Weights, kRows, kColumns, kWarpRows, kStages, kSplit>::kThreads, 1)
     gemm_tiles_kernel(GemmCall call) {
+  begin_after_predecessor();
   using Kernel = TilesKernel<Weights, kRows, kColumns, kWarpRows, kStages, kSplit>;
   const int row_tiles = static_cast<int>((call.m + kRows - 1) / kRows);
   const int column_tiles = static_cast<int>((call.weight.n + kColumns - 1) / kColumns);

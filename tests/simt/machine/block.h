@@ -28,6 +28,7 @@ struct Thread {
   unsigned rank;  // of its block in the cluster
   size_t warp;    // in the cluster
   int lane;
+  bool begun;  // has called begin_after_predecessor()
   State state;
   Site site;  // where it waits
   const char* operation;

@@ -29,6 +29,7 @@ struct Launch {
   dim3 block;
   size_t shared_bytes;
   unsigned cluster;  // neighbouring blocks, by x, that run together and reach each other's shared memory
+  bool early;        // the kernel may begin before the one before it has ended
   Site where;        // in the source of the host; names the kernel in messages
   bool (*is_device_memory)(const void*, size_t) = nullptr;  // whether all these bytes are in one allocation
 };
@@ -63,6 +64,9 @@ bool block_barrier(const char* operation, const Site& site, bool predicate);
 // Waits for all threads of the blocks of the cluster.
 void cluster_barrier(const Site& site);
 unsigned cluster_rank();  // of the thread's block
+
+// The first thing that a thread of a kernel that begins early has to do. (Here all is over by then that came before.)
+void begin_after_predecessor();
 
 unsigned char* shared_memory();
 
