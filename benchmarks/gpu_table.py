@@ -85,8 +85,10 @@ def _way(way: str) -> Callable[[dict[str, Any]], float | None]:
 
     def read(results: dict[str, Any]) -> float | None:
         rows = [_row(results, "gemm", matrix=matrix, rows=2048) for matrix in MATRICES]
-        took = {key: sum(row["n"] * row["k"] / row[f"{key}_gflop_s"] for row in rows) for key in (way, "library")}
-        return 100 * took["library"] / took[way]
+        ours, theirs = (
+            sum(float(row["n"] * row["k"] / row[f"{key}_gflop_s"]) for row in rows) for key in (way, "library")
+        )
+        return 100 * theirs / ours
 
     return read
 

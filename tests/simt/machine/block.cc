@@ -1,5 +1,6 @@
 #include "machine/block.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -13,6 +14,7 @@ namespace {
 
 constexpr unsigned char kPoison = 0xff;  // every element type's NaN
 constexpr size_t kGuard = 4096;          // bytes on each side of a block's shared memory
+constexpr uint64_t kMostHeldRounds = 40;
 
 bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 bool same(const Site& a, const Site& b) {
@@ -79,6 +81,7 @@ void Block::run(uint3 index) {
     member.gate = {};
   }
   cluster_gate_ = {};
+  held_rounds_ = 0;
   transfers_.clear();
   for (Warp& warp : warps_) {
     warp.alive = 0;
@@ -106,6 +109,7 @@ void Block::run(uint3 index) {
     }
     round_.swap(ready_);
     ready_.clear();
+    hold_a_member();
     random_.shuffle(round_);
     for (const size_t i : round_) {
       running_ = &threads_[i];
@@ -119,6 +123,23 @@ void Block::run(uint3 index) {
   }
   if (transfers_.any()) throw fastserve::Error(where() + ": has ended before a copy into its shared memory");
   check_guards();
+}
+
+// Blocks of a cluster do not keep step: now and then one of them stands still while the others go as far as they can.
+void Block::hold_a_member() {
+  if (members_.size() == 1) return;
+  if (held_rounds_ == 0) {
+    held_ = static_cast<unsigned>(random_.next() % (2 * members_.size()));  // often none
+    held_rounds_ = 1 + random_.next() % kMostHeldRounds;
+  }
+  --held_rounds_;
+  const auto first = std::partition(round_.begin(), round_.end(), [&](size_t i) { return threads_[i].rank != held_; });
+  if (first == round_.begin()) {  // nobody else can go on
+    held_rounds_ = 0;
+    return;
+  }
+  ready_.assign(first, round_.end());
+  round_.erase(first, round_.end());
 }
 
 void Block::end() {

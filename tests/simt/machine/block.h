@@ -97,6 +97,7 @@ class Block {
   static void thread_main();
   void exit_thread();
   void pause();  // lets others run
+  void hold_a_member();
   void pass(Gate& gate, size_t threads, size_t first, const char* operation, const Site& site);
   std::string name(const Thread& thread) const;
   void check_guards() const;
@@ -115,6 +116,8 @@ class Block {
   size_t live_ = 0;   // threads of the cluster that have not exited
   std::vector<Member> members_;
   Gate cluster_gate_;
+  unsigned held_ = 0;  // the member that stands still, if there is one of that rank, for ...
+  uint64_t held_rounds_ = 0;
   Transfers transfers_;
   std::string error_;
   std::exception_ptr exception_;
