@@ -18,15 +18,14 @@ def test_the_trial_of_a_chain(kernels: ModuleType) -> None:
 
 
 def test_who_does_not_want_them_says_so(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(kernels, "simt"):
-        pytest.skip("on the emulated device only, which has another one")
-    monkeypatch.setenv("FASTSERVE_PDL", "0")
-    kernels.set_device(1)
-    try:
-        assert kernels.try_early_launches() == "not used: FASTSERVE_PDL is 0"
-        assert not kernels.kernels_begin_early()
-    finally:
-        kernels.set_device(0)
+    kernels.try_early_launches()
+    before = kernels.kernels_begin_early()
+    with monkeypatch.context() as context:
+        context.setenv("FASTSERVE_PDL", "0")
+        assert kernels.early_launch_trial() == "not used: FASTSERVE_PDL is 0"
+    assert not kernels.kernels_begin_early()
+    kernels.early_launch_trial()
+    assert kernels.kernels_begin_early() == before
 
 
 def test_nothing_comes_before_the_wait() -> None:

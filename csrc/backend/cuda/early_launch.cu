@@ -38,7 +38,13 @@ bool chain_is_right(cudaStream_t stream) {
                              Memory(Place::kDevice, kCount * sizeof(unsigned))};
   cudaGraph_t graph = nullptr;
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  queue_chain(buffers, stream);
+  try {
+    queue_chain(buffers, stream);
+  } catch (...) {
+    static_cast<void>(cudaStreamEndCapture(stream, &graph));
+    if (graph != nullptr) static_cast<void>(cudaGraphDestroy(graph));
+    throw;
+  }
   check(cudaStreamEndCapture(stream, &graph));
   cudaGraphExec_t executable = nullptr;
   const cudaError_t status = cudaGraphInstantiate(&executable, graph, 0);
@@ -58,7 +64,12 @@ bool chain_is_right(cudaStream_t stream) {
   return found == expected;
 }
 
-std::string tried(int device, cudaStream_t stream) {
+}  // namespace
+
+std::string early_launch_trial(cudaStream_t stream) {
+  int device = 0;
+  check(cudaGetDevice(&device));
+  if (device < kMostDevices) early[device] = false;
   const char* wanted = std::getenv("FASTSERVE_PDL");
   if (wanted != nullptr && std::string(wanted) == "0") return "not used: FASTSERVE_PDL is 0";
   int major = 0;
@@ -76,8 +87,6 @@ std::string tried(int device, cudaStream_t stream) {
   }
 }
 
-}  // namespace
-
 bool kernels_begin_early() {
   int device = 0;
   check(cudaGetDevice(&device));
@@ -92,7 +101,7 @@ const std::string& try_early_launches(cudaStream_t stream) {
   const std::lock_guard lock(mutex);
   const auto [found, is_new] = verdicts.try_emplace(device);
   if (is_new) {
-    found->second = tried(device, stream);
+    found->second = early_launch_trial(stream);
     const char* debug = std::getenv("FASTSERVE_DEBUG");
     if (debug != nullptr && *debug != '\0' && std::string(debug) != "0") {
       std::fprintf(stderr, "kernels that begin before the last one's end: %s\n", found->second.c_str());

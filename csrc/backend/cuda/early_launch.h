@@ -17,4 +17,7 @@ bool kernels_begin_early();
 // for a log. FASTSERVE_PDL=0: not. The stream must not be recorded, and is waited for.
 const std::string& try_early_launches(cudaStream_t stream);
 
+// The trial itself, whose outcome kernels_begin_early() tells from then on.
+std::string early_launch_trial(cudaStream_t stream);
+
 }  // namespace fastserve::cuda

@@ -15,6 +15,10 @@ void register_early_launch(py::module_& module) {
     const Stream stream;
     return try_early_launches(stream);
   });
+  module.def("early_launch_trial", [] {
+    const Stream stream;
+    return early_launch_trial(stream);
+  });
 }
 
 }  // namespace fastserve::cuda
