@@ -143,7 +143,7 @@ in_shell() {
 
 step build 240 bash -c "$(in_shell build)"
 # By themselves and first: what has never run on such a device may end the process, and the rest does without it.
-step warpgroups 60 "$python" -m pytest -q -p no:cacheprovider tests/cuda/test_warpgroups.py ${emulated:+-k "accumulation or admits"}
+step warpgroups 60 "$python" -m pytest -q -p no:cacheprovider tests/cuda/test_warpgroups.py ${emulated:+-k "accumulation or before"}
 if [ "$(tail -n 1 "$parts/steps" | cut -d " " -f 2)" != 0 ]; then
   say "products by warpgroups (wgmma) do not work here: everything below is without them"
   export FASTSERVE_WGMMA=0

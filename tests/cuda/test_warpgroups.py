@@ -98,13 +98,12 @@ def test_bits_are_the_other_kernels(
     assert _same(matrix.multiply(x, dtype, kernel=kernel, processors=processors), expected)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_tiles_in_bands_cover_the_output_once(kernels: ModuleType, kernel: str) -> None:
+def test_tiles_in_bands_cover_the_output_once(kernels: ModuleType) -> None:
     """Tiles of 256 rows in bands of 8: one band and a part of the next, by two clusters."""
     matrix, _ = _matrix(kernels, "bfloat16", 300, 64)
     x = _random(256 * 8 + 300, 64, seed=4)
     expected = matrix.multiply(x, "bfloat16", kernel="rows8")
-    assert _same(matrix.multiply(x, "bfloat16", kernel=kernel, processors=4), expected)
+    assert _same(matrix.multiply(x, "bfloat16", kernel="warpgroup128", processors=4), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -163,6 +162,9 @@ def test_few_rows_are_others(kernels: ModuleType, n: int, k: int, m: int) -> Non
 
 
 def test_the_trial_admits_them_where_all_bits_agree(kernels: ModuleType) -> None:
+    """On a real device, of which this says whether they do; the emulated one's trial is below."""
+    if hasattr(kernels, "simt"):
+        pytest.skip("seconds, for what the next test tries anyway")
     admitted, verdict = kernels.compare_warpgroups("bfloat16", "right")
     assert admitted
     assert verdict.startswith("admitted")
@@ -198,7 +200,7 @@ def test_before_the_trial_gemm_takes_other_kernels(kernels: ModuleType, monkeypa
     assert not kernels.warpgroups_admitted("float16")
     before = matrix.multiply(x, "float16")
     clusters = kernels.simt.cluster_launches()
-    assert kernels.try_warpgroups("float16") == (True, kernels.try_warpgroups("float16")[1])
+    assert kernels.try_warpgroups("float16") == (True, "admitted: all bits are those of the other kernels")
     assert kernels.simt.cluster_launches() > clusters
     assert kernels.warpgroups_admitted("float16")
     clusters = kernels.simt.cluster_launches()
