@@ -29,7 +29,7 @@ def test_who_does_not_want_them_says_so(kernels: ModuleType, monkeypatch: pytest
 
 
 def test_nothing_comes_before_the_wait() -> None:
-    """In each kernel that calls it, begin_after_predecessor() is the first statement: what reads memory cannot be before."""
+    """In each kernel that calls it, begin_after_predecessor() is the first statement: no memory is read before."""
     calls = 0
     for file in sorted(SOURCES.glob("*.cu*")):
         if file.name == "simt.cuh":
