@@ -77,6 +77,22 @@ def _prefill(tokens: int) -> Callable[[dict[str, Any]], float | None]:
     return read
 
 
+MATRICES = ("qkv", "out", "up", "down")  # the head has few rows
+
+
+def _way(way: str) -> Callable[[dict[str, Any]], float | None]:
+    """Of the time that the library's products of 2,048 rows by all matrices take, the share of that by another way."""
+
+    def read(results: dict[str, Any]) -> float | None:
+        rows = [_row(results, "gemm", matrix=matrix, rows=2048) for matrix in MATRICES]
+        ours, theirs = (
+            sum(float(row["n"] * row["k"] / row[f"{key}_gflop_s"]) for row in rows) for key in (way, "library")
+        )
+        return 100 * theirs / ours
+
+    return read
+
+
 def _ratio(batch: int, rivals: Sequence[str]) -> Callable[[dict[str, Any]], float | None]:
     """Over the best of the rivals, each beside what FastServe did in its run."""
 
@@ -156,6 +172,8 @@ POINTS = (
     Point(2, "decode, batch 1, of copy bandwidth", _decode(1, "read_percent"), 85),
     Point(2, "decode, batch 64, of copy bandwidth", _decode(64, "read_percent"), 75),
     Point(2, "prefill of 2,048 tokens, of the GEMM rate", _prefill(2048), 65),
+    Point(0, "products of 2,048 rows: mma.sync, of cuBLASLt", _way("mma"), 43),
+    Point(0, "products of 2,048 rows: wgmma, of cuBLASLt", _way("wgmma"), 65),
     Point(2, "batch 1 over transformers eager", _ratio(1, ["eager"]), 2, "×"),
     Point(2, "batch 32 over transformers eager", _ratio(32, ["eager"]), 2, "×"),
     Point(2, "batch 1 over transformers captured or compiled", _ratio(1, ["graph", "compiled"]), 1.1, "×"),
@@ -170,6 +188,21 @@ POINTS = (
     Point(0, "mean JCT, fcfs over skip-join-mlfq", _mean_jct("skip-join-mlfq"), 1, "×"),
     Point(0, "mean JCT, fcfs over gittins", _mean_jct("gittins"), 1, "×"),
 )
+
+
+def ways(results: dict[str, Any]) -> list[str]:
+    """Lines on every way to compute products of many rows, as far as they were measured."""
+    gemm = results.get("gemm", {})
+    lines = [f"products by warpgroups (wgmma): {gemm['wgmma']}"] if "wgmma" in gemm else []
+    for row in gemm.get("results", []):
+        rates = [f"{name} {_tflops(row.get(f'{name}_gflop_s'))}" for name in ("mma", "wgmma", "library")]
+        if row.get("taken"):
+            lines.append(f"{row['matrix']}, {row['rows']} rows: {', '.join(rates)} TFLOP/s; taken: {row['taken']}")
+    return lines
+
+
+def _tflops(gflops: float | None) -> str:
+    return "–" if gflops is None else f"{gflops / 1e3:.0f}"
 
 
 def read_results(parts: Path, out: Path) -> dict[str, Any]:
@@ -207,6 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("EMULATED: these figures are of an emulated device at toy sizes and mean nothing")
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in ways(results):
+        print(line)
     late = [f"{name} ({status})" for name, status in results["steps"].items() if status != "0"]
     if late:
         print(f"steps that did not end well: {', '.join(late)}")

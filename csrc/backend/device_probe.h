@@ -10,6 +10,14 @@
 
 namespace fastserve {
 
+// Operations a second of one product of activations [m, k] and 16-bit weights [n, k] by every way that a device has,
+// the weights from its memory; NaN by a way that it does not have or must not take. `wide`: outputs are float32.
+struct ProductRates {
+  double warps, warpgroups;  // the best of our kernels of either kind
+  double library;            // as the library likes it best, whatever its bits
+  std::string taken;         // which of them a backend takes for it
+};
+
 // When the kernels of one batch ran, in seconds of the device's clock since the first batch began.
 struct BatchSpan {
   double begin, end;
@@ -26,6 +34,9 @@ class DeviceProbe {
   // ... operations a second of a square product of `size` in 16-bit floats, as gemm_library() computes it; ...
   virtual double gemm_rate(int64_t size) = 0;
   virtual std::string gemm_library() = 0;
+  // ... of a product by every way there is, and whether products by warpgroups are admitted, or why not; ...
+  virtual ProductRates product_rates(int64_t m, int64_t n, int64_t k, bool wide) = 0;
+  virtual std::string warpgroups() = 0;
   // ... and bytes a second between pinned host memory and the device's, of both directions together.
   virtual double transfer_rate(Transfer transfer) = 0;
 

@@ -1,6 +1,8 @@
 // Products with each weight matrix of a model, by weight format and number of rows. Matrices come from memory, as they
 // do in a forward pass: there are as many copies of each as the caches cannot hold, used in turn.
 #include <algorithm>
+#include <cstring>
+#include <limits>
 #include <map>
 
 #include "backend/device.h"
@@ -14,6 +16,7 @@ using namespace fastserve::bench;
 
 // The head computes logits only where a token is sampled: never for a whole prompt.
 constexpr int64_t kMostHeadRows = 64;
+constexpr int64_t kManyRows = 128;
 // A sample is this long at least, so that the clock and a sleeping thread do not matter.
 constexpr double kSampleSeconds = 4e-3, kDeviceSampleSeconds = 20e-3;
 
@@ -86,6 +89,18 @@ class Product {
   size_t next_ = 0;
 };
 
+// Many rows by 16-bit weights: by every way that the device has.
+void add_ways(DeviceProbe& probe, const Shape& shape, WeightFormat format, int64_t rows,
+              std::vector<Report::Value>& values) {
+  constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
+  ProductRates rates{kUnknown, kUnknown, kUnknown, ""};
+  if (rows >= kManyRows && format == WeightFormat::kBFloat16) {
+    rates = probe.product_rates(rows, shape.n, shape.k, shape.wide);
+  }
+  for (const double rate : {rates.warps, rates.warpgroups, rates.library}) values.emplace_back(rate / 1e9);
+  values.emplace_back(rates.taken);
+}
+
 void run(const Options& options, Report& report) {
   const auto presets = options.choices("preset", preset_names());
   const auto matrices = options.choices("matrix", matrix_names());
@@ -98,6 +113,14 @@ void run(const Options& options, Report& report) {
   std::vector<Report::Column> columns = {{"preset", "model"}, {"matrix", "matrix"},   {"n", "n"},
                                          {"k", "k"},          {"weights", "weights"}, {"rows", "rows"}};
   for (Report::Column& column : Measured::columns(limits)) columns.push_back(std::move(column));
+  DeviceProbe* const probe = limits.probe();
+  if (probe != nullptr) {
+    for (const char* way : {"mma_gflop_s", "wgmma_gflop_s", "library_gflop_s"}) {
+      columns.push_back({way, std::string(way, std::strchr(way, '_')) + " GFLOP/s", 0});
+    }
+    columns.push_back({"taken", "taken"});
+    report.fact("wgmma", probe->warpgroups());
+  }
   report.columns(columns);
 
   for (const std::string& name : presets) {
@@ -131,6 +154,7 @@ void run(const Options& options, Report& report) {
         for (size_t i = 0; i < wanted.size(); ++i) {
           std::vector<Report::Value> values = {name, shape.name, shape.n, shape.k, format_name, wanted[i]};
           for (Report::Value& value : measured[i].values()) values.push_back(std::move(value));
+          if (probe != nullptr) add_ways(*probe, shape, format, wanted[i], values);
           report.row(std::move(values));
         }
       }

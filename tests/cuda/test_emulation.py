@@ -120,6 +120,7 @@ def test_right_kernels_come_out_the_same_in_every_order(kernels: ModuleType) -> 
         ("rotate in warp", in_warps),
         ("matrices", matrices),
         ("copies", VALUES),
+        ("early", VALUES),
     ]:
         for got in outcomes(kernels, name):
             assert np.array_equal(got, expected), name
@@ -169,6 +170,9 @@ ERRORS = {
     "register array overrun": r"has an index out of an array's bounds at tests/simt/examples/planted.cu:\d+",
     "long shift": r"shifts by more bits than there are",
     "division by zero": r"divides an integer by zero",
+    "early, in one branch": r"shared_memory before begin_after_predecessor, in a kernel that begins early",
+    "early, too late": r"shared_memory before begin_after_predecessor, in a kernel that begins early",
+    "early, never": r"has exited without begin_after_predecessor, in a kernel that begins early",
     "too much shared memory": r"invalid argument",  # to the call that would allow the kernel so much
 }
 
@@ -189,5 +193,5 @@ def test_every_planted_mistake_is_tested(kernels: ModuleType) -> None:
     wrong = {name for name in kernels.planted_names() if name in ERRORS}
     others = set(kernels.planted_names()) - wrong
     assert wrong == set(ERRORS)
-    rest = {"rotate", "rotate in warp", "matrices", "copies", "uninitialized"}
+    rest = {"rotate", "rotate in warp", "matrices", "copies", "uninitialized", "early"}
     assert {name.split(",")[0] for name in others} == rest

@@ -22,7 +22,7 @@ QUICK = {
     "swap": ["--blocks", "3"],
 }
 ON_DEVICE = {
-    "gemm": ["--matrix", "qkv,out", "--weights", "bfloat16,q4_0", "--rows", "1,9"],
+    "gemm": ["--matrix", "qkv,out", "--weights", "bfloat16,q4_0", "--rows", "1,130"],
     "attention": ["--rows", "2", "--context", "40", "--tokens", "30"],
     "decode": ["--rows", "1,3", "--context", "20", "--steps", "3"],
     "prefill": ["--tokens", "20,33", "--chunk", "16"],
@@ -85,6 +85,12 @@ def test_on_a_device(name: str, tmp_path: Path) -> None:
         assert row["read_percent"] > 0
         if row.get("weights") != "q4_0":
             assert row["compute_percent"] > 0
+    if name == "gemm":  # many rows by 16-bit weights, by every way
+        assert result["wgmma"].startswith("admitted")
+        many = [row for row in rows if row["taken"]]
+        assert [(row["rows"], row["weights"]) for row in many] == 2 * [(130, "bfloat16")]
+        assert all(row["mma_gflop_s"] > 0 and row["wgmma_gflop_s"] > 0 for row in many)
+        assert all(row["library_gflop_s"] is None for row in rows)
     if name == "decode":
         assert all(0 <= row["idle_percent"] < 100 for row in rows)
 

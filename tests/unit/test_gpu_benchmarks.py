@@ -69,6 +69,24 @@ def _results() -> dict[str, Any]:
             "limit_bfloat16_gflop_s": 700e3,
             "results": [{"tokens": 2048, "weights": "bfloat16", "compute_percent": 70.0, "gflop_s": 490e3}],
         },
+        "gemm": {
+            "wgmma": "admitted: all bits are those of the other kernels",
+            "results": [
+                {"matrix": matrix, "rows": rows, "n": n, "k": 4096, "weights": weights, "taken": taken}
+                | {"mma_gflop_s": 400e3, "wgmma_gflop_s": wgmma, "library_gflop_s": 800e3}
+                for matrix, n, wgmma in (
+                    ("qkv", 100, 600e3),
+                    ("out", 100, 600e3),
+                    ("up", 400, 480e3),
+                    ("down", 200, 600e3),
+                )
+                for rows, weights, taken in (
+                    (2048, "bfloat16", "warpgroup192"),
+                    (32, "bfloat16", ""),
+                    (2048, "q4_0", ""),
+                )
+            ],
+        },
         "transformers": {
             "tokens_per_second": {
                 "1": {"fastserve": 220.0, "eager": 50.0, "graph": 180.0},
@@ -99,6 +117,8 @@ def _results() -> dict[str, Any]:
         ("decode, batch 64, of copy bandwidth", "70 %", "short"),
         ("GPU idle, runtime, batch 64", "3.5 %", "short"),
         ("prefill of 2,048 tokens, of the GEMM rate", "62.5 %", "short"),  # of torch's, which is the faster one
+        ("products of 2,048 rows: mma.sync, of cuBLASLt", "50 %", "ok"),
+        ("products of 2,048 rows: wgmma, of cuBLASLt", "66.67 %", "ok"),  # 800 / 800 over 400 / 600 + 400 / 480
         ("batch 1 over transformers eager", "4.4 ×", "ok"),
         ("batch 1 over transformers captured or compiled", "1.2 ×", "ok"),  # of the better of the two
         ("batch 32 over transformers eager", "–", "open"),
@@ -153,6 +173,18 @@ def test_the_script_hears_what_the_sanitizer_says(said: str, found: str, tmp_pat
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == (9 if found == "4" else 0)
     assert (tmp_path / "sanitizer").read_text() == f"memcheck {found} 1\nracecheck {found} 1\n"
+
+
+def test_every_way_to_compute_products_is_told() -> None:
+    assert gpu_table.ways(_results()) == [
+        "products by warpgroups (wgmma): admitted: all bits are those of the other kernels",
+        "qkv, 2048 rows: mma 400, wgmma 600, library 800 TFLOP/s; taken: warpgroup192",
+        "out, 2048 rows: mma 400, wgmma 600, library 800 TFLOP/s; taken: warpgroup192",
+        "up, 2048 rows: mma 400, wgmma 480, library 800 TFLOP/s; taken: warpgroup192",
+        "down, 2048 rows: mma 400, wgmma 600, library 800 TFLOP/s; taken: warpgroup192",
+    ]
+    refused = {"gemm": {"results": [{"matrix": "up", "rows": 512, "taken": "large128", "wgmma_gflop_s": None}]}}
+    assert gpu_table.ways(refused) == ["up, 512 rows: mma –, wgmma –, library – TFLOP/s; taken: large128"]
 
 
 def test_a_trace_too_short_to_miss_the_limit_tells_nothing() -> None:

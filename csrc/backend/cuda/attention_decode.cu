@@ -42,6 +42,7 @@ struct Partials {
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocks<kDim>)
     decode(AttentionShape shape, const int32_t* decode_rows, int passes, Partials partials) {
+  begin_after_predecessor();
   constexpr int kColumns = Panel<kDim>::kChunks / kWarps, kSteps = kDim / 16;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 
@@ -254,7 +255,7 @@ void attention_decode(DType dtype, const AttentionShape& shape, const DeviceBatc
     const dim3 grid(static_cast<unsigned>(splits < segments ? splits : segments),
                     static_cast<unsigned>(shape.num_kv_heads * passes * panels),
                     static_cast<unsigned>(batch.num_decodes));
-    launch(kernel, {grid, dim3(kThreads), shared_bytes, stream}, shape, batch.decode_rows, passes, partials);
+    launch(kernel, {grid, dim3(kThreads), shared_bytes, stream, 1, true}, shape, batch.decode_rows, passes, partials);
   };
   const auto run_type = [&](auto element) {
     using T = decltype(element);

@@ -12,12 +12,14 @@
 #include "backend/cuda/cublaslt.h"
 #include "backend/cuda/cuda_sampler.h"
 #include "backend/cuda/device_batch.h"
+#include "backend/cuda/early_launch.h"
 #include "backend/cuda/event_watch.h"
 #include "backend/cuda/graphs.h"
 #include "backend/cuda/kernels.h"
 #include "backend/cuda/matrix.h"
 #include "backend/cuda/nccl.h"
 #include "backend/cuda/runtime_api.h"
+#include "backend/cuda/warpgroup_trial.h"
 #include "backend/device.h"
 #include "common/pause.h"
 
@@ -52,7 +54,9 @@ using Clock = std::chrono::steady_clock;
 
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(DType dtype, int device) : dtype_(dtype), device_(device), name_(device_name(device)) {}
+  CudaBackend(DType dtype, int device) : dtype_(dtype), device_(device), name_(device_name(device)) {
+    try_early_launches(compute_);
+  }
   ~CudaBackend() override {
     static_cast<void>(cudaSetDevice(device_));  // on whichever thread this is
     static_cast<void>(cudaDeviceSynchronize());
@@ -226,6 +230,7 @@ class CudaBackend final : public Backend {
                         .wide = args.wide,
                         .accumulate = args.accumulate,
                         .workspace = products_.as<void>()};
+    if (call.m >= kLeastWarpgroupRows) use_warpgroups(call);
     std::optional<const CublasShape*>& theirs = weight.theirs[call.wide ? 1 : 0];
     if (!theirs) theirs = find_theirs(call);  // in the first iteration, which is never recorded
     if (*theirs == nullptr || !cublas_->gemm(**theirs, call, compute_)) cuda::gemm(call, compute_);
@@ -308,10 +313,17 @@ class CudaBackend final : public Backend {
     graphs_.clear();
   }
 
+  // Once, and never while recording: what would be recorded has run before.
+  void use_warpgroups(const GemmCall& call) {
+    if (dtype_ == DType::kFloat32 || is_quantized(call.weight.format)) return;
+    if (!std::exchange(tried_warpgroups_, true)) try_warpgroups(dtype_, call.workspace, compute_);
+  }
+
   const CublasShape* find_theirs(const GemmCall& call) {
     if (dtype_ == DType::kFloat32 || is_quantized(call.weight.format)) return nullptr;
     if (!std::exchange(sought_cublas_, true)) cublas_ = CublasLt::open();
     if (cublas_ == nullptr) return nullptr;
+    use_warpgroups(call);  // first, since theirs must be faster than ours
     return cublas_->choose(dtype_, call.weight.n, call.weight.k_padded, call.wide, call.m, call.workspace, compute_);
   }
 
@@ -356,6 +368,7 @@ class CudaBackend final : public Backend {
   Memory products_{Place::kDevice, kGemmWorkspace};  // workspaces: of products, ...
   Memory attention_;                                 // ... and of attention, ...
   int64_t attended_heads_ = 0;                       // ... of so many heads at most
+  bool tried_warpgroups_ = false;
   bool sought_cublas_ = false;
   std::unique_ptr<CublasLt> cublas_;
   const CudaSampler* sampler_ = nullptr;  // the runtime's

@@ -71,6 +71,7 @@ __device__ __forceinline__ float activated(float x) {
 // Grid: (tokens, steps of a row). Columns of the padding are zero, and so is what comes of them.
 template <class T, Activation kKind, bool kGated>
 __global__ void __launch_bounds__(kThreads) activate_kernel(T* x, int64_t width, int64_t ld, int64_t to_gate) {
+  begin_after_predecessor();
   constexpr int kStep = kVector<T>;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kStep;
   if (column >= width) return;
@@ -91,7 +92,8 @@ void launch_activate(bool gated, void* x, int64_t tokens, int64_t width, int64_t
   const LaunchConfig config{.grid = dim3(static_cast<unsigned>(tokens), blocks_of(ceil_div(width, kVector<T>))),
                             .block = dim3(kThreads),
                             .shared_bytes = 0,
-                            .stream = stream};
+                            .stream = stream,
+                            .early = true};
   if (gated) {
     launch(activate_kernel<T, kKind, true>, config, static_cast<T*>(x), width, ld, round_up(width, kPad));
   } else {

@@ -1,6 +1,7 @@
 // gemm(): what it refuses, and which kernel it takes.
 #include "backend/cuda/gemm_kernels.h"
 #include "backend/cuda/runtime_api.h"
+#include "backend/cuda/warpgroup_trial.h"
 
 namespace fastserve::cuda {
 
@@ -41,7 +42,8 @@ const GemmDevice& this_device() {
   return device;
 }
 
-void run(const GemmCall& call, GemmKernel kernel, cudaStream_t stream) {
+void run(const GemmCall& call, GemmKernel kernel, int processors, cudaStream_t stream) {
+  if (geometry(kernel).way == GemmGeometry::Way::kWarpgroup) return gemm_warpgroup(call, kernel, processors, stream);
   (call.dtype == DType::kBFloat16 ? gemm_bf16 : gemm_f16)(call, kernel, stream);
 }
 
@@ -54,17 +56,25 @@ void gemm(const GemmCall& call, cudaStream_t stream) {
   check_call(call);
   if (call.m == 0) return;
   if (call.dtype == DType::kFloat32) return gemm_f32(call, stream);
-  run(call, choose_gemm(shape_of(call), this_device(), workspace_of(call)), stream);
+  run(call, gemm_kernel(call, warpgroups_admitted(call.dtype)), this_device().processors, stream);
 }
 
-void gemm_with(GemmKernel kernel, const GemmCall& call, cudaStream_t stream) {
+GemmKernel gemm_kernel(const GemmCall& call, bool warpgroups) {
+  GemmDevice device = this_device();
+  device.warpgroups = warpgroups && call.m >= kLeastWarpgroupRows;
+  return choose_gemm(shape_of(call), device, workspace_of(call));
+}
+
+void gemm_with(GemmKernel kernel, const GemmCall& call, cudaStream_t stream, int processors) {
   check_call(call);
   if (call.m == 0) return;
   if (call.dtype == DType::kFloat32) return gemm_f32(call, stream);
-  FS_CHECK(can_run(kernel, shape_of(call), this_device(), workspace_of(call)), "the kernel ", geometry(kernel).name,
+  GemmDevice device = this_device();
+  device.warpgroups = geometry(kernel).way == GemmGeometry::Way::kWarpgroup && has_warpgroups();
+  FS_CHECK(can_run(kernel, shape_of(call), device, workspace_of(call)), "the kernel ", geometry(kernel).name,
            " cannot run a product of [", call.m, ", ", call.weight.k, "] and [", call.weight.n, ", ", call.weight.k,
            "] here");
-  run(call, kernel, stream);
+  run(call, kernel, processors > 0 ? processors : device.processors, stream);
 }
 
 }  // namespace fastserve::cuda

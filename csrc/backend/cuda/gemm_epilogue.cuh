@@ -59,4 +59,33 @@ __device__ __forceinline__ void put_eight(const GemmCall& call, int64_t row, int
   }
 }
 
+// Writes the sums of a warp, in matrix fragments of four tiles of 8 columns: rows [row, row + 16), columns from
+// `column` on. Each lane has 2 columns of each tile; four lanes exchange them so that each has a whole row of one tile,
+// and writes are of whole vectors.
+template <class T, bool kScaled>
+__device__ __forceinline__ void put_tiles(const GemmCall& call, int64_t row, int64_t column, const float* sums,
+                                          int lane) {
+  row += lane / 4;
+  column += lane % 4 * 8;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float x[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = sums[i / 2 * 4 + half * 2 + i % 2];
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+      const bool upper = (lane & bit) != 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if ((i / 2 & bit) != 0) continue;
+        const float given = __shfl_xor_sync(kAllLanes, upper ? x[i] : x[i + 2 * bit], bit);
+        x[i] = upper ? given : x[i];
+        x[i + 2 * bit] = upper ? x[i + 2 * bit] : given;
+      }
+    }
+    const int64_t at = row + half * 8;
+    if (at < call.m && column < call.weight.n) put_eight<T, kScaled>(call, at, column, x);
+  }
+}
+
 }  // namespace fastserve::cuda

@@ -10,8 +10,15 @@ void gemm_f32(const GemmCall& call, cudaStream_t stream);
 void gemm_bf16(const GemmCall& call, GemmKernel kernel, cudaStream_t stream);
 void gemm_f16(const GemmCall& call, GemmKernel kernel, cudaStream_t stream);
 
-// gemm() with a kernel of the caller's choice, which must be able to run; float32 has only one.
-void gemm_with(GemmKernel kernel, const GemmCall& call, cudaStream_t stream);
+// What gemm() takes for a call of 16-bit activations, whether or not kernels of warpgroups are admitted.
+GemmKernel gemm_kernel(const GemmCall& call, bool warpgroups);
+
+// By one of the kernels of warpgroups, on so many multiprocessors at most.
+void gemm_warpgroup(const GemmCall& call, GemmKernel kernel, int processors, cudaStream_t stream);
+
+// gemm() with a kernel of the caller's choice, which must be able to run; float32 has only one. Of `processors`
+// multiprocessors, 0: all, where the kernel goes by their number.
+void gemm_with(GemmKernel kernel, const GemmCall& call, cudaStream_t stream, int processors = 0);
 
 // Makes the call's output columns [first_column, first_column + columns) of the sums [m, ld_sums] of 16-bit
 // activations: bias, accumulation, rounding as in gemm(). The columns begin at a multiple of 8; not for int8.

@@ -100,6 +100,7 @@ struct RowsKernel {
 
 template <class Weights, int kRows, int kTiles, int kStages>
 __global__ void __launch_bounds__(kGemmParts* kWarp) gemm_rows_kernel(GemmCall call) {
+  begin_after_predecessor();
   using Kernel = RowsKernel<Weights, kRows, kTiles, kStages>;
   constexpr int kColumns = Kernel::kColumns;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, part = static_cast<int>(threadIdx.x) / kWarp;

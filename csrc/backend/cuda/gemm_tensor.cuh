@@ -15,7 +15,8 @@ void launch_rows(const GemmCall& call, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(call.weight.n, g.columns)),
                   static_cast<unsigned>(ceil_div(call.m, g.rows)));
   launch(gemm_rows_kernel<Weights, g.rows, kTiles, kStages>,
-         {grid, dim3(kGemmParts * kWarp), RowsKernel<Weights, g.rows, kTiles, kStages>::kSharedBytes, stream}, call);
+         {grid, dim3(kGemmParts * kWarp), RowsKernel<Weights, g.rows, kTiles, kStages>::kSharedBytes, stream, 1, true},
+         call);
 }
 
 template <class Weights, WeightFormat kFormat, GemmKernel kKernel, int kWarpRows>
@@ -26,7 +27,7 @@ void launch_tiles(const GemmCall& call, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(call.weight.n, g.columns) * ceil_div(call.m, g.rows)),
                   g.split ? kGemmParts : 1);
   launch(gemm_tiles_kernel<Weights, g.rows, g.columns, kWarpRows, kStages, g.split>,
-         {grid, dim3(Kernel::kThreads), Kernel::kSharedBytes, stream}, call);
+         {grid, dim3(Kernel::kThreads), Kernel::kSharedBytes, stream, 1, true}, call);
 }
 
 template <class Weights, WeightFormat kFormat>
@@ -46,6 +47,9 @@ void run_kernel(const GemmCall& call, GemmKernel kernel, cudaStream_t stream) {
       return launch_tiles<Weights, kFormat, GemmKernel::kWide64, 64>(call, stream);
     case GemmKernel::kLarge128:
       return launch_tiles<Weights, kFormat, GemmKernel::kLarge128, 64>(call, stream);
+    case GemmKernel::kWarpgroup128:
+    case GemmKernel::kWarpgroup192:
+      FS_CHECK(false, "the kernel ", geometry(kernel).name, " is launched elsewhere");
   }
 }
 

@@ -132,32 +132,13 @@ struct TilesKernel {
     return true;
   }
 
-  // Each lane has 2 columns of each of 4 tiles; four lanes exchange them so that each has a whole row of one tile, and
-  // writes are of whole vectors.
   static __device__ __forceinline__ void write(const GemmCall& call, int64_t first_row, int64_t first_column,
                                                const Sums& sums) {
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
-    const int64_t row = first_row + warp / kAcross * kWarpRows + lane / 4;
-    const int64_t column = first_column + warp % kAcross * kWarpColumns + lane % 4 * kUnitOutputs;
+    const int64_t row = first_row + warp / kAcross * kWarpRows;
+    const int64_t column = first_column + warp % kAcross * kWarpColumns;
 #pragma unroll
-    for (int half = 0; half < kRowTiles * 2; ++half) {
-      float x[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = sums[half / 2][i / 2][half % 2 * 2 + i % 2];
-#pragma unroll
-      for (int bit = 1; bit <= 2; bit *= 2) {
-        const bool upper = (lane & bit) != 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if ((i / 2 & bit) != 0) continue;
-          const float given = __shfl_xor_sync(kAllLanes, upper ? x[i] : x[i + 2 * bit], bit);
-          x[i] = upper ? given : x[i];
-          x[i + 2 * bit] = upper ? x[i + 2 * bit] : given;
-        }
-      }
-      const int64_t at = row + half * 8;
-      if (at < call.m && column < call.weight.n) put_eight<T, Weights::kScaled>(call, at, column, x);
-    }
+    for (int r = 0; r < kRowTiles; ++r) put_tiles<T, Weights::kScaled>(call, row + r * 16, column, sums[r][0], lane);
   }
 };
 
@@ -165,6 +146,7 @@ struct TilesKernel {
 template <class Weights, int kRows, int kColumns, int kWarpRows, int kStages, bool kSplit>
 __global__ void __launch_bounds__(TilesKernel<Weights, kRows, kColumns, kWarpRows, kStages, kSplit>::kThreads, 1)
     gemm_tiles_kernel(GemmCall call) {
+  begin_after_predecessor();
   using Kernel = TilesKernel<Weights, kRows, kColumns, kWarpRows, kStages, kSplit>;
   const int row_tiles = static_cast<int>((call.m + kRows - 1) / kRows);
   const int column_tiles = static_cast<int>((call.weight.n + kColumns - 1) / kColumns);

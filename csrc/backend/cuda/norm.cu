@@ -25,6 +25,7 @@ constexpr bool kFull = kSteps > 4;
 // about blockDim.x and kSteps.
 template <class T, int kSteps, bool kCentered>
 __global__ void __launch_bounds__(kMaxThreads) norm_kernel(NormCall call) {
+  begin_after_predecessor();
   auto* scratch = shared_memory<float>();
   const int64_t row = blockIdx.x;
   const int width = static_cast<int>(call.width);
@@ -96,7 +97,8 @@ void launch_norm(const NormCall& call, cudaStream_t stream) {
   const LaunchConfig config{.grid = dim3(static_cast<unsigned>(call.rows)),
                             .block = dim3(static_cast<unsigned>(threads)),
                             .shared_bytes = kWarp * sizeof(float),
-                            .stream = stream};
+                            .stream = stream,
+                            .early = true};
   if (call.bias != nullptr) {
     launch(norm_kernel<T, kSteps, true>, config, call);
   } else {

@@ -7,6 +7,7 @@
 #include "backend/cuda/batch_clock.h"
 #include "backend/cuda/cublaslt_library.h"
 #include "backend/cuda/kernels.h"
+#include "backend/cuda/product_times.h"
 #include "backend/cuda/runtime_api.h"
 #include "backend/device_probe.h"
 
@@ -91,6 +92,11 @@ class CudaProbe final : public DeviceProbe {
     return cublas_ != nullptr ? cublas_->name() : "FastServe's own";
   }
 
+  ProductRates product_rates(int64_t m, int64_t n, int64_t k, bool wide) override {
+    return times().rates(m, n, k, wide);
+  }
+  std::string warpgroups() override { return times().warpgroups(); }
+
   double transfer_rate(Transfer transfer) override {
     const int64_t bytes = std::min(bytes_, kMostPinned);
     for (Direction& direction : directions_) {
@@ -121,6 +127,11 @@ class CudaProbe final : public DeviceProbe {
   struct Direction {
     Memory host, device;
   };
+
+  ProductTimes& times() {
+    if (times_ == nullptr) times_ = std::make_unique<ProductTimes>(dtype_);
+    return *times_;
+  }
 
   void open_library() {
     if (products_.bytes() > 0) return;
@@ -166,6 +177,7 @@ class CudaProbe final : public DeviceProbe {
   Memory source_, target_;
   Memory products_;  // the workspace of ours
   std::unique_ptr<Operands> operands_;
+  std::unique_ptr<ProductTimes> times_;
   Direction directions_[2];  // to the host, and back
 };
 

@@ -39,10 +39,19 @@ double time_on_device(cudaStream_t stream, const std::function<void()>& body);
 class ProductTrials {
  public:
   // The shape is that of 16-bit weights [n, k_padded], by which so many rows at most are multiplied; `workspace` is
-  // that of gemm().
+  // that of gemm(). Products are timed by the clock, or only compared if there is none.
   ProductTrials(DType dtype, int64_t n, int64_t k_padded, bool wide, int64_t most_rows, void* workspace,
                 cudaStream_t stream, DeviceClock clock = time_on_device);
+  ~ProductTrials() { static_cast<void>(cudaStreamSynchronize(stream_)); }  // before its memory goes
+  ProductTrials(const ProductTrials&) = delete;
+  ProductTrials& operator=(const ProductTrials&) = delete;
 
+  // Whether the product of so many rows, at most most_rows, runs and has gemm()'s bits; `onto`: added to numbers, where
+  // outputs are wide.
+  bool has_our_bits(int64_t rows, bool onto, const Product& product);
+  // Of one product of so many rows, by the median of some runs, with weights that the device does not have in its
+  // cache.
+  double seconds(int64_t rows, const Product& product);
   ProductTrial measure(const std::string& name, const Product& product);
   const RowSeconds& ours() const { return ours_; }
 
@@ -52,8 +61,6 @@ class ProductTrials {
   // Whether the product is there and is what ours is; `onto`: added to numbers.
   void compare(int64_t rows, bool onto, const Product& product, ProductTrial& trial);
   bool differs(const Memory& a, const Memory& b, int64_t rows);
-  // Of one product, by the median of some runs, with weights that the device does not have in its cache.
-  double seconds(int64_t rows, const Product& product);
 
   DType dtype_;
   int64_t n_, k_padded_;
@@ -62,11 +69,11 @@ class ProductTrials {
   void* workspace_;
   cudaStream_t stream_;
   DeviceClock clock_;
-  int64_t copies_, turn_ = 0;
+  int64_t copies_ = 1, turn_ = 0;
   Memory input_, by_us_, output_, flag_;
   Memory numbers_, added_by_us_;  // where outputs are wide
   Memory weights_;                // copies_ of them
-  RowSeconds ours_;
+  RowSeconds ours_{};
 };
 
 struct ProductChoice {

@@ -58,6 +58,7 @@ struct PoolLayer {
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads)
     rope_kernel(RopeAndStoreCall call, DeviceBatch batch, PoolLayer pool, int lanes) {
+  begin_after_predecessor();
   const int64_t token = blockIdx.x;
   const int32_t row_index = batch.token_rows[token];
   if (row_index < 0) return;  // it only fills the batch up
@@ -143,7 +144,8 @@ void launch_rope(const RopeAndStoreCall& call, const DeviceBatch& batch, cudaStr
       {.grid = dim3(static_cast<unsigned>(batch.num_tokens), static_cast<unsigned>(ceil_div(heads * lanes, kThreads))),
        .block = dim3(kThreads),
        .shared_bytes = 0,
-       .stream = stream},
+       .stream = stream,
+       .early = true},
       call, batch, pool, lanes);
 }
 

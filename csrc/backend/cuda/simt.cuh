@@ -16,6 +16,7 @@
 
 #include <cstdint>
 
+#include "backend/cuda/early_launch.h"
 #include "backend/cuda/runtime_api.h"
 #include "backend/cuda/shared_limits.h"
 #include "common/dtype.h"
@@ -137,6 +138,17 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// ---- kernels that begin before the one before them on their stream has ended (LaunchConfig::early)
+
+// The first thing that every thread of such a kernel does: lets the next kernel begin as early, and waits until the one
+// before has ended and what it has written is there. Then nothing is different from a launch in order; but the blocks
+// are there by now.
+__device__ __forceinline__ void begin_after_predecessor() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- launches, from the host
 
 struct LaunchConfig {
@@ -144,6 +156,9 @@ struct LaunchConfig {
   dim3 block;
   size_t shared_bytes;
   cudaStream_t stream;
+  unsigned cluster = 1;  // neighbouring blocks, by x, that run together (hopper.cuh); divides the grid
+  bool early =
+      false;  // the kernel calls begin_after_predecessor(), and begins early where devices can (early_launch.h)
 };
 
 // Runs kernel(arguments…), which are copied. Throws when the launch is refused.
@@ -152,8 +167,28 @@ void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments
   const auto* function = reinterpret_cast<const void*>(kernel);
   allow_shared_memory(function, config.shared_bytes);
   [&](Parameters... values) {
-    void* pointers[] = {static_cast<void*>(&values)..., nullptr};
-    check(cudaLaunchKernel(function, config.grid, config.block, pointers, config.shared_bytes, config.stream));
+    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&values))..., nullptr};
+    cudaLaunchAttribute attributes[2] = {};
+    unsigned count = 0;
+    if (config.cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count].val.clusterDim.x = config.cluster;
+      attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+      ++count;
+    }
+    if (config.early && kernels_begin_early()) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count].val.programmaticStreamSerializationAllowed = 1;
+      ++count;
+    }
+    cudaLaunchConfig_t launched{};
+    launched.gridDim = config.grid;
+    launched.blockDim = config.block;
+    launched.dynamicSmemBytes = config.shared_bytes;
+    launched.stream = config.stream;
+    launched.attrs = attributes;
+    launched.numAttrs = count;
+    check(cudaLaunchKernelExC(&launched, function, pointers));
   }(static_cast<Arguments&&>(arguments)...);
 }
 

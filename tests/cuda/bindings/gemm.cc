@@ -74,7 +74,7 @@ class Products {
   // x [m, k] · weightᵀ, as float32, whatever type it had on the device.
   Floats multiply(const Floats& x, const std::string& dtype, const std::optional<Floats>& bias,
                   const std::optional<Floats>& onto, bool wide, const std::optional<std::string>& kernel,
-                  bool workspace) {
+                  bool workspace, int processors) {
     const DType type = parse_dtype(dtype), output_type = wide ? DType::kFloat32 : type;
     const int64_t m = x.shape(0), n = matrix_.n, k = matrix_.k;
     // Wider than need be, and with rows behind: both must stay as they are.
@@ -104,7 +104,7 @@ class Products {
                         .accumulate = onto.has_value(),
                         .workspace = workspace ? workspace_.as<void>() : nullptr};
     if (kernel) {
-      gemm_with(kernel_named(*kernel), call, stream_);
+      gemm_with(kernel_named(*kernel), call, stream_, processors);
     } else {
       gemm(call, stream_);
     }
@@ -132,9 +132,9 @@ class Products {
 };
 
 std::string chosen(int64_t m, int64_t n, int64_t k, const std::string& format, int processors, int64_t shared_bytes,
-                   bool workspace) {
+                   bool workspace, bool warpgroups) {
   const GemmShape shape{m, n, round_up(k, kPad), parse_weight_format(format)};
-  return geometry(choose_gemm(shape, {processors, shared_bytes}, workspace ? kGemmWorkspace : 0)).name;
+  return geometry(choose_gemm(shape, {processors, shared_bytes, warpgroups}, workspace ? kGemmWorkspace : 0)).name;
 }
 
 }  // namespace
@@ -146,10 +146,17 @@ void register_gemm(py::module_& module) {
       .def("load_rows", &Products::load_rows, py::arg("type"), py::arg("data"), py::arg("first_row") = 0)
       .def("multiply", &Products::multiply, py::arg("x"), py::arg("dtype"), py::kw_only(), py::arg("bias") = py::none(),
            py::arg("onto") = py::none(), py::arg("wide") = true, py::arg("kernel") = py::none(),
-           py::arg("workspace") = true);
+           py::arg("workspace") = true, py::arg("processors") = 0);
   std::vector<std::string> names;
   for (const GemmGeometry& g : kGemmGeometries) names.emplace_back(g.name);
   module.attr("GEMM_KERNELS") = py::cast(names);
+  module.attr("WARPGROUP_KERNELS") = py::cast([] {
+    std::vector<std::string> warpgroups;
+    for (const GemmGeometry& g : kGemmGeometries) {
+      if (g.way == GemmGeometry::Way::kWarpgroup) warpgroups.emplace_back(g.name);
+    }
+    return warpgroups;
+  }());
   module.attr("GEMM_SPLIT_KERNELS") = py::cast([] {
     std::vector<std::string> split;
     for (const GemmGeometry& g : kGemmGeometries) {
@@ -158,7 +165,8 @@ void register_gemm(py::module_& module) {
     return split;
   }());
   module.def("choose_gemm", &chosen, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("format"), py::kw_only(),
-             py::arg("processors") = 132, py::arg("shared_bytes") = 227 * 1024, py::arg("workspace") = true);
+             py::arg("processors") = 132, py::arg("shared_bytes") = 227 * 1024, py::arg("workspace") = true,
+             py::arg("warpgroups") = false);
   module.def("gemm_shared_bytes", [](const std::string& kernel, const std::string& format) {
     return gemm_shared_bytes(kernel_named(kernel), parse_weight_format(format));
   });

@@ -14,6 +14,7 @@ void register_control(pybind11::module_& module) {
   control.def("set_device_memory", fake_cudart::set_device_memory, "bytes"_a);
   control.def("check_errors", fake_cudart::check_errors);
   control.def("attributes_set", fake_cudart::attributes_set);
+  control.def("cluster_launches", fake_cudart::cluster_launches);
   control.def("live_objects", fake_cudart::live_objects);
 }
 

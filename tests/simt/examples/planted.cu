@@ -72,6 +72,19 @@ __global__ void copy_without_commit(const float* data, float* out) {
 
 __global__ void uninitialized(float* data) { data[threadIdx.x] = shared_memory<float>()[threadIdx.x]; }
 
+// ---- kernels that begin early
+
+enum class Begin { kRight, kInOneBranch, kTooLate };
+template <Begin kHow>
+__global__ void begins_early(float* data) {
+  if (kHow == Begin::kRight || (kHow == Begin::kInOneBranch && threadIdx.x < 32)) begin_after_predecessor();
+  auto* shared = shared_memory<float>();
+  shared[threadIdx.x] = data[threadIdx.x];
+  if (kHow == Begin::kTooLate) begin_after_predecessor();
+  data[threadIdx.x] = shared[threadIdx.x];
+}
+__global__ void never_begins(float* data) { data[threadIdx.x] = 1; }
+
 // ---- threads that do not come
 
 __global__ void barrier_in_one_branch(float* data) {
@@ -166,7 +179,16 @@ void start_copies(float* data, cudaStream_t stream) {
   launch(kernel, {1, kThreads, 2 * kPlantedCount * 4, stream}, data, data);
 }
 
+template <auto kernel>
+void start_early(float* data, cudaStream_t stream) {
+  launch(kernel, {1, kThreads, kShared, stream, 1, true}, data);
+}
+
 const std::map<std::string, Kernel> kKernels = {
+    {"early", start_early<begins_early<Begin::kRight>>},
+    {"early, in one branch", start_early<begins_early<Begin::kInOneBranch>>},
+    {"early, too late", start_early<begins_early<Begin::kTooLate>>},
+    {"early, never", start_early<never_begins>},
     {"rotate", start<rotate<true, true>>},
     {"rotate, no first barrier", start<rotate<false, true>>},
     {"rotate, no second barrier", start<rotate<true, false>>},

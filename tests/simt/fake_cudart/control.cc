@@ -54,6 +54,12 @@ size_t attributes_set() {
   return self.attributes_set;
 }
 
+size_t cluster_launches() {
+  Device& self = device();
+  const Device::Lock lock(self.mutex);
+  return self.cluster_launches;
+}
+
 size_t live_objects() {
   Device& self = device();
   const Device::Lock lock(self.mutex);

@@ -29,6 +29,8 @@ void fail_call(const char* function, int after);
 
 // How often a kernel was given an attribute.
 size_t attributes_set();
+// Kernels launched in clusters of several blocks so far.
+size_t cluster_launches();
 
 // How many allocations, streams, events and graphs there are that nobody has freed.
 size_t live_objects();

@@ -124,6 +124,7 @@ class Device {
   }
   std::map<std::pair<const void*, int>, size_t> shared_limits;
   size_t attributes_set = 0;
+  size_t cluster_launches = 0;
 
   std::map<const char*, Allocation> allocations;
   std::set<CUstream_st*> streams;

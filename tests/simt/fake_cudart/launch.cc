@@ -9,6 +9,8 @@
 namespace fake_cudart {
 namespace {
 
+constexpr unsigned kMaxCluster = 8;
+
 thread_local std::vector<Range> next_ranges;
 
 // Pointers into allocations among the arguments' bytes. Throws for memory of another device.
@@ -44,6 +46,10 @@ void check_configuration(const simt::Launch& launch) {
     error(simt::join(name, " has a grid of (", launch.grid.x, ", ", launch.grid.y, ", ", launch.grid.z,
                      "); (2^31 - 1, 65535, 65535) is the most and (1, 1, 1) the least"));
   }
+  if (launch.cluster == 0 || launch.cluster > kMaxCluster || launch.grid.x % launch.cluster != 0) {
+    error(simt::join(name, " has clusters of ", launch.cluster, " blocks in a grid of ", launch.grid.x, "; 1 to ",
+                     kMaxCluster, " are possible, and must divide the grid"));
+  }
   if (launch.shared_bytes > simt::kMaxShared) {
     error(simt::join(name, " asks for ", launch.shared_bytes, " bytes of shared memory; there are ", simt::kMaxShared));
   }
@@ -55,6 +61,7 @@ void launch(const void* function, const simt::Launch& configuration, std::functi
             size_t bytes, cudaStream_t handle) {
   const cudaError_t status = enter("a launch", [&](Device& self, Device::Lock&) {
     check_configuration(configuration);
+    self.cluster_launches += configuration.cluster > 1 ? 1 : 0;
     Task task;
     task.name = "the kernel launched at " + simt::describe(configuration.where);
     task.ranges = std::exchange(next_ranges, {});

@@ -1,5 +1,6 @@
 #include "machine/block.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -13,6 +14,7 @@ namespace {
 
 constexpr unsigned char kPoison = 0xff;  // every element type's NaN
 constexpr size_t kGuard = 4096;          // bytes on each side of a block's shared memory
+constexpr uint64_t kMostHeldRounds = 40;
 
 bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 bool same(const Site& a, const Site& b) {
@@ -40,7 +42,7 @@ std::string short_path(const std::string& path) {
 std::string describe(const Site& site) { return join(short_path(site.file_name()), ':', site.line()); }
 
 void Block::begin(const Launch& launch, const std::function<void()>& body, uint64_t seed) {
-  const size_t count = size_t{launch.block.x} * launch.block.y * launch.block.z;
+  count_ = size_t{launch.block.x} * launch.block.y * launch.block.z;
   launch_ = &launch;
   body_ = &body;
   random_ = Random(seed);
@@ -48,30 +50,48 @@ void Block::begin(const Launch& launch, const std::function<void()>& body, uint6
   exception_ = nullptr;
   blockDim = launch.block;
   gridDim = launch.grid;
-  threads_.resize(count);
-  warps_.resize((count + kLanes - 1) / kLanes);
-  for (size_t i = 0; i < count; ++i) {
-    const auto linear = static_cast<unsigned>(i);
-    threads_[i].index = {linear % launch.block.x, linear / launch.block.x % launch.block.y,
-                         linear / launch.block.x / launch.block.y};
-    threads_[i].warp = i / kLanes;
-    threads_[i].lane = static_cast<int>(i % kLanes);
+  const size_t warps = (count_ + kLanes - 1) / kLanes;  // of a block
+  members_.resize(launch.cluster);
+  threads_.resize(launch.cluster * count_);
+  warps_.resize(launch.cluster * warps);
+  for (unsigned rank = 0; rank < launch.cluster; ++rank) {
+    for (size_t i = 0; i < count_; ++i) {
+      const auto linear = static_cast<unsigned>(i);
+      Thread& thread = threads_[rank * count_ + i];
+      thread.index = {linear % launch.block.x, linear / launch.block.x % launch.block.y,
+                      linear / launch.block.x / launch.block.y};
+      thread.rank = rank;
+      thread.warp = rank * warps + i / kLanes;
+      thread.lane = static_cast<int>(i % kLanes);
+      if (thread.lane == 0) warps_[thread.warp].first = rank * count_ + i;
+    }
+    Member& member = members_[rank];
+    member.shared.resize(launch.shared_bytes + 2 * kGuard + 128);
+    const auto begin = reinterpret_cast<uintptr_t>(member.shared.data()) + kGuard;
+    member.shared_offset = (begin + 127) / 128 * 128 - reinterpret_cast<uintptr_t>(member.shared.data());
   }
-  shared_.resize(launch.shared_bytes + 2 * kGuard + 128);
-  const auto begin = reinterpret_cast<uintptr_t>(shared_.data()) + kGuard;
-  shared_offset_ = (begin + 127) / 128 * 128 - reinterpret_cast<uintptr_t>(shared_.data());
 }
 
 void Block::run(uint3 index) {
   blockIdx = index;
-  std::memset(shared_.data(), kPoison, shared_.size());
   ready_.clear();
+  for (Member& member : members_) {
+    std::memset(member.shared.data(), kPoison, member.shared.size());
+    member.live = count_;
+    member.gate = {};
+  }
+  cluster_gate_ = {};
+  held_rounds_ = 0;
+  transfers_.clear();
   for (Warp& warp : warps_) {
     warp.alive = 0;
     warp.meetings.clear();
+    warp.products.clear();
   }
   for (size_t i = 0; i < threads_.size(); ++i) {
     Thread& thread = threads_[i];
+    thread.block = {index.x + thread.rank, index.y, index.z};
+    thread.begun = false;
     thread.state = Thread::State::kReady;
     thread.copies.clear();
     thread.copy_groups.clear();
@@ -80,23 +100,46 @@ void Block::run(uint3 index) {
     ready_.push_back(i);
   }
   live_ = threads_.size();
-  at_barrier_ = 0;
-  any_ = false;
   while (live_ > 0) {
-    if (ready_.empty()) report_deadlock();
+    // Copies arrive at any time, and late rather than early.
+    if ((ready_.empty() || random_.next() % 4 == 0) && transfers_.any()) transfers_.finish_one(random_.next());
+    if (ready_.empty()) {
+      if (!transfers_.any()) report_deadlock();
+      continue;
+    }
     round_.swap(ready_);
     ready_.clear();
+    hold_a_member();
     random_.shuffle(round_);
     for (const size_t i : round_) {
       running_ = &threads_[i];
       threadIdx = running_->index;
+      blockIdx = running_->block;
       switch_context(scheduler_, running_->context);
       running_ = nullptr;
       if (exception_) std::rethrow_exception(exception_);
       if (!error_.empty()) throw fastserve::Error(error_);
     }
   }
+  if (transfers_.any()) throw fastserve::Error(where() + ": has ended before a copy into its shared memory");
   check_guards();
+}
+
+// Blocks of a cluster do not keep step: now and then one of them stands still while the others go as far as they can.
+void Block::hold_a_member() {
+  if (members_.size() == 1) return;
+  if (held_rounds_ == 0) {
+    held_ = static_cast<unsigned>(random_.next() % (2 * members_.size()));  // often none
+    held_rounds_ = 1 + random_.next() % kMostHeldRounds;
+  }
+  --held_rounds_;
+  const auto first = std::partition(round_.begin(), round_.end(), [&](size_t i) { return threads_[i].rank != held_; });
+  if (first == round_.begin()) {  // nobody else can go on
+    held_rounds_ = 0;
+    return;
+  }
+  ready_.assign(first, round_.end());
+  round_.erase(first, round_.end());
 }
 
 void Block::end() {
@@ -126,12 +169,18 @@ void Block::exit_thread() {
                  describe(meeting.site)));
     }
   }
-  if (at_barrier_ > 0) {
-    const Thread& first = threads_[first_at_barrier_];
+  for (const Gate* gate : {&members_[thread.rank].gate, &cluster_gate_}) {
+    if (gate->arrived == 0) continue;
+    const Thread& first = threads_[gate->first];
     fault(join("has exited, but ", name(first), " waits for it in ", first.operation, " at ", describe(first.site)));
   }
+  if (launch_->early && !thread.begun) {
+    fault("has exited without begin_after_predecessor, in a kernel that begins early");
+  }
+  if (!warps_[thread.warp].products.done()) fault("has exited before products that it began were done");
   thread.state = Thread::State::kExited;
   warps_[thread.warp].alive &= ~(1u << thread.lane);
+  --members_[thread.rank].live;
   --live_;
 }
 
@@ -174,41 +223,53 @@ void Block::meet(const char* operation, unsigned mask, const Site& site, void* p
   if (resolve != nullptr) resolve(meeting.payloads, mask);
   warp.meetings.erase(warp.meetings.begin() + static_cast<ptrdiff_t>(at));
   for (unsigned others = mask & ~bit; others != 0; others &= others - 1) {
-    release(threads_[self.warp * kLanes + static_cast<size_t>(std::countr_zero(others))]);
+    release(threads_[warp.first + static_cast<size_t>(std::countr_zero(others))]);
+  }
+}
+
+// Of the threads from `first` on.
+void Block::pass(Gate& gate, size_t threads, size_t first, const char* operation, const Site& site) {
+  Thread& self = *running_;
+  for (size_t i = first; i < first + threads; ++i) {
+    if (threads_[i].state == Thread::State::kExited) {
+      fault(join("waits in ", operation, " at ", describe(site), " for ", name(threads_[i]), ", which has exited"));
+    }
+  }
+  if (gate.arrived == 0) {
+    gate.first = static_cast<size_t>(&self - threads_.data());
+  } else if (const Thread& came = threads_[gate.first]; !same(came.site, site) || !same(came.operation, operation)) {
+    fault(join("is in ", operation, " at ", describe(site), " while ", name(came), " is in ", came.operation, " at ",
+               describe(came.site)));
+  }
+  self.operation = operation;
+  self.site = site;
+  if (++gate.arrived < threads) {
+    self.state = Thread::State::kBarrier;
+    pause();
+    return;
+  }
+  gate.arrived = 0;
+  gate.any = gate.predicate;  // stands until all threads have come to the next one
+  gate.predicate = false;
+  for (size_t i = first; i < first + threads; ++i) {
+    if (&threads_[i] != &self) release(threads_[i]);
   }
 }
 
 bool Block::barrier(const char* operation, const Site& site, bool predicate) {
-  Thread& self = *running_;
-  if (live_ != threads_.size()) {
-    for (const Thread& thread : threads_) {
-      if (thread.state == Thread::State::kExited) {
-        fault(join("waits in ", operation, " at ", describe(site), " for ", name(thread), ", which has exited"));
-      }
-    }
-  }
-  if (at_barrier_ == 0) {
-    first_at_barrier_ = static_cast<size_t>(&self - threads_.data());
-    predicate_ = false;
-  } else if (const Thread& first = threads_[first_at_barrier_];
-             !same(first.site, site) || !same(first.operation, operation)) {
-    fault(join("is in ", operation, " at ", describe(site), " while ", name(first), " is in ", first.operation, " at ",
-               describe(first.site)));
-  }
-  predicate_ |= predicate;
-  self.operation = operation;
-  self.site = site;
-  if (++at_barrier_ < threads_.size()) {
-    self.state = Thread::State::kBarrier;
-    pause();
-    return any_;
-  }
-  at_barrier_ = 0;
-  any_ = predicate_;  // stands until all threads have come to the next one
-  for (Thread& thread : threads_) {
-    if (&thread != &self) release(thread);
-  }
-  return any_;
+  Gate& gate = members_[running_->rank].gate;
+  gate.predicate |= predicate;
+  pass(gate, count_, running_->rank * count_, operation, site);
+  return gate.any;
+}
+
+void Block::cluster_barrier(const Site& site) { pass(cluster_gate_, threads_.size(), 0, "cluster_barrier", site); }
+
+void Block::wait_for_shared(const char* operation, const Site& site) {
+  running_->operation = operation;
+  running_->site = site;
+  running_->state = Thread::State::kShared;
+  pause();
 }
 
 void Block::fault(const std::string& what) {
@@ -218,7 +279,8 @@ void Block::fault(const std::string& what) {
 }
 
 std::string Block::name(const Thread& thread) const {
-  return join("thread (", thread.index.x, ", ", thread.index.y, ", ", thread.index.z, ')');
+  const std::string name = join("thread (", thread.index.x, ", ", thread.index.y, ", ", thread.index.z, ')');
+  return members_.size() == 1 ? name : join(name, " of block ", thread.block.x);
 }
 
 std::string Block::where() const {
@@ -227,13 +289,15 @@ std::string Block::where() const {
 }
 
 void Block::check_guards() const {
-  const size_t begin = shared_offset_, end = shared_offset_ + launch_->shared_bytes;
-  for (size_t i = 0; i < shared_.size(); ++i) {
-    if (i == begin) i = end;
-    if (shared_[i] != kPoison) {
-      throw fastserve::Error(join(where(), ": shared memory of ", launch_->shared_bytes,
-                                  " bytes was written out of bounds, at byte ",
-                                  static_cast<ptrdiff_t>(i) - static_cast<ptrdiff_t>(begin)));
+  for (const Member& member : members_) {
+    const size_t begin = member.shared_offset, end = begin + launch_->shared_bytes;
+    for (size_t i = 0; i < member.shared.size(); ++i) {
+      if (i == begin) i = end;
+      if (member.shared[i] != kPoison) {
+        throw fastserve::Error(join(where(), ": shared memory of ", launch_->shared_bytes,
+                                    " bytes was written out of bounds, at byte ",
+                                    static_cast<ptrdiff_t>(i) - static_cast<ptrdiff_t>(begin)));
+      }
     }
   }
 }
@@ -241,7 +305,7 @@ void Block::check_guards() const {
 void Block::report_deadlock() const {
   std::string text = where() + ": no thread can go on";
   // One of each kind is enough to see what is wrong.
-  for (const auto state : {Thread::State::kCollective, Thread::State::kBarrier}) {
+  for (const auto state : {Thread::State::kCollective, Thread::State::kBarrier, Thread::State::kShared}) {
     for (const Thread& thread : threads_) {
       if (thread.state != state) continue;
       text += join("; ", name(thread), " waits in ", thread.operation, " at ", describe(thread.site));
@@ -249,7 +313,7 @@ void Block::report_deadlock() const {
         for (const Meeting& meeting : warps_[thread.warp].meetings) {
           if ((meeting.mask >> thread.lane & 1u) == 0) continue;
           const int missing = std::countr_zero(meeting.mask & ~meeting.arrived);
-          text += join(" for ", name(threads_[thread.warp * kLanes + static_cast<size_t>(missing)]));
+          text += join(" for ", name(threads_[warps_[thread.warp].first + static_cast<size_t>(missing)]));
         }
       }
       break;

@@ -1,4 +1,4 @@
-// The state of the block that runs now.
+// The state of the block, or the cluster of blocks, that runs now.
 #pragma once
 
 #include <cstddef>
@@ -6,9 +6,11 @@
 #include <string>
 #include <vector>
 
+#include "machine/barriers.h"
 #include "machine/fiber.h"
 #include "machine/machine.h"
 #include "machine/random.h"
+#include "machine/warpgroup.h"
 
 namespace simt {
 
@@ -19,12 +21,14 @@ struct Copy {
 };
 
 struct Thread {
-  enum class State { kReady, kCollective, kBarrier, kExited };
+  enum class State { kReady, kCollective, kBarrier, kShared, kExited };
 
   Context context;
-  uint3 index;
-  size_t warp;
+  uint3 index, block;
+  unsigned rank;  // of its block in the cluster
+  size_t warp;    // in the cluster
   int lane;
+  bool begun;  // has called begin_after_predecessor()
   State state;
   Site site;  // where it waits
   const char* operation;
@@ -43,14 +47,30 @@ struct Meeting {
 };
 
 struct Warp {
+  size_t first;  // thread
   unsigned alive;
   std::vector<Meeting> meetings;
+  WarpProducts products;
+};
+
+// Where all of some threads wait for each other.
+struct Gate {
+  size_t arrived = 0, first = 0;
+  bool predicate = false, any = false;
+};
+
+// A block of the cluster.
+struct Member {
+  size_t live;  // threads that have not exited
+  Gate gate;
+  std::vector<unsigned char> shared;  // guard, the block's memory, guard
+  size_t shared_offset;
 };
 
 class Block {
  public:
   void begin(const Launch& launch, const std::function<void()>& body, uint64_t seed);
-  void run(uint3 index);
+  void run(uint3 index);  // of the cluster's first block
   // After an error no thread is taken up again.
   void end();
 
@@ -59,7 +79,17 @@ class Block {
   const Launch& launch() const { return *launch_; }
   void meet(const char* operation, unsigned mask, const Site& site, void* payload, Resolve resolve);
   bool barrier(const char* operation, const Site& site, bool predicate);
-  unsigned char* shared() { return shared_.data() + shared_offset_; }
+  void cluster_barrier(const Site& site);
+  void wait_for_shared(const char* operation, const Site& site);  // until somebody releases the thread
+  void release(Thread& thread);
+  unsigned char* shared() { return shared(running_->rank); }
+  unsigned char* shared(unsigned rank) { return members_[rank].shared.data() + members_[rank].shared_offset; }
+  unsigned members() const { return static_cast<unsigned>(members_.size()); }
+  bool lives(unsigned rank) const { return members_[rank].live > 0; }
+  Warp& warp() { return warps_[running_->warp]; }
+  Warp& warp(size_t index) { return warps_[index]; }
+  Transfers& transfers() { return transfers_; }
+  std::string where() const;
   [[noreturn]] void fault(const std::string& what);
   bool is_stack_guard(const void* address) const { return stacks_.is_guard(address); }
 
@@ -67,9 +97,9 @@ class Block {
   static void thread_main();
   void exit_thread();
   void pause();  // lets others run
-  void release(Thread& thread);
+  void hold_a_member();
+  void pass(Gate& gate, size_t threads, size_t first, const char* operation, const Site& site);
   std::string name(const Thread& thread) const;
-  std::string where() const;
   void check_guards() const;
   [[noreturn]] void report_deadlock() const;
 
@@ -82,12 +112,13 @@ class Block {
   std::vector<size_t> ready_, round_;
   Context scheduler_;
   Thread* running_ = nullptr;
-  size_t live_ = 0;  // threads that have not exited
-  size_t at_barrier_ = 0;
-  size_t first_at_barrier_ = 0;
-  bool predicate_ = false, any_ = false;
-  std::vector<unsigned char> shared_;  // guard, the block's memory, guard
-  size_t shared_offset_ = 0;
+  size_t count_ = 0;  // threads of a block
+  size_t live_ = 0;   // threads of the cluster that have not exited
+  std::vector<Member> members_;
+  Gate cluster_gate_;
+  unsigned held_ = 0;  // the member that stands still, if there is one of that rank, for ...
+  uint64_t held_rounds_ = 0;
+  Transfers transfers_;
   std::string error_;
   std::exception_ptr exception_;
 };

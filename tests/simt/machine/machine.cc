@@ -13,7 +13,7 @@ void run(const Launch& launch, const std::function<void()>& body, uint64_t seed)
   std::vector<uint3> order;
   for (unsigned z = 0; z < launch.grid.z; ++z) {
     for (unsigned y = 0; y < launch.grid.y; ++y) {
-      for (unsigned x = 0; x < launch.grid.x; ++x) order.push_back({x, y, z});
+      for (unsigned x = 0; x < launch.grid.x; x += launch.cluster) order.push_back({x, y, z});
     }
   }
   random.shuffle(order);
@@ -34,15 +34,36 @@ void fault(const std::string& what) { block().fault(what); }
 
 int lane() { return block().running()->lane; }
 
+namespace {
+
+void check_begun(const char* operation) {
+  if (block().launch().early && !block().running()->begun) {
+    fault(join(operation, " before begin_after_predecessor, in a kernel that begins early"));
+  }
+}
+
+}  // namespace
+
 void meet(const char* operation, unsigned mask, const Site& site, void* payload, Resolve resolve) {
+  check_begun(operation);
   block().meet(operation, mask, site, payload, resolve);
 }
 
 bool block_barrier(const char* operation, const Site& site, bool predicate) {
+  check_begun(operation);
   return block().barrier(operation, site, predicate);
 }
 
-unsigned char* shared_memory() { return block().shared(); }
+void cluster_barrier(const Site& site) { block().cluster_barrier(site); }
+
+void begin_after_predecessor() { block().running()->begun = true; }
+
+unsigned cluster_rank() { return block().running()->rank; }
+
+unsigned char* shared_memory() {
+  check_begun("shared_memory");
+  return block().shared();
+}
 
 namespace {
 
@@ -55,6 +76,7 @@ void check_alignment(const char* operation, const void* address, size_t alignmen
 }  // namespace
 
 void check_shared(const char* operation, const void* address, size_t bytes, size_t alignment) {
+  check_begun(operation);
   const auto at = reinterpret_cast<uintptr_t>(address);
   const auto begin = reinterpret_cast<uintptr_t>(block().shared());
   const size_t size = block().launch().shared_bytes;
@@ -66,6 +88,7 @@ void check_shared(const char* operation, const void* address, size_t bytes, size
 }
 
 void check_global(const char* operation, const void* address, size_t bytes, size_t alignment) {
+  check_begun(operation);
   const auto is_device_memory = block().launch().is_device_memory;
   if (is_device_memory != nullptr && !is_device_memory(address, bytes)) {
     fault(join(operation, " of ", bytes, " bytes at ", address, ", which are not the device's"));

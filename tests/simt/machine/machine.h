@@ -1,6 +1,7 @@
 // One CUDA machine, as a kernel sees it: blocks of threads, barriers, warp collectives, shared memory, asynchronous
-// copies. Blocks run one after the other. Within a block every thread runs until it must wait for others, in an order
-// that is shuffled anew each time, so that a result which rests on an order that no barrier made comes out different.
+// copies. Blocks, or clusters of them, run one after the other. Within one every thread runs until it must wait for
+// others, in an order that is shuffled anew each time, so that a result which rests on an order that no barrier made
+// comes out different.
 //
 // What would be undefined on a GPU is an Error that names kernel, block and thread. One kernel runs at a time in a
 // process: the caller sees to that.
@@ -27,7 +28,9 @@ struct Launch {
   dim3 grid;
   dim3 block;
   size_t shared_bytes;
-  Site where;                                               // in the source of the host; names the kernel in messages
+  unsigned cluster;  // neighbouring blocks, by x, that run together and reach each other's shared memory
+  bool early;        // the kernel may begin before the one before it has ended
+  Site where;        // in the source of the host; names the kernel in messages
   bool (*is_device_memory)(const void*, size_t) = nullptr;  // whether all these bytes are in one allocation
 };
 
@@ -57,6 +60,13 @@ void meet(const char* operation, unsigned mask, const Site& site, void* payload,
 
 // Waits for all threads of the block; whether the predicate of any was true.
 bool block_barrier(const char* operation, const Site& site, bool predicate);
+
+// Waits for all threads of the blocks of the cluster.
+void cluster_barrier(const Site& site);
+unsigned cluster_rank();  // of the thread's block
+
+// The first thing that a thread of a kernel that begins early has to do. (Here all is over by then that came before.)
+void begin_after_predecessor();
 
 unsigned char* shared_memory();
 

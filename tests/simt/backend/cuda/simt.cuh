@@ -10,6 +10,7 @@
 #include <cstring>
 #include <tuple>
 
+#include "backend/cuda/early_launch.h"
 #include "backend/cuda/runtime_api.h"
 #include "backend/cuda/shared_limits.h"
 #include "common/dtype.h"
@@ -96,6 +97,10 @@ inline float exp2_fast(float x) {
   return y < 0x1p-126f ? 0.0f : y;
 }
 
+// ---- kernels that begin early
+
+inline void begin_after_predecessor() { simt::begin_after_predecessor(); }
+
 // ---- launches
 
 struct LaunchConfig {
@@ -103,6 +108,8 @@ struct LaunchConfig {
   dim3 block;
   size_t shared_bytes;
   cudaStream_t stream;
+  unsigned cluster = 1;
+  bool early = false;
   simt::Site where = simt::Site::current();
 };
 
@@ -112,7 +119,7 @@ void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments
   allow_shared_memory(function, config.shared_bytes);
   std::tuple<Parameters...> values(static_cast<Arguments&&>(arguments)...);
   fake_cudart::launch(
-      function, {config.grid, config.block, config.shared_bytes, config.where},
+      function, {config.grid, config.block, config.shared_bytes, config.cluster, config.early, config.where},
       [kernel, values] { std::apply(kernel, values); }, &values, sizeof values, config.stream);
 }
 
