@@ -1,7 +1,9 @@
 #include "machine/block.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
+#include <functional>
 
 #include "common/check.h"
 
@@ -67,6 +69,7 @@ void Block::run(uint3 index) {
   std::memset(shared_.data(), kPoison, shared_.size());
   ready_.clear();
   for (Warp& warp : warps_) {
+    warp.late = random_.next() % 4 == 0;
     warp.alive = 0;
     warp.meetings.clear();
   }
@@ -87,6 +90,7 @@ void Block::run(uint3 index) {
     round_.swap(ready_);
     ready_.clear();
     random_.shuffle(round_);
+    hold_back_late();
     for (const size_t i : round_) {
       running_ = &threads_[i];
       threadIdx = running_->index;
@@ -97,6 +101,15 @@ void Block::run(uint3 index) {
     }
   }
   check_guards();
+}
+
+// A GPU's warps are not as fair as rounds are: one may be at a barrier before another has begun.
+void Block::hold_back_late() {
+  const auto is_late = [&](size_t i) { return warps_[threads_[i].warp].late; };
+  const auto late = std::partition(round_.begin(), round_.end(), std::not_fn(is_late));
+  if (late == round_.begin()) return;
+  ready_.assign(late, round_.end());
+  round_.erase(late, round_.end());
 }
 
 void Block::end() {

@@ -43,6 +43,7 @@ struct Meeting {
 };
 
 struct Warp {
+  bool late;  // goes on when no other can
   unsigned alive;
   std::vector<Meeting> meetings;
 };
@@ -68,6 +69,7 @@ class Block {
   void exit_thread();
   void pause();  // lets others run
   void release(Thread& thread);
+  void hold_back_late();
   std::string name(const Thread& thread) const;
   std::string where() const;
   void check_guards() const;
