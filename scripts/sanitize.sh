@@ -9,7 +9,7 @@ if [ $# -ne 1 ]; then
   [ $# -gt 0 ] || set -- address,undefined thread
   for kind in "$@"; do
     echo "-- $kind"
-    "$0" "$kind"
+    scripts/sanitize.sh "$kind"
   done
   exit
 fi
