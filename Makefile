@@ -39,8 +39,7 @@ test: setup-dev build-bench  ## Linters and the tests (under 15 minutes on two c
 
 test-all: setup-dev lint build-bench build-cuda  ## Linters, all tests, and native ones under sanitizers (under 60 minutes)
 	$(BIN)/python -m pytest --hypothesis-profile=thorough
-	scripts/sanitize.sh address,undefined
-	scripts/sanitize.sh thread
+	scripts/sanitize.sh
 
 lint: $(STAMPS)/dev  ## ruff, mypy --strict and clang-format, changing nothing
 	$(BIN)/ruff check .

@@ -82,3 +82,24 @@ def test_rows_are_the_same_in_every_product(
         got = result[:, :n] if wide else decode(np.ascontiguousarray(result[:, :n]), dtype)
         allowed = error[:m] + (0 if wide else half_unit(exact[:m], error[:m], dtype))
         assert (np.abs(got - exact[:m]) <= allowed).all()
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [("bfloat16", True), ("float16", True), ("bfloat16", False)])
+def test_sums_are_finished_piece_by_piece(kernels: ModuleType, dtype: str, wide: bool) -> None:
+    """More columns than a block has, then the rest of the output; what lies beside the sums belongs to nobody."""
+    m, n = 3, 1239
+    rng = np.random.default_rng(3)
+    sums, onto = (rng.standard_normal((m, 1280)).astype(np.float32) for _ in range(2))
+    bias = rng.standard_normal(n).astype(np.float32)
+    output = onto if wide else encode(onto, dtype)
+    for first, columns in [(0, 1088), (1088, n - 1088)]:
+        piece = np.full((m, -(-columns // 64) * 64 + 64), np.nan, np.float32)
+        piece[:, :columns] = sums[:, first : first + columns]
+        output = kernels.finish_product(
+            dtype=dtype, sums=piece, first=first, columns=columns, n=n, bias=bias, output=output, accumulate=wide
+        )
+    expected = sums[:, :n] + bias
+    if wide:
+        assert np.array_equal(output, np.concatenate([onto[:, :n] + expected, onto[:, n:]], axis=1))
+    else:
+        assert np.array_equal(output, np.concatenate([encode(expected, dtype), encode(onto, dtype)[:, n:]], axis=1))

@@ -132,9 +132,9 @@ def test_norms_equal_float64(kernels: Any, dtype: str, centered: bool, width: in
     x = _random(width, rows, width, spread=3.0) + np.float32(0.5)
     weight, bias = _random(1, width), _random(2, width) if centered else None
     before = elements.encode(np.full((rows, ld), POISON, np.float32), dtype)
-    actual = kernels.norm(
-        dtype=dtype, input=_padded(x, ld), order=None, output=before, weight=weight, bias=bias, eps=1e-5
-    )
+    padded = _padded(x, ld)
+    padded[:, _pad(width) :] = np.nan  # zeros are promised up to there
+    actual = kernels.norm(dtype=dtype, input=padded, order=None, output=before, weight=weight, bias=bias, eps=1e-5)
     exact, error = _norm_error(x, weight, bias, 1e-5)
     values = elements.decode(actual, dtype)
     assert (np.abs(values[:, :width] - exact) <= error + elements.half_unit(exact, error, dtype)).all()
@@ -296,6 +296,8 @@ class Heads:
         (2, 1, 128, 0, False),  # learned positions
         (2, 1, 20, 5, True),
         (3, 1, 25, 9, False),
+        (3, 1, 25, 9, True),  # what is not rotated is odd, by elements
+        (2, 1, 24, 8, True),  # and by 16 bytes
     ],
 )
 def test_heads_are_rotated_and_stored(

@@ -51,9 +51,7 @@ __device__ __forceinline__ Selected find_exceeding(SelectScratch& scratch, uint6
     before += values[i];
   }
   __syncthreads();
-  const Selected found = scratch.found;
-  __syncthreads();  // the scratch may be written again
-  return found;
+  return scratch.found;  // which is written again behind the next call's first barrier only
 }
 
 // The smallest key, of `bits` bits, at which the running sum of weights by ascending key exceeds `target`, which is

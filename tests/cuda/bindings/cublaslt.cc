@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 
+#include "backend/cuda/gemm_kernels.h"
 #include "device_array.h"
 
 namespace py = pybind11;
@@ -60,10 +61,34 @@ class CublasProducts {
   const CublasShape* chosen_ = nullptr;
 };
 
+// Makes columns [first, first + columns) of an output [m, ld], of an n columns wide product, of float32 sums [m,
+// ld_sums].
+py::array finish(const std::string& dtype, const py::array& sums, int64_t first, int64_t columns, int64_t n,
+                 const py::object& bias, const py::array& output, bool accumulate) {
+  const DeviceArray device_sums(sums), device_output(output), device_bias = DeviceArray::optional(bias);
+  const DType type = parse_dtype(dtype);
+  const GemmCall call{.dtype = type,
+                      .input = nullptr,
+                      .ld_input = 0,
+                      .weight = {format_of(type), n, 0, 0, nullptr, nullptr},
+                      .bias = device_bias.as<float>(),
+                      .output = device_output.data(),
+                      .ld_output = output.shape(1),
+                      .m = output.shape(0),
+                      .wide = output.itemsize() == 4,
+                      .accumulate = accumulate};
+  const Stream stream;
+  finish_product(call, device_sums.as<float>(), sums.shape(1), first, columns, stream);
+  stream.synchronize();
+  return device_output.numpy();
+}
+
 }  // namespace
 
 void register_cublaslt(py::module_& module) {
   module.def("has_cublaslt", [] { return CublasLtLibrary::open() != nullptr; });
+  module.def("finish_product", &finish, py::arg("dtype"), py::arg("sums"), py::arg("first"), py::arg("columns"),
+             py::arg("n"), py::arg("bias"), py::arg("output"), py::arg("accumulate"));
   py::class_<CublasProducts>(module, "CublasProducts")
       .def(py::init<const std::string&, int64_t, int64_t, bool, int64_t>(), py::arg("dtype"), py::arg("n"),
            py::arg("k"), py::arg("wide"), py::arg("most_rows") = 1)

@@ -70,6 +70,17 @@ __global__ void copy_without_commit(const float* data, float* out) {
   for (unsigned j = 0; j < 4; ++j) out[4 * threadIdx.x + j] = shared[4 * threadIdx.x + j];
 }
 
+// One warp leaves what the other takes a while later, which is no reason for it to be there.
+template <bool kSynchronized>
+__global__ void hand_over(float* data) {
+  auto* shared = shared_memory<float>();
+  const unsigned i = threadIdx.x;
+  if (i < kWarp) shared[i] = data[i];
+  if (kSynchronized) __syncthreads();
+  for (int round = 0; round < 8; ++round) __syncwarp();
+  if (i >= kWarp) data[i] = shared[i - kWarp];
+}
+
 __global__ void uninitialized(float* data) { data[threadIdx.x] = shared_memory<float>()[threadIdx.x]; }
 
 // ---- kernels that begin early
@@ -144,6 +155,7 @@ __global__ void shared_underrun(float* data) {
   shared_memory<float>()[static_cast<int>(threadIdx.x) - 1] = data[threadIdx.x];
 }
 __global__ void global_overrun(float* data) { data[kPlantedCount - kThreads + 1 + threadIdx.x] = 1; }
+__global__ void global_overrun_by_sums(float* data) { data[kPlantedCount - kThreads + 1 + threadIdx.x] += 1; }
 __global__ void wild_address(float* data) { data[(int64_t{1} << 44) + threadIdx.x] = 1; }
 __global__ void null_address(float* data) { *reinterpret_cast<float*>(static_cast<intptr_t>(data[0])) = 1; }
 __global__ void misaligned_vector(float* data) {
@@ -199,6 +211,8 @@ const std::map<std::string, Kernel> kKernels = {
     {"copies", start_copies<copies<1>>},
     {"copies, not waited for", start_copies<copies<2>>},
     {"copies, not committed", start_copies<copy_without_commit>},
+    {"hand over", start<hand_over<true>>},
+    {"hand over, not synchronized", start<hand_over<false>>},
     {"uninitialized", start<uninitialized>},
     {"barrier in one branch", start<barrier_in_one_branch>},
     {"two barriers", start<two_barriers>},
@@ -211,6 +225,7 @@ const std::map<std::string, Kernel> kKernels = {
     {"shared overrun", start<shared_overrun>},
     {"shared underrun", start<shared_underrun>},
     {"global overrun", start<global_overrun>},
+    {"global overrun by sums", start<global_overrun_by_sums>},
     {"wild address", start<wild_address>},
     {"null address", start<null_address>},
     {"misaligned vector", start<misaligned_vector>},

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <functional>
 
 #include "common/check.h"
 
@@ -84,6 +85,7 @@ void Block::run(uint3 index) {
   held_rounds_ = 0;
   transfers_.clear();
   for (Warp& warp : warps_) {
+    warp.late = random_.next() % 4 == 0;
     warp.alive = 0;
     warp.meetings.clear();
     warp.products.clear();
@@ -111,6 +113,7 @@ void Block::run(uint3 index) {
     ready_.clear();
     hold_a_member();
     random_.shuffle(round_);
+    hold_back_late();
     for (const size_t i : round_) {
       running_ = &threads_[i];
       threadIdx = running_->index;
@@ -140,6 +143,15 @@ void Block::hold_a_member() {
   }
   ready_.assign(first, round_.end());
   round_.erase(first, round_.end());
+}
+
+// A GPU's warps are not as fair as rounds are: one may be at a barrier before another has begun.
+void Block::hold_back_late() {
+  const auto is_late = [&](size_t i) { return warps_[threads_[i].warp].late; };
+  const auto late = std::partition(round_.begin(), round_.end(), std::not_fn(is_late));
+  if (late == round_.begin()) return;
+  ready_.insert(ready_.end(), late, round_.end());
+  round_.erase(late, round_.end());
 }
 
 void Block::end() {

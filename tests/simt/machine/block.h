@@ -48,6 +48,7 @@ struct Meeting {
 
 struct Warp {
   size_t first;  // thread
+  bool late;     // goes on when no other can
   unsigned alive;
   std::vector<Meeting> meetings;
   WarpProducts products;
@@ -99,6 +100,8 @@ class Block {
   void pause();  // lets others run
   void hold_a_member();
   void pass(Gate& gate, size_t threads, size_t first, const char* operation, const Site& site);
+  void release(Thread& thread);
+  void hold_back_late();
   std::string name(const Thread& thread) const;
   void check_guards() const;
   [[noreturn]] void report_deadlock() const;
