@@ -38,18 +38,20 @@ def test_the_flood_is_fifty_times_one_user_and_changes_none_of_the_others() -> N
     assert mixed[-1].arrival <= others[-1].arrival
 
 
-def test_a_queue_of_full_prefills_joins_by_the_whole_prompt() -> None:
-    cost = CostModel.constant(1.0)
-    own = {"quantum": 1.0, "num_levels": 6, "starvation_limit": None, "skip_join": True}
-    full, ours = prefix_cache.FullPrefillQueue(_PerToken(), **own), MultiLevelFeedbackQueue(**own)
-    assert cost.prefill_charge(0, 1) == 1.0
+def test_a_queue_of_full_prefills_goes_by_the_whole_prompt() -> None:
+    own = {"quantum": 1.0, "num_levels": 7, "starvation_limit": None, "skip_join": True}
+    charges, joins = (prefix_cache.FullPrefillQueue(_PerToken(), charges, **own) for charges in (True, False))
+    ours = MultiLevelFeedbackQueue(**own)
     job = Job("a", range(30), SamplingParams(), 0, 0.0, 5, frozenset())
-    job.next_seconds = 2.0  # the rest of the prompt is in the cache
-    for queue in (full, ours):
+    job.next_seconds, job.cached, job.served = 2.0, 28, 28
+    for queue in (charges, joins, ours):
         queue.add(job, 0.0)
-    assert (full.level(job), ours.level(job), job.next_seconds) == (5, 1, 2.0)
-    full.refresh(job, 0.0)
-    assert full.level(job) == 5
+        queue.refresh(job, 0.0)
+    assert (charges.level(job), joins.level(job), ours.level(job), job.next_seconds, job.cached) == (5, 5, 1, 2.0, 28)
+    job.served, job.next_seconds = 30, 1.0
+    for queue in (charges, joins):
+        queue.on_service(job, 2.0, 0.0)
+    assert (charges.horizon(job), joins.horizon(job)) == (pytest.approx(32 - 30), pytest.approx(32 - 2))
 
 
 class _PerToken(CostModel):

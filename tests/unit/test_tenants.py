@@ -185,21 +185,6 @@ def test_a_prompt_counts_for_as_long_as_it_takes() -> None:
     assert order == "a" + "b" * 10 + "a" + "b" * 10 + "a" + "b" * 2
 
 
-def test_decodes_count_what_they_add_to_a_full_batch() -> None:
-    """Of a decode of 1 s the others pay 0.9: 100 of them weigh as much as 10 s of prompts."""
-    policy = ByTenant(FirstComeFirstServed, quantum=0.1, weights={})
-    decoding, prompt = job_of("a", 0), job_of("b", 1, prompt=10)
-    for job in (decoding, prompt, job_of("a", 2), job_of("b", 3)):
-        policy.add(job, 0.0)
-    list(policy.iter_best(0.0))
-    decoding.served, decoding.next_seconds = 101, 1.0
-    policy.on_service(decoding, 100.0, 0.0)
-    prompt.served = 10
-    policy.on_service(prompt, 10.0, 0.0)
-    tenants = policy._tenants
-    assert tenants["a"].service == pytest.approx(10.0) and tenants["b"].service == pytest.approx(10.0)
-
-
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.sampled_from(sorted(POLICIES)), st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 6), st.booleans())
 def test_the_order_is_that_of_ranks_in_every_tier(name: str, seed: int, batch: int, tenants: int, ranked: bool) -> None:
