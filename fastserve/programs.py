@@ -11,15 +11,21 @@ from bisect import bisect_left
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Final
+from typing import Final, TypeVar
 
 from .types import FinishReason, Job
+
+Name = TypeVar("Name", str, int)
 
 # Programs that are remembered while none of their calls is live.
 _MOST_IDLE: Final = 65_536
 
-# Tenants of whose programs it is remembered how many calls they make.
+# Tenants, and prompts that programs begin with, of which it is remembered how many calls their programs make.
 _MOST_TENANTS: Final = 1024
+_MOST_KINDS: Final = 1024
+
+# Programs that are known to have ended until those that begin alike are a kind of their own.
+_FEW_ENDED: Final = 8
 
 # A program is taken to have ended when it has been thinking for this many times what 99 in 100 thoughts take.
 _GIVEN_UP: Final = 3.0
@@ -76,6 +82,7 @@ class Quantiles:
 class _Program:
     live: dict[Job, None] = field(default_factory=dict)
     calls: int = 0  # those that began while another was live count as one: several answers, or parts of one step
+    group: int | None = None  # of its first prompt
     served: float = 0.0  # seconds charged, of all calls, as far as it was told
     idle_since: float = 0.0
     thoughts: int = 0
@@ -83,11 +90,16 @@ class _Program:
 
 
 class _Ends:
-    """By number of calls: how many programs came to it and are known to have gone on or not, and which have not."""
+    """By number of calls: how many programs came to it and are known to have gone on or not, and which have not.
 
-    __slots__ = ("ended", "reached")
+    And what a call of them is charged.
+    """
+
+    __slots__ = ("calls", "ended", "reached", "seconds")
 
     def __init__(self) -> None:
+        self.calls = 0
+        self.seconds = 0.0  # of a call, on average
         self.reached = [0.0] * (_MOST_CALLS + 1)
         self.ended = [0.0] * (_MOST_CALLS + 1)
 
@@ -95,6 +107,11 @@ class _Ends:
         keep = 1 - 1 / _MEMORY
         self.reached[calls] = self.reached[calls] * keep + 1
         self.ended[calls] = self.ended[calls] * keep + ended
+
+    def saw(self, seconds: float) -> None:
+        """A call is complete."""
+        self.calls += 1
+        self.seconds += (seconds - self.seconds) / min(self.calls, _MEMORY)
 
     def take_back(self, calls: int) -> None:
         """One that was taken to have ended has not."""
@@ -116,9 +133,9 @@ class Programs:
         self._thoughts = Quantiles()
         self._patience = _GIVEN_UP * _GUESS
         self._all = _Ends()
-        self._own: OrderedDict[str, _Ends] = (
-            OrderedDict()
-        )  # by tenant, those of whom something was learned last at the end
+        # By tenant, and by what programs begin with; last those of which something was learned last.
+        self._own: OrderedDict[str, _Ends] = OrderedDict()
+        self._kinds: OrderedDict[int, _Ends] = OrderedDict()
 
     def served(self, job: Job) -> float:
         """Modelled seconds of service that the program has had in its other calls, for a job that comes now.
@@ -143,7 +160,7 @@ class Programs:
         key = job.tenant, job.program
         program = self._live.get(key)
         if program is None:
-            program = self._live[key] = self._wake(key, now)
+            program = self._live[key] = self._wake(key, job.group, now)
             program.calls += 1
         program.live[job] = None
         program.served += job.charged
@@ -159,6 +176,10 @@ class Programs:
             return
         key = job.tenant, job.program
         program = self._live[key]
+        if job.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._all.saw(job.charged)
+            if (kind := self._kinds.get(program.group or 0)) is not None:
+                kind.saw(job.charged)
         del program.live[job]
         if not program.live:
             del self._live[key]
@@ -172,15 +193,27 @@ class Programs:
                     self._resolve(tenant, program, ended=1.0)
         self._give_up(now)
 
-    def ends(self, calls: int, tenant: str | None = None) -> float:
+    def kind(self, job: Job) -> int:
+        """What sort of program a job is a call of that comes now: one number for all that begin alike; 0: unknown."""
+        program = self._find(job)
+        group = job.group if program is None else program.group
+        kind = self._kinds.get(group or 0)
+        return group or 0 if kind is not None and sum(kind.ended) >= _FEW_ENDED else 0
+
+    def call_seconds(self, kind: int = 0) -> float:
+        """What a call is charged on average, of all programs or of those of a kind."""
+        ends = self._kinds.get(kind)
+        return self._all.seconds if ends is None or not ends.calls else ends.seconds
+
+    def ends(self, calls: int, tenant: str | None = None, kind: int = 0) -> float:
         """The chance that a program which has come to its call of this number, from 1 on, makes no other.
 
-        Of all programs; or of a tenant's, going by all while its own are few.
+        Of all programs; of a kind's, or of a tenant's, going by all while its own are few.
         """
         calls = min(calls, _MOST_CALLS)
         overall = (sum(self._all.ended) + 1) / (sum(self._all.reached) + 2)
         chance = self._all.chance(calls, overall)
-        own = None if tenant is None else self._own.get(tenant)
+        own = self._kinds.get(kind) if tenant is None else self._own.get(tenant)
         return chance if own is None else own.chance(calls, chance)
 
     def keep_until(self, job: Job, now: float) -> float:
@@ -218,17 +251,18 @@ class Programs:
         key = job.tenant, job.program
         return self._live.get(key) or self._thinking.get(key) or self._over.get(key)
 
-    def _wake(self, key: tuple[str, str], now: float) -> _Program:
+    def _wake(self, key: tuple[str, str], group: int | None, now: float) -> _Program:
         """The program, new or idle until now, whose thought has taken until now."""
         program = self._thinking.pop(key, None)
         if program is None:
             program = self._over.pop(key, None)
             if program is None:
-                return _Program()
+                return _Program(group=group)
             calls = min(program.calls, _MOST_CALLS)  # it has not ended after all
             self._all.take_back(calls)
-            if (own := self._own.get(key[0])) is not None:
-                own.take_back(calls)
+            for own in (self._own.get(key[0]), self._kinds.get(program.group or 0)):
+                if own is not None:
+                    own.take_back(calls)
         else:
             self._resolve(key[0], program, ended=0.0)
         log = self._thoughts.add(now - program.idle_since)
@@ -251,11 +285,18 @@ class Programs:
     def _resolve(self, tenant: str, program: _Program, *, ended: float) -> None:
         """It is known whether the program goes on after its latest call."""
         calls = min(program.calls, _MOST_CALLS)
-        own = self._own.get(tenant)
-        if own is None:
-            own = self._own[tenant] = _Ends()
-            if len(self._own) > _MOST_TENANTS:
-                self._own.popitem(last=False)
-        self._own.move_to_end(tenant)
         self._all.add(calls, ended)
-        own.add(calls, ended)
+        _of(self._own, tenant, _MOST_TENANTS).add(calls, ended)
+        if program.group:
+            _of(self._kinds, program.group, _MOST_KINDS).add(calls, ended)
+
+
+def _of(groups: OrderedDict[Name, _Ends], name: Name, most: int) -> _Ends:
+    """What is known of those of a name, which something is learned of now; the one not heard of longest goes."""
+    ends = groups.get(name)
+    if ends is None:
+        ends = groups[name] = _Ends()
+        if len(groups) > most:
+            groups.popitem(last=False)
+    groups.move_to_end(name)
+    return ends

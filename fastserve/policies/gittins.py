@@ -45,6 +45,7 @@ class _Place:
     next_age: int  # at which the job leaves its bucket; at which a promoted one is charged for more
     groups: Sequence[Group]  # that its length will tell about
     call: int  # its number among those of its program; 0: it is no program's
+    program: int  # of which kind that is; 0: unknown
 
 
 class Gittins(Policy):
@@ -116,8 +117,8 @@ class Gittins(Policy):
 
     def add(self, job: Job, now: float) -> None:
         self._lengths.saw_prompt(len(job.prompt))
-        groups, call = self._lengths.groups_of(job), self._indices.call(job)
-        self._places[job] = _Place(None, bucket(_age(job)), 0, groups, call)
+        groups, call, program = self._lengths.groups_of(job), self._indices.call(job), self._indices.program(job)
+        self._places[job] = _Place(None, bucket(_age(job)), 0, groups, call, program)
         if self._unlearned is not None:
             self._unlearned.add(job, now)
         else:
@@ -166,8 +167,6 @@ class Gittins(Policy):
             self._lengths.censored(place.reported, output_tokens, place.groups, complete=True)
         else:
             self._lengths.ended(place.reported, output_tokens, place.groups)
-        if place.call:
-            self._indices.saw_call(job)
         place.reported = -1
 
     # --- answers -----------------------------------------------------------------------------------------------------
@@ -306,7 +305,7 @@ class Gittins(Policy):
         age, place = _age(job), self._places[job]
         prefill = self._indices.prefill_level(job) if job.served < len(job.prompt) else 0
         table = next((group.table for group in place.groups if group.table), 0)
-        return prefill, bucket(age), bucket(max(job.max_output, age + 1) - 1), table, place.call
+        return prefill, bucket(age), bucket(max(job.max_output, age + 1) - 1), table, place.call, place.program
 
     def _work(self, key: Key) -> float:
         cohort = self._cohorts[kind_of(key)]

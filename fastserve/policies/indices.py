@@ -27,17 +27,17 @@ _NEGLIGIBLE: Final = 1e-6  # share of jobs that get this old
 _MOST_CALLS: Final = 32
 
 # What a cohort's jobs have in common: the level of their remaining prefill (0: none), the bucket of their age, that of
-# the age at which max_output ends them, the table of lengths that they go by, and their number among the calls of their
-# program (0: they are no program's).
-Kind = tuple[int, int, int, int, int]
+# the age at which max_output ends them, the table of lengths that they go by, their number among the calls of their
+# program (0: they are no program's), and what kind of program that is (0: unknown).
+Kind = tuple[int, int, int, int, int, int]
 # Sorts cohorts: index level; then the latest calls and the oldest jobs first; then the kind.
-Key = tuple[int, int, int, int, int, int]
+Key = tuple[int, int, int, int, int, int, int]
 
 
 def kind_of(key: Key) -> Kind:
     """The kind that a key was made of."""
-    _, call, age, prefill, last, table = key
-    return prefill, -age, last, table, -call
+    _, call, age, prefill, last, table, program = key
+    return prefill, -age, last, table, -call, program
 
 
 def gittins(
@@ -101,17 +101,14 @@ class Indices:
         self._version = -1
         self._known: dict[Kind, tuple[Key, float]] = {}
         self._decodes: list[float] = []  # seconds of a token, by bucket
-        self._calls = 0
-        self._call_seconds = 0.0  # of a program's call, on average
 
     def call(self, job: Job) -> int:
         """The number of a job that comes now among its program's calls, as far as it is told apart."""
         return min(self._programs.number(job), _MOST_CALLS)
 
-    def saw_call(self, job: Job) -> None:
-        """A call of a program is complete."""
-        self._calls += 1
-        self._call_seconds += (job.charged - self._call_seconds) / min(self._calls, 1000)
+    def program(self, job: Job) -> int:
+        """The kind of program that a job is a call of that comes now, as far as it is told apart."""
+        return self._programs.kind(job) if job.program is not None else 0
 
     def prefill_level(self, job: Job) -> int:
         """The level of what the rest of a job's prompt is charged, from 1 on."""
@@ -130,18 +127,19 @@ class Indices:
         return known
 
     def _compute(self, kind: Kind) -> tuple[Key, float]:
-        prefill, age, last, table, call = kind
+        prefill, age, last, table, call, program = kind
         seconds = self._unit * 2 ** ((prefill - 1 + _LOWEST_PREFILL) / _PREFILLS_PER_OCTAVE) if prefill else 0.0
         ends, later = 1.0, list[tuple[float, float]]()
         if call:
-            ends = self._programs.ends(call)
-            later = [(self._call_seconds, self._programs.ends(call + more)) for more in range(1, _MOST_CALLS)]
+            programs, each = self._programs, self._programs.call_seconds(program)
+            ends = programs.ends(call, kind=program)
+            later = [(each, programs.ends(call + more, kind=program)) for more in range(1, _MOST_CALLS)]
         lengths = self._lengths
         index, remaining, decodes = gittins(
             seconds, age, last, lambda bucket: lengths.hazard(bucket, table), self._decode, ends, later
         )
         level = round(math.log(index / self._unit, _RESOLUTION))
-        return (level, -call, -age, prefill, last, table), remaining + self.shared * (decodes + bool(prefill))
+        return (level, -call, -age, prefill, last, table, program), remaining + self.shared * (decodes + bool(prefill))
 
     def _decode(self, index: int) -> float:
         """Seconds that a token of a job in a bucket takes from the others, after a prompt of the usual length."""

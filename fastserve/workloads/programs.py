@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -29,6 +30,7 @@ _MESSAGE_SPREAD: Final = 1.3
 _ANSWER_SPREAD: Final = 1.0
 _AGENT_SPREAD: Final = 0.5
 _LONGEST: Final = 8  # times the mean: longer ones are cut
+_TOOLS: Final = 4  # sets of them, of which agents have one
 _MOST_CALLS: Final = 1000
 _LONGEST_THINK: Final = 1e6  # seconds on average
 
@@ -43,7 +45,7 @@ class Programs:
 
     name: str
     kind: str  # what their own names begin with
-    calls: Distribution
+    calls: tuple[Distribution, ...]  # of programs with each of the shared prompts; one: of all
     opening: Distribution  # tokens that are new in the first call, behind what is shared
     more: Distribution  # and in every later one, behind the answer
     output: Distribution
@@ -55,9 +57,17 @@ class Programs:
     @property
     def longest(self) -> int:
         """No call has more tokens than this, prompt and output together."""
-        calls = self.calls.longest
+        calls = max(each.longest for each in self.calls)
         new = self.opening.longest + (calls - 1) * self.more.longest
         return self.shared_tokens + new + calls * self.output.longest
+
+    @property
+    def mean_calls(self) -> float:
+        """Of a program."""
+        if len(self.calls) == 1:
+            return self.calls[0].mean
+        means = [each.mean for each in self.calls]
+        return float(sum(means * self.shared.probabilities))
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class ProgramLoad:
         """
         check_real("rate", "jobs a second", rate, MIN_RATE, MAX_RATE)
         check_count("seed", "a seed", seed, 0, 2**64 - 1)
-        return self._drawn(seed, count, rate / self.programs.calls.mean)
+        return self._drawn(seed, count, rate / self.programs.mean_calls)
 
     def _drawn(self, seed: int, left: int, rate: float) -> Iterator[SimJob]:
         gaps, draw = (np.random.default_rng(each) for each in np.random.SeedSequence(seed).spawn(2))
@@ -105,7 +115,10 @@ class ProgramLoad:
     def _program(self, number: int, draw: np.random.Generator) -> list[SimJob]:
         """Its calls, not yet chained."""
         what = self.programs
-        count, which = (int(each.quantile(draw.random(1))[0]) for each in (what.calls, what.shared))
+        drawn = draw.random(2)
+        which = int(what.shared.quantile(drawn[1:])[0])
+        calls = what.calls[which - 1 if len(what.calls) > 1 else 0]
+        count = int(calls.quantile(drawn[:1])[0])
         new, outputs = (each.quantile(draw.random(count)) for each in (what.more, what.output))
         new[0] = what.opening.quantile(draw.random(1))[0]
         thinking = (what.think * draw.standard_exponential(count)).tolist()
@@ -153,7 +166,7 @@ def chat(
     return Programs(
         name=_name("chat", given, (10.0, 64, 192, 256)),
         kind="chat",
-        calls=Distribution(np.eye(1, turns, turns - 1)[0]),
+        calls=(Distribution(np.eye(1, turns, turns - 1)[0]),),
         opening=_lengths("message", message, _MESSAGE_SPREAD),
         more=_lengths("message", message, _MESSAGE_SPREAD),
         output=_lengths("answer", answer, _ANSWER_SPREAD),
@@ -167,23 +180,25 @@ def chat(
 def agents(
     most: int = 20, think: float = 2.0, result: int = 160, output: int = 64, tools: int = 1024, task: int = 128
 ) -> Programs:
-    """Agents of two to `most` calls, few of them many (Zipf's law, θ 2); there are four sets of tools.
+    """Agents of two to `most` calls. There are four sets of tools, each for another sort of task.
 
-    Lengths are means, but of the tools' descriptions; a think-time is what a tool takes.
+    The more calls a task takes, the rarer it is: the numbers from two to `most` are cut into four at even ratios, each
+    part being those that the tasks of a set take, all as often. Lengths are means, but of the tools' descriptions; a
+    think-time is what a tool takes.
     """
     check_count("workload", "the most calls of agents", most, 2, _MOST_CALLS)
     check_real("workload", "the think-time of agents", think, 0.0, _LONGEST_THINK)
-    numbers = np.arange(1, most + 1)
+    ends = np.round(np.geomspace(2, most, _TOOLS + 1)).astype(int).tolist()
     given = (most, think, result, output, tools, task)
     return Programs(
         name=_name("agents", given, (20, 2.0, 160, 64, 1024, 128)),
         kind="agent",
-        calls=Distribution(np.where(numbers < 2, 0.0, 1.0 / numbers**2)),
+        calls=tuple(_evenly(low, high) for low, high in pairwise(ends)),
         opening=_lengths("task", task, _AGENT_SPREAD),
         more=_lengths("result", result, _AGENT_SPREAD),
         output=_lengths("output", output, _AGENT_SPREAD),
         think=think,
-        shared=zipf(1.0, 4),
+        shared=zipf(1.0, _TOOLS),
         shared_tokens=_whole_blocks("tools", tools),
     )
 
@@ -194,6 +209,10 @@ def _name(kind: str, given: tuple[float, ...], defaults: tuple[float, ...]) -> s
     while len(shown) > required and shown[-1] == defaults[len(shown) - 1 - required]:
         shown.pop()
     return kind + (":" + ",".join(f"{each:g}" for each in shown) if shown else "")
+
+
+def _evenly(low: int, high: int) -> Distribution:
+    return Distribution((np.arange(1, high + 1) >= low).astype(float))
 
 
 def _lengths(what: str, mean: int, spread: float) -> Distribution:

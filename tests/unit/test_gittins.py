@@ -296,7 +296,7 @@ def test_many_tenants_together_promote_no_more_than_one(keyed: bool) -> None:
         cost = CostModel.constant(1.0)
         return Gittins(cost=cost, batch=8, lengths=known, num_levels=12, starvation_limit=60.0)
 
-    made = ByTenant(make, quantum=1.0, shared=7 / 8, rows=8.0, weights={}, name=sharer_of)
+    made = ByTenant(make, quantum=1 / 8, rows=8.0, weights={}, name=sharer_of)
     server = UnitServer(made, 8, lumped=True)
     waiting, rows, front = trace(4, 1200, 2.0 * 8 / 42, lengths, 1)[::-1], 0, 0
     for job in waiting:

@@ -176,6 +176,71 @@ def test_how_many_calls_programs_make_is_learned_and_a_late_return_is_taken_back
     assert programs.ends(3) < ended
 
 
+def alike(programs: Programs, count: int, group: int, calls: int, charged: float, start: float) -> float:
+    """Programs of so many calls that all begin alike, one after the other; returns when the last has long ended."""
+    now = start
+    for number in range(count):
+        for index in range(calls):
+            job = call(index, f"{group}-{number}-{start}", charged=charged)
+            job.group, job.finish_reason = group, FinishReason.STOP
+            run(programs, job, now, now + 0.5)
+            now += 1.0
+        now += 1e4  # given up
+    return now
+
+
+def test_programs_that_begin_alike_are_of_a_kind() -> None:
+    """Those of group 7 make two calls of 1 s, those of group 9 ten of 4 s; of either it takes eight to tell."""
+    programs = Programs()
+    first = call(0, "new")
+    first.group = 7
+    now = alike(programs, 4, 7, 2, 1.0, 0.0)
+    assert programs.kind(first) == 0
+    now = alike(programs, 20, 7, 2, 1.0, now)
+    now = alike(programs, 20, 9, 10, 4.0, now)
+    run(programs, call(0, "another"), now, now)  # time has gone on
+    assert programs.kind(first) == 7
+    assert programs.ends(2, kind=7) > 0.7 and programs.ends(2, kind=9) < 0.2 and programs.ends(10, kind=9) > 0.7
+    assert programs.call_seconds(7) == pytest.approx(1.0, rel=0.1)
+    assert programs.call_seconds(9) == pytest.approx(4.0, rel=0.1)
+    assert 1.0 < programs.call_seconds() < 4.0 and programs.call_seconds(3) == programs.call_seconds()
+    later = call(3, "new")  # its prompt may begin otherwise: its program began with that of group 7
+    programs.arrived(first, now)
+    assert programs.kind(later) == 7 and programs.kind(call(0, None)) == 0
+
+
+def test_gittins_prefers_the_kind_that_is_sooner_done() -> None:
+    programs = Programs()
+    config, cost = SchedulerConfig(policy="gittins", starvation_limit=None), CostModel.constant(1.0)
+    policy = create_policy(config, cost, programs)
+    now, index = 0.0, 0
+
+    def come(name: str, group: int) -> Job:
+        nonlocal index
+        index += 1
+        job = call(index, name)
+        job.max_output, job.group = 4096, group
+        policy.add(job, now)
+        programs.arrived(job, now)
+        return job
+
+    for number in range(150):
+        group, calls = ((7, 2), (9, 10))[number % 2]
+        for _ in range(calls):
+            job = come(f"p{number}", group)
+            list(policy.iter_best(now))
+            job.served, job.output, job.charged = 20, [0] * 20, 1.0
+            policy.on_service(job, 1.0, now)
+            job.finish_reason = FinishReason.STOP
+            policy.on_finish(job, 20, now)
+            policy.remove(job)
+            programs.ended(job, now + 0.5)
+            now += 1.0
+        now += 1e4
+    come("long", 9), come("short", 7)
+    assert [job.program for job in policy.iter_best(now)] == ["short", "long"]
+
+
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs_module, "_MOST_IDLE", 100)
     programs = Programs()
