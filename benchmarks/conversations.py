@@ -8,8 +8,8 @@
 - cache: FastServe with the prefix cache and without, 16 users with conversations of 8 turns each. TTFT of the turns
   after the first; and whether all answers are the same to the byte.
 - peers: FastServe beside vLLM and llama.cpp, whose prefix caches are on. Mean JCT.
-- agents: FastServe told of programs, and the same server not told. Mean completion time of programs, at a share of the
-  calls a second that it answers when all agents come at once and never think.
+- agents: FastServe told of programs, under gittins, and one that is not told, under skip-join-mlfq. Mean completion time
+  of programs, at a share of the calls a second that the first answers when all agents come at once and never think.
 - flood: FastServe with several users, and with one more who sends fifty times as much as each of them until they are
   done. P95 JCT of the others.
 
@@ -52,7 +52,7 @@ from fastserve.workloads import SimJob, calls_of, parse_load
 DEFAULTS: dict[str, tuple[str, int, float]] = {
     "cache": ("chat:8,16,6,48,48,768", 128, 8.0),
     "peers": ("chat:8,16,1,48,128,256", 128, 16.0),
-    "agents": ("agents:20,1,64,32,512,64", 240, 0.0),
+    "agents": ("agents:20,1,64,32,512,64", 480, 0.0),
     "flood": ("lognormal:60,1,60,1,256", 120, 0.0),
 }
 _WARMUP = 2**32 - 1  # where a run's salt has its number
@@ -166,7 +166,7 @@ def peers(session: Session, number_: int) -> Summary:
 
 def agents(session: Session, number_: int) -> Summary:
     """Programs' completion times where the server knows of programs, and where it does not."""
-    (running,) = session.running
+    running, per_call = session.running
     options = session.options
     if not options.rate:
         at_once = [replace(job, arrival=0.0) for job in _thoughtless(_jobs(options, 10**6, 1.0))]
@@ -177,8 +177,8 @@ def agents(session: Session, number_: int) -> Summary:
         tell(f"{options.rate:.3f} calls a second are a load of {options.load:g}")
     jobs = _jobs(options, number_, options.rate)
     told, untold = (
-        _programs(session.run(running, name, jobs, (number_, own), Asking(options.endpoint, program_ids=ids)))
-        for own, (name, ids) in enumerate((("programs", True), ("calls", False)))
+        _programs(session.run(each, name, jobs, (number_,), Asking(options.endpoint, program_ids=ids)))
+        for each, name, ids in ((running, "programs", True), (per_call, "calls", False))
     )
     return {"mean completion, better": untold["mean"] / told["mean"], "P95, better": untold["p95"] / told["p95"]}
 
@@ -268,6 +268,10 @@ def servers(options: argparse.Namespace) -> list[Server]:
                *options.serve_options)
         for weights in options.weights
     ]  # fmt: skip
+    if options.scenario == "agents":
+        (told,) = ours
+        untold = (*("--policy", options.calls_policy), *options.serve_options)
+        return [told, replace(told, name=f"{told.name}, {options.calls_policy}", options=untold)]
     if options.scenario == "cache":
         (with_cache,) = ours
         bare = (*with_cache.options, "--no-enable-prefix-caching")
@@ -300,7 +304,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=8, help="jobs in a batch (default: 8)")
     parser.add_argument("--context", type=int, default=4096, help="tokens of the longest job (default: 4096)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--policy", default="skip-join-mlfq")
+    parser.add_argument("--policy", help="FastServe's (default: skip-join-mlfq; of agents, gittins)")
+    parser.add_argument("--calls-policy", default="skip-join-mlfq", help="of agents: where nothing is told of programs")
     parser.add_argument("--weights", type=_weights, default=["bfloat16"], help="FastServe's; of peers, several")
     parser.add_argument("--llama-weights", type=_weights, default=["q8_0"])
     parser.add_argument("--serve-options", type=str.split, default=[], help="more options of `fastserve serve`")
@@ -312,6 +317,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     workload, jobs, rate = DEFAULTS[options.scenario]
     options.workload = options.workload or workload
     options.jobs = options.jobs or jobs
+    options.policy = options.policy or ("gittins" if options.scenario == "agents" else "skip-join-mlfq")
     options.rate = rate if options.rate is None else options.rate
     if options.scenario != "peers" and len(options.weights) != 1:
         parser.error("--weights: several go with peers")

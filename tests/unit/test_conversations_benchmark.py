@@ -140,12 +140,12 @@ def test_answers_are_compared_to_the_byte(tmp_path: Path, monkeypatch: pytest.Mo
     assert told["answers that differ"] > 0
 
 
-def test_one_run_of_agents_has_program_ids_and_one_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_server_is_told_of_programs_and_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ("--workload", "agents:3,0,6,4,16,8", "--jobs", "9", "--rate", "1000")
-    with standing(monkeypatch, honest) as (ours,):
+    with standing(monkeypatch, honest, honest) as worlds:
         told = run("agents", tmp_path, *small)
-        named = ["program_id" in request.body for request in ours.requests[4:]]
-    assert named == [True] * 9 + [False] * 9
+        named, unnamed = (["program_id" in request.body for request in each.requests[4:]] for each in worlds)
+    assert (named, unnamed) == ([True] * 9, [False] * 9)
     assert [each["run"] for each in told["runs"]] == ["programs", "calls"]
     assert told["ratios"][0]["mean completion, better"] > 0
 
