@@ -8,8 +8,8 @@
 - cache: FastServe with the prefix cache and without, 16 users with conversations of 8 turns each. TTFT of the turns
   after the first; and whether all answers are the same to the byte.
 - peers: FastServe beside vLLM and llama.cpp, whose prefix caches are on. Mean JCT.
-- agents: FastServe told of programs, under gittins, and one that is not told, under skip-join-mlfq. Mean completion time
-  of programs, at a share of the calls a second that the first answers when all agents come at once and never think.
+- agents: FastServe told of programs, under gittins, and one that is not told, under skip-join-mlfq. Mean completion
+  time of programs, at a share of the calls a second that the first answers when all agents come at once and never think.
 - flood: FastServe with several users, and with one more who sends fifty times as much as each of them until they are
   done. P95 JCT of the others.
 
