@@ -9,7 +9,7 @@
   after the first; and whether all answers are the same to the byte.
 - peers: FastServe beside vLLM and llama.cpp, whose prefix caches are on. Mean JCT.
 - agents: FastServe told of programs, under gittins, and one that is not told, under skip-join-mlfq. Mean completion
-  time of programs, at a share of the calls a second that the first answers when all agents come at once and never think.
+  time of programs, at a share of the calls a second that the first answers when all come at once and never think.
 - flood: FastServe with several users, and with one more who sends fifty times as much as each of them until they are
   done. P95 JCT of the others.
 
