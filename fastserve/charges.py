@@ -2,9 +2,9 @@
 
 A job's service is the modelled solo time of what is new: neighbours, waiting, swapping and recomputation never are, and
 of a pipeline one stage (see cost.stage_cost). Charged of it is what the job takes from the others of a full batch: what
-it adds to an iteration, and its share of what an iteration costs empty. 60 tokens of an 8B model on an A100 take as long
-as a prompt of 7,000 if both are alone, and from 15 others as much as one of 700. Charged for their solo time, a job
-would seem to be a long one as soon as it decodes, and give way to prefills that hold up everybody.
+it adds to an iteration, and its share of what an iteration costs empty. 60 tokens of an 8B model on an A100 take as
+long as a prompt of 7,000 if both are alone, and from 15 others as much as one of 700. Charged for their solo time, a
+job would seem to be a long one as soon as it decodes, and give way to prefills that hold up everybody.
 
 The policy hears of it in lumps, when it can change a job's place, so methods return how often they told it.
 """
