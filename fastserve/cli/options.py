@@ -101,7 +101,7 @@ SCHEDULING: dict[str, Any] = {
         "times where the batch has spare rows; what takes 0.2 seconds at most is not cut while nobody waits for a "
         "row); none: never; auto: 1.5 where tokens are streamed to many, else never.",
     ),
-    "num_levels": _engine(int | None, "12", "Levels of the MLFQ."),
+    "num_levels": _engine(int | None, "16", "Levels of the MLFQ."),
     "enable_prefix_caching": _engine(
         bool | None,
         "on",

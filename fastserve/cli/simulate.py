@@ -157,7 +157,7 @@ def simulate(
             metavar="NAME=WEIGHT",
         ),
     ] = None,
-    num_levels: Annotated[int, _in(_LIMITS, "Levels of the MLFQ.", default=True)] = 12,
+    num_levels: Annotated[int, _in(_LIMITS, "Levels of the MLFQ.", default=True)] = 16,
     write_trace: Annotated[
         Path | None,
         _in(_OUTPUT, "Write the jobs to this file as Mooncake JSONL, for --trace, and simulate nothing."),

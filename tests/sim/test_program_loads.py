@@ -81,13 +81,18 @@ def test_turns_and_users_are_as_asked_for() -> None:
     assert len({job.program for job in programs}) == 10
 
 
-def test_agents_have_two_to_most_calls_and_few_have_many() -> None:
-    lengths = np.array([len(list(calls_of(job))) for job in heads("agents:20", 1, 20_000)[:-1]])
-    assert lengths.min() == 2 and lengths.max() == 20
-    weights = 1 / np.arange(2, 21) ** 2
-    mean = (weights * np.arange(2, 21)).sum() / weights.sum()
-    assert lengths.mean() == pytest.approx(mean, rel=4 * lengths.std() / mean / math.sqrt(len(lengths)))
-    assert np.median(lengths) < mean
+def test_agents_have_two_to_most_calls_as_their_tools_have_it() -> None:
+    """The four sets of tools take 2–4, 4–6, 6–11 and 11–20 calls, and 12, 6, 4 and 3 of 25 agents have them."""
+    by_tools: dict[int, list[int]] = {}
+    for job in heads("agents:20", 1, 60_000)[:-1]:
+        assert job.content is not None
+        by_tools.setdefault(job.content[0], []).append(len(list(calls_of(job))))
+    count = sum(map(len, by_tools.values()))
+    ranges = {(min(lengths), max(lengths)): lengths for lengths in by_tools.values()}
+    for (low, high), share in (((2, 4), 12), ((4, 6), 6), ((6, 11), 4), ((11, 20), 3)):
+        lengths = np.array(ranges[low, high])
+        assert len(lengths) / count == pytest.approx(share / 25, abs=4 * math.sqrt(1 / 4 / count))
+        assert lengths.mean() == pytest.approx((low + high) / 2, abs=4 * lengths.std() / math.sqrt(len(lengths)))
 
 
 def test_means_are_as_asked_for() -> None:
