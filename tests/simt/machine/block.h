@@ -100,7 +100,6 @@ class Block {
   void pause();  // lets others run
   void hold_a_member();
   void pass(Gate& gate, size_t threads, size_t first, const char* operation, const Site& site);
-  void release(Thread& thread);
   void hold_back_late();
   std::string name(const Thread& thread) const;
   void check_guards() const;
