@@ -68,7 +68,7 @@ class ServingCore:
         seed: int = 0,
         starvation_limit: float | None = 60.0,
         slowdown_limit: float | None = None,
-        num_levels: int = 12,
+        num_levels: int = 16,
         max_in_flight: int | None = None,
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
