@@ -146,6 +146,7 @@ def _end(awaited: Awaited, reason: str, on_failure: Callable[[str], None] | None
         time.sleep(_RANK_0_FIRST)
     elif on_failure is not None:
         on_failure(f"{who}: {reason}")
+    _C.unlink_mpi_memory()  # the thread in MPI may have made its memory since
     os._exit(_FAILED)
 
 
