@@ -73,7 +73,7 @@ class Charges:
 
     def left(self, job: Job, seconds: float) -> None:
         """A job is not among the decodes any more, and the policy has not heard of so much of what it got there."""
-        self._untold[job] = seconds, self._of_decodes(seconds, self._cost.decode_seconds(job.served + 1))
+        self._untold[job] = seconds, self._of_decodes(job, seconds)
 
     def tell(self, job: Job, now: float) -> int:
         """Tell the policy of one job."""
@@ -97,8 +97,8 @@ class Charges:
         horizons: list[tuple[Job, float]] = []
         for job, own in batch.take_service(everyone=everyone):
             if own > 0.0:
+                charged = self._of_decodes(job, own)
                 job.next_seconds = self._cost.decode_seconds(job.served + 1)
-                charged = self._of_decodes(own, job.next_seconds)
                 job.attained += own
                 job.charged += charged
                 self._programs.on_service(job, charged)
@@ -108,9 +108,15 @@ class Charges:
         batch.set_horizons(horizons)
         return told
 
-    def _of_decodes(self, seconds: float, following: float) -> float:
-        """What decodes of so many solo seconds are charged, all taken to be as long as the `following` one."""
-        return seconds * (1 - self._shared / following)
+    def _of_decodes(self, job: Job, seconds: float) -> float:
+        """What a job's latest decodes, of so many solo seconds, are charged.
+
+        How many they are is not known: they are taken to be as long as the first and the last of them on average, which
+        is exact where contexts add to a decode in proportion.
+        """
+        last = self._cost.decode_seconds(job.served)
+        first = job.next_seconds if 0.0 < job.next_seconds <= last else last  # else it is yet that of a prefill
+        return seconds * max(0.0, 1 - 2 * self._shared / (first + last))
 
     def _estimate(self, job: Job) -> None:
         if job.served < len(job.prompt):

@@ -147,6 +147,10 @@ class SchedulerConfig:
         return self.swap_mode != "recompute" and self.admission != "reserve"
 
 
+# Of a tenant: sums of weights further apart would lose the lighter ones.
+_MOST_WEIGHT = 1e6
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
@@ -155,8 +159,9 @@ def _checked_weights(given: Any) -> dict[str, float]:
     if not isinstance(given, Mapping):
         raise InvalidRequest("tenant_weights", f"must be a dict from tenants to numbers above 0, got {given!r}")
     for tenant, weight in given.items():
-        if not isinstance(tenant, str) or not _is_number(weight) or not 0 < weight < math.inf:
-            raise InvalidRequest("tenant_weights", f"must give names numbers above 0, got {tenant!r}: {weight!r}")
+        if not isinstance(tenant, str) or not _is_number(weight) or not 1 / _MOST_WEIGHT <= weight <= _MOST_WEIGHT:
+            must = f"must give names numbers from {1 / _MOST_WEIGHT:g} to {_MOST_WEIGHT:g}"
+            raise InvalidRequest("tenant_weights", f"{must}, got {tenant!r}: {weight!r}")
     return {tenant: float(weight) for tenant, weight in given.items()}
 
 

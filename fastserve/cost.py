@@ -56,7 +56,9 @@ class Cost(Protocol):
 
 def shared_seconds(cost: Cost, batch: int) -> float:
     """Of a token's solo time, what the others pay in a full batch: their part of what an iteration costs empty."""
-    return max(0.0, cost.decode_seconds(1) - cost.prefill_charge(1, 2)) * (1 - 1 / batch)
+    starts, tokens = np.zeros(2, np.int32), np.ones(2, np.int32)
+    added = cost.plan_seconds(starts, tokens) - cost.plan_seconds(starts[:1], tokens[:1])
+    return max(0.0, cost.decode_seconds(1) - added) * (1 - 1 / batch)
 
 
 def quantum_of(cost: Cost, batch: int) -> float:

@@ -164,7 +164,8 @@ class Prefixes:
         prefix, size = self._prefixes.get(job), self._blocks.block_size
         if prefix is None or len(path := self._walk(job, prefix)) * size <= job.computed:
             return False
-        here = self._blocks.readable(path)
+        # Blocks beyond its own count as free, and may have been given to others by now.
+        here = min(self._blocks.readable(path), self._blocks.held(job.index))
         if here * size <= job.computed or not self._blocks.exchange(job.index, path[:here]):
             return False
         job.computed = here * size

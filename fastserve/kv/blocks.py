@@ -149,10 +149,11 @@ class BlockManager(Tables):
     def exchange(self, owner: int, path: Sequence[Block]) -> bool:
         """Have an owner that does not run give up its own blocks for those of the index, all of them on the device.
 
-        False where that cannot be: it has some away, or they are no continuation of what it shares.
+        False where that cannot be: it has some away, has fewer (more would be taken from those that count as free), or
+        they are no continuation of what it shares.
         """
         table = self._tables[owner]
-        if table.missing or path[: table.shared] != table.blocks[: table.shared]:
+        if table.missing or len(path) > len(table.blocks) or path[: table.shared] != table.blocks[: table.shared]:
             return False
         for index in range(table.shared, len(path)):
             block = path[index]
@@ -160,13 +161,10 @@ class BlockManager(Tables):
                 self.cache.wakes(block)
                 self._count(table, 1)
             block.tables = with_one(block.tables, table)
-            if index < len(table.blocks):
-                own, table.blocks[index] = table.blocks[index], block
-                own.tables = ()
-                self._count(table, -1)
-                self._places.rest(own)
-            else:
-                table.blocks.append(block)
+            own, table.blocks[index] = table.blocks[index], block
+            own.tables = ()
+            self._count(table, -1)
+            self._places.rest(own)
         table.shared, table.diverged = len(path), False
         return True
 

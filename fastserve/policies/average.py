@@ -13,26 +13,30 @@ class Average:
     """A counter beside those of tenants: it goes up by all that is served, over all weights.
 
     It is of those that have jobs and of those that had some lately, who are served nothing: who sends a job now and
-    then, is thought of as somebody who takes little, and not as one that comes and goes.
+    then, is thought of as somebody who takes little, and not as one that comes and goes. These weigh no more than those
+    that have jobs, or who always comes by another name would leave little to who stays.
     """
 
     def __init__(self, most: float) -> None:
-        """`most`: seconds by weight. What anybody is further ahead is forgiven, or whoever had an idle device for
+        """`most`: seconds. What anybody is further ahead is forgiven, or whoever had an idle device for
         itself would pay for that for ever."""
         self.now = 0.0
         self.seconds = 0.0  # that a weight of 1 was served
-        self.weight = 0.0  # of all that count
+        self._busy = self._idle = 0.0  # weights of those that have jobs, and of the others
         self._most = most
         self._resting: OrderedDict[str, tuple[float, float]] = OrderedDict()  # since when, and their weights
 
     def rests(self, name: str, weight: float) -> None:
         """Somebody has no jobs any more."""
         self._resting[name] = self.now, weight
+        self._idle += weight
+        self._busy -= weight
 
     def wakes(self, name: str, weight: float) -> None:
         """It has some."""
-        if self._resting.pop(name, None) is None:
-            self.weight += weight
+        self._busy += weight
+        if self._resting.pop(name, None) is not None:
+            self._idle -= weight
 
     def forget(self, now: float) -> None:
         """Those that had some lately, and not any more. The others are all there are, then."""
@@ -42,9 +46,14 @@ class Average:
             if since + _LATELY > self.now:
                 return
             del self._resting[name]
-            self.weight -= weight
+            self._idle = self._idle - weight if self._resting else 0.0
 
     def serve(self, counter: float, seconds: float, weight: float) -> float:
         """The counter of one that was served so many seconds more."""
         self.seconds += seconds / self.weight
-        return min(counter + seconds / weight, self.seconds + self._most)
+        return min(counter + seconds / weight, self.seconds + self._most / weight)
+
+    @property
+    def weight(self) -> float:
+        """Of all that count."""
+        return self._busy + min(self._busy, self._idle)

@@ -31,7 +31,8 @@ class ByPriority(Policy):
             return
         policy = self._make()
         policy.add(job, now)  # before anything changes: it may refuse
-        self._drop_empty()
+        if len(self._priorities) == 1 and not len(self._policies[self._priorities[0]]):
+            del self._policies[self._priorities.pop()]
         self._policies[job.priority] = policy
         insort(self._priorities, job.priority)
 
@@ -39,7 +40,8 @@ class ByPriority(Policy):
         policy = self._policies[job.priority]
         policy.remove(job)
         if len(self._priorities) > 1 and not len(policy):
-            self._drop_empty()
+            del self._policies[job.priority]
+            self._priorities.remove(job.priority)
 
     def on_service(self, job: Job, seconds: float, now: float) -> None:
         self._policies[job.priority].on_service(job, seconds, now)
@@ -107,7 +109,3 @@ class ByPriority(Policy):
 
     def __len__(self) -> int:
         return sum(map(len, self._policies.values()))
-
-    def _drop_empty(self) -> None:
-        self._policies = {priority: policy for priority, policy in self._policies.items() if len(policy)}
-        self._priorities = sorted(self._policies)

@@ -33,6 +33,7 @@ class Tenant:
     slices: int = 0  # whole ones of its service, as of late: by these tenants are compared
     small: bool = False  # as of late
     beyond: bool = False  # as of late
+    returns: bool = False  # it is known when it may not be
     held: list[int] = field(default_factory=lambda: [0, 0])  # jobs with KV, by Job.tier
     backlog: float = 0.0  # as of late
 
@@ -91,7 +92,8 @@ class Standing:
         """Put it where it belongs."""
         tenant.slices = math.floor(tenant.service / self.slice)
         beyond = self._is_beyond(tenant)
-        if beyond and not tenant.beyond:
+        if beyond and not tenant.beyond and not tenant.returns:
+            tenant.returns = True
             returns = tenant.counter - _BURST * self.slice / tenant.weight
             heapq.heappush(self._returning, (returns, tenant.number, tenant))
         tenant.beyond = beyond
@@ -103,6 +105,7 @@ class Standing:
         due: list[Tenant] = []
         while self._returning and self._returning[0][0] <= self.average.seconds:
             due.append(heapq.heappop(self._returning)[2])
+            due[-1].returns = False
         for tenant in due:  # rounding may have them be beyond still
             if self._order.get((tenant.beyond, tenant.slices, tenant.number)) is tenant:
                 self.displace(tenant)

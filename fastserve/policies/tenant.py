@@ -203,7 +203,7 @@ class ByTenant(Policy):
                 rows -= 1
             following = next(jobs, None)
             if following is not None:
-                beyond = rows <= 0 or tenant.policy.beyond
+                beyond = sheltered and (rows <= 0 or tenant.policy.beyond)
                 heapq.heappush(started, (beyond, service, tenant.number, rows, tenant, jobs, following))
 
     @property
@@ -309,6 +309,7 @@ class ByTenant(Policy):
             self._spare.append(tenant.policy)
         if len(self._tenants) == 1:
             self._only = next(iter(self._tenants.values()))
+            self._weight = self._only.weight  # without what sums have lost
         elif not self._tenants:
             self._only, self._weight, self._backlog = None, 0.0, 0.0
 

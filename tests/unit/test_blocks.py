@@ -244,3 +244,16 @@ def test_an_unknown_copy_is_refused() -> None:
 
 
 # --- in any order -----------------------------------------------------------------------------------------------------
+
+
+def test_an_exchange_takes_none_that_count_as_free() -> None:
+    """Who has one block and could have two of the index gets no second one: it may be promised to another by now."""
+    manager = BlockManager(3, 1, 2)
+    manager.grow(1, 2)
+    manager.share(1, [(b"first", b"ab", 1.0), (b"second", b"cd", 1.0)])
+    path = manager.path(1)
+    manager.release(1)
+    manager.attach(2, path[:1])
+    assert manager.free_blocks == 2
+    assert not manager.exchange(2, path) and manager.free_blocks == 2
+    check_blocks(manager)

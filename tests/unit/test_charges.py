@@ -40,6 +40,18 @@ def test_decodes_weigh_what_they_add_to_a_full_batch() -> None:
     assert decodes.attained > 2 * prompt.attained
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "skip-join-mlfq"])
+def test_decodes_are_charged_the_same_however_often_they_are_told(policy: str) -> None:
+    """Decodes grow with their contexts, and are told in lumps."""
+    cost = CostModel(per_iteration=1e-2, per_row=1e-3, per_token=1e-4, per_read=1e-6)
+    toy = Toy(cost, policy=policy, max_num_seqs=64, num_blocks=400, max_model_len=3000)
+    job = toy.add("a", 16, 2000)
+    toy.run()
+    exact = cost.prefill_seconds(0, 16) + sum(cost.decode_seconds(n) for n in range(17, 2016))
+    assert job.attained == pytest.approx(exact)
+    assert job.charged == pytest.approx(exact - 2000 * 1e-2 * 63 / 64, rel=1e-6)
+
+
 def queue(**options: object) -> MultiLevelFeedbackQueue:
     defaults = {"quantum": 1.0, "shared": 3.0, "num_levels": 8, "starvation_limit": None, "skip_join": True}
     return MultiLevelFeedbackQueue(**{**defaults, **options})  # type: ignore[arg-type]
