@@ -332,12 +332,12 @@ def test_the_average_is_of_those_that_had_jobs_lately() -> None:
     average.rests("b", 3.0)
     average.forget(59.0)
     average.serve(8.0, 4.0, 1.0)
-    assert average.seconds == 3.0
+    assert average.seconds == 4.0, "it weighs no more than those that have jobs"
     average.forget(60.0)
     assert average.weight == 1.0 and average.serve(0.0, 5000.0, 1.0) == 5000.0
     average.wakes("b", 3.0)
     assert average.weight == 4.0
-    assert average.serve(5003.0, 4000.0, 1.0) == 5003.0 + 1000.0 + 1000.0, "no more than so much ahead"
+    assert average.serve(5003.0, 4000.0, 1.0) == 5004.0 + 1000.0 + 1000.0, "no more than so much ahead"
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
