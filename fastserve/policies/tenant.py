@@ -25,11 +25,11 @@ class ByTenant(Policy):
     """Rows go to the tenants by their weights, and among a tenant's jobs its policy decides, bounds included.
 
     Virtual counters, as in VTC (Sheng et al., OSDI 2024): every tenant has one, of the seconds its jobs were served
-    over its weight, seconds being what a job takes from the others in a full batch (see Indices). Who has less goes
+    over its weight, seconds being what a job takes from the others in a full batch (see Charges). Who has less goes
     first, and counts for that row as if it had been served a slice, or its job's whole prefill where that is more. So
     with equal counters rows are shared by the weights, and with others as it takes to make them equal. A tenant that
     comes back from having nothing to do is lifted to the least of those that had: nobody saves up. No row stays empty
-    while anybody has a job for it.
+    while anybody has a job for it, but for those that a Shelter leaves empty.
 
     Counters are compared in whole slices, or the last row of a batch would change hands at every token, and service is
     asked for as often. A lone tenant's is not: it is told before another's jobs are chosen (see `settles`).

@@ -154,10 +154,7 @@ def test_a_replay_finds_what_the_run_found(policy: str, host: int) -> None:
         )
         jobs = replay(recording, config, COST)
         for again, (_, job) in zip(jobs, recording.entries, strict=True):
-            assert (again.output, again.tenant) == (job.output, job.tenant)
-            # A decision may have KV brought back and plan nothing; when that was, only plans tell.
-            assert again.metrics.swap_seconds == pytest.approx(job.metrics.swap_seconds, abs=1e-3)
-            assert replace(again.metrics, swap_seconds=0.0) == replace(job.metrics, swap_seconds=0.0)
+            assert (again.output, again.metrics, again.tenant) == (job.output, job.metrics, job.tenant)
         found += sum(job.metrics.cached_tokens for job in jobs)
     assert found > 100
 
