@@ -21,30 +21,26 @@ runs, with other prompts; ratios are medians over rounds.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from conversation_session import Session, Summary, print_table, tell
 from peers.models import WEIGHTS, directory_of, gguf_of
 from peers.processes import PeerError
-from peers.servers import Running, Server
+from peers.servers import Server
 from prefix_cache import FLOOD, Flooded
-from rich.console import Console
 
 from fastserve.bench.serve.prompts import Asking
 from fastserve.bench.serve.record import JobRecord
-from fastserve.bench.serve.replay import Replay, Replayed, Standing
+from fastserve.bench.serve.replay import Replayed
 from fastserve.bench.serve.results import summarize
-from fastserve.bench.serve.target import connect
-from fastserve.bench.tables import new_table, number
 from fastserve.types import InvalidRequest
 from fastserve.workloads import SimJob, calls_of, parse_load
 
@@ -52,97 +48,18 @@ from fastserve.workloads import SimJob, calls_of, parse_load
 DEFAULTS: dict[str, tuple[str, int, float]] = {
     "cache": ("chat:8,16,6,48,48,768", 128, 8.0),
     "peers": ("chat:8,16,1,48,128,256", 128, 16.0),
-    "agents": ("agents:20,1,64,32,512,64", 480, 0.0),
+    "agents": ("agents:20,0.2,64,32,512,64", 1500, 0.0),
     "flood": ("lognormal:60,1,60,1,256", 120, 0.0),
 }
-_WARMUP = 2**32 - 1  # where a run's salt has its number
-
-Summary = dict[str, Any]
-
-
-class Session:
-    """The servers that run, and everything that was measured on them."""
-
-    def __init__(self, options: argparse.Namespace, servers: Sequence[Server]) -> None:
-        self.options = options
-        self.running: list[Running] = []
-        self.runs: list[Summary] = []
-        try:
-            for server in servers:
-                tell(f"starting {server.name}")
-                log = options.work / f"{server.engine}-{server.name.replace(' ', '-')}.log"
-                self.running.append(Running(server, log))
-        except BaseException:
-            self.close()
-            raise
-        for each in self.running:
-            warm = [SimJob(0.0, 200, 16)] * 4
-            self._replay(each, warm, Asking(options.endpoint), (_WARMUP,), None)
-
-    def run(
-        self,
-        running: Running,
-        name: str,
-        jobs: Sequence[SimJob],
-        salt: tuple[int, ...],
-        asking: Asking | None = None,
-        enough: Callable[[Sequence[JobRecord]], bool] | None = None,
-    ) -> Replayed:
-        """Send the jobs and remember what came of them; until `enough`, where that is given."""
-        asking = asking or Asking(self.options.endpoint)
-        replayed = self._replay(running, jobs, asking, salt, enough)
-        summary = summarize(replayed)
-        self.runs.append({"server": running.server.name, "run": name, "salt": salt, "summary": summary})
-        latency = summary["latency"]
-        if latency["jct"] is None:
-            raise PeerError(f"{running.server.name} answered nothing: {summary['errors']}")
-        text = f"{running.server.name}, {name}: JCT mean {latency['jct']['mean']:.3f}, P95 {latency['jct']['p95']:.3f}"
-        text += f"; TTFT {latency['ttft']['mean']:.3f}"
-        if summary["later"]["ttft"] is not None:
-            text += f", of later calls {summary['later']['ttft']['mean']:.3f}"
-        if summary["programs"] is not None:
-            text += f"; programs {summary['programs']['mean']:.2f}"
-        if summary["cached_share"] is not None:
-            text += f"; cached {100 * summary['cached_share']:.0f} %"
-        tell(f"{text}; {summary['achieved']['jobs_per_second']:.2f} jobs/s, failed {summary['failed']}")
-        if replayed.interrupted and enough is None:
-            raise KeyboardInterrupt
-        return replayed
-
-    def close(self) -> None:
-        for each in self.running:
-            each.close()
-
-    def _replay(
-        self,
-        running: Running,
-        jobs: Sequence[SimJob],
-        asking: Asking,
-        salt: tuple[int, ...],
-        enough: Callable[[Sequence[JobRecord]], bool] | None,
-    ) -> Replayed:
-        async def run() -> Replayed:
-            target = await connect(running.server.name, running.url, None, None)
-            replay = Replay(target, jobs, asking, salt)
-
-            def look(_: Standing) -> None:
-                if enough is not None and enough(replay.records):
-                    replay.stop()
-
-            replay.tell = look
-            return await replay.run()
-
-        with running.awake():
-            return asyncio.run(run())
-
+_AT_ONCE = 600  # calls, at most, that tell how many a second a server answers
 
 # --- scenarios --------------------------------------------------------------------------------------------------------
 
 
-def cache(session: Session, number_: int) -> Summary:
+def cache(session: Session, options: argparse.Namespace, number_: int) -> Summary:
     """With the cache and without."""
     with_cache, without = session.running
-    jobs = _jobs(session.options, number_, session.options.rate)
+    jobs = _jobs(options, number_, options.rate)
     on, off = (session.run(each, "conversations", jobs, (number_,)) for each in (with_cache, without))
     pairs = list(zip(on.records, off.records, strict=True))
     return {
@@ -153,9 +70,9 @@ def cache(session: Session, number_: int) -> Summary:
     }
 
 
-def peers(session: Session, number_: int) -> Summary:
+def peers(session: Session, options: argparse.Namespace, number_: int) -> Summary:
     """FastServe's mean JCT ÷ that of the best peer."""
-    jobs = _jobs(session.options, number_, session.options.rate)
+    jobs = _jobs(options, number_, options.rate)
     means = {
         each.server.name: _mean_jct(session.run(each, "conversations", jobs, (number_,))) for each in session.running
     }
@@ -164,12 +81,12 @@ def peers(session: Session, number_: int) -> Summary:
     return {f"mean JCT of {name} ÷ the best peer's": means[name] / best for name in ours}
 
 
-def agents(session: Session, number_: int) -> Summary:
+def agents(session: Session, options: argparse.Namespace, number_: int) -> Summary:
     """Programs' completion times where the server knows of programs, and where it does not."""
     running, per_call = session.running
-    options = session.options
     if not options.rate:
-        at_once = [replace(job, arrival=0.0) for job in _thoughtless(_jobs(options, 10**6, 1.0))]
+        few = _jobs(options, 10**6, 1.0, min(options.jobs, _AT_ONCE))
+        at_once = [replace(job, arrival=0.0) for job in _thoughtless(few)]
         told = session.run(running, "all at once", at_once, (number_, 10**6))
         done = sorted(record.times[-1] for record in told.records if record.ok)
         middle = done[: max(1, int(0.8 * len(done)))]  # the last agents do not fill a batch
@@ -183,10 +100,9 @@ def agents(session: Session, number_: int) -> Summary:
     return {"mean completion, better": untold["mean"] / told["mean"], "P95, better": untold["p95"] / told["p95"]}
 
 
-def flood(session: Session, number_: int) -> Summary:
+def flood(session: Session, options: argparse.Namespace, number_: int) -> Summary:
     """The others' P95 with the flood ÷ without it."""
     (running,) = session.running
-    options = session.options
     calm, stormy = (Flooded(options.users, times, options.workload) for times in (0.0, options.times))
     if not options.rate:
         at_once = [replace(job, arrival=0.0) for job in calm.jobs(10**6, options.jobs, 1.0)]
@@ -213,8 +129,8 @@ def flood(session: Session, number_: int) -> Summary:
 SCENARIOS = {"cache": cache, "peers": peers, "agents": agents, "flood": flood}
 
 
-def _jobs(options: argparse.Namespace, seed: int, rate: float) -> list[SimJob]:
-    return list(parse_load(options.workload, "poisson").jobs(seed, options.jobs, rate))
+def _jobs(options: argparse.Namespace, seed: int, rate: float, count: int | None = None) -> list[SimJob]:
+    return list(parse_load(options.workload, "poisson").jobs(seed, count or options.jobs, rate))
 
 
 def _thoughtless(jobs: Sequence[SimJob]) -> list[SimJob]:
@@ -301,7 +217,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--times", type=float, default=50.0, help="what one other sends, the flood sends (default: 50)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--endpoint", choices=("completions", "chat"), default="completions")
-    parser.add_argument("--slots", type=int, default=8, help="jobs in a batch (default: 8)")
+    parser.add_argument("--slots", type=int, help="jobs in a batch (default: 8; of agents, 2)")
     parser.add_argument("--context", type=int, default=4096, help="tokens of the longest job (default: 4096)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--policy", help="FastServe's (default: skip-join-mlfq; of agents, gittins)")
@@ -317,6 +233,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     workload, jobs, rate = DEFAULTS[options.scenario]
     options.workload = options.workload or workload
     options.jobs = options.jobs or jobs
+    options.slots = options.slots or (2 if options.scenario == "agents" else 8)
     options.policy = options.policy or ("gittins" if options.scenario == "agents" else "skip-join-mlfq")
     options.rate = rate if options.rate is None else options.rate
     if options.scenario != "peers" and len(options.weights) != 1:
@@ -339,9 +256,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     session: Session | None = None
     ratios: list[Summary] = []
     try:
-        session = Session(options, servers(options))
+        session = Session(servers(options), options.endpoint, options.work)
         for number_ in range(options.rounds):
-            ratios.append(SCENARIOS[options.scenario](session, number_))
+            ratios.append(SCENARIOS[options.scenario](session, options, number_))
             tell(json.dumps(ratios[-1]))
             if options.json is not None:
                 told = {k: str(v) for k, v in vars(options).items() if "/" not in str(v)}  # no paths of this machine
@@ -355,43 +272,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             session.close()
             print_table(session.runs, ratios)
     return 0
-
-
-def print_table(runs: Sequence[Summary], ratios: Sequence[Summary]) -> None:
-    """Medians over rounds of every server's runs, and of the ratios."""
-    table = new_table()
-    for heading in ("", "JCT (s)", "P95", "TTFT (s)", "later calls", "program (s)", "cached", "jobs/s", "failed"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for server, name in dict.fromkeys((run["server"], run["run"]) for run in runs):
-        own = [run["summary"] for run in runs if (run["server"], run["run"]) == (server, name)]
-        paths = (
-            ("latency", "jct", "mean"), ("latency", "jct", "p95"), ("latency", "ttft", "mean"),
-            ("later", "ttft", "mean"), ("programs", "mean"), ("cached_share",), ("achieved", "jobs_per_second"),
-        )  # fmt: skip
-        cells = [_median(own, path) for path in paths]
-        failed = str(sum(summary["failed"] for summary in own))
-        table.add_row(f"{server}, {name}", *("–" if cell is None else number(cell) for cell in cells), failed)
-    console = Console(highlight=False, width=140)
-    console.print(table)
-    for key in ratios[0] if ratios else ():
-        values = [each[key] for each in ratios]
-        console.print(f"{key}: {median(values):.3f} ({min(values):.3f} – {max(values):.3f})")
-
-
-def _median(summaries: Sequence[Summary], path: tuple[str, ...]) -> float | None:
-    found = []
-    for value in summaries:
-        inner: Any = value
-        for name in path:
-            inner = inner[name] if inner is not None else None
-        if inner is not None:
-            found.append(float(inner))
-    return median(found) if found else None
-
-
-def tell(line: str) -> None:
-    """On standard error, where it does not mix with the table."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _weights(text: str) -> list[Any]:

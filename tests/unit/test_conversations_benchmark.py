@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import conversation_session
 import conversations
 import prefix_cache
 import pytest
@@ -102,7 +103,7 @@ def standing(monkeypatch: pytest.MonkeyPatch, *scripts: Any) -> Iterator[list[Ho
     honests = [Honest(script, models=OURS) for script in scripts]
     waiting = list(honests)
     monkeypatch.setattr(conversations, "directory_of", lambda *_: Path("model"))
-    monkeypatch.setattr(conversations, "Running", lambda server, log: Standing(server, waiting.pop(0)))
+    monkeypatch.setattr(conversation_session, "Running", lambda server, log: Standing(server, waiting.pop(0)))
     for each in honests:
         each.__enter__()
     try:
