@@ -141,14 +141,12 @@ class Batches:
             if moves is None:
                 break
             self._barred.update(dict.fromkeys([*moves.pauses, *moves.drops, *(job for job, _ in moves.offloads)]))
-            # Others may have been left out for one that is itself left out now.
-            again = shelter is not None and shelter.full and any(job.mark == self._mark for job in self._barred)
             for job in self._barred:
                 job.mark = 0
                 self._preempt(job, now)
-            # Or blocks become free at once: whom they were made free for may run.
-            if not (self.swapping.move(moves, now) or again):
+            if not self.swapping.move(moves, now):
                 break
+            # Blocks became free at once: whom they were made free for may run.
         mark = self._mark
         for job in [job for job in (*batch.jobs, *batch.prefills, *self._fetched) if job.mark != mark]:
             elsewhere = job.in_flight and len(self._batches) > 1

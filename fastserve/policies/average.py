@@ -18,8 +18,9 @@ class Average:
     """
 
     def __init__(self, most: float) -> None:
-        """`most`: seconds. What anybody is further ahead is forgiven, or whoever had an idle device for itself would pay
-        for that for ever; and what anybody is further behind is lost, or who asks for little would save up."""
+        """`most`: seconds. What anybody is further ahead is forgiven, or whoever had an idle device for
+        itself would pay for that for ever; what anybody is further behind is lost, or who asks for
+        little would save up."""
         self.now = 0.0
         self.seconds = 0.0  # that a weight of 1 was served
         self._busy = self._idle = 0.0  # weights of those that have jobs, and of the others

@@ -225,9 +225,7 @@ def test_where_a_lost_engine_had_found_a_part_of_a_prompt_it_is_charged_for_the_
 def test_only_a_part_of_the_prompt_of_a_job_with_output_can_have_been_found(output: list[int], cached: int) -> None:
     with pytest.raises(InvalidRequest, match="cached_tokens"):
         params = SamplingParams(max_tokens=9)
-        toy().engine.add_job(
-            "job", [1, 2, 3], params, seed=0, vocab_size=VOCAB, output=output, cached_tokens=cached
-        )
+        toy().engine.add_job("job", [1, 2, 3], params, seed=0, vocab_size=VOCAB, output=output, cached_tokens=cached)
 
 
 def test_what_another_computes_while_a_job_waits_for_its_beginning_is_part_of_what_it_found() -> None:

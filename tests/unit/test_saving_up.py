@@ -1,4 +1,4 @@
-"""Nobody saves up service that it did not ask for: by always having a job, by an accomplice's, or beside an idle row."""
+"""Nobody saves up service that it did not ask for: by always having a job, or by an accomplice's."""
 
 from __future__ import annotations
 

@@ -45,9 +45,7 @@ def jobs_of(*tenants: str, tokens: int = 1) -> list[Job]:
     return jobs
 
 
-def chosen(
-    cost: CostModel, jobs: list[Job], limit: int = 100, away: Collection[Job] = ()
-) -> tuple[Shelter, list[Job]]:
+def chosen(cost: CostModel, jobs: list[Job], limit: int = 100, away: Collection[Job] = ()) -> tuple[Shelter, list[Job]]:
     """All that have time get rows, but those whose KV is `away`."""
     policy, taken = Fixed(), list[Job]()
     made = Shelter(cost, policy, DecodeRows(100, cost))
