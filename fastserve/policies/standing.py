@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -17,9 +17,9 @@ from .base import Policy
 _FEW_BATCHES: Final = 4
 
 # Slices by which a tenant may be ahead of the average, as ordinary bursts have it, and within its share; and by which
-# it can be at most.
+# it can be at most ahead of the average, or behind others.
 _BURST: Final = 4
-_MOST_AHEAD: Final = 64
+_MOST_APART: Final = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -51,7 +51,7 @@ class Standing:
         self.slice = slice_
         self.rows = rows
         self.smalls = 0  # how many are small
-        self.average = Average(_MOST_AHEAD * slice_)
+        self.average = Average(_MOST_APART * slice_)
         self._order: SortedDict = SortedDict()  # (beyond, slices, number) → tenant
         self._returning: list[tuple[float, int, Tenant]] = []  # heap: when each that is beyond its share may not be
 
@@ -77,6 +77,34 @@ class Standing:
         if tenant.service >= (tenant.slices + 1) * self.slice:
             self.displace(tenant)
             self.place(tenant)
+
+    def lift(self, waking: Sequence[Tenant], opened: Sequence[Tenant], waiting: Sequence[Tenant]) -> None:
+        """Some have jobs, or more of them, and nobody has saved up what it did not ask for.
+
+        waking   had no jobs when the latest order was made: they have been served as much as those that wait, at least
+        opened   all that had rows then: they have been served not much less
+        waiting  of whose jobs some had none. Where nobody waits, everybody has what it asks for and nobody is owed
+                 anything: then what whoever has been served most was served counts
+
+        That is the lift of VTC, which is of who has nothing waiting to the least of those that have. Start-time fair
+        queueing has all jobs of a burst go behind what others have begun, so that whoever asks for little waits. So who
+        had jobs all the time keeps what an ordinary burst takes, in seconds, whatever its weight.
+        """
+        for tenant in waking:
+            self.displace(tenant)
+        if waiting:
+            level = min(tenant.service for tenant in waiting)
+        else:
+            level = max(tenant.service for tenant in (self._most() or waking))
+        for tenant in waking:
+            tenant.service = max(tenant.service, level)
+            self.place(tenant)
+        for tenant in opened:
+            least = level - _MOST_APART * self.slice / tenant.weight
+            if tenant.service < least:
+                self.displace(tenant)
+                tenant.service = least
+                self.place(tenant)
 
     def look(self, tenant: Tenant) -> None:
         """It has another job, or one less."""
@@ -118,6 +146,12 @@ class Standing:
         places = {0, order.bisect_left((True,))}
         first: list[Tenant] = [order.peekitem(place)[1] for place in places if place < len(order)]
         return min(first, key=lambda tenant: tenant.slices)
+
+    def _most(self) -> list[Tenant]:
+        """Who has been served most, of those beyond their shares and of the others; none where there are none."""
+        order = self._order
+        places = {len(order), order.bisect_left((True,))}
+        return [order.peekitem(place - 1)[1] for place in places if place > 0]
 
     def in_order(self, sheltered: bool) -> Iterator[Tenant]:
         """By their service; where smaller ones are `sheltered`, those beyond their shares last."""
