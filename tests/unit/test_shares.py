@@ -209,6 +209,29 @@ def test_who_has_much_to_ask_and_was_served_more_is_beyond() -> None:
     assert beyond(policy) == "om" + "M" * 8, "others have caught up"
 
 
+@pytest.mark.parametrize(
+    ("jobs", "others", "beyond_share"), [(24, 1, True), (12, 1, True), (6, 1, False), (24, 4, False)]
+)
+def test_who_keeps_many_times_as_many_jobs_as_others_is_beyond(jobs: int, others: int, beyond_share: bool) -> None:
+    """A client of a few dozen connections, that never has jobs for more batches than a few."""
+    policy = by_tenant(rows=8.0)
+    many = add(policy, "many", range(jobs))
+    for name in ("ann", "bob", "cid"):
+        add(policy, name, range(others))
+    next(policy.iter_best(0.0))
+    served(policy, many[0], 100.0)
+    assert [job for job in policy.iter_best(0.0) if policy.beyond] == (many if beyond_share else [])
+    assert policy.is_sheltered(many[0]) is not beyond_share
+
+
+def test_of_two_tenants_nobody_is_the_usual_one() -> None:
+    policy = by_tenant(rows=8.0)
+    many, _ = add(policy, "many", range(24)), add(policy, "one", range(1))
+    next(policy.iter_best(0.0))
+    served(policy, many[0], 100.0)
+    assert not any(policy.beyond for _ in policy.iter_best(0.0))
+
+
 def test_weights_weigh() -> None:
     """Three quarters of the rows, of the time, and of what others are compared with."""
     policy = by_tenant(rows=4.0, many=3.0)
