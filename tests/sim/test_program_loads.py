@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import pairwise
+import tracemalloc
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,37 @@ def test_a_part_of_a_prompt_is_a_part_of_the_whole(job: SimJob, start: int, stop
         prompt[job.prompt_tokens]
 
 
+def test_tokens_are_what_they_were_in_earlier_releases() -> None:
+    """Splitmix64 of the identity's splitmix64, as many steps on as the token has places before it, in plain Python."""
+    word = 2**64 - 1
+
+    def mixed(state: int) -> int:
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & word
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & word
+        return state ^ state >> 31
+
+    job = SimJob(0.0, 40, 1, content=(7, 2**63 - 1, 9), content_block=16)
+    expected = [
+        2 + mixed(mixed(job.content[at // 16]) + (at % 16 + 1) * 0x9E3779B97F4A7C15 & word) % (VOCABULARY - 2)
+        for at in range(40)
+    ]  # fmt: skip
+    assert tokens_of(job) == expected
+    assert ContentPrompt(job, 2, VOCABULARY).array(13, 35).tolist() == expected[13:35]
+
+
+def test_of_a_long_part_only_what_is_asked_for_is_worked_out() -> None:
+    job = SimJob(0.0, 2**24, 1, content=(7,), content_block=2**24)
+    prompt = ContentPrompt(job, 2, VOCABULARY)
+    tracemalloc.start()
+    try:
+        tokens = prompt[2**23 : 2**23 + 16]
+        assert [prompt[2**23 + at] for at in range(16)] == tokens and len(set(tokens)) == 16
+        assert list(islice(prompt, 20)) == prompt[:20]
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+
+
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(8, 600))
 def test_equal_identities_are_equal_tokens_and_others_are_not(one: int, other: int, block: int) -> None:
     def tokens(*identities: int) -> list[int]:
@@ -282,14 +314,24 @@ def test_mooncakes_hashes_say_what_prompts_have_in_common(tmp_path: Path, spec: 
         (job.prompt_tokens, job.output_tokens) for job in jobs
     ]
     assert [job.arrival for job in read] == pytest.approx([job.arrival for job in jobs], abs=1.1e-3)
-    blocks = [[tuple(tokens_of(job)[: end + 512]) for end in range(0, job.prompt_tokens, 512)] for job in jobs]
-    by_hash: dict[int, tuple[int, ...]] = {}
+    blocks = [[(job.user, *tokens_of(job)[: end + 512]) for end in range(0, job.prompt_tokens, 512)] for job in jobs]
+    by_hash: dict[int, tuple[object, ...]] = {}
     for job, own in zip(read, blocks, strict=True):
         for identity, tokens in zip(job.content or (), own, strict=True):
             assert by_hash.setdefault(identity, tokens) == tokens
     assert len(set(by_hash.values())) == len(by_hash) == 1 + max(by_hash)
     keys = set(json.loads(path.read_text().splitlines()[0]))
     assert keys == {"timestamp", "input_length", "output_length", "hash_ids"}
+
+
+def test_users_have_no_hashes_in_common(tmp_path: Path) -> None:
+    jobs = [
+        SimJob(number, 1100, 1, user, content=(5, 6), content_block=600)
+        for number, user in enumerate(("ann", "bob", "ann", None, ""))
+    ]
+    write_mooncake(tmp_path / "x", jobs)
+    hashes = [job.content for job in read_trace(tmp_path / "x")]
+    assert hashes == [(0, 1, 2), (3, 4, 5), (0, 1, 2), (6, 7, 8), (6, 7, 8)], "without a user they are one tenant's"
 
 
 def test_a_trace_of_mooncakes_has_no_calls_that_wait(tmp_path: Path) -> None:
@@ -312,6 +354,22 @@ def test_a_trace_of_mooncakes_has_no_calls_that_wait(tmp_path: Path) -> None:
         ),
         ('{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": [true]}', "whole numbers.*got True$"),
         ('{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": "ab"}', "hash_ids must be a list"),
+        *(
+            (f'{{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": {ids}}}', f"hash_ids .* got {got}$")
+            for ids, got in (("0", "0"), ('""', "''"), ("{}", "{}"), ("false", "False"))
+        ),
+        *(
+            (
+                f'{{"arrival": 0, "prompt_tokens": 5, "output_tokens": 1, "{key}": "ann\\udc80"}}',
+                f"line 1: {key} must be valid Unicode, and has a lone surrogate at character 3$",
+            )
+            for key in ("user", "program")
+        ),
+        (
+            '{"arrival": 0, "prompt_tokens": 5, "output_tokens": 1, '
+            '"then": [{"prompt_tokens": 1, "output_tokens": 1, "user": "\\ud800"}]}',
+            "line 1: user must be valid Unicode",
+        ),
         (
             '{"arrival": 0, "prompt_tokens": 5, "output_tokens": 1, "content": [1], "content_block": 0}',
             "content_block must be between 1 and",
@@ -340,3 +398,10 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path.write_text(line + "\n")
     with pytest.raises(InvalidRequest, match=message):
         list(read_trace(path))
+
+
+@pytest.mark.parametrize("ids", ['"hash_ids": null', '"hash_ids": []', '"other": 0'])
+def test_nothing_may_be_known_of_a_prompt(tmp_path: Path, ids: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(f'{{"timestamp": 0, "input_length": 5, "output_length": 1, {ids}}}\n')
+    assert list(read_trace(path)) == [SimJob(0.0, 5, 1)]
