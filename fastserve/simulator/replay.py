@@ -3,8 +3,9 @@
     real run:  Engine(config, recorder, cost, link=link, clock=recorder.clock, on_iteration=recorder.on_iteration)
     replay:    replay(recorder.recording(), config, cost, link=link)
 
-Only times are taken from the recording (when jobs entered, when plans were submitted and completed), and what came back
-from the device: tokens, finished copies, failed rows. Who runs when, and in which blocks, is decided anew.
+Only times are taken from the recording (when jobs entered, when plans were submitted and completed), what jobs came
+with, such as the output of an engine that is lost, and what came back from the device: tokens, finished copies, failed
+rows. Who runs when, and in which blocks, is decided anew.
 """
 
 from __future__ import annotations
