@@ -56,6 +56,11 @@ class Average:
         return min(max(counter + seconds / weight, self.seconds - most), self.seconds + most)
 
     @property
+    def resting(self) -> int:
+        """How many had some lately, and have none now."""
+        return len(self._resting)
+
+    @property
     def weight(self) -> float:
         """Of all that count."""
         return self._busy + min(self._busy, self._idle)

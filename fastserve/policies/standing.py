@@ -192,7 +192,8 @@ class Standing:
         jobs, sizes = len(tenant.policy), self._sizes
         if jobs > _FEW_BATCHES * self.rows:
             return False
-        if len(sizes) < 3 or jobs <= self.rows_of(tenant):  # of two, nobody is the usual one
+        lately = len(sizes) + self.average.resting
+        if lately < 3 or len(sizes) < 2 or jobs <= self.rows_of(tenant):  # of two, nobody is the usual one
             return True
         return tenant.size < _MANY_TIMES * sizes[(len(sizes) - 1) // 2]
 

@@ -224,12 +224,17 @@ def test_who_keeps_many_times_as_many_jobs_as_others_is_beyond(jobs: int, others
     assert policy.is_sheltered(many[0]) is not beyond_share
 
 
-def test_of_two_tenants_nobody_is_the_usual_one() -> None:
+@pytest.mark.parametrize("lately", [False, True])
+def test_of_two_tenants_nobody_is_the_usual_one(lately: bool) -> None:
+    """But those that had jobs lately are tenants too: people think between their calls."""
     policy = by_tenant(rows=8.0)
     many, _ = add(policy, "many", range(24)), add(policy, "one", range(1))
+    if lately:
+        for job in add(policy, "thinks", range(1)):
+            policy.remove(job)
     next(policy.iter_best(0.0))
     served(policy, many[0], 100.0)
-    assert not any(policy.beyond for _ in policy.iter_best(0.0))
+    assert any([policy.beyond for _ in policy.iter_best(0.0)]) is lately
 
 
 def test_weights_weigh() -> None:
