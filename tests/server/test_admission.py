@@ -264,6 +264,73 @@ def test_a_deadline_holds_while_the_engine_is_silent(monkeypatch: pytest.MonkeyP
     run(scenario, held=True)
 
 
+def test_a_prompt_that_may_be_cached_is_not_refused() -> None:
+    """Of 60 tokens, which take 1.6 s, all but the last block of 16 may be there; 1.12 s are left of it."""
+
+    async def scenario(world: World) -> None:
+        body = {**PLAIN, "prompt": "abcdef" * 10, "max_tokens": 1}
+        await world.post(PATH, {**body, "timeout": 1.5}, status=408)
+        world.engine.info.update(enable_prefix_caching=True, block_size=16)
+        await world.post(PATH, {**body, "timeout": 1.5})
+        error = await world.refuse(PATH, {**body, "timeout": 1.1}, status=408)
+        assert "at least 1.12 s" in error["message"]
+        world.engine.info.update(enable_prefix_caching=False)
+        await world.post(PATH, {**body, "timeout": 1.5}, status=408)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("timeout", [100.0, 1.5])
+def test_what_the_engine_has_of_a_prompt_leaves_time_to_start(monkeypatch: pytest.MonkeyPatch, timeout: float) -> None:
+    """Nothing at first, then 16 tokens, then 48, then no more; 1.5 s would not do for the whole prompt."""
+
+    async def scenario(world: World) -> None:
+        world.engine.info.update(enable_prefix_caching=True, block_size=16)
+        monkeypatch.setattr(world.service, "listing_age", 0.0)
+        clock = Clock(monkeypatch)
+        (task,) = await send(world, 1, prompt="abcdef" * 10, timeout=timeout, max_tokens=1)
+        (job,) = world.engine.opened
+        for found in (16, 48, 48):
+            job.found = found
+            assert not task.done()
+            await clock.pass_one()
+            for _ in range(20):
+                await asyncio.sleep(0)
+        response = await task
+        assert response.status_code == 504 and "had not started" in response.json()["error"]["message"]
+
+    run(scenario, held=True)
+
+
+def test_a_prompt_that_might_be_cached_and_is_not_is_dropped_when_the_engine_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(world: World) -> None:
+        world.engine.info.update(enable_prefix_caching=True, block_size=16)
+        clock = Clock(monkeypatch)
+        (task,) = await send(world, 1, prompt="abcdef" * 10, timeout=1.5, max_tokens=1)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert min(seconds for seconds, _ in clock.sleeps) < 0.3  # as soon as it knows the job
+        await clock.pass_one()
+        assert (await task).status_code == 504
+
+    run(scenario, held=True)
+
+
+def test_a_cached_prompt_that_starts_later_than_it_could_uncached_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(world: World) -> None:
+        world.engine.info.update(enable_prefix_caching=True, block_size=16)
+        clock = Clock(monkeypatch)
+        (task,) = await send(world, 1, prompt="abcdef" * 10, timeout=100, max_tokens=1)
+        world.engine.opened[0].found = 48
+        await clock.pass_one()  # the whole prompt would be too late
+        world.engine.release()
+        assert (await task).status_code == 200
+
+    run(scenario, held=True)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_job_whose_time_is_over_is_ended(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     async def scenario(world: World) -> None:
