@@ -185,9 +185,7 @@ class Call:
         if not known or any(state.running or state.computed_tokens for state in known.values()):
             return None
         cachable = self._service.admission.cachable
-        return {
-            job.key: known[job.key].in_cache if job.key in known else cachable(job.prompt) for job in self.jobs
-        }
+        return {job.key: known[job.key].in_cache if job.key in known else cachable(job.prompt) for job in self.jobs}
 
     def _too_late(self, what: str) -> ApiError:
         return ApiError(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from http_world import World, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from http_world import World, run
 from statuses import status
 from test_metrics import page_of
 from toy import Clock

@@ -189,9 +189,7 @@ class ToyEngine:
         return [
             (
                 job,
-                JobStatus(
-                    job.key, 0, False, "none", len(job.prompt), 0, len(job.output), 9, 0.0, 0.0, 0, 0, job.found
-                ),
+                JobStatus(job.key, 0, False, "none", len(job.prompt), 0, len(job.output), 9, 0.0, 0.0, 0, 0, job.found),
             )
             for job in self.open_jobs.values()
         ]

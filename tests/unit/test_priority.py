@@ -14,6 +14,7 @@ from unit_server import COST, UnitServer, unit_job
 from fastserve.config import SchedulerConfig
 from fastserve.policies import POLICIES, Policy, create_policy
 from fastserve.policies.fcfs import FirstComeFirstServed
+from fastserve.policies.gittins import Gittins
 from fastserve.policies.mlfq import MultiLevelFeedbackQueue
 from fastserve.policies.priority import ByPriority
 from fastserve.policies.queue import JobQueue
@@ -192,17 +193,24 @@ class TwoPolicies(UnitServer):
     def __init__(self, name: str, draw: random.Random, batch: int) -> None:
         limits = {"starvation_limit": draw.choice([None, 9.0]), "slowdown_limit": draw.choice([None, 2.0])}
         config = SchedulerConfig(policy=name, num_levels=5, **limits)  # type: ignore[arg-type]
-        self.draw = draw
-        lengths = [POLICIES[name](config, COST, Programs()) for _ in range(2)]
+        makes = [POLICIES[name](config, COST, Programs()) for _ in range(2)]
+        if name == "gittins" and draw.random() < 0.7:
+            for make in makes:
+                made = make()
+                assert isinstance(made, Gittins)
+                for number in range(4000):
+                    made._lengths.ended(0, 2 + number % 3 * 5)
+                assert made._lengths.learned
 
         def whole() -> Policy:
-            made = lengths[1]()
+            made = makes[1]()
             if isinstance(made, MultiLevelFeedbackQueue):
                 made._levels = [JobQueue() for _ in made._levels]
             return made
 
-        super().__init__(ByPriority(lengths[0]), batch)
-        self.reference = UnitServer(Reference(whole), batch)
+        lumped = draw.random() < 0.5
+        super().__init__(ByPriority(makes[0]), batch, lumped=lumped)
+        self.reference = UnitServer(Reference(whole), batch, lumped=lumped)
 
     def check(self, jobs: list[Job], others: list[Job]) -> None:
         mine, its, now = self.policy, self.reference.policy, self.now
@@ -307,6 +315,24 @@ def test_an_order_asks_only_those_whose_jobs_are_looked_at() -> None:
     assert (server.work_ahead(jobs[500], 0.0), server.backlog(0.0), len(server)) == (500.0, 1000.0, 1000)
     assert list(server.iter_tier(1)) == [jobs[700]]
     assert len(asked) < 30
+
+
+def test_who_is_served_after_its_order_is_told_the_share_of_the_latest() -> None:
+    shares: list[float] = []
+
+    class Told(FirstComeFirstServed):
+        def on_service(self, job: Job, seconds: float, now: float) -> None:
+            shares.append(self.share)
+
+    server = ByPriority(Told)
+    jobs = [unit_job(i, 0.0, 1, 2, priority=i) for i in range(2)]
+    for job in jobs:
+        server.add(job, 0.0)
+    assert list(server.iter_best(0.0)) == jobs
+    server.share = 0.5
+    assert next(server.iter_best(1.0)) is jobs[0]
+    server.on_service(jobs[1], 1.0, 1.0)
+    assert shares == [0.5]
 
 
 def test_levels_without_jobs_cost_nothing() -> None:
