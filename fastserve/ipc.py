@@ -188,6 +188,7 @@ class JobStatus(msgspec.Struct, array_like=True, gc=False):
     waiting: float  # seconds since it last ran
     preemptions: int
     cached_tokens: int = 0  # of the prompt, found in the cache when it first ran
+    in_cache: int = 0  # of a job that waits, the first tokens that it would find there now
 
 
 class Jobs(Message):

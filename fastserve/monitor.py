@@ -117,6 +117,7 @@ class Monitor:
                     waiting=_waiting(job, now),
                     preemptions=job.metrics.preemptions,
                     cached_tokens=job.metrics.cached_tokens,
+                    in_cache=job.cached,
                 )
             )
         return Jobs(query, listed)

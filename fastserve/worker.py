@@ -184,11 +184,11 @@ class Worker:
     def _update(self, job: Job, token: int | None) -> Update:
         logprobs = job.logprobs[-1] if job.logprobs and token is not None else None
         reason = job.finish_reason
+        cached = job.metrics.cached_tokens if len(job.output) == 1 else 0
         if reason is None:
-            cached = job.metrics.cached_tokens if len(job.output) == 1 else 0
             return Update(int(job.job_id), token, logprobs, None, None, None, cached)
         self._monitor.ended(job)
-        return Update(int(job.job_id), token, logprobs, reason.value, job.error, job.metrics)
+        return Update(int(job.job_id), token, logprobs, reason.value, job.error, job.metrics, cached)
 
     def _submitting(self, plan: BatchPlan) -> None:
         self._monitor.on_submit(plan)

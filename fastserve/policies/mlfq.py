@@ -21,6 +21,9 @@ SPENT: Final = 1e-9
 # the batch change all the time. One promoted for starvation gets the paper's single one.
 PROMOTED_QUANTA: Final = 8
 
+# In place of each level's queue until there is a job for it: most of many small policies' levels never have one.
+_EMPTY: Final = JobQueue()
+
 
 @dataclass(slots=True)
 class _Place:
@@ -67,7 +70,7 @@ class MultiLevelFeedbackQueue(Policy):
         self._quanta = [math.ldexp(quantum, level) for level in range(num_levels)]
         self._skip_join = skip_join
         self._solo = (quantum + shared) / quantum  # solo seconds of decodes that are charged one
-        self._levels = [JobQueue() for _ in range(num_levels)]
+        self._levels = [_EMPTY] * num_levels
         self._places: dict[Job, _Place] = {}
         self._work_above: dict[int, float] = {}  # by level; forgotten when a job changes its level
         self._deadlines = Deadlines(
@@ -193,6 +196,8 @@ class MultiLevelFeedbackQueue(Policy):
     def _enter(self, job: Job, level: int, quantum: float, now: float) -> None:
         place = self._places[job]
         place.level, place.quantum = level, quantum
+        if self._levels[level] is _EMPTY:
+            self._levels[level] = JobQueue()
         self._levels[level].append(job, quantum)
         self._work_above.clear()
         if level > 0:

@@ -96,6 +96,8 @@ class Admission:
     ) -> None:
         """Raises ApiError, 408, for a `timeout` that the job would miss on an engine of its own; `spent` is over.
 
+        Of its prompt the engine is taken to have in its cache what it can: what it does have may change until then.
+
         Under fcfs, which lets nobody overtake, it would miss it with the wait for a place, too.
         """
         needs = spent + max(self.solo_seconds(prompt, params) for prompt in prompts)
@@ -113,7 +115,8 @@ class Admission:
         )
 
     def solo_seconds(self, prompt: Sequence[int], params: SamplingParams) -> float:
-        """The least a job takes, by the engine's cost model: its prefill, and those tokens it cannot do without."""
+        """The least a job takes, by the engine's cost model: of its prefill what no cache saves, and those tokens it
+        cannot do without."""
         cost = self._cost_model()
         if cost is None:
             return 0.0
@@ -121,7 +124,19 @@ class Admission:
         if params.ignore_eos and not params.stop and not params.stop_token_ids and params.max_tokens is not None:
             tokens = params.max_tokens
         tokens = min(tokens, self._engine.max_model_len - len(prompt))
-        return cost.prefill_seconds(0, len(prompt)) + max(0, tokens - 1) * cost.decode_seconds(len(prompt))
+        prefill = self.prefill_seconds(prompt, self.cachable(prompt))
+        return prefill + max(0, tokens - 1) * cost.decode_seconds(len(prompt))
+
+    def prefill_seconds(self, prompt: Sequence[int], cached: int) -> float:
+        """What a prompt takes of which the engine has the first `cached` tokens; 0 where it tells no cost model."""
+        cost = self._cost_model()
+        return 0.0 if cost is None else cost.prefill_seconds(cached, len(prompt) - cached)
+
+    def cachable(self, prompt: Sequence[int]) -> int:
+        """Tokens at the beginning of a prompt that an engine may have in its cache: whole blocks, and not the last."""
+        info = self._engine.info
+        size = int(info.get("block_size", 0)) if info.get("enable_prefix_caching") else 0
+        return (len(prompt) - 1) // size * size if size else 0
 
     def queue_seconds(self) -> float:
         """Until the last job to enter has a place, where nobody overtakes."""

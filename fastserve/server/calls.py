@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from starlette.types import Receive
@@ -140,12 +140,26 @@ class Call:
         self.interrupt(None)
 
     async def _keep_start(self, deadline: float) -> None:
-        """A job whose prefill alone would now be too late is dropped before it."""
-        latest = deadline - max(map(self._prefill_seconds, self.jobs), default=0.0)
-        if latest > time.monotonic():
-            await asyncio.sleep(latest - time.monotonic())
-            if not any(job.output for job in self.jobs) and not await self._has_started():
+        """A job whose prefill alone would now be too late is dropped before it.
+
+        How much of its prompt is in the cache is asked for when that matters, again while it gets more.
+        """
+        admission, now = self._service.admission, time.monotonic()
+        last = self._latest_start(deadline, {job.key: admission.cachable(job.prompt) for job in self.jobs})
+        # The engine may not know it yet: at once would be too soon.
+        look = min(last, max(self._latest_start(deadline, {}), now + self._service.listing_age))
+        if last <= now:
+            return
+        while True:
+            await asyncio.sleep(look - time.monotonic())
+            cached = None if any(job.output for job in self.jobs) else await self._cached_of_waiting()
+            if cached is None:
+                return
+            latest = self._latest_start(deadline, cached)
+            if latest <= look:
                 self.interrupt(self._too_late("had not started when it had to"))
+                return
+            look = max(latest, look + self._service.listing_age)  # what was said before would only be heard again
 
     async def _keep_deadline(self, deadline: float) -> None:
         """Any job is, when its time is over; nobody is asked for that, as an engine may be slow to answer."""
@@ -153,20 +167,25 @@ class Call:
         tokens = sum(len(job.output) for job in self.jobs)
         self.interrupt(self._too_late(f"had {tokens} tokens when its time was over"))
 
-    def _prefill_seconds(self, job: OpenJob) -> float:
-        return self._service.admission.solo_seconds(job.prompt, SamplingParams())
+    def _latest_start(self, deadline: float, cached: Mapping[int, int]) -> float:
+        """By when all jobs have to start; `cached`: of their prompts, by key, where any of it is."""
+        seconds = self._service.admission.prefill_seconds
+        return deadline - max((seconds(job.prompt, cached.get(job.key, 0)) for job in self.jobs), default=0.0)
 
-    async def _has_started(self) -> bool:
-        """Whether the engine has computed anything of it; True where nobody can tell."""
+    async def _cached_of_waiting(self) -> Mapping[int, int] | None:
+        """What the engine has in its cache of each job's prompt; None where it has begun any, or nobody can tell."""
         try:
             states = await self._service.job_states()
         except EngineUnavailable:
-            return True
+            return None
         engines = self._service.engine.engines
-        if not any(engines[job.engine].ready for job in self.jobs):  # being restarted: a prefill under way is lost
-            return False
-        known = [states[job.key] for job in self.jobs if job.key in states]
-        return not known or any(state.running or state.computed_tokens for state in known)
+        if not any(engines[job.engine].ready for job in self.jobs):  # being restarted: all is lost
+            return {}
+        known = {job.key: states[job.key] for job in self.jobs if job.key in states}
+        if not known or any(state.running or state.computed_tokens for state in known.values()):
+            return None
+        cachable = self._service.admission.cachable
+        return {job.key: known[job.key].in_cache if job.key in known else cachable(job.prompt) for job in self.jobs}
 
     def _too_late(self, what: str) -> ApiError:
         return ApiError(

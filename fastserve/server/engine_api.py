@@ -57,6 +57,10 @@ class OpenJob(Protocol):
         """Why, where finish_reason is error."""
 
     @property
+    def cached_tokens(self) -> int | None:
+        """Of its prompt, found in the cache when it first ran; None: no engine has told, as it does with a token."""
+
+    @property
     def metrics(self) -> JobMetrics | None:
         """Once it has ended."""
 

@@ -89,7 +89,7 @@ class OpenJob:
         self.finished: float | None = None
 
         self.inherited = 0.0  # seconds that earlier calls of its program were served
-        self.cached_tokens = 0  # of its prompt, that the engine found which put out the first token
+        self.cached_tokens: int | None = None  # of its prompt, that the engine found which put out the first token
         self.engine = 0  # the number of the one that it is on
         self.pieces: Sequence[int] = ()  # of its prompt, where there are several (affinity.py)
 

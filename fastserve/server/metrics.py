@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -191,8 +192,11 @@ class _EngineCollector(Collector):
         text = "Modelled seconds of service; the largest tenants have names."
         family = CounterMetricFamily("fastserve:tenant_service_seconds", text, labels=("model_name", "tenant"))
         tenants = self._engine.tenants
-        for name, seconds in tenants.seconds().items():
-            family.add_metric((self._model, tenants.label(name)), seconds)
+        labelled: defaultdict[str, float] = defaultdict(float)
+        for name, seconds in tenants.seconds().items():  # two users may have one hash
+            labelled[tenants.label(name)] += seconds
+        for label, seconds in labelled.items():
+            family.add_metric((self._model, label), seconds)
         return family
 
     @property

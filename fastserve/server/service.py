@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping
+from typing import Final
 
 from ..ipc import JobStatus
 from ..tokenizer import Tokenizer
@@ -21,16 +22,17 @@ from .record import TraceRecord
 from .regret import Regret
 from .settings import ServerSettings
 
-_LISTING_AGE = 0.25  # seconds that what the engine said of its jobs is good for
-
 
 class Service:
     """One model, served. Belongs to one event loop."""
+
+    listing_age: Final = 0.25  # seconds that what the engine said of its jobs is good for
 
     def __init__(self, settings: ServerSettings, engine: EngineClient, tokenizer: Tokenizer | None) -> None:
         """Raises InvalidRequest where there is a record to be written, and it cannot be."""
         self.settings = settings
         self.engine = engine
+        engine.tenants.keyed = bool(settings.api_key)
         self.tokenizer = tokenizer
         self.admission = Admission(engine, settings.max_queue, self._reclaim)
         self.created = int(time.time())
@@ -98,7 +100,7 @@ class Service:
     async def job_states(self) -> Mapping[int, JobStatus]:
         """What the engine said of its jobs lately, by key. Raises EngineUnavailable."""
         now = time.monotonic()
-        if now - self._listing[0] > _LISTING_AGE:
+        if now - self._listing[0] > self.listing_age:
             self._listing = (now, {job.key: status for job, status in await self.engine.list_jobs()})
         return self._listing[1]
 

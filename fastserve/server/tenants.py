@@ -55,6 +55,7 @@ class TenantService:
         self._others = 0.0
         self._others_lately = _Lately(clock())
         self._key = secrets.token_bytes(32)
+        self.keyed = True  # whether names begin with API keys; else anybody may take any name
 
     def said(self, tenants: Iterable[TenantStatus]) -> None:
         """What an engine did for tenants since it said so last."""
@@ -88,7 +89,7 @@ class TenantService:
 
         Where there are no keys, anybody may see who asks for what.
         """
-        if not (key := key_of(tenant)):
+        if not self.keyed or not (key := key_of(tenant)):
             return tenant
         user = tenant.removeprefix(f"{key}/")
         return f"{key}/{hashlib.blake2b(user.encode(), key=self._key).hexdigest()[:_DIGITS]}" if user else key

@@ -23,10 +23,8 @@ def cached(jobs: Sequence[OpenJob], n: int) -> dict[str, Any] | None:
 
     Of the answers to one prompt the first tells what was there before the request; the others find what it computed.
     """
-    first = [job.metrics for job in jobs[::n]]
-    if None in first:
-        return None
-    return {"cached_tokens": sum(metrics.cached_tokens for metrics in first if metrics is not None)}
+    found = [job.cached_tokens for job in jobs[::n]]
+    return None if None in found else {"cached_tokens": sum(filter(None, found))}
 
 
 def final_usage(prompt_tokens: int, jobs: Sequence[OpenJob], n: int) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from stand_in import CONTEXT, VOCAB, Options
 from fastserve.ipc import Abort, Ready, Step, ToEngine, Update
 from fastserve.origin import NOBODY
 from fastserve.server.router import Router
-from fastserve.types import FinishReason, InvalidRequest, SamplingParams
+from fastserve.server.usage import cached, final_usage
+from fastserve.types import FinishReason, InvalidRequest, JobMetrics, SamplingParams
 
 
 class Poison(AnyOrder):
@@ -189,6 +190,27 @@ def test_resubmission_brings_what_the_first_engine_found_in_its_cache() -> None:
     world.start()
     (add,) = (to_engine.decode(message) for message in world.inbox)
     assert (add.output, add.cached_tokens) == ([9, 9], 1)
+
+
+@pytest.mark.parametrize("told", [1, 8])
+def test_usage_tells_what_the_engine_found_that_put_out_the_first_token(told: int) -> None:
+    """Whether that is the last token, too; and whatever engines found before and after."""
+    world = World(Options())
+    job = world.open(1, PLAIN)
+    assert cached([job], 1) is None
+    world.start()
+    world.die(heard=0)  # before any token
+    for number in range(told):
+        world.start()
+        assert job.ticket is not None
+        ends = number == told - 1
+        metrics = JobMetrics(0.0, cached_tokens=1 - told // 8) if ends else None
+        update = Update(job.ticket, 9, None, "length" if ends else None, None, metrics, int(number == 0))
+        world.router.engine_said(0, Step([update], None))
+        if not ends:
+            world.die(heard=0)
+    assert job.finish_reason == "length" and job.metrics is not None
+    assert final_usage(2, [job], 1)["prompt_tokens_details"] == {"cached_tokens": 1}
 
 
 def test_what_was_said_about_an_earlier_submission_is_not_heard() -> None:

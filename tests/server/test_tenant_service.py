@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from http_world import World, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from statuses import status
@@ -85,6 +86,35 @@ def test_names_for_those_without_a_key() -> None:
     assert hashed.startswith("key 0/") and len(hashed) == len("key 0/") + 8 and "ann" not in hashed
     assert hashed == service.label(named(0, "ann@example.org")) != service.label(named(0, "bob@example.org"))
     assert hashed != other.label(named(0, "ann@example.org"))
+
+
+def series(page: str) -> list[str]:
+    return [line.rpartition(" ")[0] for line in page.splitlines() if line.startswith("fastserve:tenant_service")]
+
+
+def test_without_keys_names_are_as_they_are_and_no_two_alike() -> None:
+    async def scenario(world: World) -> None:
+        names = ("key 0", "key 0/", "key 0/ann", "ann", OTHERS, "")
+        said(world.engine.tenants, **dict.fromkeys(names, 1.0))
+        text = (await world.client.get("/metrics")).text
+        told = series(text)
+        assert len(told) == len(set(told)) == len(names)  # who is called as the others are is one of them
+        assert all(f'tenant="{name}"' in "".join(told) for name in names)
+
+    run(scenario)
+
+
+def test_users_of_a_key_whose_hashes_are_alike_are_one_series(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastserve.server.tenants._DIGITS", 0)
+
+    async def scenario(world: World) -> None:
+        said(world.engine.tenants, **{"key 0/": 1.0, "key 0/ann": 2.0, "key 0/bob": 3.0})
+        text = (await world.client.get("/metrics")).text
+        told = series(text)
+        assert len(told) == len(set(told)) == 3  # nobody in particular, the users, and the others
+        assert 'tenant="key 0/"} 5.0' in text and "ann" not in text
+
+    run(scenario, api_key=("k",))
 
 
 def test_tenants_on_the_page() -> None:

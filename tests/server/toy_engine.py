@@ -52,6 +52,10 @@ class ToyJob:
     def text(self) -> str:
         return self._text.text
 
+    @property
+    def cached_tokens(self) -> int | None:
+        return self.found if self.output else None
+
     async def news(self) -> None:
         self.taken.set()
         await self._changed.wait()
@@ -183,7 +187,10 @@ class ToyEngine:
 
     async def list_jobs(self) -> Sequence[tuple[ToyJob, JobStatus]]:
         return [
-            (job, JobStatus(job.key, 0, False, "none", len(job.prompt), 0, len(job.output), 9, 0.0, 0.0, 0))
+            (
+                job,
+                JobStatus(job.key, 0, False, "none", len(job.prompt), 0, len(job.output), 9, 0.0, 0.0, 0, 0, job.found),
+            )
             for job in self.open_jobs.values()
         ]
 

@@ -193,7 +193,8 @@ def test_the_cache_in_figures() -> None:
     job.metrics.cached_tokens = 3
     status = toy.status()
     assert (status.prefix_queries, status.prefix_hits, status.evicted_blocks, status.programs) == (30, 20, 4, 1)
-    assert toy.monitor.jobs(toy.engine, 1, 0.0).jobs[0].cached_tokens == 3
+    (told,) = toy.monitor.jobs(toy.engine, 1, 0.0).jobs
+    assert (told.cached_tokens, told.in_cache) == (3, 0)
     while toy.engine.has_work:
         toy.engine.step()
     assert toy.status().programs == 1, "it is thinking"

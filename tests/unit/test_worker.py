@@ -193,6 +193,8 @@ def test_what_was_found_in_the_cache_is_told_with_the_first_token_and_outlasts_t
         server.tell(message := add(key, [5] * 40))
         (updates,) = server.follow(key).values()
         assert [update.cached_tokens for update in updates] == [32 * (key == 2), *[0] * 7]
+    server.tell(add(4, [5] * 40, max_tokens=1))
+    assert [update.cached_tokens for update in server.follow(4)[4]] == [32]
     server.tell(Add(3, [5] * 40, message.params, 7, 0, 0.0, expected(message)[:3], cached_tokens=16))
     (updates,) = server.follow(3).values()
     assert [update.cached_tokens for update in updates] == [0] * 5

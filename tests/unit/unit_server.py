@@ -51,6 +51,12 @@ class UnitServer:
                 self.add(waiting.pop())
             self.step()
 
+    def abort(self, job: Job) -> None:
+        """End a job that was not in the last iteration."""
+        self.policy.remove(job)
+        self._unreported.pop(job, None)
+        self._live -= 1
+
     def step(self) -> list[Job]:
         """One iteration; returns who ran."""
         best = self.policy.iter_best(self.now)
