@@ -195,7 +195,8 @@ class Standing:
         lately = len(sizes) + self.average.resting
         if lately < 3 or len(sizes) < 2 or jobs <= self.rows_of(tenant):  # of two, nobody is the usual one
             return True
-        return tenant.size < _MANY_TIMES * sizes[(len(sizes) - 1) // 2]
+        usual: float = sizes[(len(sizes) - 1) // 2]
+        return tenant.size < _MANY_TIMES * usual
 
     def _ahead(self, tenant: Tenant) -> float:
         """Slices that it was served more than the average."""
