@@ -233,7 +233,7 @@ def record_and_replay(model: str, jobs: int, seed: int, threads: int) -> dict[st
         "plans_identical": len(recording.outcomes),  # else ReplayDiverged was raised
         "plans_with_copies": sum(record.copied_blocks > 0 for record in records),
         "copied_blocks": sum(record.copied_blocks for record in records),
-        "preemptions": sum(job.metrics.preemptions for _, job in recording.entries),
+        "preemptions": sum(entry.job.metrics.preemptions for entry in recording.entries),
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 from typing import Any
 
 from openai import OpenAI
@@ -40,13 +41,15 @@ def main(url: str) -> None:
         print(f"--- {question} ({found})\n{text.strip()}\n")
 
     # An agent says which calls are its own: together they are one job to the scheduler, and its KV is kept while it
-    # thinks. The salt keeps what it works on from all who do not know it.
+    # thinks. Every run draws a new name: under an old one it would be taken for more of the same. The salt keeps what
+    # it works on from all who do not know it.
+    agent = f"agent-{uuid.uuid4()}"
     steps: list[Any] = []
     for step in ("Plan a day at the sea. First: the morning.", "Next: the afternoon.", "Last: the evening."):
         steps.append({"role": "user", "content": step})
-        text, found = answer(client, model, steps, program_id="agent-1", cache_salt="only-ours")
+        text, found = answer(client, model, steps, program_id=agent, cache_salt="only-ours")
         steps.append({"role": "assistant", "content": text})
-        print(f"--- agent-1, {step} ({found})\n{text.strip()}\n")
+        print(f"--- {agent}, {step} ({found})\n{text.strip()}\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ finds out in its turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Set
 from typing import Final
 
 from .charges import Charges
@@ -24,6 +25,8 @@ from .types import Job
 
 # Times that a batch is chosen anew because room was made at once.
 _PASSES: Final = 3
+
+_NOBODY: Final[Set[Job]] = frozenset()
 
 
 class Batches:
@@ -129,8 +132,9 @@ class Batches:
         growers = {batch.jobs[row] for row in growing}
         self._barred.clear()
         self._fetched.clear()
+        several = self._policy.several
         for _ in range(_PASSES):
-            shelter = Shelter(self._cost, self._policy, batch)
+            shelter = Shelter(self._cost, self._policy, batch) if several else None
             chosen = self._select(batch, growers, shelter, now)
             held = batch.blocks(size) + sum([blocks.held(job.index) for job in chosen.prefills])
             moves = self.swapping.plan(self._mark, held, chosen.last, now)
@@ -150,10 +154,12 @@ class Batches:
                 self._preempt(job, now)
         self.changed(self._charges.tell_all(now))
         batch.prefills = [job for job in chosen.prefills if job.mark == mark]
-        if self._policy.several:  # the time that there is for prompts is first of all for those who ask for little
+        if shelter is None:
+            batch.beyond, batch.spare, batch.at_once = _NOBODY, math.inf, None
+        else:  # the time that there is for prompts is first of all for those who ask for little
             batch.prefills.sort(key=self._policy.is_small, reverse=True)
-        batch.beyond, batch.spare = shelter.prefills, shelter.spare
-        batch.at_once = self._at_once(batch.prefills, chosen.last) if self._policy.several else None
+            batch.beyond, batch.spare = shelter.prefills, shelter.spare
+            batch.at_once = self._at_once(batch.prefills, chosen.last)
         for job in chosen.joins:
             if job.mark == mark:
                 batch.add(job, blocks.held(job.index) * size, self._policy.horizon(job))
@@ -167,7 +173,7 @@ class Batches:
             return set()
         return {job for job in prefills if self._policy.is_small(job)}
 
-    def _select(self, batch: DecodeRows, growers: set[Job], shelter: Shelter, now: float) -> Selection:
+    def _select(self, batch: DecodeRows, growers: set[Job], shelter: Shelter | None, now: float) -> Selection:
         self._mark += 1
         return select(
             batch,

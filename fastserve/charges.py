@@ -41,12 +41,13 @@ class Charges:
     def resumed(self, job: Job) -> None:
         """A job that a lost engine left with some output.
 
-        What it had been served counts as served, so it is not charged for what is computed again, and a policy that
-        goes by service has it about where it was; but it joins by all that has to be computed.
+        What it had been served counts as served, without what that engine found in its cache, so it is not charged for
+        what is computed again, and a policy that goes by service has it where it was; but it joins by all that has to
+        be computed.
         """
-        prompt = len(job.prompt)
+        prompt, found = len(job.prompt), job.metrics.cached_tokens
         contexts = np.arange(prompt + 1, job.known, dtype=np.int32)  # of the tokens behind the first
-        job.attained = self._cost.prefill_charge(0, prompt) + float(self._cost.decode_each(contexts).sum())
+        job.attained = self._cost.prefill_seconds(found, prompt - found) + float(self._cost.decode_each(contexts).sum())
         job.charged = max(0.0, job.attained - (1 + len(contexts)) * self._shared)
         job.served = job.known - 1
         job.next_seconds = self._prefill_seconds(job, job.cached, job.known)

@@ -94,8 +94,8 @@ class SchedulerConfig:
     admission: str = "paged"  # a job starts when its prompt fits; "reserve": when prompt and longest output do (Orca)
     num_host_blocks: int = 0  # KV blocks in host memory, for swapping
     swap_mode: str = "proactive"  # when memory runs out: move KV ahead of need, "reactive": on need, or "recompute" it
-    # A job keeps its KV until served this many times what bringing it back costs. 0, as in the paper: jobs that take
-    # turns may do nothing but bring it back, for as long as they do.
+    # A job keeps its KV until served this many times what bringing it back costs. 0, as in the paper: until it was
+    # served at all, so that jobs that take turns may bring it back for a token each, for as long as they do.
     repayment: float = 16.0
     enable_prefix_caching: bool = True  # whether jobs share the KV of what they have in common
     tenant_weights: Mapping[str, float] = field(default_factory=dict)  # of a tenant's share; 1 for those not named

@@ -8,7 +8,7 @@ iteration does to all of them is a handful of array operations instead of a loop
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class DecodeRows:
         self.jobs: list[Job] = []
         self.prefills: list[Job] = []  # the other members of the batch: they have more than one token to compute
         self.at_once: set[Job] | None = None  # those of them that do not wait for others' gaps; None: see Chunks
-        self.beyond: set[Job] = set()  # those that are beyond their tenants' shares, and ...
+        self.beyond: Set[Job] = frozenset()  # those that are beyond their tenants' shares, and ...
         self.spare = math.inf  # ... the seconds of an iteration that they may take together
         self.version = -1  # of the decision that made the batch
         self.stop_tokens: frozenset[int] = frozenset()  # tokens that end one job or another, those that left included

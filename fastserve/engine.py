@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from operator import index
 
-from .config import SchedulerConfig
+from .config import SchedulerConfig, check_integer
 from .cost import Cost, Link
 from .integrity import check_integrity
 from .planning import Iteration
@@ -89,6 +89,7 @@ class Engine:
         output: Sequence[int] = (),
         waiting_since: float | None = None,
         inherited: float = 0.0,
+        cached_tokens: int = 0,
     ) -> Job:
         """Queue one prompt for one output (`params.n` is the caller's business). `arrival` is on the engine's clock.
 
@@ -98,11 +99,12 @@ class Engine:
         `output` is what an engine that is lost had put out already: the job goes on behind it, with the tokens that
         the other engine would have sampled next. Updates, logprobs and metrics are of what comes from here on.
         `waiting_since`: when that engine had put out the last of it (None: now), for policies that let nobody starve.
+        `cached_tokens`: of the prompt, what it had found in its cache, which is never charged.
         `inherited`: modelled seconds that earlier calls of the program were served, in other engines, too.
 
         Raises InvalidRequest, before anything changes, for an empty prompt or one that fills the context, a token id
         outside the vocabulary, an id in use, min_tokens where every token is a stop token, an output that is complete,
-        and a job that can never fit in the KV pool.
+        cached tokens of a job without output or as many as its prompt has, and a job that can never fit in the KV pool.
         """
         tokens = _checked_tokens("prompt", prompt, vocab_size)
         if not tokens:
@@ -126,6 +128,7 @@ class Engine:
         now = self._clock()
         max_output = self._max_output(len(tokens), params.max_tokens)
         so_far = _unfinished(_checked_tokens("output", output, vocab_size), max_output, stop_tokens, params.min_tokens)
+        check_integer("cached_tokens", cached_tokens, 0, len(tokens) - 1 if so_far else 0)
         job = Job(
             job_id=job_id,
             prompt=tokens,
@@ -144,7 +147,7 @@ class Engine:
             waiting_since=waiting_since,
             inherited=inherited,
         )
-        job.metrics = JobMetrics(job.arrival)
+        job.metrics = JobMetrics(job.arrival, cached_tokens=cached_tokens)
         self.scheduler.add(job, now)
         self._jobs_added += 1
         return job

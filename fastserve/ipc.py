@@ -33,6 +33,7 @@ class Add(Message):
 
     `waiting_since`: when the last of those came, so that a restart makes no wait shorter; None: it waits from now.
     `inherited`: seconds of service, modelled, of the program's calls that have ended, in whichever engine.
+    `cached_tokens`: of the prompt, found in the cache by the engine that put out the first of `output`.
     """
 
     key: int
@@ -47,6 +48,7 @@ class Add(Message):
     program: str | None = None
     cache_salt: str = ""
     inherited: float = 0.0
+    cached_tokens: int = 0
 
 
 class Abort(Message):
@@ -101,6 +103,7 @@ class Update(msgspec.Struct, array_like=True, gc=False):
     finish_reason: str | None  # as in CompletionOutput; None while it goes on
     error: str | None
     metrics: JobMetrics | None  # with finish_reason
+    cached_tokens: int = 0  # of the prompt, found in the cache when the job first ran; with the first token
 
 
 class Step(Message):

@@ -111,12 +111,7 @@ class Prefixes:
         if prefix is None:
             return
         self._expect_nothing(job, prefix)
-        found = len(path) * self._blocks.block_size
-        if job.served == job.cached and not job.attained:  # never served
-            job.metrics.cached_tokens = job.cached = job.served = found
-        else:
-            job.served = max(job.served, found)
-        self._blocks.cache.touch(path, hit=True)
+        self._takes(job, path)
 
     def computes(self, job: Job) -> None:
         """The job has been chosen for the next iteration, in which it computes its next tokens."""
@@ -154,6 +149,7 @@ class Prefixes:
             prefix.counted = True
             self._blocks.cache.counters.queries += len(job.prompt)
             self._blocks.cache.counters.hits += job.metrics.cached_tokens
+        self._found.pop(job, None)  # it is charged for this, and estimated anew
         self._put(job, job.computed, leaving=False)
 
     def catch_up(self, job: Job) -> bool:
@@ -169,8 +165,7 @@ class Prefixes:
         if here * size <= job.computed or not self._blocks.exchange(job.index, path[:here]):
             return False
         job.computed = here * size
-        job.served = max(job.served, job.computed)
-        self._blocks.cache.touch(path[:here], hit=True)
+        self._takes(job, path[:here])
         return True
 
     def leaves(self, job: Job, keep: float) -> None:
@@ -180,6 +175,17 @@ class Prefixes:
     def ended(self, job: Job) -> None:
         if (prefix := self._prefixes.pop(job, None)) is not None:
             self._expect_nothing(job, prefix)
+
+    def _takes(self, job: Job, path: Sequence[Block]) -> None:
+        """The job goes on behind these blocks, which others have computed."""
+        found = len(path) * self._blocks.block_size
+        if job.served == job.cached and not job.attained:  # never served
+            if found != job.cached and not job.output:
+                self._found[job] = None
+            job.metrics.cached_tokens = job.cached = job.served = found
+        else:
+            job.served = max(job.served, found)
+        self._blocks.cache.touch(path, hit=True)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ def select(
     config: SchedulerConfig,
     policy: Policy,
     room: Room,
-    shelter: Shelter,
+    shelter: Shelter | None,
     available: Callable[[Job], bool],
 ) -> Selection:
     """Choose up to `limit` jobs, best first.
@@ -48,7 +48,7 @@ def select(
     it shares the iteration with; one for which nothing is left gives up its row. A job whose KV is not on the device,
     or that finds no room there, is passed over, and room is made for it. While a job waits for room to start, nobody
     behind it starts, so small jobs do not keep a large one out; only jobs whose KV is there follow. Beside jobs within
-    their tenants' shares, those beyond have rows as far as `shelter` has time for them.
+    their tenants' shares, those beyond have rows as far as `shelter` has time for them; None: there is one tenant.
     """
     room.begin(len(batch.jobs), now)
     budget = config.max_num_batched_tokens
@@ -58,12 +58,11 @@ def select(
     before: list[int] = []  # ... those ahead of each of them
     latest: Job | None = None
     candidates = policy.iter_best(now)
-    several = policy.several
 
     def taken() -> list[Job]:
         return [*(job for job in batch.jobs if job.mark == mark), *chosen.joins, *prefills]
 
-    if several:
+    if shelter is not None:
         candidates = shelter.best(candidates, taken, limit)
     for nobody_starts in (False, True):
         for job in candidates:
@@ -107,9 +106,9 @@ def select(
         else:
             break  # there is nobody else
         candidates = islice(policy.iter_tier(DEVICE), _LOOKAHEAD * limit)
-        if several:
+        if shelter is not None:
             candidates = shelter.here(candidates, taken, limit)
-    if shelter.full:
+    if shelter is not None and shelter.full:
         chosen.last = latest
     return chosen
 

@@ -112,7 +112,8 @@ class ServingCore:
         tenant_weights   shares of the device between tenants (generate's `tenant`) who all want it: 1 for who is not
                          named here
         seed             draws the seeds of requests that bring none
-        starvation_limit seconds after which mlfq, skip-join-mlfq and gittins let a waiting job go first; None: never
+        starvation_limit seconds after which mlfq, skip-join-mlfq and gittins let a waiting job go first,
+                         among its tenant's where several have jobs; None: never
         slowdown_limit   so does one that has waited this many times its own service; None: never
         num_levels       of the MLFQ
         max_in_flight    plans handed to the runtime ahead of their results; None: 2, which keep it busy while Python

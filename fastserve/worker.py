@@ -151,6 +151,7 @@ class Worker:
                 output=add.output,
                 waiting_since=add.waiting_since,
                 inherited=add.inherited,
+                cached_tokens=add.cached_tokens,
             )
         except InvalidRequest as error:
             self._tell(Refused(add.key, error.field, _message(error)))
@@ -184,7 +185,8 @@ class Worker:
         logprobs = job.logprobs[-1] if job.logprobs and token is not None else None
         reason = job.finish_reason
         if reason is None:
-            return Update(int(job.job_id), token, logprobs, None, None, None)
+            cached = job.metrics.cached_tokens if len(job.output) == 1 else 0
+            return Update(int(job.job_id), token, logprobs, None, None, None, cached)
         self._monitor.ended(job)
         return Update(int(job.job_id), token, logprobs, reason.value, job.error, job.metrics)
 

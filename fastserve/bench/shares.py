@@ -14,8 +14,9 @@ class Shares:
 
     def __init__(self, warmup_jobs: int) -> None:
         self._warmup_jobs = warmup_jobs
-        self._programs: dict[str, tuple[float, float]] = {}  # first arrival and last end
-        self._early: set[str] = set()  # those that began in the warm-up
+        # By user and name, as two users' programs of one name are two: first arrival and last end.
+        self._programs: dict[tuple[str, str], tuple[float, float]] = {}
+        self._early: set[tuple[str, str]] = set()  # those that began in the warm-up
         self._users: dict[str, Stream] = {}
 
     def add(self, given: SimJob, job: Job) -> None:
@@ -26,17 +27,17 @@ class Shares:
         early = job.index < self._warmup_jobs
         if given.user is not None and not early:
             self._users.setdefault(given.user, Stream()).add(jct)
-        name = given.program
-        if name is None:
+        if given.program is None:
             return
+        program = given.user or "", given.program
         if early:
-            self._early.add(name)
-        if name not in self._early:
+            self._early.add(program)
+        if program not in self._early:
             end = job.arrival + jct
-            first, last = self._programs.get(name, (job.arrival, end))
-            self._programs[name] = min(first, job.arrival), max(last, end)
+            first, last = self._programs.get(program, (job.arrival, end))
+            self._programs[program] = min(first, job.arrival), max(last, end)
         else:
-            self._programs.pop(name, None)
+            self._programs.pop(program, None)
 
     def summary(self) -> dict[str, Any]:
         """Of programs and of users, each None where there are none."""

@@ -89,7 +89,10 @@ SCHEDULING: dict[str, Any] = {
         "all wait; recompute throws KV away.",
     ),
     "starvation_limit": _engine(
-        str | None, "60", "Seconds after which a waiting job goes first, under any policy but fcfs; none: never."
+        str | None,
+        "60",
+        "Seconds after which a waiting job goes first, under any policy but fcfs, and among its tenant's where several "
+        "have jobs; none: never.",
     ),
     "slowdown_limit": _engine(
         str | None, "none", "So does one that has waited this many times its own service; none: never."

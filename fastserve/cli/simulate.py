@@ -131,7 +131,12 @@ def simulate(
         _in(_LIMITS, "A job keeps its KV until served this many times what bringing it back costs.", default=True),
     ] = 16.0,
     starvation_limit: Annotated[
-        str | None, _in(_LIMITS, "Seconds after which a waiting job goes first; none: never.", default="60")
+        str | None,
+        _in(
+            _LIMITS,
+            "Seconds after which a waiting job goes first, among its user's where several have jobs; none: never.",
+            default="60",
+        ),
     ] = None,
     slowdown_limit: Annotated[
         str | None, _in(_LIMITS, "So does one that has waited this many times its own service.", default="none")

@@ -129,7 +129,7 @@ def plan_moves(
     host_places  blocks the host has room for
     reserve      device blocks to keep free for bursts; only wants of ENST 0 may use them
     whole        whether all of a victim leaves, or only what is short
-    repayment    a job keeps its KV until it was served this many times what bringing it back costs
+    repayment    a job keeps its KV until it was served this many times what bringing it back costs, and at all
     backlog      seconds of offloads and of uploads under way
     patience     seconds of each that may be: blocks on their way are of no use to anybody
     gives_way    whether a job has to give up its KV for one that runs before it and is owed the memory, whatever it
@@ -206,8 +206,12 @@ class _Room:
         if not urgent and victim.enst <= there_and_back + (want.enst if want else 0.0):
             return False  # it would not be back in time
         owed = urgent and self.gives_way is not None and want is not None and self.gives_way(victim.job, want.job)
-        first = owed or (want is not None and want.first)
-        earned = victim.service / self.repayment if self.repayment and not first else math.inf  # seconds of cost
+        earned = math.inf  # seconds of cost
+        if not (owed or (want is not None and want.first)):
+            if self.repayment:
+                earned = victim.service / self.repayment
+            elif victim.service <= 0.0:  # or jobs that take turns might go round for ever and get nothing new
+                earned = 0.0
         swaps = bool(copied or victim.here > victim.unsaved)
         swaps = swaps and max(0.0, there_and_back - victim.enst) <= victim.recompute
         swaps = swaps and (victim.away > 0 or earned >= self.link.seconds(UPLOAD, victim.here))

@@ -19,7 +19,8 @@ class Average:
 
     def __init__(self, most: float) -> None:
         """`most`: seconds. What anybody is further ahead is forgiven, or whoever had an idle device for
-        itself would pay for that for ever."""
+        itself would pay for that for ever; what anybody is further behind is lost, or who asks for
+        little would save up."""
         self.now = 0.0
         self.seconds = 0.0  # that a weight of 1 was served
         self._busy = self._idle = 0.0  # weights of those that have jobs, and of the others
@@ -51,7 +52,13 @@ class Average:
     def serve(self, counter: float, seconds: float, weight: float) -> float:
         """The counter of one that was served so many seconds more."""
         self.seconds += seconds / self.weight
-        return min(counter + seconds / weight, self.seconds + self._most / weight)
+        most = self._most / weight
+        return min(max(counter + seconds / weight, self.seconds - most), self.seconds + most)
+
+    @property
+    def resting(self) -> int:
+        """How many had some lately, and have none now."""
+        return len(self._resting)
 
     @property
     def weight(self) -> float:

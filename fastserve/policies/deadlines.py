@@ -29,7 +29,7 @@ class Deadlines:
 
     A policy may bound what promoted jobs take to a `share` of the device's time: then they are promoted one by one, the
     longest overdue first, each when what those before it took (see `charge`) makes up no more than that since. Nothing
-    is saved up while nobody is overdue.
+    is saved up while nobody is overdue, and nothing is owed once all have left: whoever comes then may be others.
 
     A heap entry is a lower bound: a job's service and the end of its waits move its deadline back, never forward,
     without touching the heap, and the entry is put right when it surfaces. What moves it forward is told (`sooner`) and
@@ -75,6 +75,8 @@ class Deadlines:
         self._watched.discard(job)
         self._promoted.pop(job, None)
         self._excused.pop(job, None)
+        if not (self._watched or self._promoted):
+            self._paid = -math.inf
         self._prune()
 
     def sooner(self, job: Job) -> None:

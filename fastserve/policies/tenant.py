@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from ..types import Job
@@ -20,6 +20,10 @@ _SLICE: Final = 16
 _MOST_IDLE: Final = 4096
 _MOST_SPARE: Final = 64
 
+# Of an order: whether the next row is beyond the tenant's share, the service to be reckoned with for it, the tenant's
+# number, its rows within the share, the tenant, its order, and its next job.
+_Started = tuple[bool, float, int, float, Tenant, Iterator[Job], Job]
+
 
 class ByTenant(Policy):
     """Rows go to the tenants by their weights, and among a tenant's jobs its policy decides, bounds included.
@@ -27,9 +31,8 @@ class ByTenant(Policy):
     Virtual counters, as in VTC (Sheng et al., OSDI 2024): every tenant has one, of the seconds its jobs were served
     over its weight, seconds being what a job takes from the others in a full batch (see Charges). Who has less goes
     first, and counts for that row as if it had been served a slice, or its job's whole prefill where that is more. So
-    with equal counters rows are shared by the weights, and with others as it takes to make them equal. A tenant that
-    comes back from having nothing to do is lifted to the least of those that had: nobody saves up. No row stays empty
-    while anybody has a job for it, but for those that a Shelter leaves empty.
+    with equal counters rows are shared by the weights, and with others as it takes to make them equal. Nobody saves up:
+    see Standing.lift. No row stays empty while anybody has a job for it, but for those that a Shelter leaves empty.
 
     Counters are compared in whole slices, or the last row of a batch would change hands at every token, and service is
     asked for as often. A lone tenant's is not: it is told before another's jobs are chosen (see `settles`).
@@ -71,10 +74,14 @@ class ByTenant(Policy):
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # service and counter of those without jobs
         self._spare: list[Policy] = []
         self._number = 0
-        self._waking: list[Tenant] = []  # to be lifted before the next order is made
+        self._waking: list[Tenant] = []  # had no jobs when the latest order was made
+        self._grew = False  # whether anybody has had more since then
         self._holding: tuple[dict[Tenant, None], dict[Tenant, None]] = ({}, {})  # by tier: tenants with jobs in it
         self._places: dict[Job, int] = {}  # in the latest order, as far as it was looked at
         self._opened: list[Tenant] = []  # for it
+        self._had: list[Tenant] = []  # the same, for the latest of those that are over
+        self._started: list[_Started] = []  # heap: those of them of whose jobs some are left, ...
+        self._upcoming: Tenant | None = None  # ... and the first that was not opened
         self._stale: dict[Tenant, None] = {}  # whose backlog may have changed
         self._backlog = 0.0
 
@@ -91,6 +98,7 @@ class ByTenant(Policy):
             policy.add(job, now)  # before anything changes: it may refuse
             tenant = self._enter(name, policy)
         self._jobs += 1
+        self._grew = True
         if job.tier is not None:
             self._hold(tenant, job.tier, 1)
         self._stale[tenant] = None
@@ -137,7 +145,8 @@ class ByTenant(Policy):
     def close_order(self) -> None:
         for tenant in self._opened:
             tenant.policy.close_order()
-        self._opened.clear()
+        if self._opened:
+            self._had, self._opened = self._opened, []
         self._places.clear()
 
     # --- answers -----------------------------------------------------------------------------------------------------
@@ -164,8 +173,8 @@ class ByTenant(Policy):
 
     def iter_best(self, now: float) -> Iterator[Job]:
         self._standing.pass_time(now)
-        self._lift()
         self.close_order()
+        self._lift()
         self._beyond = False
         return self._merged(now) if self._only is None else self._open(self._only, now)
 
@@ -178,13 +187,14 @@ class ByTenant(Policy):
         return policy.iter_best(now)
 
     def _merged(self, now: float) -> Iterator[Job]:
-        places, standing, slice_ = self._places, self._standing, self._slice
+        places, standing, slice_, started = self._places, self._standing, self._slice, self._started
         sheltered = standing.smalls > 0
-        # By whether the row is beyond the share, and the service to be reckoned with.
-        started: list[tuple[bool, float, int, float, Tenant, Iterator[Job], Job]] = []
+        started.clear()
         unopened = standing.in_order(sheltered)
-        upcoming = next(unopened, None)
-        while started or upcoming is not None:
+        self._upcoming = next(unopened, None)
+        while started or self._upcoming is not None:
+            best: Job | None = None
+            upcoming = self._upcoming
             if upcoming is not None and (
                 not started
                 or (sheltered and upcoming.beyond, upcoming.slices * slice_, upcoming.number) < started[0][:3]
@@ -193,18 +203,19 @@ class ByTenant(Policy):
                 rows = standing.rows_within(tenant) if sheltered else math.inf
                 tenant.policy.make_way()
                 jobs = self._open(tenant, now)
-                upcoming = next(unopened, None)
+                self._upcoming = next(unopened, None)
             else:
-                self._beyond, service, _, rows, tenant, jobs, job = heapq.heappop(started)
-                places[job] = len(places)
-                yield job
-                prefill = job.next_seconds if job.served < len(job.prompt) else 0.0
+                self._beyond, service, _, rows, tenant, jobs, best = heapq.heappop(started)
+                places[best] = len(places)
+                prefill = best.next_seconds if best.served < len(best.prompt) else 0.0
                 service += max(slice_, prefill) / tenant.weight
                 rows -= 1
             following = next(jobs, None)
             if following is not None:
                 beyond = sheltered and (rows <= 0 or tenant.policy.beyond)
                 heapq.heappush(started, (beyond, service, tenant.number, rows, tenant, jobs, following))
+            if best is not None:  # last, so that it is known who has jobs left when no more are asked for
+                yield best
 
     @property
     def several(self) -> bool:
@@ -314,18 +325,23 @@ class ByTenant(Policy):
             self._only, self._weight, self._backlog = None, 0.0, 0.0
 
     def _lift(self) -> None:
-        """Those that had nothing to do have been served as much as anybody who had, if they have not been more."""
-        if not self._waking:
-            return
-        standing, waking = self._standing, self._waking
-        self._waking = []
-        for tenant in waking:
-            standing.displace(tenant)
-        # Of those whose slices are as few, the first in the order may have a little more.
-        least = standing.least().service if len(standing) else max(tenant.service for tenant in waking)
-        for tenant in waking:
-            tenant.service = max(tenant.service, least)
-            standing.place(tenant)
+        """Before an order is made: see Standing.lift."""
+        if self._only is not None:
+            self._waking.clear()
+        elif self._grew:
+            self._standing.lift(self._waking, self._still(self._had), self._still(self._left_over()))
+            self._waking.clear()
+        self._grew = False
+
+    def _left_over(self) -> Iterator[Tenant]:
+        """Those of whose jobs some had no rows in the latest order, but for those that come after the others."""
+        yield from (started[4] for started in self._started)
+        if self._upcoming is not None:
+            yield self._upcoming
+
+    def _still(self, tenants: Iterable[Tenant]) -> list[Tenant]:
+        """Those of them that have jobs without having been without since."""
+        return [tenant for tenant in tenants if self._tenants.get(tenant.name) is tenant]
 
     def _hold(self, tenant: Tenant, tier: int, more: int) -> None:
         tenant.held[tier] += more

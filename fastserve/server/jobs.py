@@ -33,6 +33,7 @@ class OpenJob:
         "_waiter",
         "arrival",
         "blame",
+        "cached_tokens",
         "deaths",
         "deaths_at",
         "engine",
@@ -88,6 +89,7 @@ class OpenJob:
         self.finished: float | None = None
 
         self.inherited = 0.0  # seconds that earlier calls of its program were served
+        self.cached_tokens = 0  # of its prompt, that the engine found which put out the first token
         self.engine = 0  # the number of the one that it is on
         self.pieces: Sequence[int] = ()  # of its prompt, where there are several (affinity.py)
 
@@ -141,6 +143,7 @@ class OpenJob:
             self.last_token = time.monotonic()
             if self.first_token is None:
                 self.first_token = self.last_token
+                self.cached_tokens = update.cached_tokens
             self.output.append(update.token)
             if update.logprobs is not None:
                 self.logprobs.append(update.logprobs)

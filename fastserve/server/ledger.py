@@ -274,4 +274,5 @@ def _add(job: OpenJob, ticket: int) -> Add:
         origin.program,
         origin.cache_salt,
         job.inherited,
+        job.cached_tokens,
     )

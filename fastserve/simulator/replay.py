@@ -3,8 +3,9 @@
     real run:  Engine(config, recorder, cost, link=link, clock=recorder.clock, on_iteration=recorder.on_iteration)
     replay:    replay(recorder.recording(), config, cost, link=link)
 
-Only times are taken from the recording (when jobs entered, when plans were submitted and completed), and what came back
-from the device: tokens, finished copies, failed rows. Who runs when, and in which blocks, is decided anew.
+Only times are taken from the recording (when jobs entered, when plans were submitted and completed), what jobs came
+with, such as the output of an engine that is lost, and what came back from the device: tokens, finished copies, failed
+rows. Who runs when, and in which blocks, is decided anew.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,11 +53,21 @@ class _Outcome:
     copy_seconds: Float32Array = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
+class Entry(NamedTuple):
+    """A job enters the engine: perhaps in the middle of its output, when an engine that had it before is lost."""
+
+    when: float
+    job: Job  # has ended since
+    output: tuple[int, ...]  # that it came with
+    waiting_since: float | None
+    cached_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class Recording:
     """A run that has ended."""
 
-    entries: list[tuple[float, Job]]  # when each job entered the engine, in that order; the jobs have ended
+    entries: list[Entry]  # in order
     iterations: list[IterationRecord]
     outcomes: dict[int, _Outcome]  # by plan, those included of which there is no IterationRecord
 
@@ -67,7 +79,7 @@ class Recorder:
         self._executor = executor
         self._clock = clock
         self._read = -math.inf
-        self._entries: list[tuple[float, Job]] = []
+        self._entries: list[Entry] = []
         self._iterations: list[IterationRecord] = []
         self._outcomes: dict[int, _Outcome] = {}
 
@@ -77,7 +89,7 @@ class Recorder:
 
     def entered(self, job: Job) -> Job:
         """To be told right after each Engine.add_job what that returned."""
-        self._entries.append((self._read, job))
+        self._entries.append(Entry(self._read, job, tuple(job.output), job.waiting_since, job.metrics.cached_tokens))
         return job
 
     def on_iteration(self, record: IterationRecord) -> None:
@@ -115,11 +127,11 @@ def replay(recording: Recording, config: SchedulerConfig, cost: Cost, *, link: L
         if happenings and executor.is_next(happenings[0].when):
             happening = happenings.popleft()
             clock.now = happening.when
-            job = happening.job
+            entry = happening.entry
             if happening.reason is None:
-                jobs.append(_enter(engine, job))
+                jobs.append(_enter(engine, entry))
             else:
-                engine.abort(job.job_id, happening.reason)
+                engine.abort(entry.job.job_id, happening.reason)
             continue
         executor.set_clock_for_planning()
         plans, polls = executor.submitted, executor.polls
@@ -131,7 +143,8 @@ def replay(recording: Recording, config: SchedulerConfig, cost: Cost, *, link: L
     return jobs
 
 
-def _enter(engine: Engine, job: Job) -> Job:
+def _enter(engine: Engine, entry: Entry) -> Job:
+    job = entry.job
     return engine.add_job(
         job.job_id,
         job.prompt,
@@ -145,6 +158,10 @@ def _enter(engine: Engine, job: Job) -> Job:
         cache_salt=job.cache_salt,
         arrival=job.arrival,
         known_output=job.known_output,
+        output=entry.output,
+        waiting_since=entry.waiting_since,
+        inherited=job.inherited,
+        cached_tokens=entry.cached_tokens,
     )
 
 
@@ -153,7 +170,7 @@ class _Happening:
     """A job enters, or is ended from outside for `reason`."""
 
     when: float
-    job: Job
+    entry: Entry
     reason: FinishReason | None = None
 
 
@@ -163,11 +180,13 @@ class _RecordedExecutor:
     engine: Engine
 
     def __init__(self, recording: Recording, clock: VirtualClock) -> None:
-        enters = [_Happening(when, job) for when, job in recording.entries]
+        enters = [_Happening(entry.when, entry) for entry in recording.entries]
         ends = [
-            _Happening(job.metrics.finish, job, job.finish_reason)
-            for _, job in recording.entries
-            if job.metrics.finish is not None and job.finish_reason is not None and not _ended_by_itself(job)
+            _Happening(job.metrics.finish, entry, job.finish_reason)
+            for entry in recording.entries
+            if (job := entry.job).metrics.finish is not None
+            and job.finish_reason is not None
+            and not _ended_by_itself(job)
         ]
         self.happenings = deque(sorted(enters + ends, key=lambda happening: happening.when))
         self.submitted = 0
@@ -176,7 +195,7 @@ class _RecordedExecutor:
         self._outcomes = recording.outcomes
         self._records = {record.plan_id: record for record in recording.iterations}
         self._unsubmitted = deque(recording.iterations)
-        self._recorded_jobs = {job.job_id: job for _, job in recording.entries}
+        self._recorded_jobs = {entry.job.job_id: entry.job for entry in recording.entries}
         self._in_flight: deque[tuple[BatchPlan, list[Job | None]]] = deque()
         self._slots: dict[int, Job] = {}  # recorded jobs by their slot
 

@@ -19,6 +19,8 @@ from .job import SimJob
 
 MAX_IDENTITY: Final = 2**63 - 1
 
+_CHUNK: Final = 2**16  # tokens worked out at once, where somebody goes through a prompt
+
 UInt64s = npt.NDArray[np.uint64]
 
 # Of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).
@@ -36,12 +38,12 @@ def content_tokens(job: SimJob, start: int, stop: int, *, first: int, ids: int, 
     if content is None:
         raise ValueError("a job without content has no tokens in common with any other")
     begin = start // block
+    parts, places = np.divmod(np.arange(start, stop), block)  # of what is asked only: parts may be as long as prompts
     identities = np.array(content[begin : -(-stop // block)], np.uint64)
     if salt:
         identities = identities ^ np.uint64(int.from_bytes(hashlib.blake2b(salt, digest_size=8).digest(), "little"))
-    places = np.arange(1, block + 1, dtype=np.uint64) * _STEP
-    mixed = _mixed(_mixed(identities)[:, None] + places) % np.uint64(ids)
-    return (mixed.reshape(-1)[start - begin * block : stop - begin * block] + np.uint64(first)).astype(np.int32)
+    mixed = _mixed(_mixed(identities)[parts - begin] + (places + 1).astype(np.uint64) * _STEP) % np.uint64(ids)
+    return (mixed + np.uint64(first)).astype(np.int32)
 
 
 def continues(before: SimJob, after: SimJob) -> bool:
@@ -97,7 +99,8 @@ class ContentPrompt(LazyTokens):
         return int(self.array(place, place + 1)[0])
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.array(0, len(self)).tolist())
+        for start in range(0, len(self), _CHUNK):
+            yield from self.array(start, min(start + _CHUNK, len(self))).tolist()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         return self.array(0, len(self)).astype(np.int32 if dtype is None else dtype)

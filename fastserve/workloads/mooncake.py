@@ -13,9 +13,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
 
 from .content import continues
+from .files import replacing
 from .job import SimJob
 from .trace_formats import MOONCAKE_BLOCK
 
@@ -54,11 +54,13 @@ def open_loop(jobs: Iterable[SimJob], service: Service) -> Iterator[SimJob]:
 def write_mooncake(path: str | os.PathLike[str], jobs: Iterable[SimJob]) -> int:
     """Write jobs, in order of arrival and without calls behind them, one a line, and return how many.
 
-    Timestamps are whole milliseconds. A job without content has hashes that no other has.
+    Timestamps are whole milliseconds. A job without content has hashes that no other has, and users have no hash in
+    common, as they have nothing in the cache. The file appears, or is replaced, once all jobs are written: jobs may
+    come out of it as they are taken.
     """
     hashes = _Hashes()
     written = 0
-    with Path(path).open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         for job in jobs:
             if job.then is not None:
                 raise ValueError("a trace of Mooncake's has no calls that wait for others: write an open loop")
@@ -74,10 +76,10 @@ def write_mooncake(path: str | os.PathLike[str], jobs: Iterable[SimJob]) -> int:
 
 
 class _Hashes:
-    """Numbers of blocks, by all that they hold and come after."""
+    """Numbers of blocks, by whose they are and all that they hold and come after."""
 
     def __init__(self) -> None:
-        self._numbers: dict[tuple[int, int, tuple[int, ...]], int] = {}
+        self._numbers: dict[tuple[int | str, int, tuple[int, ...]], int] = {}
         self._next = count()
 
     def of(self, job: SimJob) -> list[int]:
@@ -89,7 +91,7 @@ class _Hashes:
             stop = min(start + MOONCAKE_BLOCK, job.prompt_tokens)
             parts = job.content[start // job.content_block : -(-stop // job.content_block)]
             # What parts the block begins and ends in the middle of, its place tells.
-            key = (found[-1] if found else -1, stop, parts)
+            key = (found[-1] if found else job.user or "", stop, parts)
             if key not in self._numbers:
                 self._numbers[key] = next(self._next)
             found.append(self._numbers[key])

@@ -121,8 +121,9 @@ def _mooncake(line: str) -> Record:
     values = _object(line)
     time = _seconds(_member(values, "timestamp")) / 1000
     prompt, more = _whole(values, "input_length"), {}
-    if values.get("hash_ids"):
-        more = {"content": _content("hash_ids", values["hash_ids"], prompt, MOONCAKE_BLOCK)}
+    hashes = values.get("hash_ids")
+    if hashes is not None and hashes != []:  # these say that nothing is known; 0, "" and {} are mistakes
+        more = {"content": _content("hash_ids", hashes, prompt, MOONCAKE_BLOCK)}
     return Record(time, prompt, _whole(values, "output_length"), more)
 
 
@@ -181,7 +182,7 @@ def _own_fields(values: dict[str, Any]) -> dict[str, Any]:
     """What may be said of any call."""
     more: dict[str, Any] = {}
     if values.get("user") is not None:
-        more["user"] = str(values["user"])
+        more["user"] = _name(values, "user")
     if values.get("priority") is not None:
         more["priority"] = _whole(values, "priority")
     if values.get("max_tokens") is not None:
@@ -189,7 +190,7 @@ def _own_fields(values: dict[str, Any]) -> dict[str, Any]:
         if more["max_tokens"] < _whole(values, "output_tokens"):
             raise BadLine(f"max_tokens is {more['max_tokens']}, less than output_tokens")
     if values.get("program") is not None:
-        more["program"] = str(values["program"])
+        more["program"] = _name(values, "program")
     if values.get("content") is not None:
         block = _whole(values, "content_block") if "content_block" in values else MOONCAKE_BLOCK
         if not 1 <= block <= LONGEST_JOB:
@@ -197,6 +198,16 @@ def _own_fields(values: dict[str, Any]) -> dict[str, Any]:
         more["content"] = _content("content", values["content"], _whole(values, "prompt_tokens"), block)
         more["content_block"] = block
     return more
+
+
+def _name(values: dict[str, Any], key: str) -> str:
+    """Text that can be written down: JSON can say half of a surrogate pair, and UTF-8 cannot."""
+    name = str(values[key])
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise BadLine(f"{key} must be valid Unicode, and has a lone surrogate at character {error.start}") from None
+    return name
 
 
 def _cells(line: str) -> list[str]:

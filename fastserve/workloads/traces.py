@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import chain
-from pathlib import Path
 from typing import Any, TextIO
 
 from ..types import InvalidRequest
 from .checks import LARGEST_LIMIT, LAST_ARRIVAL, LONGEST_JOB
+from .files import replacing
 from .job import SimJob
 from .programs import calls_of
 from .trace_formats import FORMATS, BadLine, Record, in_order_of_end, parse_unit, parser_for, unit_requests
@@ -52,10 +52,11 @@ def nominal_rate(path: str | os.PathLike[str]) -> float | None:
 def write_trace(path: str | os.PathLike[str], jobs: Iterable[SimJob]) -> int:
     """Write jobs as FastServe JSONL, one a line, and return how many; what is default is left out.
 
-    The calls behind a job are in its line.
+    The calls behind a job are in its line. The file appears, or is replaced, once all jobs are written: jobs may come
+    out of it as they are taken.
     """
     count = 0
-    with Path(path).open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         for job in jobs:
             line = {"arrival": job.arrival, **_fields(job)}
             if job.then is not None:

@@ -37,7 +37,10 @@ def sample(kernels: Any, cases: list[Case], order: list[int] | None = None, draw
             row.table = len(tables)
             tables.append(
                 kernels.count_tokens(
-                    vocab=vocab, prompt=np.array(case.prompt, np.int32), outputs=np.array(case.output, np.int32)
+                    vocab=vocab,
+                    tokens=np.array(case.prompt + case.output, np.int32),
+                    prompt=len(case.prompt),
+                    outputs=len(case.output),
                 )
             )
         rows.append(row)

@@ -81,3 +81,32 @@ def test_a_nucleus_ends_where_its_share_is_reached_exactly(kernels: Any) -> None
     drawn = [result[0] for result in sample(kernels, batch)[0]]
     assert drawn == [on_cpu(case)[0] for case in batch]
     assert set(drawn) == {1, 2}
+
+
+@pytest.mark.parametrize("prompt", [0, 2, 256, 300])  # a block takes 256
+@pytest.mark.parametrize("outputs", [0, 3, 256, 257])
+def test_histories_end_where_those_of_the_next_begin(kernels: Any, prompt: int, outputs: int) -> None:
+    """The outputs come right after their prompt, and another job's prompt after them."""
+    tokens = np.repeat([5, 6, 7], [prompt, outputs, 300]).astype(np.int32)
+    counts = kernels.count_tokens(vocab=8, tokens=tokens, prompt=prompt, outputs=outputs)
+    expected = np.zeros(64, np.uint32)
+    expected[5] = 2**31 if prompt > 0 else 0
+    expected[6] = outputs
+    np.testing.assert_array_equal(counts, expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_cannot_be_sampled_is_counted_for_nobody(kernels: Any, value: float, temperature: float) -> None:
+    """No token is -1, and what is counted there is another job's last token."""
+    vocab = 64  # without padding
+    good = Case(logits_of(1, vocab), Params(temperature=0.0, presence_penalty=0.5), prompt=[4], output=[8, 63])
+    bad = Case(np.full(vocab, value, np.float32), Params(temperature=temperature, frequency_penalty=0.5), output=[2])
+    results, _, _, counts = sample(kernels, [good, bad])
+    assert [result[0] for result in results] == [on_cpu(good)[0], -1]
+    expected = np.zeros((2, vocab), np.uint32)
+    expected[0, 4] = 2**31
+    expected[0, [8, 63]] = 1
+    expected[0, results[0][0]] += 1
+    expected[1, 2] = 1
+    np.testing.assert_array_equal(counts, expected)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from machines import CUDA
 
 from fastserve import distributed
 
@@ -55,6 +56,15 @@ def test_sums_are_the_same_within_and_across_hosts(size: int) -> None:
 @pytest.mark.parametrize("arguments", [(), ("2",), ("1",)], ids=str)
 def test_messages(arguments: tuple[str, ...]) -> None:
     assert lines(mpiexec(3, "messages", *arguments)) == ["messages"] * 3
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("per_host", ["1", "2"])
+def test_devices_of_several_hosts_choose_one_cpus_tokens(per_host: str, device: str) -> None:
+    """Their sums and activations go through the host's memory, and between hosts through MPI."""
+    alone = lines(mpiexec(1, "alone", "1", "cpu"))
+    assert [len(line.split()) for line in alone] == [4]
+    assert lines(mpiexec(4, "decodes", per_host, device)) == alone
 
 
 def test_a_grid_of_two_stages_on_two_hosts() -> None:

@@ -231,6 +231,53 @@ def test_another_device_than_the_first(device: str) -> None:
     assert outputs == [job.output for job in _jobs("cpu", 1)]
 
 
+_ANSWERS = """
+import sys
+from fastserve import LLM, SamplingParams
+params = [SamplingParams(temperature=t, seed=3, max_tokens=6, ignore_eos=True) for t in (0, 0.9)]
+options = dict(device="cuda", skip_tokenizer=True, kv_cache_memory="1M", swap_space=0)
+with LLM(sys.argv[1], **options) as llm:
+    results = llm.generate([[i % 97 for i in range(150)], [5, 6]], params)
+print([result.outputs[0].token_ids for result in results])
+"""
+
+
+def _answers(model: Path, capability: str) -> str:
+    """In bfloat16, by devices of that compute capability."""
+    environment = {**os.environ, "FASTSERVE_SIMT_CAPABILITY": capability, "FASTSERVE_DEBUG": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _ANSWERS, str(model)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("wgmma) in bfloat16: admitted" in done.stderr) == (capability == "9.0")
+    assert ("last one's end: used" in done.stderr) == (capability == "9.0")
+    return done.stdout
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_older_devices_choose_the_same_tokens(device: str, plugin: ctypes.CDLL, tmp_path: Path) -> None:
+    """Without warpgroups and early launches, in the shared memory they have: the widest heads take most of it."""
+    shape = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, intermediate_size=56)
+    save(
+        Case("llama", "wide-heads", dict(shape, head_dim=256, num_hidden_layers=1, max_position_embeddings=200)),
+        tmp_path,
+    )
+    newest = _answers(tmp_path, "9.0")
+    assert _answers(tmp_path, "8.0") == newest
+    assert _answers(tmp_path, "8.6") == newest
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_a_device_that_is_too_old_is_refused(device: str, plugin: ctypes.CDLL, tmp_path: Path) -> None:
+    save(CASES[0], tmp_path)
+    command = [sys.executable, "-m", "fastserve", "generate", "--model", str(tmp_path), "--device", device]
+    environment = {**os.environ, "FASTSERVE_SIMT_CAPABILITY": "7.5"}
+    done = subprocess.run([*command, "--prompt-token-ids", "1"], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "--device: the CUDA backend needs compute capability 8.0 or later; " in done.stderr
+
+
 @pytest.mark.parametrize("device", [CUDA])
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(InvalidRequest, match="device: there is no CUDA device 77 among"):

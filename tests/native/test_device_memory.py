@@ -59,11 +59,16 @@ def _penalized(slots: list[int], history: int) -> BatchPlan:
     return batch
 
 
-def test_iterations_allocate_nothing(device: str, plugin: ctypes.CDLL) -> None:
+ALLOCATES = pytest.mark.parametrize("call", [b"cudaMalloc", b"cudaHostAlloc"])
+
+
+@ALLOCATES
+def test_iterations_allocate_nothing(device: str, plugin: ctypes.CDLL, call: bytes) -> None:
     """Whatever they are: contexts of several segments, which blocks share, and jobs with penalties."""
     runtime = _runtime(device)
     assert runtime.free_bytes(3, BLOCKS * BLOCK)
-    plugin.fastserve_simt_fail_call(b"cudaMalloc", 0)
+    runtime.set_pools(4 * BLOCKS, 0)
+    plugin.fastserve_simt_fail_call(call, 0)
     for slot in range(2):
         _do(runtime, _prompt(slot, 300))
     for step in range(3):
@@ -73,6 +78,39 @@ def test_iterations_allocate_nothing(device: str, plugin: ctypes.CDLL) -> None:
         _do(runtime, _penalized([0, 1, 2], 40))
         _do(runtime, _decode((0, 1), (1, 1), (2, 1)))
         _do(runtime, plan(0, [], [], closed=[0, 1, 2]))
+
+
+def test_nor_do_those_whose_rows_have_biases(device: str, plugin: ctypes.CDLL) -> None:
+    """So many rows that without biases no byte of the sampler's workspace is left."""
+    jobs, biases = 42, 128
+    runtime = _runtime(device, jobs)
+    runtime.free_bytes(jobs, BLOCK)
+    plugin.fastserve_simt_fail_call(b"cudaMalloc", 0)
+    batch = _penalized(list(range(jobs)), 0)
+    batch.opened_params[:, 3] = 1.0
+    batch.opened[:, 6] = biases
+    batch.bias_tokens = np.tile(np.arange(biases, dtype=np.int32), jobs)
+    batch.bias_values = np.full(jobs * biases, -100.0, np.float32)
+    assert min(_do(runtime, batch)) >= biases
+
+
+@ALLOCATES
+def test_nor_do_those_of_many_rows(device: str, plugin: ctypes.CDLL, call: bytes) -> None:
+    """Whose tables of blocks are longer than all else of a prompt; here they share all blocks but the last."""
+    jobs = 160
+    runtime = _runtime(device, 20)
+    runtime.free_bytes(jobs, BLOCKS * BLOCK)
+    runtime.set_pools(20 * BLOCKS, 0)
+    plugin.fastserve_simt_fail_call(call, 0)
+    last = (BLOCKS - 1) * BLOCK
+    batch = plan(
+        0,
+        [(slot, last, 1, 1) for slot in range(jobs)],
+        [slot % VOCAB for slot in range(jobs)],
+        opened=[(slot, last + 1) for slot in range(jobs)],
+        table=[(slot, i, i if i < BLOCKS - 1 else BLOCKS + slot) for slot in range(jobs) for i in range(BLOCKS)],
+    )
+    assert len(_do(runtime, batch)) == jobs
 
 
 def test_whichever_thread_asks_the_runtimes_device_is_looked_at(device: str, plugin: ctypes.CDLL) -> None:

@@ -354,9 +354,10 @@ def test_a_runtime_ends_while_copies_are_under_way(waiting: bool) -> None:
     assert time.monotonic() - begin < 30
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bandwidth", [None, 1000 * BYTES])
-def test_the_link_is_measured_and_left_as_it_was(bandwidth: int | None) -> None:
-    runtime = _runtime(bandwidth=bandwidth)
+def test_the_link_is_measured_and_left_as_it_was(bandwidth: int | None, device: str) -> None:
+    runtime = _runtime(bandwidth=bandwidth, device=device)
     _fill(runtime, 8)
     before = [_read(runtime, host=False, block=block) for block in range(8)]
     link = measure_link(runtime, 8, 8)
@@ -367,4 +368,4 @@ def test_the_link_is_measured_and_left_as_it_was(bandwidth: int | None) -> None:
     runtime.submit(_copying(0))
     assert _poll(runtime).copies.tolist() == [], "nothing is under way"
     assert [_read(runtime, host=False, block=block) for block in range(8)] == before
-    assert measure_link(_runtime(8, 0), 8, 0) is None
+    assert measure_link(_runtime(8, 0, device=device), 8, 0) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import uuid
 from itertools import pairwise
 from pathlib import Path
 
@@ -53,9 +54,13 @@ def test_conversations() -> None:
         assert out.count(" prompt tokens were cached)") == 6
         chat, agent = (world.engine.opened[:3], world.engine.opened[3:])
         assert {job.origin for job in chat} == {Origin(tenant="ann")}
-        assert {job.origin for job in agent} == {Origin(tenant="ann", program="agent-1", cache_salt="only-ours")}
+        (origin,) = {job.origin for job in agent}
+        name = (origin.program or "").removeprefix("agent-")
+        assert origin == Origin(tenant="ann", program=f"agent-{uuid.UUID(name)}", cache_salt="only-ours")
         for calls in (chat, agent):
             for earlier, later in pairwise(calls):
                 assert later.prompt[: len(earlier.prompt)] == earlier.prompt, "a turn repeats what was before it"
+        await printed(world, sys.executable, str(EXAMPLES / "conversation.py"))
+        assert world.engine.opened[-1].origin.program != origin.program, "another run is another program"
 
     run(scenario)

@@ -177,6 +177,20 @@ def test_resubmission_is_in_order_of_arrival_and_brings_the_output() -> None:
     assert len(early.output) == len(late.output) == 1
 
 
+def test_resubmission_brings_what_the_first_engine_found_in_its_cache() -> None:
+    """With the first token it is told; nothing that later ones find is of the prompt's charges."""
+    world = World(Options())
+    job = world.open(1, PLAIN)
+    for found in (1, 0):
+        world.start()
+        assert job.ticket is not None
+        world.router.engine_said(0, Step([Update(job.ticket, 9, None, None, None, None, found)], None))
+        world.die(heard=0)
+    world.start()
+    (add,) = (to_engine.decode(message) for message in world.inbox)
+    assert (add.output, add.cached_tokens) == ([9, 9], 1)
+
+
 def test_what_was_said_about_an_earlier_submission_is_not_heard() -> None:
     world = World(Options())
     job = world.open(1, PLAIN)

@@ -127,6 +127,22 @@ def test_programs_and_users_are_told() -> None:
     assert (told["programs"], told["mean_program_completion"], told["users"]["ann"]["jobs"]) == (1, 4.0, 1)
 
 
+def test_programs_of_two_users_are_two_whatever_their_names() -> None:
+    class Load:
+        name, longest = "by hand", 16
+
+        def jobs(self, seed: int, count: int, rate: float) -> Iterable[SimJob]:
+            yield SimJob(0.0, 4, 2, "ann", program="agent")
+            yield SimJob(100.0, 4, 4, "bob", program="agent")
+            yield SimJob(200.0, 4, 6, program="agent")
+
+    setting = Setting(workload=Load(), jobs=3, config=ROOMY, cost=SECOND)
+    told = run(setting, Point("fcfs", 1.0, 0)).as_dict()
+    assert (told["programs"], told["mean_program_completion"]) == (3, 4.0)
+    told = run(replace(setting, warmup_jobs=1), Point("fcfs", 1.0, 0)).as_dict()
+    assert (told["programs"], told["mean_program_completion"]) == (2, 5.0), "one of them began in the warm-up"
+
+
 def test_a_call_finds_the_prompt_before_and_what_was_put_out_to_it() -> None:
     job = next(parse_load("agents:9,1", "poisson").jobs(1, 90, 1.0))
     done, totals = simulated([job])
@@ -190,6 +206,14 @@ def test_a_workload_becomes_a_trace_of_mooncakes(shell: Shell, tmp_path: Path) -
     (told,) = shell.runs("--trace", str(path), *QUICK[:2], "--policy", "fcfs")
     assert told["jobs"] == 60 and 0 < told["hit_rate_bound"] < 1 and 0 <= told["hit_rate"] <= told["hit_rate_bound"]
     assert shell(*words, "--write-trace", str(path)).startswith("60 jobs"), "at load 0.9"
+
+
+def test_a_trace_may_be_written_over_itself(shell: Shell, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    write_trace(path, [SimJob(float(number), 600, 4, content=(7, number)) for number in range(20)])
+    assert shell("--trace", str(path), *QUICK[:2], "--write-trace", str(path)) == f"20 jobs written as {path}\n"
+    assert [job.content for job in read_trace(path)] == [(0, number) for number in range(1, 21)]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Conversations and agents: how prompts nest, what tokens they hold, what a cache could find, and traces of them."""
+"""Conversations and agents: how prompts nest, what a cache could find, and traces of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastserve.workloads import (
     write_mooncake,
     write_trace,
 )
-from fastserve.workloads.content import Answer, ContentPrompt, content_tokens, continues
+from fastserve.workloads.content import ContentPrompt, continues
 from fastserve.workloads.programs import BLOCK
 from fastserve.workloads.reuse import Reuse
 from fastserve.workloads.specs import PROGRAMS
@@ -145,57 +145,6 @@ def test_a_bad_workload_is_explained(spec: str, message: str) -> None:
     assert caught.value.field == "workload"
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------------
-
-CONTENTS = st.builds(
-    lambda content, block, part: SimJob(
-        0.0, max(1, block * (len(content) - 1) + part % block + 1), 1, content=tuple(content), content_block=block
-    ),
-    st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=6),
-    st.integers(1, 40),
-    st.integers(0, 39),
-)
-
-
-@given(CONTENTS, st.integers(0, 300), st.integers(0, 300))
-def test_a_part_of_a_prompt_is_a_part_of_the_whole(job: SimJob, start: int, stop: int) -> None:
-    prompt, whole = ContentPrompt(job, 2, 1000), tokens_of(job)
-    assert len(whole) == len(prompt) == job.prompt_tokens and list(prompt) == np.asarray(prompt).tolist()
-    assert prompt[start:stop] == list(prompt)[start:stop] and prompt[::-3] == list(prompt)[::-3]
-    assert prompt[-1] == list(prompt)[-1] and all(2 <= token < 1000 for token in prompt)
-    with pytest.raises(IndexError):
-        prompt[job.prompt_tokens]
-
-
-@given(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(8, 600))
-def test_equal_identities_are_equal_tokens_and_others_are_not(one: int, other: int, block: int) -> None:
-    def tokens(*identities: int) -> list[int]:
-        return tokens_of(SimJob(0.0, block * len(identities), 1, content=identities, content_block=block))
-
-    assert tokens(one, other)[:block] == tokens(one) == tokens(other, one)[block:]
-    assert (tokens(one) == tokens(other)) == (one == other)
-
-
-def test_a_salt_gives_other_tokens() -> None:
-    job = SimJob(0.0, 40, 1, content=(7, 8, 9), content_block=16)
-
-    def salted(salt: bytes) -> list[int]:
-        return content_tokens(job, 0, 40, first=300, ids=1000, salt=salt).tolist()
-
-    assert salted(b"a") == salted(b"a") != salted(b"b") and salted(b"") != salted(b"a")
-    assert all(300 <= token < 1300 for token in salted(b"a"))
-
-
-def test_answers_are_where_they_were_given() -> None:
-    job = SimJob(0.0, 40, 1, content=(7, 8, 9), content_block=16)
-    plain, prompt = tokens_of(job), ContentPrompt(job, 2, VOCABULARY, (Answer(10, 5, 1), Answer(30, 2, 0)))
-    expected = [*plain[:10], 0, 0, 0, 0, 1, *plain[15:30], 0, 0, *plain[32:]]
-    assert list(prompt) == expected
-    assert [prompt[a:b] for a in range(40) for b in range(a, 41)] == [
-        expected[a:b] for a in range(40) for b in range(a, 41)
-    ]
-
-
 # --- the bound --------------------------------------------------------------------------------------------------------
 
 
@@ -282,14 +231,24 @@ def test_mooncakes_hashes_say_what_prompts_have_in_common(tmp_path: Path, spec: 
         (job.prompt_tokens, job.output_tokens) for job in jobs
     ]
     assert [job.arrival for job in read] == pytest.approx([job.arrival for job in jobs], abs=1.1e-3)
-    blocks = [[tuple(tokens_of(job)[: end + 512]) for end in range(0, job.prompt_tokens, 512)] for job in jobs]
-    by_hash: dict[int, tuple[int, ...]] = {}
+    blocks = [[(job.user, *tokens_of(job)[: end + 512]) for end in range(0, job.prompt_tokens, 512)] for job in jobs]
+    by_hash: dict[int, tuple[object, ...]] = {}
     for job, own in zip(read, blocks, strict=True):
         for identity, tokens in zip(job.content or (), own, strict=True):
             assert by_hash.setdefault(identity, tokens) == tokens
     assert len(set(by_hash.values())) == len(by_hash) == 1 + max(by_hash)
     keys = set(json.loads(path.read_text().splitlines()[0]))
     assert keys == {"timestamp", "input_length", "output_length", "hash_ids"}
+
+
+def test_users_have_no_hashes_in_common(tmp_path: Path) -> None:
+    jobs = [
+        SimJob(number, 1100, 1, user, content=(5, 6), content_block=600)
+        for number, user in enumerate(("ann", "bob", "ann", None, ""))
+    ]
+    write_mooncake(tmp_path / "x", jobs)
+    hashes = [job.content for job in read_trace(tmp_path / "x")]
+    assert hashes == [(0, 1, 2), (3, 4, 5), (0, 1, 2), (6, 7, 8), (6, 7, 8)], "without a user they are one tenant's"
 
 
 def test_a_trace_of_mooncakes_has_no_calls_that_wait(tmp_path: Path) -> None:
@@ -312,6 +271,22 @@ def test_a_trace_of_mooncakes_has_no_calls_that_wait(tmp_path: Path) -> None:
         ),
         ('{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": [true]}', "whole numbers.*got True$"),
         ('{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": "ab"}', "hash_ids must be a list"),
+        *(
+            (f'{{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": {ids}}}', f"hash_ids .* got {got}$")
+            for ids, got in (("0", "0"), ('""', "''"), ("{}", "{}"), ("false", "False"))
+        ),
+        *(
+            (
+                f'{{"arrival": 0, "prompt_tokens": 5, "output_tokens": 1, "{key}": "ann\\udc80"}}',
+                f"line 1: {key} must be valid Unicode, and has a lone surrogate at character 3$",
+            )
+            for key in ("user", "program")
+        ),
+        (
+            '{"arrival": 0, "prompt_tokens": 5, "output_tokens": 1, '
+            '"then": [{"prompt_tokens": 1, "output_tokens": 1, "user": "\\ud800"}]}',
+            "line 1: user must be valid Unicode",
+        ),
         (
             '{"arrival": 0, "prompt_tokens": 5, "output_tokens": 1, "content": [1], "content_block": 0}',
             "content_block must be between 1 and",
@@ -340,3 +315,10 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path.write_text(line + "\n")
     with pytest.raises(InvalidRequest, match=message):
         list(read_trace(path))
+
+
+@pytest.mark.parametrize("ids", ['"hash_ids": null', '"hash_ids": []', '"other": 0'])
+def test_nothing_may_be_known_of_a_prompt(tmp_path: Path, ids: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(f'{{"timestamp": 0, "input_length": 5, "output_length": 1, {ids}}}\n')
+    assert list(read_trace(path)) == [SimJob(0.0, 5, 1)]

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toy import EOS, VOCAB, Clock, ToyExecutor
+from toy import EOS, VOCAB, Clock, ToyExecutor, expected_output
 
 from fastserve.config import SchedulerConfig
 from fastserve.cost import CostModel
 from fastserve.engine import Engine
 from fastserve.simulator import Recorder, Recording, ReplayDiverged, SimExecutor, VirtualClock, plan_digest, replay
-from fastserve.types import BatchPlan, FinishReason, SamplingParams, StepResult
+from fastserve.types import BatchPlan, FinishReason, Job, SamplingParams, StepResult
 
 COST = CostModel(per_iteration=0.01, per_row=0.001, per_token=0.001, per_read=1e-5)
 
@@ -51,11 +51,12 @@ class Noisy(ToyExecutor):
 
 
 def record(
-    seed: int, timeout: float | None = None, in_common: int = 0, **options: Any
+    seed: int, timeout: float | None = None, in_common: int = 0, resumed: bool = False, **options: Any
 ) -> tuple[Recording, SchedulerConfig]:
     """Thirty jobs that arrive in bursts, some of which are aborted, on the toy model.
 
     With tokens `in_common`, their prompts begin alike, and they are of tenants, salts and programs.
+    `resumed`: every other one comes from an engine that is lost, in the middle of its output.
     """
     rng = random.Random(seed)
     config = SchedulerConfig(**{"max_num_seqs": 3, "max_num_batched_tokens": 16, "block_size": 4, **options})
@@ -83,6 +84,11 @@ def record(
                 whose = {
                     "tenant": f"t{number % 2}", "cache_salt": "s" * (number % 3 == 2), "program": f"p{number % 4}"
                 }  # fmt: skip
+            if resumed and number % 2 == 0:
+                output = expected_output(prompt, params, number % 5, config.max_model_len)
+                whose |= {"output": output[: len(output) // 2], "inherited": rng.uniform(0, 0.3)}
+                if whose["output"]:
+                    whose |= {"waiting_since": when - rng.uniform(0, 0.6), "cached_tokens": len(prompt) // 2}
             job = engine.add_job(
                 *(f"j{number}", prompt, params),
                 seed=number % 5,
@@ -99,6 +105,10 @@ def record(
     return recorder.recording(), config
 
 
+def ended(recording: Recording) -> list[Job]:
+    return [entry.job for entry in recording.entries]
+
+
 @pytest.mark.parametrize("policy", ["fcfs", "mlfq", "skip-join-mlfq", "gittins"])
 @pytest.mark.parametrize(("in_flight", "timeout"), [(1, None), (2, None), (2, 0.007), (3, 0.02)])
 @pytest.mark.parametrize("blocks", [16, 500])
@@ -113,12 +123,12 @@ def test_a_replay_is_the_run(policy: str, in_flight: int, timeout: float | None,
             max_model_len=64,
             starvation_limit=0.5,
         )
-        reasons = {job.finish_reason for _, job in recording.entries}
+        reasons = {job.finish_reason for job in ended(recording)}
         assert len(recording.iterations) > 50
         assert reasons == {FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT}
-        assert blocks == 16 or policy == "fcfs" or any(job.metrics.preemptions for _, job in recording.entries)
+        assert blocks == 16 or policy == "fcfs" or any(job.metrics.preemptions for job in ended(recording))
         jobs = replay(recording, config, COST)
-        for again, (_, job) in zip(jobs, recording.entries, strict=True):
+        for again, job in zip(jobs, ended(recording), strict=True):
             assert (again.output, again.finish_reason, again.metrics) == (job.output, job.finish_reason, job.metrics)
 
 
@@ -138,8 +148,8 @@ def test_a_replay_moves_the_same_blocks(mode: str, in_flight: int) -> None:
             max_model_len=64,
         )
         jobs = replay(recording, config, COST)
-        assert [job.output for job in jobs] == [job.output for _, job in recording.entries]
-        assert [job.metrics.finish for job in jobs] == [job.metrics.finish for _, job in recording.entries]
+        assert [job.output for job in jobs] == [job.output for job in ended(recording)]
+        assert [job.metrics.finish for job in jobs] == [job.metrics.finish for job in ended(recording)]
         copies += sum(len(outcome.copies) for outcome in recording.outcomes.values())
     assert copies > 10
 
@@ -153,10 +163,25 @@ def test_a_replay_finds_what_the_run_found(policy: str, host: int) -> None:
             seed, in_common=9, policy=policy, num_blocks=24, num_host_blocks=host, max_in_flight=2, max_model_len=80
         )
         jobs = replay(recording, config, COST)
-        for again, (_, job) in zip(jobs, recording.entries, strict=True):
+        for again, job in zip(jobs, ended(recording), strict=True):
             assert (again.output, again.metrics, again.tenant) == (job.output, job.metrics, job.tenant)
         found += sum(job.metrics.cached_tokens for job in jobs)
     assert found > 100
+
+
+@pytest.mark.parametrize("policy", ["skip-join-mlfq", "gittins"])
+@pytest.mark.parametrize("in_common", [0, 9])
+def test_a_replay_goes_on_where_a_lost_engine_had_stopped(policy: str, in_common: int) -> None:
+    begun = 0
+    for seed in range(4):
+        recording, config = record(
+            *(seed, None, in_common), resumed=True, policy=policy, num_blocks=40, max_model_len=80, starvation_limit=0.5
+        )
+        jobs = replay(recording, config, COST)
+        for again, job in zip(jobs, ended(recording), strict=True):
+            assert (again.output, again.metrics, again.inherited) == (job.output, job.metrics, job.inherited)
+        begun += sum(len(entry.output) > 0 for entry in recording.entries)
+    assert begun > 20
 
 
 def test_another_schedule_is_noticed() -> None:
@@ -166,9 +191,9 @@ def test_another_schedule_is_noticed() -> None:
     with pytest.raises(ReplayDiverged):
         replay(recording, replace(config, policy="fcfs"), COST)
     late = copy.copy(recording.entries)
-    late[5] = (late[5][0] + 0.2, late[5][1])
+    late[5] = late[5]._replace(when=late[5].when + 0.2)
     with pytest.raises(ReplayDiverged, match=r"plan \d+"):
-        replay(Recording(late, recording.iterations, recording.outcomes), config, COST)
+        replay(replace(recording, entries=late), config, COST)
 
 
 def test_digests_tell_plans_apart() -> None:

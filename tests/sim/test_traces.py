@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastserve.config import SchedulerConfig
 from fastserve.types import InvalidRequest, SamplingParams
-from fastserve.workloads import Recorded, SimJob, read_trace, write_trace
+from fastserve.workloads import Recorded, SimJob, read_trace, write_mooncake, write_trace
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 23:59:59.6805900,374,44
@@ -76,6 +78,42 @@ def test_our_format_keeps_everything(write: Write) -> None:
     _, second, third = read_trace(write(OWN))
     assert second == SimJob(0.1, 396, 109, user="ann", priority=-2)
     assert third == SimJob(7.0, 12, 1, max_tokens=5)
+
+
+def test_a_trace_is_written_as_a_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "traces"
+    folder.mkdir()
+    path, link = folder / "trace.jsonl", folder / "link.jsonl"
+    path.write_text("what was there\n")
+    path.chmod(0o640)
+    link.symlink_to(path)
+
+    def failing() -> Iterator[SimJob]:
+        yield SimJob(0.0, 1, 1)
+        raise InterruptedError
+
+    for write_as in (write_trace, write_mooncake):
+        with pytest.raises(InterruptedError):
+            write_as(path, failing())
+        assert path.read_text() == "what was there\n" and sorted(folder.iterdir()) == [link, path]
+    assert write_trace(link, [SimJob(0.0, 1, 1)]) == 1
+    assert write_trace(path, read_trace(path)) == 1, "it is read while it is written"
+    assert list(read_trace(path)) == [SimJob(0.0, 1, 1)]
+    assert link.is_symlink() and path.stat().st_mode & 0o777 == 0o640 and sorted(folder.iterdir()) == [link, path]
+
+
+def test_what_is_no_file_is_written_to_as_it_is(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_trace(pipe, [SimJob(0.0, 1, 1)])
+        assert json.loads(os.read(reader, 1000)) == {"arrival": 0.0, "prompt_tokens": 1, "output_tokens": 1}
+    finally:
+        os.close(reader)
+    assert list(tmp_path.iterdir()) == [pipe] and pipe.is_fifo()
+    with pytest.raises(IsADirectoryError):
+        write_trace(tmp_path, [])
 
 
 def test_columns_may_be_more_and_in_another_order(write: Write) -> None:

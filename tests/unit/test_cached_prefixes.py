@@ -11,7 +11,7 @@ from toy import VOCAB, Toy, expected_output, piece
 from fastserve.cost import CostModel, Link
 from fastserve.engine import Engine
 from fastserve.kv import Block, BlockManager, check_blocks
-from fastserve.types import UPLOAD, Job, SamplingParams
+from fastserve.types import UPLOAD, InvalidRequest, Job, SamplingParams
 
 BLOCK = 4
 COST = CostModel(per_iteration=1.0, per_row=0.05, per_token=0.2, per_read=0.001, per_pair=0.001)
@@ -199,6 +199,53 @@ def test_a_job_of_a_lost_engine_is_not_charged_again_for_what_is_found_meanwhile
         assert job.output == output
         attained.append(job.attained)
     assert attained[0] == attained[1]
+
+
+def test_where_a_lost_engine_had_found_a_part_of_a_prompt_it_is_charged_for_the_rest_as_before() -> None:
+    lost, again = (toy(max_num_seqs=2) for _ in range(2))
+    for world in (lost, again):
+        ask(world, "before", piece(0, 24))
+        if world is lost:
+            world.run()
+    job = ask(lost, "job", [*piece(0, 40), 5], output=12)
+    for _ in range(8):
+        lost.engine.step()
+    output, found = list(job.output), job.metrics.cached_tokens
+    lost.run()
+    assert (len(output), found) == (8, 24)
+    resumed = again.engine.add_job(
+        "job", job.prompt, job.params, seed=0, vocab_size=VOCAB, output=output, cached_tokens=found
+    )
+    again.run()
+    assert resumed.output == job.output and resumed.metrics.cached_tokens == found
+    assert (resumed.attained, resumed.charged) == pytest.approx((job.attained, job.charged))
+
+
+@pytest.mark.parametrize(("output", "cached"), [([], 1), ([1], 3), ([1], -1)])
+def test_only_a_part_of_the_prompt_of_a_job_with_output_can_have_been_found(output: list[int], cached: int) -> None:
+    with pytest.raises(InvalidRequest, match="cached_tokens"):
+        params = SamplingParams(max_tokens=9)
+        toy().engine.add_job("job", [1, 2, 3], params, seed=0, vocab_size=VOCAB, output=output, cached_tokens=cached)
+
+
+def test_what_another_computes_while_a_job_waits_for_its_beginning_is_part_of_what_it_found() -> None:
+    """The first begins with 36 tokens that come back from the host; meanwhile the other computes 60 of its 62."""
+    cost = CostModel(per_iteration=1.0, per_token=1.0)
+    world = toy(cost, num_blocks=40, num_host_blocks=64, max_num_seqs=1, policy="fcfs")
+    ask(world, "a", piece(0, 36))
+    world.run()
+    for number in range(1, 5):
+        ask(world, str(number), piece(number, 60), output=3)
+        world.run()
+    uploaded = world.executor.copied[UPLOAD]
+    first, second = (ask(world, name, [*piece(0, 60), ord(name) % VOCAB, 1], output=2) for name in "bc")
+    assert first.cached == second.cached == 36
+    world.run()
+    assert world.executor.copied[UPLOAD] == uploaded + 9
+    assert (first.metrics.cached_tokens, second.metrics.cached_tokens) == (60, 0)
+    assert (first.attained, second.attained) == (cost.prefill_seconds(60, 2) + 2.0, cost.prefill_seconds(0, 62) + 2.0)
+    assert first.charged == pytest.approx(first.attained)  # a batch of one shares nothing
+    assert first.output == world.expected(first)
 
 
 def test_cache_leaves_for_the_host_and_comes_back_before_its_job_runs() -> None:

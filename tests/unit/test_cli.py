@@ -65,6 +65,13 @@ def test_every_command_explains_itself(shell: Shell, command: str) -> None:
     assert f"Usage: fastserve {command}" in " ".join(shell(*command.split(), "--help").split())
 
 
+@pytest.mark.parametrize(("command", "whose"), [("serve", "its tenant's"), ("simulate", "its user's")])
+def test_help_promises_no_more_than_a_share_keeps(shell: Shell, command: str, whose: str) -> None:
+    text = " ".join(shell(command, "--help").replace("│", " ").split())
+    (limit,) = re.findall(r"--starvation-limit (.*?) --", text)
+    assert re.search(rf"waiting job goes first.*among {whose} where several have jobs", limit), limit
+
+
 def test_the_defaults_that_help_shows_are_the_apis() -> None:
     """Options are left out when not given, so what help says of them could be wrong."""
     engine = inspect.signature(LLM).parameters

@@ -201,3 +201,18 @@ def test_a_storm_wastes_nothing() -> None:
         _, end = longest_wait(policy, 3.0)
         _, stormy = longest_wait(policy, 3.0, slowdown_limit=0.01)
         assert abs(stormy - end) <= 65
+
+
+def test_who_comes_when_all_have_left_does_not_pay_for_them() -> None:
+    """Tenants that come get policies of tenants that went: what those owed is not theirs to pay."""
+    bounds = Deadlines(starvation_limit=1.0, slowdown_limit=None, quantum=1.0, share=1 / 8)
+    before, other, new = bare_job(0, 1.0), bare_job(1, 1.0), bare_job(2, 1.0, arrival=3.0)
+    bounds.watch(before, 0.0)
+    bounds.watch(other, 0.0)
+    assert bounds.pop_due(2.0) == [before]
+    bounds.charge(100.0)
+    bounds.forget(before)
+    assert bounds.pop_due(3.0) == [], "the other waits until it is paid"
+    bounds.forget(other)
+    bounds.watch(new, 3.0)
+    assert bounds.of(new) == 4.0 == bounds.next() and bounds.pop_due(4.0) == [new]

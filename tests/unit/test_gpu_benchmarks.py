@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,16 @@ def test_the_script_hears_what_the_sanitizer_says(said: str, found: str, tmp_pat
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == {"0": 0, "4": 9, "-": 124}[found]  # 124: not measured
     assert (tmp_path / "sanitizer").read_text() == f"memcheck {found} 1\nracecheck {found} 1\n"
+
+
+@pytest.mark.parametrize("arguments", [["--only"], ["--only", ""], ["--only", "decode,everything"], ["decode"]])
+def test_the_script_names_the_steps_there_are(arguments: list[str]) -> None:
+    script = BENCHMARKS.parent / "scripts" / "gpu_check.sh"
+    done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    taken = re.findall(r"^ *step (\w+) ", script.read_text(), re.MULTILINE)
+    assert line.endswith(f", of: {' '.join(taken[1:])}") and taken[0] == "build"
 
 
 def test_every_way_to_compute_products_is_told() -> None:

@@ -11,13 +11,11 @@ from hypothesis import strategies as st
 from toy import VOCAB, Toy, bare_job
 
 from fastserve.cost import CostModel, Link
-from fastserve.decode_rows import DecodeRows
 from fastserve.engine import Engine
 from fastserve.policies import Policy
 from fastserve.policies.average import Average
 from fastserve.policies.fcfs import FirstComeFirstServed
 from fastserve.policies.tenant import ByTenant
-from fastserve.shelter import Shelter
 from fastserve.types import Job, SamplingParams
 
 ROWS = CostModel(per_iteration=7.0, per_row=1.0)  # 8 s alone: one more row is an eighth
@@ -47,77 +45,6 @@ def owners(toy: Toy, since: int) -> list[Counter[str]]:
 
 
 # --- the time of an iteration -----------------------------------------------------------------------------------------
-
-
-class Fixed(FirstComeFirstServed):
-    """An order in which jobs named so are beyond their tenants' shares, and nobody else's tenant asks for much."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._given: Job | None = None
-
-    def order(self, jobs: list[Job]):  # type: ignore[no-untyped-def]
-        for self._given in jobs:
-            yield self._given
-
-    @property
-    def beyond(self) -> bool:
-        return self._given is not None and self._given.tenant == "flood"
-
-    def is_small(self, job: Job) -> bool:
-        return job.tenant != "flood"
-
-    is_sheltered = is_small
-
-
-def jobs_of(*tenants: str, tokens: int = 1) -> list[Job]:
-    jobs = [bare_job(number, 1.0) for number in range(len(tenants))]
-    for job, tenant in zip(jobs, tenants, strict=True):
-        job.tenant, job.primed, job.prompt = tenant, tokens == 1, [0] * tokens
-    return jobs
-
-
-def chosen(cost: CostModel, jobs: list[Job], limit: int = 100) -> tuple[Shelter, list[Job]]:
-    policy, taken = Fixed(), list[Job]()
-    made = Shelter(cost, policy, DecodeRows(100, cost))
-    for job in made.best(policy.order(jobs), lambda: taken, limit):
-        taken.append(job)
-    return made, taken
-
-
-def test_rows_beyond_make_an_iteration_an_eighth_longer_at_most() -> None:
-    """7 s and one a row: 9 s with two, so that a third has time (10 s is less than 10.125 s) and a fourth has not."""
-    jobs = jobs_of("a", "b", *["flood"] * 5)
-    made, taken = chosen(ROWS, jobs)
-    assert taken == jobs[:3] and made.full
-
-
-def test_where_rows_are_free_all_have_time_up_to_the_limit() -> None:
-    jobs = jobs_of("a", *["flood"] * 50)
-    made, taken = chosen(FREE, jobs, 20)
-    assert taken == jobs[:20] and not made.full
-
-
-def test_without_others_nothing_is_left_out() -> None:
-    jobs = jobs_of(*["flood"] * 9)
-    made, taken = chosen(ROWS, jobs)
-    assert taken == jobs and not made.full
-
-
-def test_a_prefill_beyond_has_the_time_that_is_left() -> None:
-    """Alone 16 s (15 and a row): 2 s more, which is 8 tokens of 0.25 s; a decode of the flood's before it takes a half.
-
-    Without a decode of others, their prefill counts: 15 s and 12 tokens leave 2.25 s.
-    """
-    cost = CostModel(per_iteration=15.75, per_token=0.25)
-    (own,), (decode,) = jobs_of("a"), jobs_of("flood")
-    prompt = jobs_of("flood", tokens=40)[0]
-    made, taken = chosen(cost, [own, prompt])
-    assert taken == [own, prompt] and made.prefills == {prompt} and made.spare == pytest.approx(2.0)
-    made, taken = chosen(cost, [own, decode, prompt, *jobs_of("flood")])
-    assert taken == [own, decode, prompt] and made.spare == pytest.approx(1.75)
-    made, taken = chosen(cost, [jobs_of("a", tokens=9)[0], prompt])
-    assert made.prefills == {prompt} and made.spare == pytest.approx(18.0 / 8)
 
 
 def test_beside_a_flood_a_job_is_hardly_slower_than_alone() -> None:
@@ -280,6 +207,34 @@ def test_who_has_much_to_ask_and_was_served_more_is_beyond() -> None:
     served(policy, one, 30.0)
     add(policy, "many", range(20, 21))
     assert beyond(policy) == "om" + "M" * 8, "others have caught up"
+
+
+@pytest.mark.parametrize(
+    ("jobs", "others", "beyond_share"), [(24, 1, True), (12, 1, True), (6, 1, False), (24, 4, False)]
+)
+def test_who_keeps_many_times_as_many_jobs_as_others_is_beyond(jobs: int, others: int, beyond_share: bool) -> None:
+    """A client of a few dozen connections, that never has jobs for more batches than a few."""
+    policy = by_tenant(rows=8.0)
+    many = add(policy, "many", range(jobs))
+    for name in ("ann", "bob", "cid"):
+        add(policy, name, range(others))
+    next(policy.iter_best(0.0))
+    served(policy, many[0], 100.0)
+    assert [job for job in policy.iter_best(0.0) if policy.beyond] == (many if beyond_share else [])
+    assert policy.is_sheltered(many[0]) is not beyond_share
+
+
+@pytest.mark.parametrize("lately", [False, True])
+def test_of_two_tenants_nobody_is_the_usual_one(lately: bool) -> None:
+    """But those that had jobs lately are tenants too: people think between their calls."""
+    policy = by_tenant(rows=8.0)
+    many, _ = add(policy, "many", range(24)), add(policy, "one", range(1))
+    if lately:
+        for job in add(policy, "thinks", range(1)):
+            policy.remove(job)
+    next(policy.iter_best(0.0))
+    served(policy, many[0], 100.0)
+    assert any([policy.beyond for _ in policy.iter_best(0.0)]) is lately
 
 
 def test_weights_weigh() -> None:

@@ -187,6 +187,18 @@ def test_all_updates_of_an_iteration_come_in_one_step(start: Any) -> None:
     assert all(len({update.key for update in step.updates}) == len(step.updates) for step in steps)
 
 
+def test_what_was_found_in_the_cache_is_told_with_the_first_token_and_outlasts_the_engine(start: Any) -> None:
+    server = start()
+    for key in (1, 2):
+        server.tell(message := add(key, [5] * 40))
+        (updates,) = server.follow(key).values()
+        assert [update.cached_tokens for update in updates] == [32 * (key == 2), *[0] * 7]
+    server.tell(Add(3, [5] * 40, message.params, 7, 0, 0.0, expected(message)[:3], cached_tokens=16))
+    (updates,) = server.follow(3).values()
+    assert [update.cached_tokens for update in updates] == [0] * 5
+    assert updates[-1].metrics is not None and updates[-1].metrics.cached_tokens == 16
+
+
 def test_logprobs_and_stop_tokens(start: Any) -> None:
     server = start()
     first = expected(add(1, [5, 6], ignore_eos=False, max_tokens=60))

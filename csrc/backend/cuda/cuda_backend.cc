@@ -112,7 +112,9 @@ class CudaBackend final : public Backend {
     FS_CHECK(holds(shape.format, dtype_), "the CUDA backend holds keys and values as the model is computed, in ",
              name_of(dtype_), ": use a kv_cache_dtype of auto");
     pool_ = {{layout_of(shape)}, base};
-    batches_ = std::make_unique<BatchUploader>(shape.block_size);
+    if (batches_ == nullptr || batches_->block_size() != shape.block_size) {  // else what is reserved stays
+      batches_ = std::make_unique<BatchUploader>(shape.block_size);
+    }
     graphs_.clear();
   }
   int64_t free_bytes() const override {
@@ -131,6 +133,8 @@ class CudaBackend final : public Backend {
       bytes = std::max(bytes, attention_workspace(attended_heads_, pool_, decodes, segments));
     }
     reserve_attention(bytes, bytes);
+    batches_->reserve(rows, positions, compute_);
+    if (batches_->moved()) graphs_.clear();
   }
 
   // A direction has its own stream. Neither waits for the compute stream: the engine copies only blocks that no queued

@@ -49,7 +49,9 @@ CudaSampler::CudaSampler(int64_t vocab_size, cudaStream_t stream, std::function<
 void CudaSampler::reserve(int64_t most) {
   make_places(kManyPlaces);  // jobs that are not in a batch have one, too
   cuda::reserve(results_, results_bytes(most), stream_);
-  cuda::reserve(workspace_, sample_workspace(most, vocab_size_, 0), stream_);
+  const int64_t biases = most * static_cast<int64_t>(kListedBytes / sizeof(SampleBias));
+  cuda::reserve(workspace_, sample_workspace(most, vocab_size_, biases), stream_);
+  for (Transfer& transfer : transfers_) transfer.reserve(results_bytes(most));
   rows_.reserve(most * (sizeof(SampleRow) + kListedBytes), stream_);
   counts_.reserve(most);
 }

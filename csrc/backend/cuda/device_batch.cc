@@ -24,6 +24,13 @@ int64_t filled_up_rows(int64_t rows) {
   return round_up(rows, rows <= 64 ? 8 : rows <= 256 ? 16 : 32);
 }
 
+void BatchUploader::reserve(int64_t rows, int64_t positions, cudaStream_t stream) {
+  constexpr int64_t kRowWords = 12, kPadding = 64;  // what lay_out() places of a row besides its table, and aligns
+  const int64_t words = static_cast<int64_t>(words_.size()) + kPadding +
+                        filled_up_rows(rows) * (kRowWords + ceil_div(positions, block_size_));
+  uploads_.reserve(words * sizeof(int32_t), stream);
+}
+
 DeviceBatch BatchUploader::lay_out(int64_t tokens, const Batch& batch, cudaStream_t stream) {
   words_.clear();
   const auto place = [&](auto count) {

@@ -15,6 +15,11 @@ class BatchUploader {
  public:
   explicit BatchUploader(int64_t block_size) : block_size_(block_size) {}
 
+  int64_t block_size() const { return block_size_; }
+
+  // Makes room for batches of so many rows with contexts of up to so many positions, and of as many tokens as the last
+  // one had.
+  void reserve(int64_t rows, int64_t positions, cudaStream_t stream);
   // Queues the upload on the stream. The result holds until the next one, whose upload waits for what is queued before
   // it. A batch that can be replayed has one token a row and wants all of their logits; it is filled up, and its
   // max_context rounded up, so that batches whose counts are equal lie at equal addresses.

@@ -45,11 +45,12 @@ struct Transfer {
 // Uploads to one address, as long as what is uploaded fits there.
 class Uploads {
  public:
-  // Makes room, after what is queued on the stream; the address.
+  // Makes room, there and in the pinned memory on the way, after what is queued on the stream; the address.
   std::byte* reserve(size_t bytes, cudaStream_t stream) {
     if (device_.bytes() < bytes) {
       check(cudaStreamSynchronize(stream));  // what is queued works on the one before
       device_ = Memory(Place::kDevice, std::bit_ceil(2 * bytes));
+      for (Transfer& transfer : transfers_) transfer.reserve(device_.bytes());
       moved_ = true;
     }
     return device_.as<std::byte>();

@@ -87,14 +87,15 @@ py::tuple sample_rows(const py::array& logits, int64_t vocab, const std::vector<
   return py::make_tuple(results, tops, device_last.numpy(), device_counts.numpy());
 }
 
-py::array count_history(int64_t vocab, const py::array& prompt, const py::array& outputs) {
-  const DeviceArray device_prompt(prompt), device_outputs(outputs);
+// tokens: a prompt, what came out after it, and what others have seen, as jobs lie one after another.
+py::array count_history(int64_t vocab, const py::array& tokens, int64_t prompt, int64_t outputs) {
+  const DeviceArray device_tokens(tokens);
   py::array_t<uint32_t> poison(count_table_size(vocab));
   std::memset(poison.mutable_data(), 0xa5, static_cast<size_t>(poison.nbytes()));
   const DeviceArray counts(poison);
   const Stream stream;
-  count_tokens(counts.as<uint32_t>(), vocab, device_prompt.as<int32_t>(), prompt.size(), device_outputs.as<int32_t>(),
-               outputs.size(), stream);
+  count_tokens(counts.as<uint32_t>(), vocab, device_tokens.as<int32_t>(), prompt, device_tokens.as<int32_t>() + prompt,
+               outputs, stream);
   stream.synchronize();
   return counts.numpy();
 }
@@ -132,7 +133,8 @@ void register_sampling(py::module_& module) {
   property("frequency_penalty", &SampleRow::frequency_penalty);
   module.def("sample", &sample_rows, py::arg("logits"), py::arg("vocab"), py::arg("rows"), py::arg("biases"),
              py::arg("stop_tokens"), py::arg("last_sampled"), py::arg("counts"), py::arg("draws") = true);
-  module.def("count_tokens", &count_history, py::arg("vocab"), py::arg("prompt"), py::arg("outputs"));
+  module.def("count_tokens", &count_history, py::arg("vocab"), py::arg("tokens"), py::arg("prompt"),
+             py::arg("outputs"));
 }
 
 }  // namespace fastserve::cuda

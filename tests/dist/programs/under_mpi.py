@@ -1,4 +1,4 @@
-"""One rank under mpiexec: under_mpi.py CASE [ranks a host]. What it prints is checked by test_mpi.py."""
+"""One rank under mpiexec: under_mpi.py CASE [ranks a host [device]]. What it prints is checked by test_mpi.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 from layouts import shard_of
 from shared_models import PROMPT, SMALL, SMALL_CONFIG
+from synthetic import plan as batch
 
 from fastserve import _C
 from fastserve.distributed import Grid, Group, connect, launched
@@ -100,7 +101,28 @@ def plan(group: Group) -> None:
     runtime.poll()
 
 
-shape = Grid(2, here.size // 2) if case in ("grid", "plan") else Grid(here.size)
+def decodes(group: Group) -> None:
+    """A prompt and three more tokens."""
+    links = connect_runtime(group)
+    runtime = NativeRuntime(SMALL, replace(SMALL_CONFIG, device=sys.argv[3]), shard_of(SMALL, group), links)
+    if group.rank != 0:
+        runtime.follow()
+    else:
+        tokens = []
+        for step in range(4):
+            table = [(0, 1, 8)] if step == 2 else []  # a block has four
+            runtime.submit(PROMPT if step == 0 else batch(step, [(0, 2 + step, 1, 1)], [-1], table=table))
+            result = runtime.poll()
+            assert result is not None
+            tokens += result.tokens.tolist()
+        runtime.close()
+        print(*tokens, flush=True)
+    links.close()
+
+
+alone = decodes
+
+shape = Grid(2, here.size // 2) if case in ("grid", "plan", "decodes") else Grid(here.size)
 try:
     with connect(shape, host=host) as joined:
         globals()[case](joined)

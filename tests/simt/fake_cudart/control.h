@@ -1,5 +1,6 @@
-// What tests set of the fake runtime. The environment sets it too: FASTSERVE_SIMT_EAGERNESS, _SEED and _MEMORY, and
-// by _DEVICE which machine's devices they are.
+// What tests set of the fake runtime. The environment sets it too: FASTSERVE_SIMT_EAGERNESS, _SEED and _MEMORY,
+// by _DEVICE which machine's devices they are, and by _CAPABILITY of which compute capability: 7.5,
+// 8.0, 8.6, 8.9 or 9.0.
 #pragma once
 
 #include <cstddef>

@@ -158,6 +158,13 @@ class Device {
 
 Device& device();
 
+// Of every device, by FASTSERVE_SIMT_CAPABILITY.
+struct Capability {
+  int major, minor;
+  size_t shared_bytes;  // that a block may ask for
+};
+const Capability& capability();
+
 [[noreturn]] void error(const std::string& what);
 
 // Every function of the API runs its body in one of these, which lock the device. What goes wrong is thrown...

@@ -50,8 +50,12 @@ void check_configuration(const simt::Launch& launch) {
     error(simt::join(name, " has clusters of ", launch.cluster, " blocks in a grid of ", launch.grid.x, "; 1 to ",
                      kMaxCluster, " are possible, and must divide the grid"));
   }
-  if (launch.shared_bytes > simt::kMaxShared) {
-    error(simt::join(name, " asks for ", launch.shared_bytes, " bytes of shared memory; there are ", simt::kMaxShared));
+  if (launch.cluster > 1 && capability().major < 9) {
+    error(simt::join(name, " has clusters, which compute capability 9.0 is the first to have"));
+  }
+  if (launch.shared_bytes > capability().shared_bytes) {
+    error(simt::join(name, " asks for ", launch.shared_bytes, " bytes of shared memory; there are ",
+                     capability().shared_bytes));
   }
 }
 

@@ -1,4 +1,4 @@
-// What the devices say of themselves: alike, of compute capability 9.0.
+// What the devices say of themselves: alike, and where nothing else is asked for of compute capability 9.0.
 #include <unistd.h>
 
 #include <cstdio>
@@ -8,10 +8,27 @@
 #include "fake_cudart/device.h"
 #include "machine/machine.h"
 
+using fake_cudart::capability;
 using fake_cudart::Device;
 using fake_cudart::enter;
 
 namespace {
+
+// With the most shared memory of a block, by CUDA's programming guide.
+constexpr fake_cudart::Capability kCapabilities[] = {
+    {7, 5, 64 * 1024}, {8, 0, 163 * 1024}, {8, 6, 99 * 1024}, {8, 9, 99 * 1024}, {9, 0, simt::kMaxShared}};
+
+fake_cudart::Capability asked_for() {
+  const char* named = std::getenv("FASTSERVE_SIMT_CAPABILITY");
+  if (named == nullptr) return kCapabilities[std::size(kCapabilities) - 1];
+  std::string known;
+  for (const auto& each : kCapabilities) {
+    const std::string name = simt::join(each.major, '.', each.minor);
+    if (name == named) return each;
+    known += ' ' + name;
+  }
+  fake_cudart::error(simt::join("FASTSERVE_SIMT_CAPABILITY is ", named, "; emulated are", known));
+}
 
 constexpr int kProcessors = 132;
 constexpr int kSharedPerProcessor = 228 * 1024;
@@ -54,6 +71,11 @@ const int kNoLibraries = setenv("FASTSERVE_CUBLASLT", "0", 0);
 
 }  // namespace
 
+const fake_cudart::Capability& fake_cudart::capability() {
+  static const Capability the_capability = asked_for();
+  return the_capability;
+}
+
 extern "C" {
 
 const char* cudaGetErrorName(cudaError_t status) { return find(status).name; }
@@ -84,7 +106,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int index) {
     std::memcpy(properties->uuid.bytes, identity, sizeof identity);
     properties->totalGlobalMem = self.total_bytes;
     properties->sharedMemPerBlock = fake_cudart::kSharedByDefault;
-    properties->sharedMemPerBlockOptin = simt::kMaxShared;
+    properties->sharedMemPerBlockOptin = capability().shared_bytes;
     properties->sharedMemPerMultiprocessor = kSharedPerProcessor;
     properties->regsPerBlock = properties->regsPerMultiprocessor = 65536;
     properties->warpSize = simt::kLanes;
@@ -94,8 +116,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int index) {
     properties->maxThreadsDim[2] = 64;
     properties->maxGridSize[0] = 0x7fffffff;
     properties->maxGridSize[1] = properties->maxGridSize[2] = 65535;
-    properties->major = 9;
-    properties->minor = 0;
+    properties->major = capability().major;
+    properties->minor = capability().minor;
     properties->multiProcessorCount = kProcessors;
     properties->l2CacheSize = kL2;
     properties->asyncEngineCount = 2;
@@ -115,7 +137,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
       *value = fake_cudart::kSharedByDefault;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = simt::kMaxShared;
+      *value = static_cast<int>(capability().shared_bytes);
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = kSharedPerProcessor;
@@ -136,10 +158,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
       *value = kL2;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
+      *value = capability().major;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
+      *value = capability().minor;
       return cudaSuccess;
     case cudaDevAttrAsyncEngineCount:
       *value = 2;
@@ -159,7 +181,7 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
       return cudaSuccess;
     }
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-    if (value < 0 || static_cast<size_t>(value) > simt::kMaxShared) return cudaErrorInvalidValue;
+    if (value < 0 || static_cast<size_t>(value) > capability().shared_bytes) return cudaErrorInvalidValue;
     self.shared_limits[{function, fake_cudart::current_device()}] = static_cast<size_t>(value);
     ++self.attributes_set;
     return cudaSuccess;
