@@ -15,7 +15,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 emulated= only=
-steps=(warpgroups decode prefill swap tests jct transformers gemm attention sanitizer compiled)
+steps=(warpgroups decode prefill swap tests sanitizer jct transformers gemm attention compiled)
 usage() {
   echo "usage: scripts/gpu_check.sh [--emulated] [--only STEP,...], of: ${steps[*]}" >&2
   exit 2
@@ -184,7 +184,9 @@ step prefill 40 bash -c "$(in_shell bench prefill "${prefill[@]}")"
 step swap 60 bash -c "$(in_shell bench swap "${swap[@]}")"
 step tests 150 bash -c "$(in_shell run_tests)"
 # Before what takes its time, or there would be none left. It loads what the few cases need.
-[ -n "$emulated" ] || step sanitizer 90 env CUDA_MODULE_LOADING=LAZY bash -c "$(in_shell sanitize)"
+if [ -z "$emulated" ]; then
+  step sanitizer 90 env CUDA_MODULE_LOADING=LAZY bash -c "$(in_shell sanitize)"
+fi
 step jct 160 "$python" benchmarks/gpu_jct.py --json "$OUT/jct.json" "${jct[@]}"
 # torch's own kernels are thousands: loaded when they are used.
 step transformers 75 env CUDA_MODULE_LOADING=LAZY "$python" benchmarks/gpu_transformers.py --json "$OUT/transformers.json" "${transformers[@]}"
