@@ -63,7 +63,7 @@ build-cuda: build compile-cuda  ## Compile the CUDA kernels for GPUs and for the
 # or nothing.
 CUDA_TARGET := cuda_tests
 compile-cuda:
-	@{ $(BIN)/cmake -S . -B build -DFASTSERVE_CUDA_TESTS=ON \
+	@{ $(BIN)/cmake -S . -B build -DFASTSERVE_CUDA_TESTS=ON -DFASTSERVE_CUDA_WERROR=ON \
 	  && nice -n 19 $(BIN)/cmake --build build --target $(CUDA_TARGET); } \
 	  > $(STAMPS)/cuda.log 2>&1 || { cat $(STAMPS)/cuda.log; exit 1; }
 

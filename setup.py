@@ -48,7 +48,8 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
-        for name in ("FASTSERVE_CUDA", "FASTSERVE_CUDA_ARCHITECTURES"):  # ON, OFF or AUTO; as CMake names them: 90
+        # ON, OFF or AUTO; as CMake names them: 90; ON or OFF.
+        for name in ("FASTSERVE_CUDA", "FASTSERVE_CUDA_ARCHITECTURES", "FASTSERVE_CUDA_WERROR"):
             if given := os.environ.get(name):
                 options[name] = given
         definitions = [f"-D{name}={value}" for name, value in options.items()]

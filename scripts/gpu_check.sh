@@ -15,7 +15,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 emulated= only=
-steps=(warpgroups decode prefill swap tests jct transformers gemm attention sanitizer compiled)
+steps=(warpgroups decode prefill swap tests sanitizer jct transformers gemm attention compiled)
 usage() {
   echo "usage: scripts/gpu_check.sh [--emulated] [--only STEP,...], of: ${steps[*]}" >&2
   exit 2
@@ -110,10 +110,10 @@ fi
 export CUDA_MODULE_LOADING=EAGER  # nothing is loaded while something is timed
 
 build() {
-  "$python" setup.py --quiet build_ext --inplace --parallel "$jobs" || return
+  FASTSERVE_CUDA_WERROR=OFF "$python" setup.py --quiet build_ext --inplace --parallel "$jobs" || return
   local cmake
   cmake=$("$python" -c 'import cmake, pathlib; print(pathlib.Path(cmake.CMAKE_BIN_DIR) / "cmake")') || return
-  "$cmake" -S . -B build -DFASTSERVE_BENCHMARKS=ON -DFASTSERVE_CUDA_TESTS=ON > build/configure.log || return
+  "$cmake" -S . -B build -DFASTSERVE_BENCHMARKS=ON -DFASTSERVE_CUDA_TESTS=ON -DFASTSERVE_CUDA_WERROR=OFF > build/configure.log || return
   "$cmake" --build build -j "$jobs" --target "${targets[@]}" | tail -n 3
 }
 run_tests() {
@@ -147,7 +147,12 @@ sanitize() {
     echo "$tool ${found:--} $code" >> "$parts/sanitizer"
     { echo "== $tool: exit status $code (124: out of time)"; head -c 500000 "$parts/$tool.log"; } >> "$OUT/sanitizer.txt"
     grep -h "ERROR SUMMARY\|RACECHECK SUMMARY\|passed\|failed" "$parts/$tool.log" | tail -n 3
-    [ "${found:-0}" -eq 0 ] || status=9
+    if [ -z "$found" ]; then
+      echo "$tool came to no summary: not measured"
+      [ "$status" -ne 0 ] || status=124
+    elif [ "$found" -ne 0 ]; then
+      status=9
+    fi
   done
   return $status
 }
@@ -178,14 +183,18 @@ step decode 60 bash -c "$(in_shell bench decode "${decode[@]}")"
 step prefill 40 bash -c "$(in_shell bench prefill "${prefill[@]}")"
 step swap 60 bash -c "$(in_shell bench swap "${swap[@]}")"
 step tests 150 bash -c "$(in_shell run_tests)"
+# Before what takes its time, or there would be none left. It loads what the few cases need.
+if [ -z "$emulated" ]; then
+  step sanitizer 90 env CUDA_MODULE_LOADING=LAZY bash -c "$(in_shell sanitize)"
+fi
 step jct 160 "$python" benchmarks/gpu_jct.py --json "$OUT/jct.json" "${jct[@]}"
-step transformers 75 "$python" benchmarks/gpu_transformers.py --json "$OUT/transformers.json" "${transformers[@]}"
+# torch's own kernels are thousands: loaded when they are used.
+step transformers 75 env CUDA_MODULE_LOADING=LAZY "$python" benchmarks/gpu_transformers.py --json "$OUT/transformers.json" "${transformers[@]}"
 step gemm 40 "${library[@]}" bash -c "$(in_shell bench gemm "${gemm[@]}")"
 step attention 40 bash -c "$(in_shell bench attention "${attention[@]}")"
 if [ -z "$emulated" ]; then
-  step sanitizer 90 bash -c "$(in_shell sanitize)"
   # Compiling takes minutes: with the time that is left.
-  step compiled 200 "$python" benchmarks/gpu_transformers.py --json "$OUT/compiled.json" --rivals compiled --idle ""
+  step compiled 200 env CUDA_MODULE_LOADING=LAZY "$python" benchmarks/gpu_transformers.py --json "$OUT/compiled.json" --rivals compiled --idle ""
 fi
 
 "$python" benchmarks/gpu_table.py --parts "$parts" --out "$OUT" ${emulated:+--emulated} 2>&1 | tee "$OUT/table.txt"

@@ -123,6 +123,7 @@ def test_right_kernels_come_out_the_same_in_every_order(kernels: ModuleType) -> 
         ("matrices", matrices),
         ("copies", VALUES),
         ("early", VALUES),
+        ("early, constants before the wait", VALUES),
         ("hand over", handed_over),
     ]:
         for got in outcomes(kernels, name):
@@ -180,9 +181,13 @@ ERRORS = {
     "register array overrun": r"has an index out of an array's bounds at tests/simt/examples/planted.cu:\d+",
     "long shift": r"shifts by more bits than there are",
     "division by zero": r"divides an integer by zero",
-    "early, in one branch": r"shared_memory before begin_after_predecessor, in a kernel that begins early",
-    "early, too late": r"shared_memory before begin_after_predecessor, in a kernel that begins early",
-    "early, never": r"has exited without begin_after_predecessor, in a kernel that begins early",
+    "early, in one branch": r"shared_memory before let_next_begin, in a kernel that begins early",
+    "early, too late": r"shared_memory before let_next_begin, in a kernel that begins early",
+    "early, never": r"has exited without wait_for_predecessor, in a kernel that begins early",
+    "early, a copy before the wait": r"copy_async before wait_for_predecessor, in a kernel that begins early",
+    "early, a barrier before the wait": r"__syncthreads before wait_for_predecessor, in a kernel that begins early",
+    "early, a shuffle before the wait": r"__shfl_xor_sync before wait_for_predecessor, in a kernel that begins early",
+    "early, alone": r"wait_for_predecessor before let_next_begin, in a kernel that begins early",
     "too much shared memory": r"invalid argument",  # to the call that would allow the kernel so much
 }
 

@@ -284,6 +284,15 @@ def test_activations_and_weights_of_two_types_are_refused(kernels: ModuleType, d
         matrix.multiply(np.zeros((1, 64), np.float32), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_that_vectors_cannot_be_read_of_is_refused(kernels: ModuleType, dtype: str) -> None:
+    matrix, _ = _matrix(kernels, dtype, dtype, 64, 64)
+    x, bias = np.ones((1, 64), np.float32), np.ones(64, np.float32)
+    matrix.multiply(x, dtype, bias=bias)
+    with pytest.raises(kernels.Error, match="bias is not at a multiple of 16 bytes"):
+        matrix.multiply(x, dtype, bias=bias, bias_at=1)
+
+
 def test_accumulation_in_16_bits_is_refused(kernels: ModuleType) -> None:
     matrix = kernels.Matrix(8, 64, "bfloat16")
     x, onto = np.zeros((1, 64), np.float32), np.zeros((1, 8), np.float32)

@@ -224,3 +224,17 @@ def test_who_does_not_want_them_says_so(kernels: ModuleType, monkeypatch: pytest
         assert not kernels.warpgroups_admitted("bfloat16")
     finally:
         kernels.set_device(0)
+
+
+def test_a_device_lost_in_the_trial_says_what_to_set(kernels: ModuleType) -> None:
+    if not hasattr(kernels, "simt"):
+        pytest.skip("on the emulated device only")
+    kernels.set_device(1)
+    try:
+        kernels.simt.lose_device("a launch", 0)
+        with pytest.raises(kernels.Error, match=r"unspecified launch failure .*start again with FASTSERVE_WGMMA=0"):
+            kernels.try_warpgroups("float16")
+        assert not kernels.warpgroups_admitted("float16")
+    finally:
+        kernels.simt.revive()
+        kernels.set_device(0)

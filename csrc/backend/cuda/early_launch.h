@@ -14,7 +14,8 @@ bool kernels_begin_early();
 
 // Whether they may be: where the device has them, and kernels that depend on each other, launched so and replayed from
 // a graph, give what they should. Once for a device in a process; later calls return the first one's verdict, a line
-// for a log. FASTSERVE_PDL=0: not. The stream must not be recorded, and is waited for.
+// for a log. FASTSERVE_PDL=0: not. The stream must not be recorded, and is waited for. Throws where the trial has left
+// the device unusable (trial_failure.h).
 const std::string& try_early_launches(cudaStream_t stream);
 
 // The trial itself, whose outcome kernels_begin_early() tells from then on.

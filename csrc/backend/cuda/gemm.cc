@@ -7,6 +7,8 @@ namespace fastserve::cuda {
 
 namespace {
 
+constexpr uintptr_t kVectorBytes = 16;  // of what is read at once
+
 const char* name_of(DType dtype) {
   return dtype == DType::kFloat32 ? "float32" : dtype == DType::kBFloat16 ? "bfloat16" : "float16";
 }
@@ -26,6 +28,8 @@ void check_call(const GemmCall& call) {
            call.weight.k, "] and [", call.weight.n, ", ", call.weight.k, "] does not fit rows of ", call.ld_input,
            " and ", call.ld_output, " elements");
   FS_CHECK(call.wide || !call.accumulate, "a product is accumulated in float32 only");
+  FS_CHECK(reinterpret_cast<uintptr_t>(call.bias) % kVectorBytes == 0, "a product's bias is not at a multiple of ",
+           kVectorBytes, " bytes");
 }
 
 int attribute(cudaDeviceAttr which) {

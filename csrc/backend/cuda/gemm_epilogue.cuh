@@ -4,34 +4,77 @@
 
 #include "backend/cuda/kernels.h"
 #include "backend/cuda/simt.cuh"
+#include "backend/cuda/vector.cuh"
 
 namespace fastserve::cuda {
 
 // The slab of 64 inputs at which a part begins. Depends on k alone.
 __device__ __forceinline__ int part_begin(int slabs, int part) { return slabs * part / kGemmParts; }
 
+// Where several outputs are made, all that they need besides sums is read before the first is written: the compiler
+// moves no load across a store, which might be to the same place, so each would be a way to the memory and back of its
+// own.
+
+// What has to be added where there is nothing to add: no sum's bits change by it, and no branch parts those that are
+// written together. (To add 0 would make 0 of -0.)
+constexpr float kNothing = -0.0f;
+
+// What one output takes besides its sum.
 template <bool kScaled>
-__device__ __forceinline__ float scaled_and_biased(const GemmCall& call, int64_t column, float sum) {
-  if constexpr (kScaled) sum *= static_cast<const float*>(call.weight.scales)[column];
-  return call.bias == nullptr ? sum : sum + call.bias[column];
-}
+struct OutputTerms {
+  float scale = 1.0f, bias = kNothing, held = kNothing;
+
+  __device__ __forceinline__ void read(const GemmCall& call, int64_t row, int64_t column) {
+    if constexpr (kScaled) scale = static_cast<const float*>(call.weight.scales)[column];
+    if (call.bias != nullptr) bias = call.bias[column];
+    if (call.accumulate) held = static_cast<const float*>(call.output)[row * call.ld_output + column];
+  }
+  template <class T>
+  __device__ __forceinline__ void put(const GemmCall& call, int64_t row, int64_t column, float sum) const {
+    if constexpr (kScaled) sum *= scale;
+    sum = held + (sum + bias);
+    const int64_t index = row * call.ld_output + column;
+    if (call.wide) {
+      static_cast<float*>(call.output)[index] = sum;
+    } else {
+      static_cast<T*>(call.output)[index] = narrow<T>(sum);
+    }
+  }
+};
 
 // Writes one output.
 template <class T, bool kScaled>
 __device__ __forceinline__ void put(const GemmCall& call, int64_t row, int64_t column, float sum) {
-  const float value = scaled_and_biased<kScaled>(call, column, sum);
-  const int64_t index = row * call.ld_output + column;
-  if (call.wide) {
-    float* output = static_cast<float*>(call.output) + index;
-    *output = call.accumulate ? *output + value : value;
-  } else {
-    static_cast<T*>(call.output)[index] = narrow<T>(value);
-  }
+  OutputTerms<kScaled> terms;
+  terms.read(call, row, column);
+  terms.template put<T>(call, row, column, sum);
 }
 
-// Writes 8 neighbouring outputs from a column on that is a multiple of 8, or as many as there are.
+struct Eight {
+  float x[8] = {kNothing, kNothing, kNothing, kNothing, kNothing, kNothing, kNothing, kNothing};
+};
+
+// What 8 neighbouring columns have, from a multiple of 8 on; as much is 16-byte aligned.
+template <bool kScaled>
+struct ColumnTerms {
+  Eight scales, biases;
+
+  __device__ __forceinline__ void read(const GemmCall& call, int64_t column) {
+    if constexpr (kScaled) load(scales.x, static_cast<const float*>(call.weight.scales) + column);
+    if (call.bias != nullptr) load(biases.x, call.bias + column);
+  }
+};
+
+// What 8 neighbouring outputs hold, if it is to be added to.
+__device__ __forceinline__ void read_held(Eight& held, const GemmCall& call, int64_t row, int64_t column) {
+  if (call.accumulate) load(held.x, static_cast<const float*>(call.output) + row * call.ld_output + column);
+}
+
+// Writes 8 neighbouring outputs from a column on that is a multiple of 8, or as many as there are. If all are there,
+// `terms` and `held` have been read.
 template <class T, bool kScaled>
-__device__ __forceinline__ void put_eight(const GemmCall& call, int64_t row, int64_t column, float (&sums)[8]) {
+__device__ __forceinline__ void put_eight(const GemmCall& call, int64_t row, int64_t column, float (&sums)[8],
+                                          const ColumnTerms<kScaled>& terms, const Eight& held) {
   if (column + 8 > call.weight.n) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -40,51 +83,89 @@ __device__ __forceinline__ void put_eight(const GemmCall& call, int64_t row, int
     return;
   }
 #pragma unroll
-  for (int i = 0; i < 8; ++i) sums[i] = scaled_and_biased<kScaled>(call, column + i, sums[i]);
+  for (int i = 0; i < 8; ++i) {
+    if constexpr (kScaled) sums[i] *= terms.scales.x[i];
+    sums[i] = held.x[i] + (sums[i] + terms.biases.x[i]);
+  }
   const int64_t index = row * call.ld_output + column;
   if (call.wide) {
-    auto* output = reinterpret_cast<float4*>(static_cast<float*>(call.output) + index);
+    float* output = static_cast<float*>(call.output) + index;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float4 value = {sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]};
-      if (call.accumulate) {
-        const float4 old = output[i];
-        value = {old.x + value.x, old.y + value.y, old.z + value.z, old.w + value.w};
-      }
-      output[i] = value;
+    for (int i = 0; i < 8; i += 4) {
+      store_vector(output + i, {__float_as_uint(sums[i]), __float_as_uint(sums[i + 1]), __float_as_uint(sums[i + 2]),
+                                __float_as_uint(sums[i + 3])});
     }
   } else {
-    *reinterpret_cast<uint4*>(static_cast<T*>(call.output) + index) = {
-        pack<T>(sums[0], sums[1]), pack<T>(sums[2], sums[3]), pack<T>(sums[4], sums[5]), pack<T>(sums[6], sums[7])};
+    store_vector(static_cast<T*>(call.output) + index, {pack<T>(sums[0], sums[1]), pack<T>(sums[2], sums[3]),
+                                                        pack<T>(sums[4], sums[5]), pack<T>(sums[6], sums[7])});
+  }
+}
+template <class T, bool kScaled>
+__device__ __forceinline__ void put_eight(const GemmCall& call, int64_t row, int64_t column, float (&sums)[8]) {
+  ColumnTerms<kScaled> terms;
+  Eight held;
+  if (column + 8 <= call.weight.n) {
+    terms.read(call, column);
+    read_held(held, call, row, column);
+  }
+  put_eight<T, kScaled>(call, row, column, sums, terms, held);
+}
+
+// A quad is matrix fragments of four tiles of 8 columns, of 16 rows. Each lane has 2 columns of each tile, of row
+// `half` times 8 and lane / 4; four lanes exchange them so that each has 8 columns of one tile, and writes are of whole
+// vectors.
+__device__ __forceinline__ void exchange(float (&x)[8], const float* quad, int half, int lane) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = quad[i / 2 * 4 + half * 2 + i % 2];
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = (lane & bit) != 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if ((i / 2 & bit) != 0) continue;
+      const float given = __shfl_xor_sync(kAllLanes, upper ? x[i] : x[i + 2 * bit], bit);
+      x[i] = upper ? given : x[i];
+      x[i + 2 * bit] = upper ? x[i + 2 * bit] : given;
+    }
   }
 }
 
-// Writes the sums of a warp, in matrix fragments of four tiles of 8 columns: rows [row, row + 16), columns from
-// `column` on. Each lane has 2 columns of each tile; four lanes exchange them so that each has a whole row of one tile,
-// and writes are of whole vectors.
-template <class T, bool kScaled>
-__device__ __forceinline__ void put_tiles(const GemmCall& call, int64_t row, int64_t column, const float* sums,
+// So many quads ahead of the one that is written, what outputs hold is read: a way to the memory takes as long as some
+// of them do.
+constexpr int kQuadsAhead = 3;
+
+// Writes the sums of a warp, 16 of a lane for each quad: the first one's rows begin at `row` and its columns at
+// `column`, those of each next one kDown and kAcross further on.
+template <class T, bool kScaled, int kQuads, int kDown, int kAcross>
+__device__ __forceinline__ void put_quads(const GemmCall& call, int64_t row, int64_t column, const float* sums,
                                           int lane) {
   row += lane / 4;
   column += lane % 4 * 8;
+  ColumnTerms<kScaled> terms[kAcross == 0 ? 1 : kQuads];
+  Eight held[kQuads][2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float x[8];
+  for (int turn = 0; turn < kQuads + kQuadsAhead; ++turn) {
+    if (turn < kQuads) {
+      const int64_t first = row + turn * kDown, at = column + turn * kAcross;
+      if (at + 8 <= call.weight.n) {
+        if (kAcross != 0 || turn == 0) terms[kAcross == 0 ? 0 : turn].read(call, at);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = sums[i / 2 * 4 + half * 2 + i % 2];
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-      const bool upper = (lane & bit) != 0;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if ((i / 2 & bit) != 0) continue;
-        const float given = __shfl_xor_sync(kAllLanes, upper ? x[i] : x[i + 2 * bit], bit);
-        x[i] = upper ? given : x[i];
-        x[i + 2 * bit] = upper ? x[i + 2 * bit] : given;
+        for (int half = 0; half < 2; ++half) {
+          if (first + half * 8 < call.m) read_held(held[turn][half], call, first + half * 8, at);
+        }
       }
     }
-    const int64_t at = row + half * 8;
-    if (at < call.m && column < call.weight.n) put_eight<T, kScaled>(call, at, column, x);
+    const int quad = turn - kQuadsAhead;
+    if (quad < 0) continue;
+    const int64_t first = row + quad * kDown, at = column + quad * kAcross;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float x[8];
+      exchange(x, sums + quad * 16, half, lane);
+      if (first + half * 8 < call.m && at < call.weight.n) {
+        put_eight<T, kScaled>(call, first + half * 8, at, x, terms[kAcross == 0 ? 0 : quad], held[quad][half]);
+      }
+    }
   }
 }
 

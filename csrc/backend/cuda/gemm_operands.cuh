@@ -18,8 +18,8 @@ constexpr int kRowBytes = kRowChunks * kChunk;
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * kRowBytes + (chunk ^ (row & 7)) * kChunk; }
 
 // Copies slabs of kRows rows, or units, of kChunks chunks each by kThreads threads. Rows beyond the matrix repeat its
-// last one: nobody uses what becomes of them.
-template <int kRows, int kChunks, int kThreads, bool kSwizzle>
+// last one: nobody uses what becomes of them. kConstant: of what no kernel writes.
+template <int kRows, int kChunks, int kThreads, bool kSwizzle, bool kConstant>
 class SlabCopy {
  public:
   // Rows are `pitch` chunks apart.
@@ -39,7 +39,11 @@ class SlabCopy {
       const int index = thread_ + i * kThreads;
       if (kTotal % kThreads != 0 && index >= kTotal) break;
       const int place = kSwizzle ? swizzled(index / kChunks, index % kChunks) : index * kChunk;
-      copy_async(to + place, from + static_cast<int64_t>(offset_[i]) * kChunk);
+      if constexpr (kConstant) {
+        copy_constant_async(to + place, from + static_cast<int64_t>(offset_[i]) * kChunk);
+      } else {
+        copy_async(to + place, from + static_cast<int64_t>(offset_[i]) * kChunk);
+      }
     }
   }
 
@@ -55,7 +59,9 @@ __device__ __forceinline__ void load_activations(uint32_t (&a)[4], const char* s
   load_matrices(a, slab + swizzled(lane % 16, 2 * step + lane / 16));
 }
 
-// ---- weights: kTiles tiles of 8 outputs. Fragments reads a slab; step() gives B of every tile for one step.
+// ---- weights: kTiles tiles of 8 outputs. Fragments reads a slab; step() gives B of every tile for one step. They are
+// constant from before the first launch that has them: CudaMatrix waits for each of its uploads, and so does whoever
+// else makes weights.
 
 template <class T>
 struct PlainWeights {
@@ -71,7 +77,7 @@ struct PlainWeights {
     __device__ __forceinline__ void operator()(char* to, char*, int slab) const { values_(to, slab); }
 
    private:
-    SlabCopy<kTiles * kUnitOutputs, kRowChunks, kThreads, true> values_;
+    SlabCopy<kTiles * kUnitOutputs, kRowChunks, kThreads, true, true> values_;
   };
 
   template <int kTiles>
@@ -121,8 +127,8 @@ struct QuantizedWeights {
     static __device__ __forceinline__ int64_t units(const DeviceMatrix& matrix) {
       return (matrix.n + kUnitOutputs - 1) / kUnitOutputs;
     }
-    SlabCopy<kTiles, kChunks, kThreads, false> values_;
-    SlabCopy<kTiles, kScaleChunks, kThreads, false> scales_;
+    SlabCopy<kTiles, kChunks, kThreads, false, true> values_;
+    SlabCopy<kTiles, kScaleChunks, kThreads, false, true> scales_;
   };
 
   template <int kTiles>

@@ -19,7 +19,7 @@ struct RowsKernel {
   static constexpr int kSharedBytes = kGemmParts * kRingBytes;
   static_assert(kSharedBytes >= kGemmParts * kRows * kColumns * 4);
 
-  // One warp's part, into sums.
+  // One warp's part, into sums. Waits for the predecessor, before which it copies weights only.
   static __device__ __forceinline__ void sum_part(const GemmCall& call, int64_t first_row, int64_t first_column,
                                                   int part, int lane, float (&sums)[kTiles][4]) {
     char* ring = shared_memory<char>() + part * kRingBytes;
@@ -34,11 +34,21 @@ struct RowsKernel {
       }
     }
     const typename Weights::template Copy<kTiles, kWarp> copy_weights(call.weight, first_column, lane);
+    // Weights are no kernel's work: their first copies are under way while the predecessor still is. All of them are in
+    // the first group of copies, with the first slab of the input. That keeps the first slab waiting for weights that
+    // the next ones need, but they have all been asked for at once, and before it.
+    const auto issue_weights = [&](int slab, int stage) {
+      char* to = ring + stage * kStageBytes + kActivationBytes;
+      copy_weights(to, to + kWeightBytes, slab);
+    };
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+      if (begin + stage < end) issue_weights(begin + stage, stage);
+    }
+    wait_for_predecessor();
     const char* input = static_cast<const char*>(call.input) +
                         ((first_row + lane / kRowChunks) * call.ld_input * 2 + lane % kRowChunks * kChunk);
-    const auto issue = [&](int slab, int stage) {
+    const auto issue_rows = [&](int slab, int stage) {
       char* to = ring + stage * kStageBytes;
-      copy_weights(to + kActivationBytes, to + kActivationBytes + kWeightBytes, slab);
       constexpr int kRowsAtOnce = kWarp / kRowChunks;
 #pragma unroll
       for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
@@ -49,9 +59,8 @@ struct RowsKernel {
         }
       }
     };
-
     for (int stage = 0; stage < kStages - 1; ++stage) {
-      if (begin + stage < end) issue(begin + stage, stage);
+      if (begin + stage < end) issue_rows(begin + stage, stage);
       commit_copies();
     }
     int stage = 0, free_stage = kStages - 1;
@@ -59,7 +68,10 @@ struct RowsKernel {
     for (int slab = begin; slab < end; ++slab) {
       wait_copies<kStages - 2>();
       __syncwarp();  // and nobody reads free_stage any more
-      if (slab + kStages - 1 < end) issue(slab + kStages - 1, free_stage);
+      if (slab + kStages - 1 < end) {
+        issue_weights(slab + kStages - 1, free_stage);
+        issue_rows(slab + kStages - 1, free_stage);
+      }
       commit_copies();
       const char* at = ring + stage * kStageBytes;
       uint32_t a[kSteps][4];
@@ -100,7 +112,7 @@ struct RowsKernel {
 
 template <class Weights, int kRows, int kTiles, int kStages>
 __global__ void __launch_bounds__(kGemmParts* kWarp) gemm_rows_kernel(GemmCall call) {
-  begin_after_predecessor();
+  let_next_begin();  // sum_part() waits
   using Kernel = RowsKernel<Weights, kRows, kTiles, kStages>;
   constexpr int kColumns = Kernel::kColumns;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, part = static_cast<int>(threadIdx.x) / kWarp;
@@ -109,6 +121,19 @@ __global__ void __launch_bounds__(kGemmParts* kWarp) gemm_rows_kernel(GemmCall c
   float sums[kTiles][4] = {};
   Kernel::sum_part(call, first_row, first_column, part, lane, sums);
 
+  // What the outputs hold is read before anything is written, and on its way while parts meet.
+  constexpr int kThreads = kGemmParts * kWarp, kOutputs = kRows * kColumns / kThreads;  // of a thread
+  static_assert(kRows * kColumns % kThreads == 0);
+  const auto row_of = [&](int i) { return first_row + (static_cast<int>(threadIdx.x) + i * kThreads) / kColumns; };
+  const auto column_of = [&](int i) {
+    return first_column + (static_cast<int>(threadIdx.x) + i * kThreads) % kColumns;
+  };
+  const auto exists = [&](int i) { return row_of(i) < call.m && column_of(i) < call.weight.n; };
+  OutputTerms<Weights::kScaled> terms[kOutputs];
+#pragma unroll
+  for (int i = 0; i < kOutputs; ++i) {
+    if (exists(i)) terms[i].read(call, row_of(i), column_of(i));
+  }
   __syncthreads();                        // the rings are free
   float* parts = shared_memory<float>();  // [part][row][column]
 #pragma unroll
@@ -122,15 +147,14 @@ __global__ void __launch_bounds__(kGemmParts* kWarp) gemm_rows_kernel(GemmCall c
     }
   }
   __syncthreads();
-  const int rows = static_cast<int>(call.m - first_row < kRows ? call.m - first_row : kRows);
-  for (int i = static_cast<int>(threadIdx.x); i < rows * kColumns; i += kGemmParts * kWarp) {
-    float sum = parts[i];
 #pragma unroll
-    for (int p = 1; p < kGemmParts; ++p) sum += parts[p * kRows * kColumns + i];
-    const int64_t column = first_column + i % kColumns;
-    if (column < call.weight.n) {
-      put<typename Weights::Element, Weights::kScaled>(call, first_row + i / kColumns, column, sum);
-    }
+  for (int i = 0; i < kOutputs; ++i) {
+    if (!exists(i)) continue;
+    const float* of_parts = parts + static_cast<int>(threadIdx.x) + i * kThreads;
+    float sum = of_parts[0];
+#pragma unroll
+    for (int p = 1; p < kGemmParts; ++p) sum += of_parts[p * kRows * kColumns];
+    terms[i].template put<typename Weights::Element>(call, row_of(i), column_of(i), sum);
   }
 }
 

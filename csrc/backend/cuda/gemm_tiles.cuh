@@ -49,7 +49,8 @@ struct TilesKernel {
     }
   }
 
-  // The parts [first_part, last_part), each summed from zero, added in ascending order.
+  // The parts [first_part, last_part), each summed from zero, added in ascending order. Waits for the predecessor,
+  // before which it copies weights only.
   static __device__ __forceinline__ void sum_parts(const GemmCall& call, int64_t first_row, int64_t first_column,
                                                    int first_part, int last_part, Sums& total) {
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
@@ -57,17 +58,27 @@ struct TilesKernel {
     const int slabs = static_cast<int>(call.weight.k_padded / kSlab);
     const int begin = part_begin(slabs, first_part), end = part_begin(slabs, last_part);
     const typename Weights::template Copy<kColumnTiles, kThreads> copy_weights(call.weight, first_column, thread);
-    const SlabCopy<kRows, kRowChunks, kThreads, true> copy_rows(call.input, call.ld_input * 2 / kChunk, first_row,
-                                                                call.m, thread);
-    const auto issue = [&](int slab, int stage) {
-      char* to = ring + stage * kStageBytes;
-      copy_weights(to + kActivationBytes, to + kActivationBytes + kWeightBytes, slab);
-      copy_rows(to, slab);
+    // Weights are no kernel's work: their first copies are under way while the predecessor still is. All of them are in
+    // the first group of copies, with the first slab of the input. That keeps the first slab waiting for weights that
+    // the next ones need, but they have all been asked for at once, and before it.
+    const auto issue_weights = [&](int slab, int stage) {
+      char* to = ring + stage * kStageBytes + kActivationBytes;
+      copy_weights(to, to + kWeightBytes, slab);
     };
     for (int stage = 0; stage < kStages - 1; ++stage) {
-      if (begin + stage < end) issue(begin + stage, stage);
+      if (begin + stage < end) issue_weights(begin + stage, stage);
+    }
+    wait_for_predecessor();
+    const SlabCopy<kRows, kRowChunks, kThreads, true, false> copy_rows(call.input, call.ld_input * 2 / kChunk,
+                                                                       first_row, call.m, thread);
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+      if (begin + stage < end) copy_rows(ring + stage * kStageBytes, begin + stage);
       commit_copies();
     }
+    const auto issue = [&](int slab, int stage) {
+      issue_weights(slab, stage);
+      copy_rows(ring + stage * kStageBytes, slab);
+    };
     int stage = 0, free_stage = kStages - 1, slab = begin;
 #pragma unroll 1
     for (int part = first_part; part < last_part; ++part) {
@@ -108,25 +119,37 @@ struct TilesKernel {
       const float (&s)[4] = sums[v / kWarpTiles][v % kWarpTiles];
       parts[(part * kVectors + v) * kThreads] = {s[0], s[1], s[2], s[3]};
     }
-    __threadfence();
+    // One thread's fences do for all: what the others have written is before them through the barrier, and what is
+    // before a fence is before what another block reads behind its own (PTX ISA, memory consistency model, "causality
+    // order": it is transitive over barriers and patterns of fences). Cooperative groups' grid barrier rests on the
+    // same.
     __syncthreads();
     bool last = false;
     if (thread == 0) {
+      __threadfence();
       last = atomicAdd(counter, 1u) == kGemmParts - 1;
+      __threadfence();
       if (last) *counter = 0;  // for the next product
     }
     if (__syncthreads_or(last) == 0) return false;
-    __threadfence();
-#pragma unroll 1  // or all loads at once would not fit in registers
-    for (int p = 0; p < kGemmParts; ++p) {
+    constexpr int kTogether = 2;  // parts whose loads are in flight; with all of them registers would not do
+    static_assert(kGemmParts % kTogether == 0);
+#pragma unroll 1
+    for (int p = 0; p < kGemmParts; p += kTogether) {
+      float4 next[kTogether][kVectors];
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
+      for (int i = 0; i < kTogether * kVectors; ++i)
+        next[i / kVectors][i % kVectors] = parts[(p * kVectors + i) * kThreads];
+#pragma unroll
+      for (int i = 0; i < kTogether * kVectors; ++i) {
+        const int v = i % kVectors;
+        const float4 x = next[i / kVectors][v];
         float (&s)[4] = sums[v / kWarpTiles][v % kWarpTiles];
-        const float4 next = parts[(p * kVectors + v) * kThreads];
-        s[0] = p == 0 ? next.x : s[0] + next.x;
-        s[1] = p == 0 ? next.y : s[1] + next.y;
-        s[2] = p == 0 ? next.z : s[2] + next.z;
-        s[3] = p == 0 ? next.w : s[3] + next.w;
+        const bool first = p + i / kVectors == 0;
+        s[0] = first ? x.x : s[0] + x.x;
+        s[1] = first ? x.y : s[1] + x.y;
+        s[2] = first ? x.z : s[2] + x.z;
+        s[3] = first ? x.w : s[3] + x.w;
       }
     }
     return true;
@@ -137,8 +160,7 @@ struct TilesKernel {
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
     const int64_t row = first_row + warp / kAcross * kWarpRows;
     const int64_t column = first_column + warp % kAcross * kWarpColumns;
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) put_tiles<T, Weights::kScaled>(call, row + r * 16, column, sums[r][0], lane);
+    put_quads<T, Weights::kScaled, kRowTiles, 16, 0>(call, row, column, sums[0][0], lane);
   }
 };
 
@@ -146,7 +168,7 @@ struct TilesKernel {
 template <class Weights, int kRows, int kColumns, int kWarpRows, int kStages, bool kSplit>
 __global__ void __launch_bounds__(TilesKernel<Weights, kRows, kColumns, kWarpRows, kStages, kSplit>::kThreads, 1)
     gemm_tiles_kernel(GemmCall call) {
-  begin_after_predecessor();
+  let_next_begin();  // sum_parts() waits
   using Kernel = TilesKernel<Weights, kRows, kColumns, kWarpRows, kStages, kSplit>;
   const int row_tiles = static_cast<int>((call.m + kRows - 1) / kRows);
   const int column_tiles = static_cast<int>((call.weight.n + kColumns - 1) / kColumns);

@@ -160,10 +160,7 @@ struct WarpgroupKernel {
       float total[kSums];
       sum_parts(ring, turn, slabs, group, lane, total);
       const int64_t row = first_row + static_cast<int>(cluster_rank()) * kRows + group * kGroupRows + warp * 16;
-#pragma unroll
-      for (int quad = 0; quad < kColumns / 32; ++quad) {
-        put_tiles<T, false>(given.call, row, first_column + quad * 32, total + quad * 16, lane);
-      }
+      put_quads<T, false, kColumns / 32, 0, 32>(given.call, row, first_column, total, lane);
     }
   }
 };

@@ -59,12 +59,19 @@ __device__ __forceinline__ void arrive_at(Barrier* barrier, unsigned rank) {
       "r"(rank)
       : "memory");
 }
-// Waits until the phase of this parity is over that is the present one, or the one before it. Traps after seconds, so
-// that a mistake, or a device that does not do as we think, shows as an error and not as a standstill.
+// Time in 2^32 nanoseconds, 4.3 seconds. (The copying thread's 24 registers have no room for more of it.)
+__device__ __forceinline__ unsigned coarse_time() {
+  unsigned now;
+  asm volatile("mov.u32 %0, %%globaltimer_hi;" : "=r"(now));
+  return now;
+}
+// Waits until the phase of this parity is over that is the present one, or the one before it. Traps after some 10
+// seconds, so that a mistake, or a device that does not do as we think, shows as an error and not as a standstill.
+// Polls are no measure of that: each may sleep for as long as the device likes.
 __device__ __forceinline__ void wait_barrier(Barrier* barrier, int parity) {
-  constexpr unsigned kMostPolls = 1u << 26;  // of some tens of nanoseconds at least
+  constexpr unsigned kMostTime = 2;
   const uint32_t address = shared_address(barrier);
-  for (unsigned polls = 0;; ++polls) {
+  const auto is_over = [&] {
     uint32_t over;
     asm volatile(
         "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
@@ -72,8 +79,12 @@ __device__ __forceinline__ void wait_barrier(Barrier* barrier, int parity) {
         : "=r"(over)
         : "r"(address), "r"(parity)
         : "memory");
-    if (over != 0) return;
-    if (polls == kMostPolls) __trap();
+    return over != 0;
+  };
+  if (is_over()) return;
+  const unsigned begin = coarse_time();
+  while (!is_over()) {
+    if (coarse_time() - begin > kMostTime) __trap();
   }
 }
 

@@ -80,7 +80,7 @@ struct GemmCall {
   const void* input;  // [m, ld_input] activations
   int64_t ld_input;
   DeviceMatrix weight;
-  const float* bias;  // [n] or null
+  const float* bias;  // [n], 16-byte aligned, or null
   void* output;       // [m, ld_output]: float32 if `wide`, else activations
   int64_t ld_output;
   int64_t m;

@@ -63,7 +63,7 @@ class KvGather {
   __device__ __forceinline__ void locate(int position) {
     const unsigned index = static_cast<unsigned>(position) / static_cast<unsigned>(block_size_);
     slot_ = position - static_cast<int>(index) * block_size_;
-    block_ = position < context_ ? __ldg(tables_ + (table_ + static_cast<int>(index))) : 0;
+    block_ = position < context_ ? tables_[table_ + static_cast<int>(index)] : 0;
   }
 
   const int32_t* tables_;

@@ -5,7 +5,7 @@
 // Kernels may use: threadIdx, blockIdx, blockDim, gridDim (x, y, z); __syncthreads, __syncthreads_or, __syncwarp;
 // __shfl_sync, __shfl_xor_sync, __shfl_up_sync, __shfl_down_sync, __ballot_sync, __any_sync, __all_sync; atomicAdd,
 // atomicMax, atomicMin, atomicOr, atomicCAS on 32-bit and 64-bit integers (never on floats: their order is nobody's);
-// __threadfence; __ldg; __popc, __ffs, __clz, __byte_perm; min, max; fmaf, fminf, fmaxf, sqrtf, rsqrtf, expf, exp2f,
+// __threadfence; __popc, __ffs, __clz, __byte_perm; min, max; fmaf, fminf, fmaxf, sqrtf, rsqrtf, expf, exp2f,
 // tanhf, erff, sinf, cosf, __float_as_uint, __uint_as_float. Shared memory is shared_memory<T>(), nothing else. nvcc
 // contracts nothing (-fmad=false): where a multiply and an add become one rounding, the source says fmaf.
 #pragma once
@@ -120,6 +120,8 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool vali
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
 }
+// The same, of memory that no kernel writes: it may come before wait_for_predecessor().
+__device__ __forceinline__ void copy_constant_async(void* to, const void* from) { copy_async(to, from); }
 // Closes this thread's group of copies.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `kOpen` of this thread's groups, the latest, are not done. Other threads see them after a
@@ -131,6 +133,14 @@ __device__ __forceinline__ void wait_copies() {
 
 // ---- other instructions
 
+// Writes 16 bytes of global memory at once; aligned. For where nvcc would part an ordinary store of a vector, as it
+// does if it is one of two ways to write the same place.
+__device__ __forceinline__ void store_vector(void* to, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
 // 2^x, within 2 units in the last place; subnormal results are zero; 2^-infinity is zero.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -140,13 +150,25 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 // ---- kernels that begin before the one before them on their stream has ended (LaunchConfig::early)
 
-// The first thing that every thread of such a kernel does: lets the next kernel begin as early, and waits until the one
-// before has ended and what it has written is there. Then nothing is different from a launch in order; but the blocks
-// are there by now.
-__device__ __forceinline__ void begin_after_predecessor() {
+// The first thing that every thread of such a kernel does: lets the next kernel begin as early.
+__device__ __forceinline__ void let_next_begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+// What every thread of such a kernel does: waits until the kernel before has ended and what it has written is there.
+// Then nothing is different from a launch in order; but the blocks are there by now. Before it a thread may write
+// shared memory and have what no kernel writes copied there (copy_constant_async), and nothing else: what the kernel
+// before reads or writes is not to be touched, other threads are not to be waited for.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Both, where there is nothing to do meanwhile.
+__device__ __forceinline__ void begin_after_predecessor() {
+  let_next_begin();
+  wait_for_predecessor();
 }
 
 // ---- launches, from the host
@@ -157,8 +179,7 @@ struct LaunchConfig {
   size_t shared_bytes;
   cudaStream_t stream;
   unsigned cluster = 1;  // neighbouring blocks, by x, that run together (hopper.cuh); divides the grid
-  bool early =
-      false;  // the kernel calls begin_after_predecessor(), and begins early where devices can (early_launch.h)
+  bool early = false;    // the kernel calls wait_for_predecessor(), and begins early where devices can (early_launch.h)
 };
 
 // Runs kernel(arguments…), which are copied. Throws when the launch is refused.
@@ -177,6 +198,7 @@ void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments
       ++count;
     }
     if (config.early && kernels_begin_early()) {
+      prefer_shared_memory(function);
       attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attributes[count].val.programmaticStreamSerializationAllowed = 1;
       ++count;

@@ -12,6 +12,7 @@
 
 #include "backend/cuda/gemm_kernels.h"
 #include "backend/cuda/quantized_layout.h"
+#include "backend/cuda/trial_failure.h"
 
 namespace fastserve::cuda {
 
@@ -82,9 +83,8 @@ WarpgroupTrial compare_warpgroups(DType dtype, void* workspace, cudaStream_t str
         }
       }
     }
-  } catch (
-      const std::exception& error) {  // of a launch, or of memory; one that lasts comes up again with the next call
-    static_cast<void>(cudaGetLastError());
+  } catch (const std::exception& error) {  // of a launch, or of memory
+    recover_from_trial(stream, "products by warpgroups", error, "FASTSERVE_WGMMA=0");
     return refused(error.what());
   }
   return {true, "admitted: all bits are those of the other kernels"};
@@ -95,9 +95,8 @@ const WarpgroupTrial& try_warpgroups(DType dtype, void* workspace, cudaStream_t 
   static std::map<std::pair<int, DType>, WarpgroupTrial> tried;
   const int device = current_device();
   const std::lock_guard lock(mutex);
-  const auto [found, is_new] = tried.try_emplace({device, dtype});
-  if (!is_new) return found->second;
-  WarpgroupTrial& trial = found->second;
+  if (const auto found = tried.find({device, dtype}); found != tried.end()) return found->second;
+  WarpgroupTrial trial;
   const char* wanted = std::getenv("FASTSERVE_WGMMA");
   if (wanted != nullptr && std::string(wanted) == "0") {
     trial = {false, "not used: FASTSERVE_WGMMA is 0"};
@@ -115,7 +114,7 @@ const WarpgroupTrial& try_warpgroups(DType dtype, void* workspace, cudaStream_t 
     std::fprintf(stderr, "products by warpgroups (wgmma) in %s: %s\n",
                  dtype == DType::kBFloat16 ? "bfloat16" : "float16", trial.verdict.c_str());
   }
-  return trial;
+  return tried.emplace(std::pair{device, dtype}, std::move(trial)).first->second;
 }
 
 bool warpgroups_admitted(DType dtype) {

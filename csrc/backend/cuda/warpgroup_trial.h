@@ -20,6 +20,7 @@ struct WarpgroupTrial {
 // Tries the kernels on random operands on the calling thread's device, once for it and the type in a process: later
 // calls return the first one's verdict. From then on gemm() may choose them. Waits for the stream, which must not be
 // recorded meanwhile; `workspace` is that of gemm(). FASTSERVE_WGMMA=0: refuses without a try.
+// Throws where the trial has left the device unusable (trial_failure.h).
 const WarpgroupTrial& try_warpgroups(DType dtype, void* workspace, cudaStream_t stream);
 
 // What try_warpgroups() found on the calling thread's device; false before.

@@ -74,7 +74,7 @@ class Products {
   // x [m, k] · weightᵀ, as float32, whatever type it had on the device.
   Floats multiply(const Floats& x, const std::string& dtype, const std::optional<Floats>& bias,
                   const std::optional<Floats>& onto, bool wide, const std::optional<std::string>& kernel,
-                  bool workspace, int processors) {
+                  bool workspace, int processors, int64_t bias_at) {
     const DType type = parse_dtype(dtype), output_type = wide ? DType::kFloat32 : type;
     const int64_t m = x.shape(0), n = matrix_.n, k = matrix_.k;
     // Wider than need be, and with rows behind: both must stay as they are.
@@ -96,7 +96,7 @@ class Products {
                         .input = from.memory.as<void>(),
                         .ld_input = ld_input,
                         .weight = matrix_.view(),
-                        .bias = bias ? device_bias.memory.as<float>() : nullptr,
+                        .bias = bias ? device_bias.memory.as<float>() + bias_at : nullptr,
                         .output = to.memory.as<void>(),
                         .ld_output = ld_output,
                         .m = m,
@@ -146,7 +146,7 @@ void register_gemm(py::module_& module) {
       .def("load_rows", &Products::load_rows, py::arg("type"), py::arg("data"), py::arg("first_row") = 0)
       .def("multiply", &Products::multiply, py::arg("x"), py::arg("dtype"), py::kw_only(), py::arg("bias") = py::none(),
            py::arg("onto") = py::none(), py::arg("wide") = true, py::arg("kernel") = py::none(),
-           py::arg("workspace") = true, py::arg("processors") = 0);
+           py::arg("workspace") = true, py::arg("processors") = 0, py::arg("bias_at") = 0);
   std::vector<std::string> names;
   for (const GemmGeometry& g : kGemmGeometries) names.emplace_back(g.name);
   module.attr("GEMM_KERNELS") = py::cast(names);

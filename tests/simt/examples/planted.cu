@@ -94,6 +94,28 @@ __global__ void begins_early(float* data) {
   if (kHow == Begin::kTooLate) begin_after_predecessor();
   data[threadIdx.x] = shared[threadIdx.x];
 }
+
+// What is done before the wait: a copy of what no kernel writes, one of anything, or something that waits for others.
+enum class Meanwhile { kConstantCopy, kCopy, kBarrier, kShuffle };
+template <Meanwhile kWhat>
+__global__ void works_before_the_wait(float* data) {
+  let_next_begin();
+  auto* shared = shared_memory<float>();
+  const unsigned first = threadIdx.x / 4 * 4;
+  if (kWhat == Meanwhile::kConstantCopy && threadIdx.x % 4 == 0) copy_constant_async(shared + first, data + first);
+  if (kWhat == Meanwhile::kCopy && threadIdx.x % 4 == 0) copy_async(shared + first, data + first);
+  if (kWhat == Meanwhile::kBarrier) __syncthreads();
+  if (kWhat == Meanwhile::kShuffle) static_cast<void>(__shfl_xor_sync(kAllLanes, 1, 1));
+  wait_for_predecessor();
+  commit_copies();
+  wait_copies<0>();
+  __syncthreads();
+  data[threadIdx.x] = shared[threadIdx.x];
+}
+__global__ void waits_without_letting_the_next_begin(float* data) {
+  wait_for_predecessor();
+  data[threadIdx.x] = 1;
+}
 __global__ void never_begins(float* data) { data[threadIdx.x] = 1; }
 
 // ---- threads that do not come
@@ -201,6 +223,11 @@ const std::map<std::string, Kernel> kKernels = {
     {"early, in one branch", start_early<begins_early<Begin::kInOneBranch>>},
     {"early, too late", start_early<begins_early<Begin::kTooLate>>},
     {"early, never", start_early<never_begins>},
+    {"early, constants before the wait", start_early<works_before_the_wait<Meanwhile::kConstantCopy>>},
+    {"early, a copy before the wait", start_early<works_before_the_wait<Meanwhile::kCopy>>},
+    {"early, a barrier before the wait", start_early<works_before_the_wait<Meanwhile::kBarrier>>},
+    {"early, a shuffle before the wait", start_early<works_before_the_wait<Meanwhile::kShuffle>>},
+    {"early, alone", start_early<waits_without_letting_the_next_begin>},
     {"rotate", start<rotate<true, true>>},
     {"rotate, no first barrier", start<rotate<false, true>>},
     {"rotate, no second barrier", start<rotate<true, false>>},

@@ -46,12 +46,39 @@ void fail_call(const char* function, int after) {
   const Device::Lock lock(self.mutex);
   self.failing = function == nullptr ? "" : function;
   self.calls_before_failing = after;
+  self.failing_lasts = false;
+}
+
+void lose_device(const char* function, int after) {
+  fail_call(function, after);
+  Device& self = device();
+  const Device::Lock lock(self.mutex);
+  self.failing_lasts = true;
+}
+
+void revive() {
+  Device& self = device();
+  const Device::Lock lock(self.mutex);
+  self.lost = false;
+  self.failing.clear();
+}
+
+void set_compiled_for(int architecture) {
+  Device& self = device();
+  const Device::Lock lock(self.mutex);
+  self.compiled_for = architecture;
 }
 
 size_t attributes_set() {
   Device& self = device();
   const Device::Lock lock(self.mutex);
   return self.attributes_set;
+}
+
+size_t carveouts_set() {
+  Device& self = device();
+  const Device::Lock lock(self.mutex);
+  return self.carveouts_set;
 }
 
 size_t cluster_launches() {
@@ -68,3 +95,16 @@ size_t live_objects() {
 }
 
 }  // namespace fake_cudart
+
+extern "C" {
+// For tests of a whole backend, which have nothing but the plugin.
+__attribute__((visibility("default"))) void fastserve_simt_fail_call(const char* function, int after) {
+  fake_cudart::fail_call(function, after);
+}
+__attribute__((visibility("default"))) void fastserve_simt_set_latency(double seconds) {
+  fake_cudart::set_latency(seconds);
+}
+__attribute__((visibility("default"))) void fastserve_simt_set_memory(size_t bytes) {
+  fake_cudart::set_device_memory(bytes);
+}
+}

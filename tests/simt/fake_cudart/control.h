@@ -27,9 +27,17 @@ void set_latency(double seconds);
 
 // The call of this function of CUDA's that comes after so many others of it fails, and does nothing; null: none does.
 void fail_call(const char* function, int after);
+// The same, as when a kernel has trapped: from there on every call fails, until revive(). What is freed is freed.
+void lose_device(const char* function, int after);
+void revive();
 
-// How often a kernel was given an attribute.
+// The virtual architecture that all kernels say they were compiled for, ten times its version; 90 at first.
+void set_compiled_for(int architecture);
+
+// How often a kernel was allowed more shared memory.
 size_t attributes_set();
+// How often a kernel was told to prefer shared memory to cache.
+size_t carveouts_set();
 // Kernels launched in clusters of several blocks so far.
 size_t cluster_launches();
 

@@ -43,7 +43,9 @@ cudaError_t checked(const char* function, const std::function<cudaError_t(Device
   if (self.found) std::rethrow_exception(std::exchange(self.found, nullptr));
   if (self.failing == function && self.calls_before_failing-- == 0) {
     self.failing.clear();
-    return last_error = cudaErrorUnknown;
+    self.lost = self.failing_lasts;
+    if (self.lost) self.abandon();
+    return last_error = self.lost ? cudaErrorLaunchFailure : cudaErrorUnknown;
   }
   self.progress(lock);
   const cudaError_t status = body(self, lock);
@@ -68,6 +70,7 @@ Device& device() {
 cudaError_t enter(const char* function, const std::function<cudaError_t(Device&, Device::Lock&)>& body) {
   Device& self = device();
   Device::Lock lock(self.mutex);
+  if (self.lost) return last_error = cudaErrorLaunchFailure;
   try {
     return checked(function, body, self, lock);
   } catch (...) {
@@ -87,7 +90,7 @@ cudaError_t enter_quietly(const char* function, const std::function<cudaError_t(
     self.found = std::current_exception();
   }
   if (earlier) self.found = earlier;
-  return status;
+  return self.lost ? cudaErrorLaunchFailure : status;  // but what it frees is freed
 }
 
 std::string Operation::describe() const {
@@ -370,7 +373,10 @@ void Device::progress(Lock& lock) {
 
 extern "C" {
 
-cudaError_t cudaGetLastError() { return std::exchange(fake_cudart::last_error, cudaSuccess); }
+cudaError_t cudaGetLastError() {
+  const cudaError_t status = std::exchange(fake_cudart::last_error, cudaSuccess);
+  return fake_cudart::device().lost ? cudaErrorLaunchFailure : status;
+}
 cudaError_t cudaPeekAtLastError() { return fake_cudart::last_error; }
 
 cudaError_t cudaGetDeviceCount(int* count) {
@@ -385,16 +391,5 @@ cudaError_t cudaSetDevice(int index) {
 cudaError_t cudaGetDevice(int* index) {
   *index = fake_cudart::current_device();
   return cudaSuccess;
-}
-
-// For tests of a whole backend, which have nothing but the plugin.
-__attribute__((visibility("default"))) void fastserve_simt_fail_call(const char* function, int after) {
-  fake_cudart::fail_call(function, after);
-}
-__attribute__((visibility("default"))) void fastserve_simt_set_latency(double seconds) {
-  fake_cudart::set_latency(seconds);
-}
-__attribute__((visibility("default"))) void fastserve_simt_set_memory(size_t bytes) {
-  fake_cudart::set_device_memory(bytes);
 }
 }

@@ -124,7 +124,9 @@ class Device {
   }
   std::map<std::pair<const void*, int>, size_t> shared_limits;
   size_t attributes_set = 0;
+  size_t carveouts_set = 0;
   size_t cluster_launches = 0;
+  int compiled_for = 90;  // virtual architecture of all kernels
 
   std::map<const char*, Allocation> allocations;
   std::set<CUstream_st*> streams;
@@ -140,6 +142,8 @@ class Device {
   std::chrono::steady_clock::duration latency{0};
   std::string failing;  // a function, and how many of its calls come before the one that fails
   int calls_before_failing = 0;
+  bool failing_lasts = false;  // and every call after it
+  bool lost = false;           // a kernel has trapped, or the like: nothing works any more
 
  private:
   void check_races(const Operation& operation);

@@ -50,6 +50,7 @@ constexpr Name kNames[] = {
     {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
     {cudaErrorIllegalState, "cudaErrorIllegalState", "the operation cannot be performed in the present state"},
     {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
+    {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
     {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
      "operation not permitted when stream is capturing"},
     {cudaErrorUnknown, "cudaErrorUnknown", "unknown error"},
@@ -174,10 +175,28 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   return enter("cudaFuncSetAttribute", [&](Device& self, Device::Lock&) {
     if (function == nullptr) return cudaErrorInvalidValue;
+    if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) {
+      if (value < cudaSharedmemCarveoutDefault || value > cudaSharedmemCarveoutMaxShared) return cudaErrorInvalidValue;
+      self.carveouts_set += value == cudaSharedmemCarveoutMaxShared ? 1 : 0;
+      return cudaSuccess;
+    }
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
     if (value < 0 || static_cast<size_t>(value) > capability().shared_bytes) return cudaErrorInvalidValue;
     self.shared_limits[{function, fake_cudart::current_device()}] = static_cast<size_t>(value);
     ++self.attributes_set;
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
+  return enter("cudaFuncGetAttributes", [&](Device& self, Device::Lock&) {
+    if (function == nullptr) return cudaErrorInvalidDeviceFunction;
+    *attributes = {};
+    attributes->maxThreadsPerBlock = simt::kMaxThreads;
+    attributes->maxDynamicSharedSizeBytes =
+        static_cast<int>(self.shared_limit(function, fake_cudart::current_device()));
+    attributes->ptxVersion = self.compiled_for;
+    attributes->binaryVersion = 90;  // the devices' own, whatever it was made from
     return cudaSuccess;
   });
 }

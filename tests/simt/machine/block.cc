@@ -93,7 +93,7 @@ void Block::run(uint3 index) {
   for (size_t i = 0; i < threads_.size(); ++i) {
     Thread& thread = threads_[i];
     thread.block = {index.x + thread.rank, index.y, index.z};
-    thread.begun = false;
+    thread.next_let = thread.begun = false;
     thread.state = Thread::State::kReady;
     thread.copies.clear();
     thread.copy_groups.clear();
@@ -187,7 +187,7 @@ void Block::exit_thread() {
     fault(join("has exited, but ", name(first), " waits for it in ", first.operation, " at ", describe(first.site)));
   }
   if (launch_->early && !thread.begun) {
-    fault("has exited without begin_after_predecessor, in a kernel that begins early");
+    fault("has exited without wait_for_predecessor, in a kernel that begins early");
   }
   if (!warps_[thread.warp].products.done()) fault("has exited before products that it began were done");
   thread.state = Thread::State::kExited;

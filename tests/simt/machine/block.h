@@ -28,7 +28,7 @@ struct Thread {
   unsigned rank;  // of its block in the cluster
   size_t warp;    // in the cluster
   int lane;
-  bool begun;  // has called begin_after_predecessor()
+  bool next_let, begun;  // has called let_next_begin(), wait_for_predecessor()
   State state;
   Site site;  // where it waits
   const char* operation;

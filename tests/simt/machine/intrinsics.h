@@ -176,12 +176,6 @@ SIMT_ATOMICS(unsigned long long)
 
 // ---- the rest
 
-template <class T>
-T __ldg(const T* address) {
-  simt::check_global("__ldg", address, sizeof(T), alignof(T));
-  return *address;
-}
-
 // Byte i of the result is the byte of y:x that nibble i of the selector names. (Its highest bit would spread a sign.)
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   if ((selector & 0x8888u) != 0) simt::fault("__byte_perm with a selector that replicates signs");

@@ -38,7 +38,14 @@ namespace {
 
 void check_begun(const char* operation) {
   if (block().launch().early && !block().running()->begun) {
-    fault(join(operation, " before begin_after_predecessor, in a kernel that begins early"));
+    fault(join(operation, " before wait_for_predecessor, in a kernel that begins early"));
+  }
+}
+
+// Of what may come before the wait.
+void check_next_let(const char* operation) {
+  if (block().launch().early && !block().running()->next_let) {
+    fault(join(operation, " before let_next_begin, in a kernel that begins early"));
   }
 }
 
@@ -56,12 +63,17 @@ bool block_barrier(const char* operation, const Site& site, bool predicate) {
 
 void cluster_barrier(const Site& site) { block().cluster_barrier(site); }
 
-void begin_after_predecessor() { block().running()->begun = true; }
+void let_next_begin() { block().running()->next_let = true; }
+
+void wait_for_predecessor() {
+  check_next_let("wait_for_predecessor");
+  block().running()->begun = true;
+}
 
 unsigned cluster_rank() { return block().running()->rank; }
 
 unsigned char* shared_memory() {
-  check_begun("shared_memory");
+  check_next_let("shared_memory");
   return block().shared();
 }
 
@@ -73,10 +85,7 @@ void check_alignment(const char* operation, const void* address, size_t alignmen
   }
 }
 
-}  // namespace
-
-void check_shared(const char* operation, const void* address, size_t bytes, size_t alignment) {
-  check_begun(operation);
+void check_in_shared(const char* operation, const void* address, size_t bytes, size_t alignment) {
   const auto at = reinterpret_cast<uintptr_t>(address);
   const auto begin = reinterpret_cast<uintptr_t>(block().shared());
   const size_t size = block().launch().shared_bytes;
@@ -87,8 +96,7 @@ void check_shared(const char* operation, const void* address, size_t bytes, size
   check_alignment(operation, address, alignment);
 }
 
-void check_global(const char* operation, const void* address, size_t bytes, size_t alignment) {
-  check_begun(operation);
+void check_in_global(const char* operation, const void* address, size_t bytes, size_t alignment) {
   const auto is_device_memory = block().launch().is_device_memory;
   if (is_device_memory != nullptr && !is_device_memory(address, bytes)) {
     fault(join(operation, " of ", bytes, " bytes at ", address, ", which are not the device's"));
@@ -96,11 +104,33 @@ void check_global(const char* operation, const void* address, size_t bytes, size
   check_alignment(operation, address, alignment);
 }
 
-void begin_copy(void* to, const void* from, bool valid) {
-  check_shared("copy_async", to, 16, 16);
-  check_global("copy_async", from, valid ? 16 : 0, 16);
+void start_copy(const char* operation, void* to, const void* from, bool valid) {
+  check_in_shared(operation, to, 16, 16);
+  check_in_global(operation, from, valid ? 16 : 0, 16);
   std::memset(to, 0xff, 16);
   block().running()->copies.push_back({to, from, valid});
+}
+
+}  // namespace
+
+void check_shared(const char* operation, const void* address, size_t bytes, size_t alignment) {
+  check_begun(operation);
+  check_in_shared(operation, address, bytes, alignment);
+}
+
+void check_global(const char* operation, const void* address, size_t bytes, size_t alignment) {
+  check_begun(operation);
+  check_in_global(operation, address, bytes, alignment);
+}
+
+void begin_copy(void* to, const void* from, bool valid) {
+  check_begun("copy_async");
+  start_copy("copy_async", to, from, valid);
+}
+
+void begin_constant_copy(void* to, const void* from) {
+  check_next_let("copy_constant_async");
+  start_copy("copy_constant_async", to, from, true);
 }
 
 void commit_copies() {

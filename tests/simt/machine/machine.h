@@ -65,8 +65,10 @@ bool block_barrier(const char* operation, const Site& site, bool predicate);
 void cluster_barrier(const Site& site);
 unsigned cluster_rank();  // of the thread's block
 
-// The first thing that a thread of a kernel that begins early has to do. (Here all is over by then that came before.)
-void begin_after_predecessor();
+// The first thing that a thread of a kernel that begins early has to do, and what it has to do before it touches what
+// other kernels do, or waits for other threads. (Here all is over by then that came before.)
+void let_next_begin();
+void wait_for_predecessor();
 
 unsigned char* shared_memory();
 
@@ -77,6 +79,7 @@ void check_global(const char* operation, const void* address, size_t bytes, size
 
 // Asynchronous copies of 16 bytes. The target is poison from here on; the bytes arrive when they are waited for.
 void begin_copy(void* to, const void* from, bool valid);
+void begin_constant_copy(void* to, const void* from);  // of what no kernel writes
 void commit_copies();
 void wait_copies(int open);
 

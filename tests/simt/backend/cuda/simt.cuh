@@ -83,6 +83,7 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row,
 // ---- asynchronous copies
 
 inline void copy_async(void* to, const void* from, bool valid = true) { simt::begin_copy(to, from, valid); }
+inline void copy_constant_async(void* to, const void* from) { simt::begin_constant_copy(to, from); }
 inline void commit_copies() { simt::commit_copies(); }
 template <int kOpen>
 inline void wait_copies() {
@@ -92,6 +93,11 @@ inline void wait_copies() {
 
 // ---- other instructions
 
+inline void store_vector(void* to, uint4 value) {
+  simt::check_global("store_vector", to, sizeof value, sizeof value);
+  std::memcpy(to, &value, sizeof value);
+}
+
 inline float exp2_fast(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;
@@ -99,7 +105,12 @@ inline float exp2_fast(float x) {
 
 // ---- kernels that begin early
 
-inline void begin_after_predecessor() { simt::begin_after_predecessor(); }
+inline void let_next_begin() { simt::let_next_begin(); }
+inline void wait_for_predecessor() { simt::wait_for_predecessor(); }
+inline void begin_after_predecessor() {
+  let_next_begin();
+  wait_for_predecessor();
+}
 
 // ---- launches
 
@@ -117,6 +128,7 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
   const auto* function = reinterpret_cast<const void*>(kernel);
   allow_shared_memory(function, config.shared_bytes);
+  if (config.early && kernels_begin_early()) prefer_shared_memory(function);
   std::tuple<Parameters...> values(static_cast<Arguments&&>(arguments)...);
   fake_cudart::launch(
       function, {config.grid, config.block, config.shared_bytes, config.cluster, config.early, config.where},
