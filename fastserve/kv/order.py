@@ -9,7 +9,7 @@ from typing import Final
 
 from .block import Block
 
-_SLACK: Final = 1024  # entries of a heap that are out of date, beside as many as there are good ones
+_SLACK: Final = 128  # entries of a heap that are out of date, beside as many as there are good ones
 
 _Entry = tuple[float, int, int, Block]  # worth or time, last use, number, block
 
