@@ -13,6 +13,7 @@ from typing import Final
 from .config import SchedulerConfig
 from .cost import Cost
 from .kv import Block, Want, first_unused
+from .origin import accounts_of
 from .policies import Policy
 from .residency import Residency
 from .types import HOST, UPLOAD, Job
@@ -112,12 +113,24 @@ class Room:
                 self.closed = True
                 self._want(job, blocks + owed)
                 return False
+            if blocks + owed + self._spared(job) > self.left:
+                return False  # others may start
             self.left -= blocks
             self.given += blocks - unused
         self._starting += 1
         self._residency.begin(job, path[:here])
         self._prefixes.computes(job)
         return True
+
+    def _spared(self, job: Job) -> int:
+        """Cache of others that a job of who has more than its share of the memory does not start in.
+
+        Unless rows would stay empty for it.
+        """
+        started = len(self._residency.holders) - self._blocks.gone + self._starting
+        if not self._blocks.cached or started < self._config.max_num_seqs:
+            return 0
+        return self._blocks.cache.spared(accounts_of(job.tenant), self._blocks.num_blocks)
 
     def _is_worth_fetching(self, path: Sequence[Block], here: int) -> bool:
         """Whether what is not on the device comes back sooner than it is computed again, and nobody is harmed."""

@@ -58,7 +58,7 @@ class BlockManager(Tables):
         self.num_blocks = num_blocks
         self.num_host_blocks = num_host_blocks
         self.block_size = block_size
-        self.cache = PrefixCache(num_blocks + num_host_blocks, weights)
+        self.cache = PrefixCache(num_blocks + num_host_blocks, weights, self.accounts)
         self._places = Places(num_blocks, num_host_blocks, self.cache)
         self._transfers = Transfers()
 
@@ -106,6 +106,11 @@ class BlockManager(Tables):
     def blocks_for(self, tokens: int) -> int:
         """How many blocks hold the KV of `tokens` tokens."""
         return -(-tokens // self.block_size)
+
+    def _count(self, table: Table, blocks: int) -> None:
+        super()._count(table, blocks)
+        if blocks > 0:
+            self.cache.grew(table.accounts)
 
     # --- the device's blocks -----------------------------------------------------------------------------------------
 

@@ -33,16 +33,24 @@ _SLACK: Final = 1024  # entries that are out of date, beside as many as there ar
 class PrefixCache:
     """The index, and the order in which blocks leave it. Knows places only to tell the tiers apart."""
 
-    def __init__(self, places: int, weights: Mapping[str, float] = MappingProxyType({})) -> None:
-        """`places`: blocks that there is memory for, in both tiers; `weights`: of accounts, 1 for those not there."""
+    def __init__(
+        self,
+        places: int,
+        weights: Mapping[str, float] = MappingProxyType({}),
+        owned: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        """`places`: blocks that there is memory for, in both tiers; `weights`: of accounts, 1 for those not there.
+
+        `owned`: by account, blocks on the device that somebody has, as it changes.
+        """
         self.counters = CacheCounters()
         self._index: dict[bytes, Block] = {}
         self._clock = 0.0
         self._places = places
         self._number = 0  # of uses
         self._presence = Presence(weights)
-        self._device = Resting(_is_leaf, self._presence)
-        self._host = Resting(_is_away, self._presence)
+        self._device = Resting(_is_leaf, self._presence, owned)
+        self._host = Resting(_is_away, self._presence, MappingProxyType({}))
         self._unsaved: deque[Block] = deque()  # those at rest on the device only, as they came
 
     def __len__(self) -> int:
@@ -165,6 +173,14 @@ class PrefixCache:
         self._presence.count(accounts, -1)
         for tier in (self._device, self._host):
             tier.saw(accounts)
+
+    def grew(self, accounts: Accounts) -> None:
+        """Jobs of these have more blocks on the device."""
+        self._device.grew(accounts)
+
+    def spared(self, accounts: Accounts, places: int) -> int:
+        """How much of what rests on the device, which has so many places, a job of these should leave to others."""
+        return self._device.spared(accounts, places)
 
     def coldest(self) -> Block | None:
         """Of what rests on the device, of who has the most of it, the block that is worth the least; it wakes."""

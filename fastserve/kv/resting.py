@@ -2,7 +2,8 @@
 
 API keys share first, and then each key's users, as they do everything else. What a tenant holds counts twice as much
 for every half-life that it has had no job: cache is kept for those who come back, and not for those who were here once.
-Neither depends on how much anybody asks for, so a flood of prompts that are never seen again throws away its own.
+What jobs of theirs have on the device counts, too: so a flood of prompts that are never seen again throws away its own,
+and whoever has more than a share of the memory starts no further jobs in the others' (`spared`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Accounts = tuple[str, ...]  # whom a block counts for: an API key and its user, 
 
 
 class Presence:
-    """Who has jobs, what they weigh, and what time it is: of both tiers."""
+    """Who has jobs, what accounts weigh, and what time it is: of both tiers."""
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         self.weights = weights
@@ -63,7 +64,10 @@ class _Group:
     """Accounts that share as equals but for their weights."""
 
     presence: Presence
+    owned: Mapping[str, int]  # by account, blocks of the tier that do not rest
     members: dict[str, _Account] = field(default_factory=dict)
+    _weight: float = 0.0  # of all of them, as far as they are there, ...
+    _weighed: float = -1.0  # ... when it was last added up
     _heap: list[tuple[float, int, _Account]] = field(default_factory=list)  # of each at least what it is now
     _grown: dict[_Account, None] = field(default_factory=dict)  # that may have more than the heap says
     _number: int = 0
@@ -73,6 +77,7 @@ class _Group:
         if account is None:
             weight = self.presence.weights.get(name, 1.0)
             account = self.members[name] = _Account(name, weight, self.presence.time)
+            self._weight += weight
         return account
 
     def count(self, account: _Account, blocks: int) -> None:
@@ -81,7 +86,27 @@ class _Group:
             self._grown[account] = None
         elif not account.resting:
             del self.members[account.name]
+            self._weight -= self._presence_of(account)
             self._grown.pop(account, None)
+
+    def grew(self, account: _Account) -> None:
+        """It may have more than it had."""
+        self._grown[account] = None
+
+    def part(self, name: str) -> float:
+        """Its share by weight among those that are there."""
+        if self._weighed != self.presence.time:
+            self._weighed = self.presence.time
+            self._weight = sum(map(self._presence_of, self.members.values()))
+        weight = self.presence.weights.get(name, 1.0)
+        others = self._weight - (self._presence_of(self.members[name]) if name in self.members else 0.0)
+        return weight / (weight + max(0.0, others))
+
+    def _presence_of(self, account: _Account) -> float:
+        """Its weight, halved for every half-life that it has had no job."""
+        if account.name in self.presence.live:
+            account.seen = self.presence.time
+        return float(account.weight * 2.0 ** (account.seen - self.presence.time))
 
     def share(self, account: _Account, more: int = 0) -> float:
         """The logarithm of what it has, by weight and by how long it has been away; the same number is taken off all.
@@ -90,7 +115,8 @@ class _Group:
         """
         if account.name in self.presence.live:
             account.seen = self.presence.time
-        return math.log2((account.resting + more) / account.weight) - account.seen
+        blocks = account.resting + self.owned.get(account.name, 0) + more
+        return math.log2(blocks / account.weight) - account.seen
 
     def largest(self) -> _Account | None:
         """Who has the most of what rests."""
@@ -121,12 +147,13 @@ class _Group:
 class Resting:
     """Of one tier: what rests there, and in which order it leaves. O(log n) each."""
 
-    def __init__(self, fits: Callable[[Block], bool], presence: Presence) -> None:
-        """`fits`: whether a block could leave."""
+    def __init__(self, fits: Callable[[Block], bool], presence: Presence, owned: Mapping[str, int]) -> None:
+        """`fits`: whether a block could leave; `owned`: by account, blocks of the tier that do not rest."""
         self.blocks = 0
         self._fits = fits
         self._presence = presence
-        self._sharers = _Group(presence)
+        self._owned = owned
+        self._sharers = _Group(presence, owned)
 
     def rests(self, block: Block) -> None:
         """One more is here that nobody has."""
@@ -182,6 +209,31 @@ class Resting:
         if user is not None:
             user.seen = sharer.seen
 
+    def grew(self, accounts: Accounts) -> None:
+        """These own more than they did."""
+        sharer = self._sharers.members.get(accounts[0]) if accounts else None
+        if sharer is not None and sharer.users is not None:
+            self._sharers.grew(sharer)
+            if (user := sharer.users.members.get(accounts[-1])) is not None:
+                sharer.users.grew(user)
+
+    def spared(self, accounts: Accounts, places: int) -> int:
+        """How many blocks that rest are to be left to others by one that has more than its share of the places.
+
+        Sharers' first, and then those of a key's users.
+        """
+        group, resting, share, spared = self._sharers, self.blocks, float(places), 0.0
+        for name in (accounts[0], accounts[-1]) if accounts else ():
+            within, member = share, group.members.get(name)
+            share *= group.part(name)
+            own = 0 if member is None else member.resting
+            if own + self._owned.get(name, 0) > share:
+                spared += min(resting - own, within - share)
+            if member is None or member.users is None:
+                break
+            group, resting = member.users, own
+        return math.ceil(spared)
+
     def known(self) -> set[Block]:
         """Blocks that will be found in their turn, if they fit; for tests."""
         return {block for user in self._users() if user.order is not None for block in user.order.known()}
@@ -209,7 +261,7 @@ class Resting:
         accounts = block.accounts
         sharer = self._sharers.member(accounts[0] if accounts else "")
         if sharer.users is None:
-            sharer.users = _Group(self._presence)
+            sharer.users = _Group(self._presence, self._owned)
         return sharer, sharer.users.member(accounts[-1] if accounts else "")
 
     def _count(self, block: Block, blocks: int) -> None:
