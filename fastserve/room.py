@@ -89,6 +89,16 @@ class Room:
         others = len(self._residency.holders) - self._blocks.gone + starting
         return _HEADROOM * (others + 1) if others else 0
 
+    def spared(self, job: Job) -> int:
+        """Others' cache, in whose place a job of who has more than its share of the memory does not start or come back.
+
+        Nothing is spared where rows might stay empty for it.
+        """
+        runnable = len(self._residency.holders) - len(self._residency.absent) + self._starting
+        if not self._blocks.cached or runnable < self._config.max_num_seqs:
+            return 0
+        return self._blocks.cache.spared(accounts_of(job.tenant), self._blocks.num_blocks)
+
     def _starts(self, job: Job) -> bool:
         """Whether a job without a slot finds the room that it needs, beside what is there of it already."""
         if self._prefixes.better_waits(job):
@@ -113,7 +123,7 @@ class Room:
                 self.closed = True
                 self._want(job, blocks + owed)
                 return False
-            if blocks + owed + self._spared(job) > self.left:
+            if blocks + owed + self.spared(job) > self.left:
                 return False  # others may start
             self.left -= blocks
             self.given += blocks - unused
@@ -121,16 +131,6 @@ class Room:
         self._residency.begin(job, path[:here])
         self._prefixes.computes(job)
         return True
-
-    def _spared(self, job: Job) -> int:
-        """Cache of others that a job of who has more than its share of the memory does not start in.
-
-        Unless rows would stay empty for it.
-        """
-        started = len(self._residency.holders) - self._blocks.gone + self._starting
-        if not self._blocks.cached or started < self._config.max_num_seqs:
-            return 0
-        return self._blocks.cache.spared(accounts_of(job.tenant), self._blocks.num_blocks)
 
     def _is_worth_fetching(self, path: Sequence[Block], here: int) -> bool:
         """Whether what is not on the device comes back sooner than it is computed again, and nobody is harmed."""

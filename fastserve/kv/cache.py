@@ -171,8 +171,6 @@ class PrefixCache:
     def departs(self, accounts: Accounts) -> None:
         """One of these has ended."""
         self._presence.count(accounts, -1)
-        for tier in (self._device, self._host):
-            tier.saw(accounts)
 
     def grew(self, accounts: Accounts) -> None:
         """Jobs of these have more blocks on the device."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -20,6 +21,8 @@ from .order import LeavingOrder
 # Seconds without a job after which what a tenant holds counts twice; a person reads an answer in less.
 _HALF_LIFE: Final = 120.0
 _STEPS: Final = 64  # of a half-life, to which time is told: those with jobs are looked at anew once a step
+
+_MOST_AWAY: Final = 65_536  # accounts without jobs of which it is remembered when they had one
 
 _SLACK: Final = 64  # entries of a heap that are out of date, beside as many as there are good ones
 
@@ -32,7 +35,8 @@ class Presence:
     def __init__(self, weights: Mapping[str, float]) -> None:
         self.weights = weights
         self.now = 0.0
-        self.live: dict[str, int] = {}  # jobs, by account
+        self._live: dict[str, int] = {}  # jobs, by account
+        self._left: OrderedDict[str, float] = OrderedDict()  # when others had their last; the one longest away first
 
     @property
     def time(self) -> float:
@@ -42,18 +46,25 @@ class Presence:
     def count(self, accounts: Accounts, jobs: int) -> None:
         """So many more jobs of these are live."""
         for name in accounts:
-            live = self.live.get(name, 0) + jobs
+            live = self._live.get(name, 0) + jobs
             if live:
-                self.live[name] = live
-            else:
-                del self.live[name]
+                self._live[name] = live
+                continue
+            del self._live[name]
+            self._left[name] = self.time
+            self._left.move_to_end(name)
+            if len(self._left) > _MOST_AWAY:
+                self._left.popitem(last=False)
+
+    def seen(self, name: str) -> float:
+        """When an account last had a job, in half-lives."""
+        return self.time if name in self._live else self._left.get(name, 0.0)
 
 
 @dataclass(slots=True, eq=False)
 class _Account:
     name: str
     weight: float
-    seen: float  # when it was last known to have a job, in half-lives
     resting: int = 0
     users: _Group | None = None  # of an API key, or the only one of a tenant without one
     order: LeavingOrder | None = None  # of a user
@@ -76,7 +87,7 @@ class _Group:
         account = self.members.get(name)
         if account is None:
             weight = self.presence.weights.get(name, 1.0)
-            account = self.members[name] = _Account(name, weight, self.presence.time)
+            account = self.members[name] = _Account(name, weight)
             self._weight += weight
         return account
 
@@ -104,19 +115,15 @@ class _Group:
 
     def _presence_of(self, account: _Account) -> float:
         """Its weight, halved for every half-life that it has had no job."""
-        if account.name in self.presence.live:
-            account.seen = self.presence.time
-        return float(account.weight * 2.0 ** (account.seen - self.presence.time))
+        return float(account.weight * 2.0 ** (self.presence.seen(account.name) - self.presence.time))
 
     def share(self, account: _Account, more: int = 0) -> float:
         """The logarithm of what it has, by weight and by how long it has been away; the same number is taken off all.
 
         Time goes on for all of them alike, so that their order changes only with what they do.
         """
-        if account.name in self.presence.live:
-            account.seen = self.presence.time
         blocks = account.resting + self.owned.get(account.name, 0) + more
-        return math.log2(blocks / account.weight) - account.seen
+        return math.log2(blocks / account.weight) - self.presence.seen(account.name)
 
     def largest(self) -> _Account | None:
         """Who has the most of what rests."""
@@ -181,33 +188,18 @@ class Resting:
     def pop_for(self, block: Block) -> Block | None:
         """The first to leave if a block that is not here may take its place: its owner's if it is worth less, or that
         of one who has more than its owner would have then."""
-        owed = self._is_owed(block)
-        self._count(block, 0)  # or who has nothing here would be counted
-        user = self._largest()
-        if user is None:
-            return None
-        return self._order(user).pop() if owed else self._order(user).pop_below(block.score)
-
-    def _is_owed(self, block: Block) -> bool:
-        """Whether somebody has more than the block's owner would have with it."""
         group = self._sharers
         for own in self._find(block):
             largest = group.largest()
-            if largest is not own:
-                return largest is not None and group.share(largest) > group.share(own, 1)
+            if largest is not own and largest is not None and group.share(largest) > group.share(own, 1):
+                self._count(block, 0)  # or who has nothing here would be counted
+                return self.pop()
+            if not own.resting:
+                self._count(block, 0)
+                return None if (user := self._largest()) is None else self._order(user).pop_below(block.score)
             if own.users is not None:
                 group = own.users
-        return False
-
-    def saw(self, accounts: Accounts) -> None:
-        """These have had a job until now."""
-        sharer = self._sharers.members.get(accounts[0] if accounts else "")
-        if sharer is None or sharer.users is None:
-            return
-        sharer.seen = self._presence.time
-        user = sharer.users.members.get(accounts[-1] if accounts else "")
-        if user is not None:
-            user.seen = sharer.seen
+        return self._order(own).pop_below(block.score)
 
     def grew(self, accounts: Accounts) -> None:
         """These own more than they did."""
