@@ -247,7 +247,8 @@ class PrefixCache:
 
 def _by_account(blocks: Sequence[Block]) -> dict[tuple[str, str], int]:
     """How many there are, by sharer and user."""
-    return dict(Counter((*(block.accounts or ("",))[:1], *(block.accounts or ("",))[-1:]) for block in blocks))
+    whose = [block.accounts or ("",) for block in blocks]
+    return dict(Counter([(accounts[0], accounts[-1]) for accounts in whose]))
 
 
 def _is_leaf(block: Block) -> bool:
