@@ -336,3 +336,5 @@ class Prefixes:
         waits = {(prefix.awaits, job) for job, prefix in self._prefixes.items() if prefix.awaits is not None}
         if waits != {(key, job) for key, jobs in self._awaiting.items() for job in jobs}:
             raise RuntimeError("a job waits for a block, and nobody knows it")
+        if not self._prefixes.keys() >= set(self._latest.values()):
+            raise RuntimeError("a job is to be followed that has ended")

@@ -162,7 +162,7 @@ class PrefixCache:
 
     def expire(self, now: float) -> None:
         """Time goes on: what was kept until now is like all others."""
-        self._presence.now = now
+        self._presence.expire(now)
 
     def arrives(self, accounts: Accounts) -> None:
         """A job of these is live from now on."""

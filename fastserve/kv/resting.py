@@ -35,13 +35,14 @@ class Presence:
     def __init__(self, weights: Mapping[str, float]) -> None:
         self.weights = weights
         self.now = 0.0
+        self.time = 0.0  # in half-lives
         self._live: dict[str, int] = {}  # jobs, by account
         self._left: OrderedDict[str, float] = OrderedDict()  # when others had their last; the one longest away first
 
-    @property
-    def time(self) -> float:
-        """In half-lives."""
-        return math.floor(self.now / _HALF_LIFE * _STEPS) / _STEPS
+    def expire(self, now: float) -> None:
+        """Time goes on."""
+        self.now = now
+        self.time = math.floor(now / _HALF_LIFE * _STEPS) / _STEPS
 
     def count(self, accounts: Accounts, jobs: int) -> None:
         """So many more jobs of these are live."""
@@ -161,6 +162,7 @@ class Resting:
         self._presence = presence
         self._owned = owned
         self._sharers = _Group(presence, owned)
+        self._found: dict[Accounts, tuple[_Account, _Account]] = {}  # sharer and user, of all there are
 
     def rests(self, block: Block) -> None:
         """One more is here that nobody has."""
@@ -251,20 +253,27 @@ class Resting:
 
     def _find(self, block: Block) -> tuple[_Account, _Account]:
         accounts = block.accounts
-        sharer = self._sharers.member(accounts[0] if accounts else "")
-        if sharer.users is None:
-            sharer.users = _Group(self._presence, self._owned)
-        return sharer, sharer.users.member(accounts[-1] if accounts else "")
+        found = self._found.get(accounts)
+        if found is None:
+            sharer = self._sharers.member(accounts[0] if accounts else "")
+            if sharer.users is None:
+                sharer.users = _Group(self._presence, self._owned)
+            found = self._found[accounts] = sharer, sharer.users.member(accounts[-1] if accounts else "")
+        return found
 
     def _count(self, block: Block, blocks: int) -> None:
         sharer, user = self._find(block)
         if sharer.users is not None:
             sharer.users.count(user, blocks)
         self._sharers.count(sharer, blocks)
+        if not user.resting:
+            del self._found[block.accounts]
 
     def _order(self, user: _Account) -> LeavingOrder:
         """With what was kept until now among the others."""
-        if user.order is None:
-            user.order = LeavingOrder(self._fits)
-        user.order.expire(self._presence.now, user.resting)
-        return user.order
+        order, now = user.order, self._presence.now
+        if order is None:
+            order = user.order = LeavingOrder(self._fits)
+        if order.now != now:
+            order.expire(now, user.resting)
+        return order
