@@ -6,7 +6,8 @@
     leaves  ──▶ all its full blocks, outputs too, stay as cache until their places are needed
 
 A block is known by the chained hash of all tokens up to its end, begun with the tenant and the salt, so that nobody can
-find out what others have asked by how fast an answer comes.
+find out what others have asked by how fast an answer comes. Jobs that begin alike are compared by their tokens, and
+only what nobody before them had is hashed.
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ from typing import Final
 
 from .cost import Cost
 from .kv import Block, BlockManager
+from .origin import accounts_of
 from .types import Job
 
 _KEY_BYTES: Final = 16
 _GROUP_BLOCKS: Final = 2  # that jobs of one group begin with, at least
 
-# Jobs that are told at once that there is more for them: a bound on the time that one plan may take.
+# Jobs that are told at once that there is more for them, and blocks that are looked up for it one by one: bounds on the
+# time that one plan may take. The job that comes to the latter is still told of all there is.
 _MOST_TOLD: Final = 1024
+_MOST_LOOKED_UP: Final = 4096
+
+_TOKEN_BYTES: Final = 4
 
 # A job waits for the next iteration where a better one computes so large a part of what it needs in this one.
 _WORTH_WAITING: Final = 0.25
@@ -43,8 +49,8 @@ class _Prefix:
     """The keys of a job's full blocks, as far as anybody asked."""
 
     owner: bytes  # the tenant and the salt: the first block's tokens begin with them
+    tokens: bytearray  # all there were when last asked for, 4 bytes each
     keys: list[bytes] = field(default_factory=list)
-    tokens: list[bytes] = field(default_factory=list)  # of each block: 4 bytes a token
     found: list[Block] = field(default_factory=list)  # when last looked for; what left the index since has no key
     counted: bool = False  # among the queries
     awaits: bytes | None = None  # the key of its first block that is not in the index
@@ -63,6 +69,8 @@ class Prefixes:
         self._to_tell: dict[Job, None] = {}  # jobs that may have less to compute than they think
         self._found: dict[Job, None] = {}  # jobs that have less to compute than they thought
         self._computing: dict[bytes, Job] = {}  # by the key of the next block, who computes it in the next iteration
+        self._latest: dict[bytes, Job] = {}  # by their first key, which of the jobs that begin so was looked at last
+        self._looked_up = 0  # blocks, one by one
 
     def __len__(self) -> int:
         """Jobs that may have something in common with others."""
@@ -74,12 +82,14 @@ class Prefixes:
         """Tell a job how much of it is there already, and to which group it belongs."""
         if isinstance(job.prompt, range):
             return
+        most = _GROUP_BLOCKS * self._blocks.block_size  # tokens that are needed where nobody shares anything
         owner = f"{len(job.tenant)}:{job.tenant}{job.cache_salt}".encode()
-        prefix = _Prefix(owner)
+        prefix = _Prefix(owner, bytearray(array("i", job.prompt if self._enabled else job.prompt[:most])))
         if self._enabled:
             self._prefixes[job] = prefix
+            self._blocks.cache.arrives(accounts_of(job.tenant))
             self._look(job, prefix)
-        if len(job.prompt) >= _GROUP_BLOCKS * self._blocks.block_size:
+        if len(job.prompt) >= most:
             self._extend(job, prefix, _GROUP_BLOCKS)
             job.group = int.from_bytes(prefix.keys[_GROUP_BLOCKS - 1][:8], "little")
 
@@ -99,7 +109,8 @@ class Prefixes:
         for index in range(len(path), (job.known - 1) // self._blocks.block_size):
             self._extend(job, prefix, index + 1)
             parent = path[-1] if path else None
-            block = self._blocks.cache.find(prefix.keys[index], prefix.tokens[index], parent)
+            block = self._blocks.cache.find(prefix.keys[index], self._tokens(prefix, index), parent)
+            self._looked_up += 1
             if block is None:
                 break
             path.append(block)
@@ -137,6 +148,8 @@ class Prefixes:
             return False
         lacking = (job.known - 1) // self._blocks.block_size - found
         last = found + max(1, int(lacking * _WORTH_WAITING)) - 1
+        if last >= len(prefix.keys):
+            self._learn(prefix, self._prefixes[other], last + 1)
         key = self._key(job, last)
         return key is not None and key == self._key(other, last)
 
@@ -175,6 +188,9 @@ class Prefixes:
     def ended(self, job: Job) -> None:
         if (prefix := self._prefixes.pop(job, None)) is not None:
             self._expect_nothing(job, prefix)
+            self._blocks.cache.departs(accounts_of(job.tenant))
+            if prefix.keys and self._latest.get(prefix.keys[0]) is job:
+                del self._latest[prefix.keys[0]]
 
     def _takes(self, job: Job, path: Sequence[Block]) -> None:
         """The job goes on behind these blocks, which others have computed."""
@@ -198,7 +214,11 @@ class Prefixes:
         self._extend(job, prefix, full)
         keys = [
             # What a prefill costs whatever is in it is saved only with the whole of it, hence from position 1.
-            (prefix.keys[index], prefix.tokens[index], cost.prefill_charge(max(1, index * size), (index + 1) * size))
+            (
+                prefix.keys[index],
+                self._tokens(prefix, index),
+                cost.prefill_charge(max(1, index * size), (index + 1) * size),
+            )
             for index in range(first, full)
         ]
         if leaving:
@@ -215,7 +235,10 @@ class Prefixes:
 
     def take_found(self) -> Collection[Job]:
         """Jobs that were never served and for which more is there than when they came, or than they were told since."""
+        end = self._looked_up + _MOST_LOOKED_UP
         for job in list(islice(self._to_tell, _MOST_TOLD)):
+            if self._looked_up >= end:
+                break
             del self._to_tell[job]
             if self._look(job, self._prefixes[job]) and not job.output:
                 self._found[job] = None
@@ -227,6 +250,7 @@ class Prefixes:
     def _look(self, job: Job, prefix: _Prefix) -> bool:
         """How much of a job that has not started is there; whether that is another answer than before."""
         self._expect_nothing(job, prefix)
+        self._follow(job, prefix)
         found = len(self._walk(job, prefix))
         prefix.awaits = self._key(job, found)
         if prefix.awaits is not None:
@@ -253,20 +277,64 @@ class Prefixes:
         return prefix.keys[index]
 
     def _extend(self, job: Job, prefix: _Prefix, blocks: int) -> None:
-        size, prompt = self._blocks.block_size, len(job.prompt)
-        for index in range(len(prefix.keys), blocks):
-            start, end = index * size, (index + 1) * size
-            ids = job.prompt[start:end]
-            if end > prompt:
-                ids = [*ids, *job.output[max(0, start - prompt) : end - prompt]]
-            tokens = array("i", ids).tobytes()
-            if not index:
-                tokens = prefix.owner + tokens
-            prefix.tokens.append(tokens)
-            prefix.keys.append(self._digest((prefix.keys[-1] if prefix.keys else b"") + tokens))
+        keys, there = prefix.keys, len(prefix.tokens) // _TOKEN_BYTES
+        if len(keys) >= blocks:
+            return
+        if there < blocks * self._blocks.block_size:
+            prefix.tokens += array("i", job.output[there - len(job.prompt) :])
+        self._looked_up += blocks - len(keys)
+        for index in range(len(keys), blocks):
+            keys.append(self._digest((keys[-1] if keys else b"") + self._tokens(prefix, index)))
+
+    def _tokens(self, prefix: _Prefix, index: int) -> bytes:
+        """What a block holds; of the first, whose it is besides."""
+        width = _TOKEN_BYTES * self._blocks.block_size
+        tokens = bytes(prefix.tokens[index * width : (index + 1) * width])
+        return tokens if index else prefix.owner + tokens
+
+    def _follow(self, job: Job, prefix: _Prefix) -> None:
+        """Let a job that has not started find at once what one that begins alike, and was looked at last, has found."""
+        limit = (job.known - 1) // self._blocks.block_size
+        if not limit:
+            return
+        self._extend(job, prefix, 1)
+        other, self._latest[prefix.keys[0]] = self._latest.get(prefix.keys[0]), job
+        if other is None or other is job:
+            return
+        like, path = self._prefixes[other], prefix.found
+        while path and path[-1].key is None:
+            path.pop()
+        while like.found and like.found[-1].key is None:
+            like.found.pop()
+        start, end = len(path), min(limit, len(like.found))
+        # A block has one path to it; where there is none yet, all of the first block's tokens are compared.
+        if start < end and (path[-1] is like.found[start - 1] if path else prefix.owner == like.owner):
+            path += like.found[start : self._alike(prefix, like, start, end)]
+        self._learn(prefix, like, len(like.found) + 1)
+
+    def _learn(self, prefix: _Prefix, like: _Prefix, blocks: int) -> None:
+        """Take over the keys of up to so many blocks from another, as far as the tokens agree from where keys do."""
+        start, end = len(prefix.keys), min(blocks, len(like.keys))
+        if start < end and (prefix.keys[-1] == like.keys[start - 1] if start else prefix.owner == like.owner):
+            prefix.keys += like.keys[start : self._alike(prefix, like, start, end)]
+
+    def _alike(self, prefix: _Prefix, like: _Prefix, start: int, end: int) -> int:
+        """The block up to `end` up to which both hold the same tokens from `start` on."""
+        width = _TOKEN_BYTES * self._blocks.block_size
+        low, high = start, min(end, len(prefix.tokens) // width, len(like.tokens) // width)
+        middle = high  # most are the same
+        while low < high:
+            if prefix.tokens[low * width : middle * width] == like.tokens[low * width : middle * width]:
+                low = middle
+            else:
+                high = middle - 1
+            middle = (low + high + 1) // 2
+        return low
 
     def check_integrity(self) -> None:
         """Raise RuntimeError when a job waits for a key and is not known to, or the other way round."""
         waits = {(prefix.awaits, job) for job, prefix in self._prefixes.items() if prefix.awaits is not None}
         if waits != {(key, job) for key, jobs in self._awaiting.items() for job in jobs}:
             raise RuntimeError("a job waits for a block, and nobody knows it")
+        if not self._prefixes.keys() >= set(self._latest.values()):
+            raise RuntimeError("a job is to be followed that has ended")

@@ -35,6 +35,7 @@ _FEW_THOUGHTS: Final = 8
 
 # KV is kept for as long as 9 in 10 thoughts take, unless it is hardly ever come back for.
 _KEPT_FOR: Final = 0.9
+_KEPT_AT_MOST: Final = 3600.0  # seconds: whoever comes back later computes it again
 _RARE: Final = 1 / 8
 
 # What other programs say counts as much as this many thoughts of its own.
@@ -234,7 +235,7 @@ class Programs:
             return now + _GUESS
         own = program.thoughts / (program.thoughts + _OTHERS_THOUGHTS)
         longer = 2 ** (own * (program.mean_log - self._thoughts.mean_log))
-        return now + self._thoughts.at(_KEPT_FOR) * longer
+        return now + min(self._thoughts.at(_KEPT_FOR) * longer, _KEPT_AT_MOST)
 
     @property
     def alive(self) -> int:

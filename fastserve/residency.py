@@ -31,7 +31,7 @@ class Residency:
     def __init__(self, config: SchedulerConfig, policy: Policy, cost: Cost, link: Link | None) -> None:
         guess = cost.decode_seconds(1) * _GUESS
         host_blocks = config.num_host_blocks if config.swaps else 0
-        self.blocks = BlockManager(config.num_blocks, config.block_size, host_blocks)
+        self.blocks = BlockManager(config.num_blocks, config.block_size, host_blocks, config.tenant_weights)
         self.link = LinkEstimate(link or Link(offload_block=guess, upload_block=guess))
         self.prefixes = Prefixes(self.blocks, cost, enabled=config.enable_prefix_caching)
         self.cache_counters = self.blocks.cache.counters

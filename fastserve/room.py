@@ -13,6 +13,7 @@ from typing import Final
 from .config import SchedulerConfig
 from .cost import Cost
 from .kv import Block, Want, first_unused
+from .origin import accounts_of
 from .policies import Policy
 from .residency import Residency
 from .types import HOST, UPLOAD, Job
@@ -88,6 +89,16 @@ class Room:
         others = len(self._residency.holders) - self._blocks.gone + starting
         return _HEADROOM * (others + 1) if others else 0
 
+    def spared(self, job: Job) -> int:
+        """Others' cache, in whose place a job of who has more than its share of the memory does not start or come back.
+
+        Nothing is spared where rows might stay empty for it.
+        """
+        runnable = len(self._residency.holders) - len(self._residency.absent) + self._starting
+        if not self._blocks.cached or runnable < self._config.max_num_seqs:
+            return 0
+        return self._blocks.cache.spared(accounts_of(job.tenant), self._blocks.num_blocks)
+
     def _starts(self, job: Job) -> bool:
         """Whether a job without a slot finds the room that it needs, beside what is there of it already."""
         if self._prefixes.better_waits(job):
@@ -112,6 +123,8 @@ class Room:
                 self.closed = True
                 self._want(job, blocks + owed)
                 return False
+            if blocks + owed + self.spared(job) > self.left:
+                return False  # others may start
             self.left -= blocks
             self.given += blocks - unused
         self._starting += 1

@@ -171,8 +171,11 @@ class Swapping:
                 lacking = end is None or rank < end
                 if not lacking and not self._proactive:
                     return
+                blocks = self._residency.to_return(job)
+                if end is not None and blocks + self._room.spared(job) > self._room.left:
+                    continue
                 enst = 0.0 if lacking else max(1e-9, self._enst(job, now))
-                yield Want(job, self._residency.to_return(job), enst, rank, upload=True)
+                yield Want(job, blocks, enst, rank, upload=True)
 
     def _victims(self, mark: int, now: float) -> Iterator[Holder]:
         """Who could give up blocks, the last to run first: not those whose blocks came back and have not been used.

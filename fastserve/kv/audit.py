@@ -44,7 +44,8 @@ def check_blocks(manager: BlockManager) -> None:
     for block in every:
         for account in next(iter(block.tables)).accounts if block.tables and block.device != NOWHERE else ():
             accounts[account] = accounts.get(account, 0) + 1
-        if len({table.accounts for table in block.tables}) > 1:
+        whose = {table.accounts for table in block.tables} | ({block.accounts} if block.key is not None else set())
+        if len(whose) > 1:
             raise RuntimeError(f"a block is shared by owners of other accounts: {block}")
     if accounts != manager.accounts:
         raise RuntimeError(f"accounts hold {accounts}, and are taken to hold {manager.accounts}")

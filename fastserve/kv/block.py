@@ -19,7 +19,7 @@ class Block:
     """
 
     __slots__ = (
-        "below", "children", "cost", "counted", "device", "host", "keep", "key",
+        "accounts", "below", "children", "cost", "counted", "device", "host", "keep", "key",
         "parent", "score", "stays", "tables", "tokens", "transfer", "used", "uses",
     )  # fmt: skip
 
@@ -31,13 +31,16 @@ class Block:
         self.stays = False  # while it is offloaded: it is wanted again, and keeps its place on the device
         self.key: bytes | None = None  # None: not in the index, and has nothing of what `enter` gives it
 
-    def enter(self, key: bytes, tokens: bytes, parent: Block | None, cost: float) -> None:
+    def enter(
+        self, key: bytes, tokens: bytes, parent: Block | None, cost: float, accounts: tuple[str, ...] = ()
+    ) -> None:
         """Be in the cache's index (see cache.py): all of it holds KV, and none of it will change."""
         self.key, self.tokens = key, tokens
         self.parent = parent  # what it goes on from; None: it begins a prompt
         self.children: Few[Block] = ()
         self.below = 0  # children that are on the device, and not moving
         self.counted = False  # in the `below` of its parent
+        self.accounts = accounts  # that it counts for while nobody has it; those of all on its path are the same
         self.cost = cost  # seconds of computing it again
         self.uses = 0
         self.score = 0.0  # what it is worth; never more than its parent's

@@ -18,7 +18,8 @@ and is taken when no other is left; what is worth least goes first (cache.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ..types import OFFLOAD, UPLOAD
@@ -45,12 +46,19 @@ class BlockManager(Tables):
     An owner is any integer; the scheduler uses Job.index.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_host_blocks: int = 0,
+        weights: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """`weights`: of the accounts that owners' blocks count for; 1 for those not there."""
         super().__init__()
         self.num_blocks = num_blocks
         self.num_host_blocks = num_host_blocks
         self.block_size = block_size
-        self.cache = PrefixCache(num_blocks + num_host_blocks)
+        self.cache = PrefixCache(num_blocks + num_host_blocks, weights, self.accounts)
         self._places = Places(num_blocks, num_host_blocks, self.cache)
         self._transfers = Transfers()
 
@@ -98,6 +106,11 @@ class BlockManager(Tables):
     def blocks_for(self, tokens: int) -> int:
         """How many blocks hold the KV of `tokens` tokens."""
         return -(-tokens // self.block_size)
+
+    def _count(self, table: Table, blocks: int) -> None:
+        super()._count(table, blocks)
+        if blocks > 0:
+            self.cache.grew(table.accounts)
 
     # --- the device's blocks -----------------------------------------------------------------------------------------
 
@@ -197,7 +210,7 @@ class BlockManager(Tables):
         new: list[bytes] = []
         for key, tokens, cost in () if table.diverged else keys:
             parent = table.blocks[table.shared - 1] if table.shared else None
-            if self.cache.insert(table.blocks[table.shared], key, tokens, parent, cost):
+            if self.cache.insert(table.blocks[table.shared], key, tokens, parent, cost, table.accounts):
                 new.append(key)
             elif not self._revive(table, key, tokens, parent):
                 table.diverged = True
@@ -229,7 +242,7 @@ class BlockManager(Tables):
         new: list[bytes] = []
         for block, (key, tokens, cost) in zip(table.blocks[table.shared :], keys, strict=False):
             parent = path[-1] if path else None
-            if self.cache.insert(block, key, tokens, parent, cost):
+            if self.cache.insert(block, key, tokens, parent, cost, table.accounts):
                 new.append(key)
             elif (found := self.cache.find(key, tokens, parent)) is not None:
                 block = found
@@ -291,7 +304,7 @@ class BlockManager(Tables):
         saving: list[Block] = []
         while len(saving) < blocks and (block := self.cache.unsaved()) is not None:
             if not self._places.free_host:
-                worse = self.cache.coldest_on_host(block.score)
+                worse = self.cache.coldest_on_host(block)
                 if worse is None:
                     self.cache.rests(block)
                     break

@@ -10,19 +10,21 @@ greedy-dual-size-frequency caching policy", 1998): score = clock + uses · secon
 moves on to the score of what is thrown away. While nothing is, it goes on as it would where each block used took the
 place of another: when as many have been as there is memory for, by what one of them costs. So a block is worth the
 more, the later and the more often it was used and the deeper it lies; and a parent at least what its children are, so
-that a path is lost from its end. Among equals the least recently used path goes first.
+that a path is lost from its end. Among equals the least recently used path goes first. Where several tenants have
+something at rest in a tier, it is taken from who has the most of it by weight (see resting.py).
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Final
 
 from .block import NOWHERE, Block
 from .counters import CacheCounters
 from .few import with_one, without_one
-from .order import LeavingOrder
+from .resting import Accounts, Presence, Resting
 
 _MOST_USES: Final = 16  # that count: what was asked for a thousand times yesterday is no better than that
 _SLACK: Final = 1024  # entries that are out of date, beside as many as there are good ones
@@ -31,21 +33,38 @@ _SLACK: Final = 1024  # entries that are out of date, beside as many as there ar
 class PrefixCache:
     """The index, and the order in which blocks leave it. Knows places only to tell the tiers apart."""
 
-    def __init__(self, places: int) -> None:
-        """`places`: blocks that there is memory for, in both tiers."""
-        self.cached = 0  # blocks that nobody has, on the device ...
-        self.cached_host = 0  # ... and on the host only
+    def __init__(
+        self,
+        places: int,
+        weights: Mapping[str, float] = MappingProxyType({}),
+        owned: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        """`places`: blocks that there is memory for, in both tiers; `weights`: of accounts, 1 for those not there.
+
+        `owned`: by account, blocks on the device that somebody has, as it changes.
+        """
         self.counters = CacheCounters()
         self._index: dict[bytes, Block] = {}
         self._clock = 0.0
         self._places = places
         self._number = 0  # of uses
-        self._device = LeavingOrder(_is_leaf)
-        self._host = LeavingOrder(_is_away)
+        self._presence = Presence(weights)
+        self._device = Resting(_is_leaf, self._presence, owned)
+        self._host = Resting(_is_away, self._presence, MappingProxyType({}))
         self._unsaved: deque[Block] = deque()  # those at rest on the device only, as they came
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def cached(self) -> int:
+        """Blocks that nobody has, on the device."""
+        return self._device.blocks
+
+    @property
+    def cached_host(self) -> int:
+        """The same on the host only."""
+        return self._host.blocks
 
     # --- the index ---------------------------------------------------------------------------------------------------
 
@@ -54,12 +73,20 @@ class PrefixCache:
         block = self._index.get(key)
         return block if block is not None and block.parent is parent and block.tokens == tokens else None
 
-    def insert(self, block: Block, key: bytes, tokens: bytes, parent: Block | None, cost: float) -> bool:
-        """Put a block into the index; False: its key is taken."""
+    def insert(
+        self,
+        block: Block,
+        key: bytes,
+        tokens: bytes,
+        parent: Block | None,
+        cost: float,
+        accounts: Accounts = (),
+    ) -> bool:
+        """Put a block into the index; False: its key is taken. `accounts`: whom it counts for while it rests."""
         if key in self._index:
             return False
         self._index[key] = block
-        block.enter(key, tokens, parent, cost)
+        block.enter(key, tokens, parent, cost, accounts)
         if parent is not None:
             parent.children = with_one(parent.children, block)
             self.moved(block)
@@ -81,9 +108,9 @@ class PrefixCache:
             if block.tables:
                 continue
             if _is_leaf(block):
-                self._device.push(block, self.cached)
+                self._device.push(block)
             elif _is_away(block):
-                self._host.push(block, self.cached_host)
+                self._host.push(block)
 
     def remove(self, block: Block) -> list[Block]:
         """Take a block that nobody has out of the index, with all below it; returns them, the ends of paths first."""
@@ -99,7 +126,7 @@ class PrefixCache:
             del self._index[each.key]  # type: ignore[arg-type]
             each.key = None
         if above is not None and _is_leaf(above):
-            self._device.push(above, self.cached)
+            self._device.push(above)
         self.counters.evicted += len(gone)
         return gone[::-1]
 
@@ -111,40 +138,55 @@ class PrefixCache:
         block.counted = block.here
         parent.below += 1 if block.counted else -1
         if _is_leaf(parent):
-            self._device.push(parent, self.cached)
+            self._device.push(parent)
 
     # --- what nobody has ---------------------------------------------------------------------------------------------
 
     def rests(self, block: Block) -> None:
         """Nobody has a block of the index any more, or it has come to rest in another place."""
         if block.device == NOWHERE:
-            self.cached_host += 1
-            self._host.push(block, self.cached_host)
+            self._host.rests(block)
+            self._host.push(block)
         else:
-            self.cached += 1
+            self._device.rests(block)
             if not block.below:
-                self._device.push(block, self.cached)
+                self._device.push(block)
             self.unsaves(block)
 
     def wakes(self, block: Block) -> None:
         """Somebody takes a block that rests, or it begins to move."""
         if block.device == NOWHERE:
-            self.cached_host -= 1
+            self._host.wakes(block)
         else:
-            self.cached -= 1
+            self._device.wakes(block)
 
     def expire(self, now: float) -> None:
         """Time goes on: what was kept until now is like all others."""
-        self._device.expire(now, self.cached)
-        self._host.expire(now, self.cached_host)
+        self._presence.expire(now)
+
+    def arrives(self, accounts: Accounts) -> None:
+        """A job of these is live from now on."""
+        self._presence.count(accounts, 1)
+
+    def departs(self, accounts: Accounts) -> None:
+        """One of these has ended."""
+        self._presence.count(accounts, -1)
+
+    def grew(self, accounts: Accounts) -> None:
+        """Jobs of these have more blocks on the device."""
+        self._device.grew(accounts)
+
+    def spared(self, accounts: Accounts, places: int) -> int:
+        """How much of what rests on the device, which has so many places, a job of these should leave to others."""
+        return self._device.spared(accounts, places)
 
     def coldest(self) -> Block | None:
-        """Of what rests on the device the block that is worth the least; it wakes."""
+        """Of what rests on the device, of who has the most of it, the block that is worth the least; it wakes."""
         return self._woken(self._device.pop())
 
-    def coldest_on_host(self, below: float | None = None) -> Block | None:
-        """The same of the host; only one that is worth less than `below`. It wakes."""
-        return self._woken(self._host.pop() if below is None else self._host.pop_below(below))
+    def coldest_on_host(self, instead: Block | None = None) -> Block | None:
+        """The same of the host; only one that may go for the sake of `instead`, to save that. It wakes."""
+        return self._woken(self._host.pop() if instead is None else self._host.pop_for(instead))
 
     def _woken(self, block: Block | None) -> Block | None:
         if block is not None:
@@ -176,6 +218,11 @@ class PrefixCache:
         here = [block for block in resting if block.device != NOWHERE]
         for what, fine in {
             "counts of cached blocks": (self.cached, self.cached_host) == (len(here), len(resting) - len(here)),
+            "whose what rests is": (self._device.held(), self._host.held())
+            == (_by_account(here), _by_account([block for block in resting if block.device == NOWHERE])),
+            "a path that is not all of one tenant": all(
+                block.parent is None or block.parent.accounts == block.accounts for block in self._index.values()
+            ),
             "a key": all(block.key == key for key, block in self._index.items()),
             "the forest": all(
                 block.parent is None or (block.parent.key is not None and block in block.parent.children)
@@ -196,6 +243,12 @@ class PrefixCache:
         }.items():
             if not fine:
                 raise RuntimeError(f"the prefix cache is out of step: {what}")
+
+
+def _by_account(blocks: Sequence[Block]) -> dict[tuple[str, str], int]:
+    """How many there are, by sharer and user."""
+    whose = [block.accounts or ("",) for block in blocks]
+    return dict(Counter([(accounts[0], accounts[-1]) for accounts in whose]))
 
 
 def _is_leaf(block: Block) -> bool:

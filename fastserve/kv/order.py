@@ -9,7 +9,7 @@ from typing import Final
 
 from .block import Block
 
-_SLACK: Final = 1024  # entries of a heap that are out of date, beside as many as there are good ones
+_SLACK: Final = 128  # entries of a heap that are out of date, beside as many as there are good ones
 
 _Entry = tuple[float, int, int, Block]  # worth or time, last use, number, block
 
@@ -26,12 +26,12 @@ class LeavingOrder:
         self._fits = fits
         self._worth: list[_Entry] = []
         self._kept: list[_Entry] = []
-        self._now = 0.0
+        self.now = 0.0
         self._number = 0
 
     def push(self, block: Block, good: int) -> None:
         """A block that fits, of about so many, has its place in the order, or another than before."""
-        kept = block.keep > self._now
+        kept = block.keep > self.now
         heap = self._kept if kept else self._worth
         self._number += 1
         heapq.heappush(heap, (block.keep if kept else block.score, block.used, self._number, block))
@@ -42,7 +42,7 @@ class LeavingOrder:
 
     def expire(self, now: float, good: int) -> None:
         """Time goes on: what was kept until now is like all others."""
-        self._now = now
+        self.now = now
         while self._kept and self._kept[0][0] <= now:
             block = heapq.heappop(self._kept)[-1]
             if self._fits(block):

@@ -219,17 +219,17 @@ def test_accounts_hold_what_is_on_the_device_and_a_shared_block_once() -> None:
     assert manager.accounts == {"key 0": 1, "key 0/bob": 1} and manager.cached == 2
     found = manager.cache.find(*keys[0][:2], None)
     assert found is not None
-    manager.attach(3, [found], ("key 1",))
-    assert manager.accounts["key 1"] == 1
+    manager.attach(3, [found], ("key 0", "key 0/ann"))
+    assert manager.accounts["key 0/ann"] == 1
     check_blocks(manager)
     copies, _ = manager.offload(2, 1)
     assert manager.accounts["key 0/bob"] == 1, "it has its place until the copy is done"
     manager.acknowledge(copies[0][0])
-    assert manager.accounts == {"key 1": 1}
+    assert manager.accounts == {"key 0": 1, "key 0/ann": 1}
     manager.upload(2)
     assert manager.accounts["key 0/bob"] == 1
     check_blocks(manager)
-    manager.accounts["key 1"] = 2
+    manager.accounts["key 0/ann"] = 2
     with pytest.raises(RuntimeError, match="accounts hold"):
         check_blocks(manager)
 

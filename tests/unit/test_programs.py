@@ -127,6 +127,14 @@ def test_nothing_is_kept_for_programs_of_one_call_nor_for_what_was_aborted() -> 
     assert kept(programs, "two", now + 1e5, calls=2) and not kept(programs, "three", now + 1e5, calls=3)
 
 
+def test_kv_is_kept_for_an_hour_at_most() -> None:
+    programs, now = Programs(), 0.0
+    for index in range(40):  # a program that calls once a day
+        now += 86_400.0
+        run(programs, call(index, "a"), now, now + 1.0)
+    assert programs.keep_until(call(40, "a"), now) == now + 3600.0
+
+
 def test_a_name_for_every_call_keeps_nothing_whatever_other_tenants_do() -> None:
     programs, now = Programs(), 0.0
     for number in range(60):
