@@ -11,7 +11,7 @@
 - agents: FastServe told of programs, under gittins, and one that is not told, under skip-join-mlfq. Mean completion
   time of programs, at a share of the calls a second that the first answers when all come at once and never think.
 - flood: FastServe with several users, and with one more who sends fifty times as much as each of them until they are
-  done. P95 JCT of the others.
+  done. P95 JCT of the others. The model leaves one core to this client and the API server.
 
 A call comes when the one before has been answered and thought about, and repeats all that was said, as the client has
 it. Servers start before the first run, and all but the one that is measured are stopped (SIGSTOP). Rounds repeat all
@@ -49,7 +49,7 @@ DEFAULTS: dict[str, tuple[str, int, float]] = {
     "cache": ("chat:8,16,6,48,48,768", 128, 8.0),
     "peers": ("chat:8,16,1,48,128,256", 128, 16.0),
     "agents": ("agents:20,0.2,64,32,512,64", 1500, 0.0),
-    "flood": ("lognormal:60,1,60,1,256", 120, 0.0),
+    "flood": ("lognormal:60,1,60,1,256", 160, 0.0),
 }
 _AT_ONCE = 600  # calls, at most, that tell how many a second a server answers
 
@@ -219,7 +219,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--endpoint", choices=("completions", "chat"), default="completions")
     parser.add_argument("--slots", type=int, help="jobs in a batch (default: 8; of agents, 2)")
     parser.add_argument("--context", type=int, default=4096, help="tokens of the longest job (default: 4096)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, help="of each server (default: all cores; of flood, all but one)")
     parser.add_argument("--policy", help="FastServe's (default: skip-join-mlfq; of agents, gittins)")
     parser.add_argument("--calls-policy", default="skip-join-mlfq", help="of agents: where nothing is told of programs")
     parser.add_argument("--weights", type=_weights, default=["bfloat16"], help="FastServe's; of peers, several")
@@ -234,6 +234,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.workload = options.workload or workload
     options.jobs = options.jobs or jobs
     options.slots = options.slots or (2 if options.scenario == "agents" else 8)
+    cores = len(os.sched_getaffinity(0))
+    # Thousands of requests are work for the client and the API server, too, which would slow the model down by itself.
+    options.threads = options.threads or (max(1, cores - 1) if options.scenario == "flood" else cores)
     options.policy = options.policy or ("gittins" if options.scenario == "agents" else "skip-join-mlfq")
     options.rate = rate if options.rate is None else options.rate
     if options.scenario != "peers" and len(options.weights) != 1:
