@@ -31,11 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import tiny_model
 from served import Answer, Server, exchange, until
 
 from fastserve.server.descriptors import raise_limit
+
+try:
+    import psutil
+except ImportError:
+    sys.exit("soak: there is no psutil: `make setup-dev` installs what benchmarks need")
 
 _LOGIN_LIMIT = 1024  # open files that a shell usually allows
 _WARM_CLIENTS = 200  # that have been served before anything is counted

@@ -76,10 +76,10 @@ def write_mooncake(path: str | os.PathLike[str], jobs: Iterable[SimJob]) -> int:
 
 
 class _Hashes:
-    """Numbers of blocks, by whose they are and all that they hold and come after."""
+    """Numbers of blocks, by whose they are, how long their parts are, and all that they hold and come after."""
 
     def __init__(self) -> None:
-        self._numbers: dict[tuple[int | str, int, tuple[int, ...]], int] = {}
+        self._numbers: dict[tuple[int | tuple[str, int], int, tuple[int, ...]], int] = {}
         self._next = count()
 
     def of(self, job: SimJob) -> list[int]:
@@ -91,7 +91,7 @@ class _Hashes:
             stop = min(start + MOONCAKE_BLOCK, job.prompt_tokens)
             parts = job.content[start // job.content_block : -(-stop // job.content_block)]
             # What parts the block begins and ends in the middle of, its place tells.
-            key = (found[-1] if found else job.user or "", stop, parts)
+            key = (found[-1] if found else (job.user or "", job.content_block), stop, parts)
             if key not in self._numbers:
                 self._numbers[key] = next(self._next)
             found.append(self._numbers[key])

@@ -251,6 +251,13 @@ def test_users_have_no_hashes_in_common(tmp_path: Path) -> None:
     assert hashes == [(0, 1, 2), (3, 4, 5), (0, 1, 2), (6, 7, 8), (6, 7, 8)], "without a user they are one tenant's"
 
 
+def test_parts_of_other_lengths_have_no_hashes_in_common(tmp_path: Path) -> None:
+    """Equal identities, cut elsewhere, are other tokens."""
+    jobs = [SimJob(0.0, 512, 1, content=(5, 6), content_block=block) for block in (300, 400, 300)]
+    write_mooncake(tmp_path / "x", jobs)
+    assert [job.content for job in read_trace(tmp_path / "x")] == [(0,), (1,), (0,)]
+
+
 def test_a_trace_of_mooncakes_has_no_calls_that_wait(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="open loop"):
         write_mooncake(tmp_path / "x", heads("chat:2,1", 0, 2))
