@@ -85,6 +85,7 @@ class Options:
     crashing: list[int] = field(default_factory=list)  # that end without a word
     hanging: list[int] = field(default_factory=list)  # that never are ready
     fails_at: int | None = None  # the iteration of the first start after which it says Failed
+    killed_at: list[int] = field(default_factory=list)  # by start, the iteration after which kill -9 comes
     stays: bool = False  # when it has said Failed, as a launcher does that waits for a host
     poison: dict[str, int] = field(default_factory=dict)  # seed → output position at which the engine dies
     killed_by_poison: bool = False  # as by a system that is out of memory; else it crashes
@@ -254,6 +255,8 @@ def main(arguments: list[str]) -> int:
                 socket.close()  # what it said is heard
                 context.term()
                 os.kill(os.getpid(), signal.SIGKILL if options.killed_by_poison else signal.SIGSEGV)
+            if options.killed_at[start : start + 1] == [engine.iterations]:
+                os.kill(os.getpid(), signal.SIGKILL)
             if start == 0 and engine.iterations == options.fails_at:
                 return fail()
             if engine.iterations == options.garbage_at:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+from pathlib import Path
 
 import psutil
 import pytest
@@ -91,26 +92,19 @@ def test_news_wakes_once_and_has_one_waiter() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_kills_at_random_moments(seed: int) -> None:
+def test_kills_at_random_moments(seed: int, tmp_path: Path) -> None:
     """kill -9 under 32 streams: nobody notices."""
 
     async def work() -> None:
         rng = random.Random(seed)
-        async with serving(Options(slots=16, pace=SLOW)) as client:
+        killed_at = [rng.randint(1, 20) for _ in range(5)]  # without them the work is 120 iterations
+        options = Options(slots=16, pace=SLOW, starts=str(tmp_path / "starts"), killed_at=killed_at)
+        async with serving(options) as client:
             params = SamplingParams(max_tokens=60, ignore_eos=True, logprobs=1)
             jobs = [client.open([7, index], params, seed=index) for index in range(32)]
-            total, kills = sum(job.params.max_tokens for job in jobs), 5
-            moments = sorted(rng.sample(range(total), kills))
-
-            def on_news(_: OpenJob) -> None:
-                if moments and client.ready and sum(len(job.output) for job in jobs) >= moments[0]:
-                    moments.pop(0)
-                    os.kill(client.pids[0], signal.SIGKILL)
-
-            await asyncio.gather(*(follow(job, on_news) for job in jobs))
-            for job in jobs:
+            for job in await asyncio.gather(*map(follow, jobs)):
                 check_finished(job)
-            assert not moments and client.restarts >= 1
+            assert client.restarts == 5
 
     run(work())
 
@@ -127,7 +121,8 @@ def test_a_stopped_engine_is_replaced() -> None:
                     os.kill(stopped[0], signal.SIGSTOP)
 
             check_finished(await follow(client.open([7], LONG, seed=1), stop))
-            assert client.restarts == 1 and not psutil.pid_exists(stopped[0])
+            await until(lambda: client.restarts == 1)  # the engine may have been done when it was stopped
+            assert not psutil.pid_exists(stopped[0])
 
     run(work())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import random
 import signal
@@ -81,7 +80,7 @@ def test_jobs_go_on_in_another_engine_at_once() -> None:
 
             for job in await asyncio.gather(*(follow(job, kill) for job in jobs)):
                 check_finished(job)
-            assert [engine.ready for engine in client.engines] == [False, True]
+            await until(lambda: [engine.ready for engine in client.engines] == [False, True])  # it may have been done
             assert client.ready and client.healthy and client.info["max_num_seqs"] == 8
             assert client.info["max_num_seqs_of_all"] == 16
             assert killed[0] not in client.pids and len(client.pids) == 1
@@ -90,23 +89,17 @@ def test_jobs_go_on_in_another_engine_at_once() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_kills_at_random_moments_of_random_engines(seed: int) -> None:
+def test_kills_at_random_moments_of_random_engines(seed: int, tmp_path: Path) -> None:
     async def work() -> None:
         rng = random.Random(seed)
-        async with serving(Options(slots=8, pace=SLOW), engines=3) as client:
+        killed_at = [rng.randint(1, 20) for _ in range(8)]  # whoever has none of the work left lives on
+        options = Options(slots=8, pace=SLOW, starts=str(tmp_path / "starts"), killed_at=killed_at)
+        async with serving(options, engines=3) as client:
             params = SamplingParams(max_tokens=60, ignore_eos=True, logprobs=1)
             jobs = [client.open([7, index], params, seed=index) for index in range(48)]
-            moments = sorted(rng.sample(range(48 * 60), 8))
-
-            def on_news(_: OpenJob) -> None:
-                if moments and client.ready and sum(len(job.output) for job in jobs) >= moments[0]:
-                    moments.pop(0)
-                    with contextlib.suppress(ProcessLookupError):  # it has just ended
-                        os.kill(rng.choice(client.pids), signal.SIGKILL)
-
-            for job in await asyncio.gather(*(follow(job, on_news) for job in jobs)):
+            for job in await asyncio.gather(*map(follow, jobs)):
                 check_finished(job)
-            assert not moments and client.restarts >= 1
+            await until(lambda: client.restarts >= 3)
 
     run(work())
 
