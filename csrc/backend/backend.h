@@ -37,6 +37,13 @@ class Matrix {
   virtual int64_t bytes() const = 0;
 };
 
+// What a product's outputs x become: act(x[i]) for i < width; gated: act(x[i]) · x[round_up(width, kPad) + i].
+struct ActivationArgs {
+  Activation kind;
+  bool gated;
+  int64_t width;
+};
+
 struct GemmArgs {
   const void* input;  // activations [m, k], stride ld_input
   int64_t ld_input;
@@ -47,6 +54,9 @@ struct GemmArgs {
   int64_t m;
   bool wide;
   bool accumulate;  // output += input · weightᵀ + bias; only if wide
+  // Null: nothing. Else the output's first `width` columns are what it makes, and the others, as far as the product
+  // reaches, anything; only if not wide.
+  const ActivationArgs* activation = nullptr;
 };
 
 struct NormArgs {
@@ -161,6 +171,11 @@ class Backend {
   virtual void download(const void* from, void* to, int64_t bytes) = 0;
 
   virtual std::unique_ptr<Matrix> make_matrix(int64_t n, int64_t k, WeightFormat format) = 0;
+  // The inner weights of a gated feed-forward block, for products with that activation and no bias: gate is rows [0,
+  // width), up begins at row round_up(width, kPad), and what else there is counts for nothing.
+  virtual std::unique_ptr<Matrix> make_gated_matrix(int64_t width, int64_t k, WeightFormat format, Activation) {
+    return make_matrix(round_up(width, kPad) + width, k, format);
+  }
   // Converts source rows [rows, k] to the matrix's format and places them at rows [first_row, first_row + rows). Throws
   // for a matrix of GGUF's groups and rows of another type.
   virtual void load_rows(Matrix& matrix, int64_t first_row, int64_t rows, SourceType type, const void* source) = 0;
@@ -209,8 +224,6 @@ class Backend {
   virtual void norm(const NormArgs& args) = 0;
   virtual void rope_and_store(const RopeAndStoreArgs& args) = 0;
   virtual void attention(const AttentionArgs& args) = 0;
-  // x[t, i] = act(x[t, i]) for i < width; gated: act(x[t, i]) * x[t, round_up(width, kPad) + i].
-  virtual void activate(Activation kind, bool gated, void* x, int64_t tokens, int64_t width, int64_t ld) = 0;
   // output[i] += input[i].
   virtual void add(const float* input, float* output, int64_t count) = 0;
 

@@ -160,7 +160,7 @@ void Transformer::normalize(const NormWeights& norm, const float* input, void* o
 }
 
 void Transformer::linear(const Linear& weights, const void* input, int64_t ld_input, void* output, int64_t ld_output,
-                         int64_t m) {
+                         int64_t m, const ActivationArgs* activation) {
   backend_.gemm({.input = input,
                  .ld_input = ld_input,
                  .weight = weights.weight.get(),
@@ -169,7 +169,8 @@ void Transformer::linear(const Linear& weights, const void* input, int64_t ld_in
                  .ld_output = ld_output,
                  .m = m,
                  .wide = false,
-                 .accumulate = false});
+                 .accumulate = false,
+                 .activation = activation});
 }
 
 // The sum over ranks is taken before the residual is added, so that all of them add the same.
@@ -227,8 +228,8 @@ void Transformer::attention_block(int64_t index, int64_t tokens) {
 void Transformer::mlp_block(int64_t index, const void* input, int64_t tokens) {
   const LayerWeights& layer = weights_.layers[index];
   void* inner = inner_.as<void>();
-  linear(layer.up, input, ld_hidden_, inner, ld_inner_, tokens);
-  backend_.activate(spec_.activation, spec_.gated_mlp, inner, tokens, spec_.intermediate_size, ld_inner_);
+  const ActivationArgs activation{spec_.activation, spec_.gated_mlp, spec_.intermediate_size};
+  linear(layer.up, input, ld_hidden_, inner, ld_inner_, tokens, &activation);
   add_to_residual(layer.down, inner, ld_inner_, tokens);
 }
 

@@ -60,7 +60,8 @@ class Transformer {
   void logits(int64_t count);
   void normalize(const NormWeights& norm, const float* input, void* output, int64_t count, Rows rows = Rows::kAll);
   // To activations.
-  void linear(const Linear& weights, const void* input, int64_t ld_input, void* output, int64_t ld_output, int64_t m);
+  void linear(const Linear& weights, const void* input, int64_t ld_input, void* output, int64_t ld_output, int64_t m,
+              const ActivationArgs* activation = nullptr);
   // Adds a product to the residual whose inputs are shared out over the ranks of the stage.
   void add_to_residual(const Linear& weights, const void* input, int64_t ld_input, int64_t m);
   void all_reduce(float* values, int64_t count);

@@ -14,12 +14,15 @@ Weights::Weights(const ModelSpec& spec, const Shard& shard, DType dtype, const W
     const auto found = formats.find(name);
     return found == formats.end() ? format_of(dtype) : found->second;
   };
-  const auto matrix = [&](int64_t n, int64_t k, const std::vector<std::string>& parts) {
+  const auto shared_format = [&](const std::vector<std::string>& parts) {
     for (const std::string& part : parts) {
       FS_CHECK(format(part) == format(parts.front()), "'", part, "' and '", parts.front(),
                "' are one matrix and need one weight format");
     }
-    return backend.make_matrix(n, k, format(parts.front()));
+    return format(parts.front());
+  };
+  const auto matrix = [&](int64_t n, int64_t k, const std::vector<std::string>& parts) {
+    return backend.make_matrix(n, k, shared_format(parts));
   };
 
   if (shard.has_embedding(spec)) {
@@ -65,8 +68,13 @@ Weights::Weights(const ModelSpec& spec, const Shard& shard, DType dtype, const W
     }
 
     const int64_t inner = spec.intermediate_size, up = spec.up_offset();
-    layer.up.weight =
-        matrix(up + inner, hidden, {prefix + (spec.gated_mlp ? "gate.weight" : "up.weight"), prefix + "up.weight"});
+    if (spec.gated_mlp) {
+      const WeightFormat both = shared_format({prefix + "gate.weight", prefix + "up.weight"});
+      layer.up.weight = spec.mlp_bias ? backend.make_matrix(up + inner, hidden, both)
+                                      : backend.make_gated_matrix(inner, hidden, both, spec.activation);
+    } else {
+      layer.up.weight = matrix(inner, hidden, {prefix + "up.weight"});
+    }
     layer.down.weight = matrix(hidden, inner, {prefix + "down.weight"});
     if (spec.gated_mlp) expect_matrix(prefix + "gate.weight", *layer.up.weight, 0, inner);
     expect_matrix(prefix + "up.weight", *layer.up.weight, up, inner);

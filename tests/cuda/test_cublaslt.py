@@ -69,6 +69,10 @@ def test_rows_are_the_same_in_every_product(
         result = products.multiply(input[:m], weight, bias if with_bias else None, output, accumulate)
         if result is not None:
             results[m] = result
+        if not wide:
+            assert (products.multiply(input[:m], weight, None, output, False, gated=True) is None) == (
+                "cuBLASLt (whole" in products.text or result is None
+            ), "gate and up meet where sums are finished by us"
     assert library.fastserve_simt_cublaslt_proposals() == asked
     if not results:
         assert with_bias and "cuBLASLt (whole" in products.text  # which adds none

@@ -174,9 +174,62 @@ class CpuBackend final : public Backend {
 
   void gemm(const GemmArgs& args) override {
     if (args.m == 0) return;
-    if (const auto* quantized = dynamic_cast<const QuantizedMatrix*>(args.weight))
-      return gemm_quantized(args, *quantized);
-    const auto& matrix = static_cast<const PackedMatrix&>(*args.weight);
+    if (const auto* quantized = dynamic_cast<const QuantizedMatrix*>(args.weight)) {
+      gemm_quantized(args, *quantized);
+    } else {
+      gemm_panels(args, static_cast<const PackedMatrix&>(*args.weight));
+    }
+    if (args.activation != nullptr) activate(*args.activation, output_of(args), args.m, args.ld_output);
+  }
+
+  void norm(const NormArgs& args) override {
+    split_rows(args.rows, args.width, [&](int64_t row) {
+      const float* x = args.input + (args.of_logits ? logit_tokens_[row] : row) * args.ld;
+      float* y = static_cast<float*>(args.output) + row * args.ld;
+      if (args.bias == nullptr) {
+        kernels_.rms_norm(x, args.weight, y, args.width, args.eps);
+      } else {
+        kernels_.layer_norm(x, args.weight, args.bias, y, args.width, args.eps);
+      }
+    });
+  }
+
+  void rope_and_store(const RopeAndStoreArgs& args) override {
+    const cpu::KvLayout& kv = attention_.layout();
+    // One job's chunk may hold all tokens, or every job one.
+    split_rows(static_cast<int64_t>(token_rows_.size()), (args.num_heads + 2 * kv.num_kv_heads) * kv.head_dim,
+               [&](int64_t token) {
+                 const Row& row = *token_rows_[token];
+                 rotate_token(args, token);
+                 attention_.store(args, row, token - row.first);
+               });
+  }
+
+  void attention(const AttentionArgs& args) override { attention_.run(args, rows_); }
+
+  void add(const float* input, float* output, int64_t count) override {
+    split_rows(ceil_div(count, kPad), kPad, [&](int64_t piece) {
+      const int64_t end = std::min(count, (piece + 1) * kPad);
+      for (int64_t i = piece * kPad; i < end; ++i) output[i] += input[i];
+    });
+  }
+
+  std::unique_ptr<TokenSampler> make_sampler(int64_t vocab_size) override {
+    return make_host_sampler(pool_, vocab_size);
+  }
+
+ private:
+  static const float* input_of(const GemmArgs& args) { return static_cast<const float*>(args.input); }
+  static float* output_of(const GemmArgs& args) { return static_cast<float*>(args.output); }
+
+  void activate(const ActivationArgs& args, float* x, int64_t rows, int64_t ld) {
+    split_rows(rows, args.width, [&](int64_t i) {
+      float* row = x + i * ld;
+      kernels_.activate(args.kind, row, args.gated ? row + round_up(args.width, kPad) : nullptr, args.width);
+    });
+  }
+
+  void gemm_panels(const GemmArgs& args, const PackedMatrix& matrix) {
     const PanelLayout& layout = matrix.layout;
     const OperandLayout& form = layout.dtype == DType::kFloat32 ? kernels_.operand_f32 : kernels_.operand_bf16;
     const int64_t row_bytes = layout.k_padded * form.element_bytes;
@@ -219,53 +272,6 @@ class CpuBackend final : public Backend {
       }
     });
   }
-
-  void norm(const NormArgs& args) override {
-    split_rows(args.rows, args.width, [&](int64_t row) {
-      const float* x = args.input + (args.of_logits ? logit_tokens_[row] : row) * args.ld;
-      float* y = static_cast<float*>(args.output) + row * args.ld;
-      if (args.bias == nullptr) {
-        kernels_.rms_norm(x, args.weight, y, args.width, args.eps);
-      } else {
-        kernels_.layer_norm(x, args.weight, args.bias, y, args.width, args.eps);
-      }
-    });
-  }
-
-  void rope_and_store(const RopeAndStoreArgs& args) override {
-    const cpu::KvLayout& kv = attention_.layout();
-    // One job's chunk may hold all tokens, or every job one.
-    split_rows(static_cast<int64_t>(token_rows_.size()), (args.num_heads + 2 * kv.num_kv_heads) * kv.head_dim,
-               [&](int64_t token) {
-                 const Row& row = *token_rows_[token];
-                 rotate_token(args, token);
-                 attention_.store(args, row, token - row.first);
-               });
-  }
-
-  void attention(const AttentionArgs& args) override { attention_.run(args, rows_); }
-
-  void activate(Activation kind, bool gated, void* x, int64_t tokens, int64_t width, int64_t ld) override {
-    split_rows(tokens, width, [&](int64_t t) {
-      float* row = static_cast<float*>(x) + t * ld;
-      kernels_.activate(kind, row, gated ? row + round_up(width, kPad) : nullptr, width);
-    });
-  }
-
-  void add(const float* input, float* output, int64_t count) override {
-    split_rows(ceil_div(count, kPad), kPad, [&](int64_t piece) {
-      const int64_t end = std::min(count, (piece + 1) * kPad);
-      for (int64_t i = piece * kPad; i < end; ++i) output[i] += input[i];
-    });
-  }
-
-  std::unique_ptr<TokenSampler> make_sampler(int64_t vocab_size) override {
-    return make_host_sampler(pool_, vocab_size);
-  }
-
- private:
-  static const float* input_of(const GemmArgs& args) { return static_cast<const float*>(args.input); }
-  static float* output_of(const GemmArgs& args) { return static_cast<float*>(args.output); }
 
   void gemm_quantized(const GemmArgs& args, const QuantizedMatrix& matrix) {
     const cpu::QuantizedLayout& layout = matrix.layout;

@@ -144,8 +144,8 @@ const CublasShape* CublasLt::choose(DType dtype, int64_t n, int64_t k_padded, bo
 bool CublasLt::gemm(const CublasShape& chosen, const GemmCall& call, cudaStream_t stream) const {
   if (call.m < std::max<int64_t>(chosen.choice.from_rows, 1)) return false;
   const CublasCandidate& candidate = chosen.candidates[chosen.choice.trial];
-  // A bias is added by our own kernels; a matrix either always has one or never.
-  if (call.bias != nullptr && !candidate.by_parts) return false;
+  // A bias is added and gate and up meet in our own kernels; a matrix either always has that or never.
+  if ((call.bias != nullptr || call.gated) && !candidate.by_parts) return false;
   return run(candidate, call, stream);
 }
 

@@ -97,10 +97,15 @@ class CudaBackend final : public Backend {
   }
 
   std::unique_ptr<Matrix> make_matrix(int64_t n, int64_t k, WeightFormat format) override {
-    use_device();
-    FS_CHECK(is_quantized(format) || format == format_of(dtype_), "weights in another type than the ", name_of(dtype_),
-             " that the model is computed in");
+    check_format(format);
     return std::make_unique<CudaMatrix>(n, k, format, staging_);
+  }
+  std::unique_ptr<Matrix> make_gated_matrix(int64_t width, int64_t k, WeightFormat format, Activation kind) override {
+    if (dtype_ == DType::kFloat32 || kind != Activation::kSilu) {
+      return Backend::make_gated_matrix(width, k, format, kind);
+    }
+    check_format(format);
+    return std::make_unique<CudaMatrix>(width, k, format, staging_, CudaMatrix::Rows::kPaired);
   }
   void load_rows(Matrix& matrix, int64_t first_row, int64_t rows, SourceType type, const void* source) override {
     use_device();
@@ -233,11 +238,15 @@ class CudaBackend final : public Backend {
                         .m = args.m,
                         .wide = args.wide,
                         .accumulate = args.accumulate,
+                        .gated = weight.paired(),
                         .workspace = products_.as<void>()};
     if (call.m >= kLeastWarpgroupRows) use_warpgroups(call);
     std::optional<const CublasShape*>& theirs = weight.theirs[call.wide ? 1 : 0];
     if (!theirs) theirs = find_theirs(call);  // in the first iteration, which is never recorded
     if (*theirs == nullptr || !cublas_->gemm(**theirs, call, compute_)) cuda::gemm(call, compute_);
+    if (args.activation == nullptr || call.gated) return;
+    cuda::activate(dtype_, args.activation->kind, args.activation->gated, args.output, args.m, args.activation->width,
+                   args.ld_output, compute_);
   }
   void norm(const NormArgs& args) override {
     if (args.rows == 0) return;
@@ -286,9 +295,6 @@ class CudaBackend final : public Backend {
                      .workspace = attention_.as<void>()},
                     batch_, compute_);
   }
-  void activate(Activation kind, bool gated, void* x, int64_t tokens, int64_t width, int64_t ld) override {
-    cuda::activate(dtype_, kind, gated, x, tokens, width, ld, compute_);
-  }
   void add(const float* input, float* output, int64_t count) override { cuda::add(input, output, count, compute_); }
 
   std::unique_ptr<TokenSampler> make_sampler(int64_t vocab_size) override {
@@ -301,6 +307,12 @@ class CudaBackend final : public Backend {
  private:
   // Threads see device 0 until they say otherwise.
   void use_device() const { check(cudaSetDevice(device_)); }
+
+  void check_format(WeightFormat format) const {
+    use_device();
+    FS_CHECK(is_quantized(format) || format == format_of(dtype_), "weights in another type than the ", name_of(dtype_),
+             " that the model is computed in");
+  }
 
   // For the batch, whose segments no graph knows.
   void reserve_for_batch() {

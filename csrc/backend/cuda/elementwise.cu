@@ -1,4 +1,5 @@
 // Embedding, activation and sums: what touches each element once.
+#include "backend/cuda/activation.cuh"
 #include "backend/cuda/kernels.h"
 #include "backend/cuda/vector.cuh"
 #include "backend/cuda/weight_element.cuh"
@@ -51,21 +52,6 @@ __global__ void __launch_bounds__(kThreads) embed_kernel(EmbedCall call) {
     for (int i = 0; i < kEmbedStep; ++i) x[i] += y[i];
   }
   store(output, x);
-}
-
-template <Activation kKind>
-__device__ __forceinline__ float activated(float x) {
-  if constexpr (kKind == Activation::kSilu) {
-    return x / (1.0f + expf(-x));
-  } else if constexpr (kKind == Activation::kGelu) {
-    return 0.5f * x * (1.0f + erff(x * 0.7071067812f));
-  } else if constexpr (kKind == Activation::kGeluTanh) {
-    // 0.5 x (1 + tanh u) = x · sigmoid(2u), u = √(2/π) (x + 0.044715 x³)
-    const float u = 0.7978845608f * x * fmaf(x * x, 0.044715f, 1.0f);
-    return x / (1.0f + expf(-2.0f * u));
-  } else {
-    return fmaxf(x, 0.0f);
-  }
 }
 
 // Grid: (tokens, steps of a row). Columns of the padding are zero, and so is what comes of them.

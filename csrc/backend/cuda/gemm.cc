@@ -24,10 +24,12 @@ void check_call(const GemmCall& call) {
   FS_CHECK(call.weight.k_padded % kPad == 0 && call.ld_input % kPad == 0 && call.ld_output % kPad == 0,
            "rows of a product's operands are padded to a multiple of ", kPad, " elements; here they have ",
            call.weight.k_padded, ", ", call.ld_input, " and ", call.ld_output);
-  FS_CHECK(call.ld_input >= call.weight.k_padded && call.ld_output >= call.weight.n, "a product of [", call.m, ", ",
-           call.weight.k, "] and [", call.weight.n, ", ", call.weight.k, "] does not fit rows of ", call.ld_input,
-           " and ", call.ld_output, " elements");
+  FS_CHECK(call.ld_input >= call.weight.k_padded && call.ld_output >= (call.gated ? call.weight.n / 2 : call.weight.n),
+           "a product of [", call.m, ", ", call.weight.k, "] and [", call.weight.n, ", ", call.weight.k,
+           "] does not fit rows of ", call.ld_input, " and ", call.ld_output, " elements");
   FS_CHECK(call.wide || !call.accumulate, "a product is accumulated in float32 only");
+  FS_CHECK(!call.gated || (call.weight.paired && !call.wide && call.dtype != DType::kFloat32),
+           "a product whose outputs meet is of paired weights, in 16 bits");
   FS_CHECK(reinterpret_cast<uintptr_t>(call.bias) % kVectorBytes == 0, "a product's bias is not at a multiple of ",
            kVectorBytes, " bytes");
 }

@@ -1,7 +1,8 @@
 // What becomes of a product's sums, the same in every kernel: parts in ascending order, int8's scale, bias, what the
-// output held.
+// output held; or gate and up, which meet.
 #pragma once
 
+#include "backend/cuda/activation.cuh"
 #include "backend/cuda/kernels.h"
 #include "backend/cuda/simt.cuh"
 #include "backend/cuda/vector.cuh"
@@ -29,25 +30,46 @@ struct OutputTerms {
     if (call.bias != nullptr) bias = call.bias[column];
     if (call.accumulate) held = static_cast<const float*>(call.output)[row * call.ld_output + column];
   }
-  template <class T>
-  __device__ __forceinline__ void put(const GemmCall& call, int64_t row, int64_t column, float sum) const {
+  // What the product's column is of that sum.
+  __device__ __forceinline__ float finish(float sum) const {
     if constexpr (kScaled) sum *= scale;
-    sum = held + (sum + bias);
-    const int64_t index = row * call.ld_output + column;
-    if (call.wide) {
-      static_cast<float*>(call.output)[index] = sum;
-    } else {
-      static_cast<T*>(call.output)[index] = narrow<T>(sum);
-    }
+    return held + (sum + bias);
   }
 };
 
-// Writes one output.
+// Writes a column of a product that is not gated.
+template <class T>
+__device__ __forceinline__ void put(const GemmCall& call, int64_t row, int64_t column, float value) {
+  const int64_t index = row * call.ld_output + column;
+  if (call.wide) {
+    static_cast<float*>(call.output)[index] = value;
+  } else {
+    static_cast<T*>(call.output)[index] = narrow<T>(value);
+  }
+}
+
+// What two neighbouring columns make together, in a product that is gated: activate()'s bits of what would be stored.
+template <class T>
+__device__ __forceinline__ float meet(float gate, float up) {
+  return activated<Activation::kSilu>(widen(narrow<T>(gate))) * widen(narrow<T>(up));
+}
+
+// Writes the columns `column`, which is even, and the next, if there is one.
 template <class T, bool kScaled>
-__device__ __forceinline__ void put(const GemmCall& call, int64_t row, int64_t column, float sum) {
+__device__ __forceinline__ void put_two(const GemmCall& call, int64_t row, int64_t column, float first, float second) {
   OutputTerms<kScaled> terms;
   terms.read(call, row, column);
-  terms.template put<T>(call, row, column, sum);
+  first = terms.finish(first);
+  if (column + 1 < call.weight.n) {
+    terms.read(call, row, column + 1);
+    second = terms.finish(second);
+  }
+  if (call.gated) {
+    static_cast<T*>(call.output)[row * call.ld_output + column / 2] = narrow<T>(meet<T>(first, second));
+    return;
+  }
+  put<T>(call, row, column, first);
+  if (column + 1 < call.weight.n) put<T>(call, row, column + 1, second);
 }
 
 struct Eight {
@@ -70,15 +92,15 @@ __device__ __forceinline__ void read_held(Eight& held, const GemmCall& call, int
   if (call.accumulate) load(held.x, static_cast<const float*>(call.output) + row * call.ld_output + column);
 }
 
-// Writes 8 neighbouring outputs from a column on that is a multiple of 8, or as many as there are. If all are there,
-// `terms` and `held` have been read.
+// Writes 8 neighbouring columns from one on that is a multiple of 8, or as many as there are. If all are there, `terms`
+// and `held` have been read.
 template <class T, bool kScaled>
 __device__ __forceinline__ void put_eight(const GemmCall& call, int64_t row, int64_t column, float (&sums)[8],
                                           const ColumnTerms<kScaled>& terms, const Eight& held) {
   if (column + 8 > call.weight.n) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (column + i < call.weight.n) put<T, kScaled>(call, row, column + i, sums[i]);
+    for (int i = 0; i < 8; i += 2) {
+      if (column + i < call.weight.n) put_two<T, kScaled>(call, row, column + i, sums[i], sums[i + 1]);
     }
     return;
   }
@@ -86,6 +108,12 @@ __device__ __forceinline__ void put_eight(const GemmCall& call, int64_t row, int
   for (int i = 0; i < 8; ++i) {
     if constexpr (kScaled) sums[i] *= terms.scales.x[i];
     sums[i] = held.x[i] + (sums[i] + terms.biases.x[i]);
+  }
+  if (call.gated) {
+    const float outputs[4] = {meet<T>(sums[0], sums[1]), meet<T>(sums[2], sums[3]), meet<T>(sums[4], sums[5]),
+                              meet<T>(sums[6], sums[7])};
+    store(static_cast<T*>(call.output) + row * call.ld_output + column / 2, outputs);
+    return;
   }
   const int64_t index = row * call.ld_output + column;
   if (call.wide) {

@@ -34,7 +34,10 @@ __global__ void gemm_f32_kernel(GemmCall call) {
   for (int r = part; r < count; r += kGemmParts) {
     float sum = parts[r * kWarp + lane];
     for (int p = 1; p < kGemmParts; ++p) sum += parts[(p * kRows + r) * kWarp + lane];
-    if (column < call.weight.n) put<float, kFormat == WeightFormat::kInt8>(call, first_row + r, column, sum);
+    if (column >= call.weight.n) continue;
+    OutputTerms<kFormat == WeightFormat::kInt8> terms;
+    terms.read(call, first_row + r, column);
+    put<float>(call, first_row + r, column, terms.finish(sum));
   }
 }
 

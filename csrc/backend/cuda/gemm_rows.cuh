@@ -114,6 +114,7 @@ template <class Weights, int kRows, int kTiles, int kStages>
 __global__ void __launch_bounds__(kGemmParts* kWarp) gemm_rows_kernel(GemmCall call) {
   let_next_begin();  // sum_part() waits
   using Kernel = RowsKernel<Weights, kRows, kTiles, kStages>;
+  using T = typename Weights::Element;
   constexpr int kColumns = Kernel::kColumns;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, part = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kRows;
@@ -149,12 +150,19 @@ __global__ void __launch_bounds__(kGemmParts* kWarp) gemm_rows_kernel(GemmCall c
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kOutputs; ++i) {
-    if (!exists(i)) continue;
     const float* of_parts = parts + static_cast<int>(threadIdx.x) + i * kThreads;
-    float sum = of_parts[0];
+    float value = of_parts[0];
 #pragma unroll
-    for (int p = 1; p < kGemmParts; ++p) sum += of_parts[p * kRows * kColumns];
-    terms[i].template put<typename Weights::Element>(call, row_of(i), column_of(i), sum);
+    for (int p = 1; p < kGemmParts; ++p) value += of_parts[p * kRows * kColumns];
+    value = terms[i].finish(value);
+    if (call.gated) {  // the next lane has the next column
+      const float next = __shfl_down_sync(kAllLanes, value, 1);
+      if (lane % 2 == 0 && exists(i)) {
+        static_cast<T*>(call.output)[row_of(i) * call.ld_output + column_of(i) / 2] = narrow<T>(meet<T>(value, next));
+      }
+    } else if (exists(i)) {
+      put<T>(call, row_of(i), column_of(i), value);
+    }
   }
 }
 

@@ -61,12 +61,14 @@ struct KvView : KvLayout {
 
 // ---- matrices (gemm.cu)
 
-// A weight matrix [n, k] on the device. Rows are padded with zeros to k_padded, a multiple of kPad.
+// A weight matrix [n, k] on the device. Rows are padded with zeros to k_padded, a multiple of kPad. `paired`: it is of
+// a gated feed-forward block, and rows 2j and 2j + 1 are the j-th of gate and of up.
 struct DeviceMatrix {
   WeightFormat format;  // kFloat32, kBFloat16, kFloat16, or one of the quantized
   int64_t n, k, k_padded;
   const void* data;    // as gemm.cu lays it out
   const void* scales;  // of the quantized formats
+  bool paired = false;
 };
 
 // The sum over k is cut in so many parts, at multiples of 64 as equal as these allow: part p begins at input k_padded /
@@ -86,6 +88,9 @@ struct GemmCall {
   int64_t m;
   bool wide;
   bool accumulate;  // output += …; only if wide
+  // Only if the weight is paired, and then neither wide nor accumulated: the output is [m, n / 2], its column j is
+  // silu(column 2j) · column 2j + 1, of columns that are rounded as if they had been written.
+  bool gated = false;
   // kGemmWorkspace bytes that no product of another stream has, or null: then some shapes take longer. The result is
   // the same.
   void* workspace = nullptr;

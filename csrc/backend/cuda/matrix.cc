@@ -119,26 +119,36 @@ struct Units {
 
 }  // namespace
 
-void Staging::upload(void* to, size_t bytes, size_t granule,
+void Staging::upload(void* to, size_t bytes, size_t granule, size_t step,
                      const std::function<void(size_t first, size_t count, char* host)>& fill) {
   if (granule > memory_.bytes()) memory_ = Memory(Place::kPinned, granule);
   const size_t piece = memory_.bytes() / granule * granule;
   for (size_t first = 0; first < bytes; first += piece) {
     const size_t count = std::min(piece, bytes - first);
-    fill(first, count, memory_.as<char>());
-    check(cudaMemcpyAsync(static_cast<char*>(to) + first, memory_.as<char>(), count, cudaMemcpyHostToDevice, stream_));
+    char *from = memory_.as<char>(), *at = static_cast<char*>(to) + first * step;
+    fill(first, count, from);
+    if (step == 1) {
+      check(cudaMemcpyAsync(at, from, count, cudaMemcpyHostToDevice, stream_));
+    } else {
+      check(cudaMemcpy2DAsync(at, granule * step, from, granule, granule, count / granule, cudaMemcpyHostToDevice,
+                              stream_));
+    }
     stream_.synchronize();
   }
 }
 
-CudaMatrix::CudaMatrix(int64_t outputs, int64_t inputs, WeightFormat format, Staging& staging)
-    : format_(format), k_padded_(round_up(inputs, kPad)), staging_(staging) {
+CudaMatrix::CudaMatrix(int64_t outputs, int64_t inputs, WeightFormat format, Staging& staging, Rows rows)
+    : format_(format),
+      paired_(rows == Rows::kPaired),
+      held_(paired_ ? 2 * outputs : outputs),
+      k_padded_(round_up(inputs, kPad)),
+      staging_(staging) {
   FS_CHECK(!is_quantized(format) || format == WeightFormat::kInt8 || inputs % kGroup == 0,
            "a matrix held in GGUF's blocks has a multiple of ", kGroup, " inputs, not ", inputs);
-  n = outputs;
+  n = paired_ ? round_up(outputs, kPad) + outputs : outputs;
   k = inputs;
-  data_ = Memory(Place::kDevice, data_bytes(format, n, k_padded_));
-  scales_ = Memory(Place::kDevice, scale_bytes(format, n, k_padded_));
+  data_ = Memory(Place::kDevice, data_bytes(format, held_, k_padded_));
+  scales_ = Memory(Place::kDevice, scale_bytes(format, held_, k_padded_));
 }
 
 void CudaMatrix::load_rows(int64_t first_row, int64_t rows, SourceType type, const void* source) {
@@ -146,17 +156,28 @@ void CudaMatrix::load_rows(int64_t first_row, int64_t rows, SourceType type, con
            ", ", first_row + rows, ")");
   check_source(format_, type);
   const auto* bytes = static_cast<const char*>(source);
-  if (is_quantized(format_)) {
-    load_quantized(first_row, rows, type, bytes);
-  } else {
-    load_plain(first_row, rows, type, bytes);
+  if (!paired_) return load_at({first_row, 1, rows}, type, bytes);
+  const int64_t width = held_ / 2, up = n - width;
+  for (int64_t half = 0; half < 2; ++half) {
+    const int64_t begins = half * up, first = std::max(first_row, begins);
+    const int64_t last = std::min(first_row + rows, begins + width);
+    if (first >= last) continue;
+    load_at({(first - begins) * 2 + half, 2, last - first}, type, bytes + (first - first_row) * source_bytes(type, k));
   }
 }
 
-void CudaMatrix::load_plain(int64_t first_row, int64_t rows, SourceType type, const char* source) {
+void CudaMatrix::load_at(const Places& places, SourceType type, const char* source) {
+  if (is_quantized(format_)) {
+    load_quantized(places, type, source);
+  } else {
+    load_plain(places, type, source);
+  }
+}
+
+void CudaMatrix::load_plain(const Places& places, SourceType type, const char* source) {
   const int64_t row_bytes = k_padded_ * element_bytes(format_), source_row = source_bytes(type, k);
   std::vector<float> unpacked(same_type(format_, type) ? 0 : k);
-  staging_.upload(data_.as<char>() + first_row * row_bytes, rows * row_bytes, row_bytes,
+  staging_.upload(data_.as<char>() + places.first * row_bytes, places.count * row_bytes, row_bytes, places.step,
                   [&](size_t first, size_t count, char* host) {
                     const int64_t from = static_cast<int64_t>(first) / row_bytes;
                     for (int64_t i = 0; i < static_cast<int64_t>(count) / row_bytes; ++i, host += row_bytes) {
@@ -172,51 +193,56 @@ void CudaMatrix::load_plain(int64_t first_row, int64_t rows, SourceType type, co
                   });
 }
 
-void CudaMatrix::load_quantized(int64_t first_row, int64_t rows, SourceType type, const char* source) {
+void CudaMatrix::load_quantized(const Places& places, SourceType type, const char* source) {
   const int64_t data_row = data_bytes(format_, kUnitOutputs, k_padded_);  // of the outputs that share units
   const bool channels = format_ == WeightFormat::kInt8;
   const int64_t scale_row = channels ? 0 : scale_bytes(format_, kUnitOutputs, k_padded_);
-  const int64_t source_row = source_bytes(type, k), last_row = first_row + rows;
-  const int64_t first_unit = first_row / kUnitOutputs, units = ceil_div(last_row, kUnitOutputs) - first_unit;
-  std::vector<float> unpacked(channels ? k : 0), channel_scales(channels ? rows : 0);
+  const int64_t source_row = source_bytes(type, k);
+  const int64_t first_unit = places.first / kUnitOutputs, units = ceil_div(places.end(), kUnitOutputs) - first_unit;
+  // What is there already of other rows stays.
+  const bool shared = places.step > 1 || places.first % kUnitOutputs != 0 || places.end() % kUnitOutputs != 0;
+  const int64_t first_scale = channels ? places.first * static_cast<int64_t>(sizeof(float)) : first_unit * scale_row;
+  std::vector<char> scales(channels ? (places.end() - places.first) * sizeof(float) : units * scale_row);
+  const auto fetch = [&](char* to, const Memory& memory, int64_t first, int64_t bytes) {
+    if (shared) check(cudaMemcpy(to, memory.as<char>() + first, bytes, cudaMemcpyDeviceToHost));
+  };
+  fetch(scales.data(), scales_, first_scale, static_cast<int64_t>(scales.size()));
+  std::vector<float> unpacked(channels ? k : 0);
   Units piece{format_, 0, k, k_padded_, std::vector<char>(data_row), std::vector<char>(scale_row)};
-  std::vector<char> scales(units * scale_row);
+  int64_t row = 0;  // the next of the source
   staging_.upload(
-      data_.as<char>() + first_unit * data_row, units * data_row, data_row,
+      data_.as<char>() + first_unit * data_row, units * data_row, data_row, 1,
       [&](size_t first, size_t count, char* host) {
-        const int64_t from = first_unit + static_cast<int64_t>(first) / data_row;
+        const int64_t from = static_cast<int64_t>(first) / data_row;
+        fetch(host, data_, first_unit * data_row + static_cast<int64_t>(first), static_cast<int64_t>(count));
         for (int64_t unit = from; unit < from + static_cast<int64_t>(count) / data_row; ++unit, host += data_row) {
-          piece.first = unit * kUnitOutputs;
-          const int64_t begin = std::max(first_row, piece.first);
-          const int64_t end = std::min(last_row, piece.first + kUnitOutputs);
-          if (end - begin < kUnitOutputs) {  // the others' rows stay
-            check(cudaMemcpy(piece.data.data(), data_.as<char>() + unit * data_row, data_row, cudaMemcpyDeviceToHost));
-            if (scale_row > 0) {
-              check(cudaMemcpy(piece.scales.data(), scales_.as<char>() + unit * scale_row, scale_row,
-                               cudaMemcpyDeviceToHost));
-            }
+          char* unit_scales = scales.data() + unit * scale_row;
+          piece.first = (first_unit + unit) * kUnitOutputs;
+          if (shared) {
+            std::memcpy(piece.data.data(), host, data_row);
+            std::copy_n(unit_scales, scale_row, piece.scales.data());
           } else {
             std::fill(piece.data.begin(), piece.data.end(), 0);
             std::fill(piece.scales.begin(), piece.scales.end(), 0);
           }
-          for (int64_t row = begin; row < end; ++row) {
-            const char* given = source + (row - first_row) * source_row;
+          for (; row < places.count; ++row) {
+            const int64_t place = places.first + row * places.step;
+            if (place >= piece.first + kUnitOutputs) break;
+            const char* given = source + row * source_row;
             if (channels) {
               dequantize(type, given, k, unpacked.data());
-              piece.place_channel(row, unpacked.data(), &channel_scales[row - first_row]);
+              piece.place_channel(place, unpacked.data(),
+                                  reinterpret_cast<float*>(scales.data()) + (place - places.first));
             } else {
-              piece.place_blocks(row, type, given);
+              piece.place_blocks(place, type, given);
             }
           }
           std::memcpy(host, piece.data.data(), data_row);
-          if (scale_row > 0) std::memcpy(&scales[(unit - first_unit) * scale_row], piece.scales.data(), scale_row);
+          std::copy_n(piece.scales.data(), scale_row, unit_scales);
         }
       });
-  const char* whole = channels ? reinterpret_cast<const char*>(channel_scales.data()) : scales.data();
-  const size_t bytes = channels ? rows * sizeof(float) : scales.size();
-  char* to = scales_.as<char>() + (channels ? first_row * static_cast<int64_t>(sizeof(float)) : first_unit * scale_row);
-  staging_.upload(to, bytes, 1,
-                  [&](size_t first, size_t count, char* host) { std::memcpy(host, whole + first, count); });
+  staging_.upload(scales_.as<char>() + first_scale, scales.size(), 1, 1,
+                  [&](size_t first, size_t count, char* host) { std::memcpy(host, scales.data() + first, count); });
 }
 
 }  // namespace fastserve::cuda

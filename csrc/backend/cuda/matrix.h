@@ -17,10 +17,10 @@ class Staging {
  public:
   explicit Staging(size_t bytes = size_t{16} << 20) : memory_(Place::kPinned, bytes) {}
 
-  // Fills [to, to + bytes) of the device's memory in pieces: `fill(first, count, host)` leaves bytes [first, first +
-  // count) at `host`. Pieces begin at multiples of `granule` bytes; one has a granule even if that is more than the
-  // staging was made with. Returns when all bytes are there.
-  void upload(void* to, size_t bytes, size_t granule,
+  // Fills memory of the device in pieces: `fill(first, count, host)` leaves bytes [first, first + count) of `bytes` at
+  // `host`. Pieces begin at multiples of `granule` bytes; one has a granule even if that is more than the staging was
+  // made with. Granules lie `step` of them apart, from `to` on. Returns when all bytes are there.
+  void upload(void* to, size_t bytes, size_t granule, size_t step,
               const std::function<void(size_t first, size_t count, char* host)>& fill);
 
  private:
@@ -32,11 +32,14 @@ struct CublasShape;
 
 class CudaMatrix final : public Matrix {
  public:
-  // Zeros. Throws where a format of GGUF's groups is asked for k inputs that are no multiple of 32.
-  CudaMatrix(int64_t outputs, int64_t inputs, WeightFormat format, Staging& staging);
+  // Zeros. Throws where a format of GGUF's groups is asked for k inputs that are no multiple of 32. `Paired`: the inner
+  // weights of a gated block (Backend::make_gated_matrix) of `outputs` each, held as pairs (DeviceMatrix).
+  enum class Rows { kPlain, kPaired };
+  CudaMatrix(int64_t outputs, int64_t inputs, WeightFormat format, Staging& staging, Rows rows = Rows::kPlain);
 
   int64_t bytes() const override { return static_cast<int64_t>(data_.bytes() + scales_.bytes()); }
-  DeviceMatrix view() const { return {format_, n, k, k_padded_, data_.as<void>(), scales_.as<void>()}; }
+  bool paired() const { return paired_; }
+  DeviceMatrix view() const { return {format_, held_, k, k_padded_, data_.as<void>(), scales_.as<void>(), paired_}; }
 
   // Converts source rows [rows, k] to the matrix's format and places them at rows [first_row, first_row + rows). Throws
   // for a matrix of GGUF's groups and rows of another type. The rows are there when it returns.
@@ -47,10 +50,18 @@ class CudaMatrix final : public Matrix {
   mutable std::array<std::optional<const CublasShape*>, 2> theirs;
 
  private:
-  void load_plain(int64_t first_row, int64_t rows, SourceType type, const char* source);
-  void load_quantized(int64_t first_row, int64_t rows, SourceType type, const char* source);
+  // Rows that lie on the device at place.first, place.first + place.step, …
+  struct Places {
+    int64_t first, step, count;
+    int64_t end() const { return count == 0 ? first : first + (count - 1) * step + 1; }
+  };
+  void load_at(const Places& places, SourceType type, const char* source);
+  void load_plain(const Places& places, SourceType type, const char* source);
+  void load_quantized(const Places& places, SourceType type, const char* source);
 
   WeightFormat format_;
+  bool paired_;
+  int64_t held_;  // rows on the device
   int64_t k_padded_;
   Staging& staging_;
   Memory data_, scales_;

@@ -62,8 +62,11 @@ GemmKernel kernel_named(const std::string& name) {
 
 class Products {
  public:
-  Products(int64_t n, int64_t k, const std::string& format) : matrix_(n, k, parse_weight_format(format), staging_) {}
+  Products(int64_t n, int64_t k, const std::string& format, bool paired)
+      : matrix_(n, k, parse_weight_format(format), staging_,
+                paired ? CudaMatrix::Rows::kPaired : CudaMatrix::Rows::kPlain) {}
 
+  int64_t rows() const { return matrix_.n; }
   int64_t bytes() const { return matrix_.bytes(); }
 
   void load_rows(const std::string& type, const py::array_t<uint8_t, py::array::c_style>& data, int64_t first_row) {
@@ -71,12 +74,12 @@ class Products {
     matrix_.load_rows(first_row, data.size() / source_bytes(source, matrix_.k), source, data.data());
   }
 
-  // x [m, k] · weightᵀ, as float32, whatever type it had on the device.
+  // x [m, k] · weightᵀ, as float32, whatever type it had on the device; `gated`: what its columns make in pairs.
   Floats multiply(const Floats& x, const std::string& dtype, const std::optional<Floats>& bias,
                   const std::optional<Floats>& onto, bool wide, const std::optional<std::string>& kernel,
-                  bool workspace, int processors, int64_t bias_at) {
+                  bool workspace, int processors, int64_t bias_at, bool gated) {
     const DType type = parse_dtype(dtype), output_type = wide ? DType::kFloat32 : type;
-    const int64_t m = x.shape(0), n = matrix_.n, k = matrix_.k;
+    const int64_t m = x.shape(0), columns = matrix_.view().n, n = gated ? columns / 2 : columns, k = matrix_.k;
     // Wider than need be, and with rows behind: both must stay as they are.
     const int64_t ld_input = round_up(k, kPad) + kPad, ld_output = round_up(n, kPad) + kPad;
     const int64_t size = size_of(type), output_size = size_of(output_type);
@@ -88,8 +91,8 @@ class Products {
       }
     }
     const DeviceArray from(input), to(output);
-    std::vector<char> bias_bytes(round_up(n, kPad) * 4);
-    if (bias) std::memcpy(bias_bytes.data(), bias->data(), n * 4);
+    std::vector<char> bias_bytes(round_up(columns, kPad) * 4);
+    if (bias) std::memcpy(bias_bytes.data(), bias->data(), columns * 4);
     const DeviceArray device_bias(bias_bytes);
     if (workspace && workspace_.bytes() == 0) workspace_ = Memory(Place::kDevice, kGemmWorkspace);
     const GemmCall call{.dtype = type,
@@ -102,6 +105,7 @@ class Products {
                         .m = m,
                         .wide = wide,
                         .accumulate = onto.has_value(),
+                        .gated = gated,
                         .workspace = workspace ? workspace_.as<void>() : nullptr};
     if (kernel) {
       gemm_with(kernel_named(*kernel), call, stream_, processors);
@@ -141,12 +145,14 @@ std::string chosen(int64_t m, int64_t n, int64_t k, const std::string& format, i
 
 void register_gemm(py::module_& module) {
   py::class_<Products>(module, "Matrix")
-      .def(py::init<int64_t, int64_t, const std::string&>(), py::arg("n"), py::arg("k"), py::arg("format"))
+      .def(py::init<int64_t, int64_t, const std::string&, bool>(), py::arg("n"), py::arg("k"), py::arg("format"),
+           py::kw_only(), py::arg("paired") = false)
+      .def_property_readonly("rows", &Products::rows)
       .def_property_readonly("bytes", &Products::bytes)
       .def("load_rows", &Products::load_rows, py::arg("type"), py::arg("data"), py::arg("first_row") = 0)
       .def("multiply", &Products::multiply, py::arg("x"), py::arg("dtype"), py::kw_only(), py::arg("bias") = py::none(),
            py::arg("onto") = py::none(), py::arg("wide") = true, py::arg("kernel") = py::none(),
-           py::arg("workspace") = true, py::arg("processors") = 0, py::arg("bias_at") = 0);
+           py::arg("workspace") = true, py::arg("processors") = 0, py::arg("bias_at") = 0, py::arg("gated") = false);
   std::vector<std::string> names;
   for (const GemmGeometry& g : kGemmGeometries) names.emplace_back(g.name);
   module.attr("GEMM_KERNELS") = py::cast(names);
