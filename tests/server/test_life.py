@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -131,6 +132,16 @@ def test_the_address_is_told_when_clients_may_connect() -> None:
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_gone() -> Iterator[None]:
+    """The command's, which write to the standard error of the test that ran it."""
+    loggers = [logging.getLogger(), logging.getLogger("fastserve.requests")]
+    before = [list(logger.handlers) for logger in loggers]
+    yield
+    for logger, handlers in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
