@@ -35,6 +35,8 @@ class Matrix {
   int64_t n = 0;
   int64_t k = 0;
   virtual int64_t bytes() const = 0;
+  // Columns that a product writes, with the activation that the matrix was made for.
+  virtual int64_t outputs() const { return n; }
 };
 
 // What a product's outputs x become: act(x[i]) for i < width; gated: act(x[i]) · x[round_up(width, kPad) + i].
@@ -49,13 +51,13 @@ struct GemmArgs {
   int64_t ld_input;
   const Matrix* weight;  // [n, k]
   const float* bias;     // [n] padded to kPad, or null
-  void* output;          // [m, n], stride ld_output >= n rounded up to kPad: float32 if `wide`, else activations
+  void* output;  // [m, outputs], stride ld_output >= those rounded up to kPad: float32 if `wide`, or activations
   int64_t ld_output;
   int64_t m;
   bool wide;
   bool accumulate;  // output += input · weightᵀ + bias; only if wide
-  // Null: nothing. Else the output's first `width` columns are what it makes, and the others, as far as the product
-  // reaches, anything; only if not wide.
+  // Null: nothing. Else the output's first `width` columns are what it makes, those up to a multiple of kPad stay zero
+  // if they were, and those beyond are anything; only if not wide.
   const ActivationArgs* activation = nullptr;
 };
 
@@ -172,7 +174,7 @@ class Backend {
 
   virtual std::unique_ptr<Matrix> make_matrix(int64_t n, int64_t k, WeightFormat format) = 0;
   // The inner weights of a gated feed-forward block, for products with that activation and no bias: gate is rows [0,
-  // width), up begins at row round_up(width, kPad), and what else there is counts for nothing.
+  // width), up begins at row round_up(width, kPad); nothing is loaded between them.
   virtual std::unique_ptr<Matrix> make_gated_matrix(int64_t width, int64_t k, WeightFormat format, Activation) {
     return make_matrix(round_up(width, kPad) + width, k, format);
   }

@@ -34,8 +34,9 @@ class DeviceProbe {
   // ... operations a second of a square product of `size` in 16-bit floats, as gemm_library() computes it; ...
   virtual double gemm_rate(int64_t size) = 0;
   virtual std::string gemm_library() = 0;
-  // ... of a product by every way there is, and whether products by warpgroups are admitted, or why not; ...
-  virtual ProductRates product_rates(int64_t m, int64_t n, int64_t k, bool wide) = 0;
+  // ... of a product by every way there is, and whether products by warpgroups are admitted, or why not (`gated`: what
+  // is taken if outputs meet, which the other ways are timed without); ...
+  virtual ProductRates product_rates(int64_t m, int64_t n, int64_t k, bool wide, bool gated) = 0;
   virtual std::string warpgroups() = 0;
   // ... and bytes a second between pinned host memory and the device's, of both directions together.
   virtual double transfer_rate(Transfer transfer) = 0;

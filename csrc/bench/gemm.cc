@@ -24,6 +24,7 @@ struct Shape {
   const char* name;
   int64_t n, k;
   bool wide = false;  // its products go to the residual, or are logits
+  int64_t gated = 0;  // of the columns of gate and of up, if on a device they meet
 };
 
 const std::vector<std::string>& matrix_names() {
@@ -34,7 +35,8 @@ const std::vector<std::string>& matrix_names() {
 std::vector<Shape> shapes(const ModelSpec& spec) {
   return {{"qkv", spec.qkv_width(), spec.hidden_size},
           {"out", spec.hidden_size, spec.num_heads * spec.head_dim, true},
-          {"up", spec.up_offset() + spec.intermediate_size, spec.hidden_size},
+          {"up", spec.up_offset() + spec.intermediate_size, spec.hidden_size, false,
+           spec.gated_mlp ? spec.intermediate_size : 0},
           {"down", spec.hidden_size, spec.intermediate_size, true},
           {"head", spec.vocab_size, spec.hidden_size, true}};
 }
@@ -48,11 +50,14 @@ class Product {
         ld_output_(round_up(shape.n, kPad)),
         input_(random_activations(backend, most_rows * ld_input_)),
         output_(backend.allocate(most_rows * ld_output_ * static_cast<int64_t>(sizeof(float)))),
-        wide_(shape.wide) {
+        wide_(shape.wide),
+        meets_(shape.gated > 0 && !backend.on_host()),
+        activation_{Activation::kSilu, true, shape.gated} {
     const RandomRows weights(format, shape.k);
     int64_t bytes = 0;
     do {
-      copies_.push_back(backend.make_matrix(shape.n, shape.k, format));
+      copies_.push_back(meets_ ? backend.make_gated_matrix(shape.gated, shape.k, format, activation_.kind)
+                               : backend.make_matrix(shape.n, shape.k, format));
       fill(backend, *copies_.back(), weights);
       bytes += copies_.back()->bytes();
     } while (bytes < cold_bytes);
@@ -72,7 +77,8 @@ class Product {
                               .ld_output = ld_output_,
                               .m = rows,
                               .wide = wide_,
-                              .accumulate = false});
+                              .accumulate = false,
+                              .activation = meets_ ? &activation_ : nullptr});
              }
              backend_.end();
              backend_.wait();
@@ -84,7 +90,8 @@ class Product {
   Backend& backend_;
   int64_t ld_input_, ld_output_;
   Buffer input_, output_;
-  bool wide_;
+  bool wide_, meets_;
+  ActivationArgs activation_;
   std::vector<std::unique_ptr<Matrix>> copies_;
   size_t next_ = 0;
 };
@@ -95,7 +102,7 @@ void add_ways(DeviceProbe& probe, const Shape& shape, WeightFormat format, int64
   constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
   ProductRates rates{kUnknown, kUnknown, kUnknown, ""};
   if (rows >= kManyRows && format == WeightFormat::kBFloat16) {
-    rates = probe.product_rates(rows, shape.n, shape.k, shape.wide);
+    rates = probe.product_rates(rows, shape.n, shape.k, shape.wide, shape.gated > 0);
   }
   for (const double rate : {rates.warps, rates.warpgroups, rates.library}) values.emplace_back(rate / 1e9);
   values.emplace_back(rates.taken);
@@ -172,7 +179,8 @@ int main(int count, char** arguments) {
       "shares of\nwhat memory and the multiply-add units reach beside them.");
   options.add_device();
   options.add("preset", "NAME,...", "smollm2", "shapes of: smollm2, llama-1b, llama-8b, tiny", "llama-8b");
-  options.add("matrix", "NAME,...", "qkv,out,up,down,head", "which of its matrices; up: gate and up");
+  options.add("matrix", "NAME,...", "qkv,out,up,down,head",
+              "which of its matrices; up: gate and up, on a device with what they make");
   options.add("weights", "NAME,...", "bfloat16,q8_0,q4_0",
               "how weights are held: float32, bfloat16, int8, q8_0, q4_0, q4_1");
   options.add("rows", "N,...", "1,8,32,512", "tokens in a product; the head takes at most 64", "1,8,32,64,512,2048");

@@ -1,11 +1,22 @@
 #include "model/transformer.h"
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
 #include "common/check.h"
 
 namespace fastserve {
+
+namespace {
+
+int64_t inner_columns(const Weights& weights) {
+  int64_t most = 0;
+  for (const LayerWeights& layer : weights.layers) most = std::max(most, layer.up.weight->outputs());
+  return most;
+}
+
+}  // namespace
 
 Transformer::Transformer(const ModelSpec& spec, const Shard& shard, const Weights& weights, Backend& backend,
                          int64_t max_tokens, const Neighbours& neighbours,
@@ -19,7 +30,7 @@ Transformer::Transformer(const ModelSpec& spec, const Shard& shard, const Weight
       ld_hidden_(round_up(spec.hidden_size, kPad)),
       ld_qkv_(round_up(spec.qkv_width(), kPad)),
       ld_heads_(round_up(spec.num_heads * spec.head_dim, kPad)),
-      ld_inner_(round_up(spec.up_offset() + spec.intermediate_size, kPad)),
+      ld_inner_(round_up(inner_columns(weights), kPad)),
       residuals_{floats(most_tokens_ * ld_hidden_), Buffer()},
       partial_(floats(neighbours.tensor != nullptr ? most_tokens_ * ld_hidden_ : 0)),
       normal_(activations(most_tokens_ * ld_hidden_)),

@@ -29,8 +29,8 @@ bool is_debugged() {
 
 std::string CublasShape::text() const {
   std::ostringstream line;
-  line << "products of [m, " << k_padded << "] and [" << n << ", " << k_padded << "]" << (wide ? " in float32" : "")
-       << ": ";
+  line << "products of [m, " << key.k_padded << "] and [" << key.n << ", " << key.k_padded << "]"
+       << (key.wide ? " in float32" : "") << ": ";
   if (choice.trial < 0) {
     line << "ours";
   } else {
@@ -100,19 +100,20 @@ bool CublasLt::run(const CublasCandidate& candidate, const GemmCall& call, cudaS
   return true;
 }
 
-CublasShape CublasLt::tried(DType dtype, int64_t n, int64_t k_padded, bool wide, int64_t most_rows, void* workspace,
-                            cudaStream_t stream) const {
-  CublasShape shape{dtype, n, k_padded, wide, {}, {}, {}, {-1, 0, {}}};
+CublasShape CublasLt::tried(const ProductKey& key, int64_t most_rows, void* workspace, cudaStream_t stream) const {
+  const auto& [dtype, n, k_padded, wide, finished] = key;
+  CublasShape shape{key, {}, {}, {}, {-1, 0, {}}};
   if (n > kMostOutputs) return shape;
   const int64_t most = kTimedRows.back(), ld_output = round_up(n, kPad);
   const auto propose = [&](bool by_parts) {
-    const CublasLtLibrary::Product product(*library_, dtype, most, n, by_parts ? k_padded / kGemmParts : k_padded,
-                                           k_padded, k_padded, ld_output, by_parts || wide);
+    const CublasLtLibrary::Product product(*library_, key.dtype, most, key.n,
+                                           by_parts ? key.k_padded / kGemmParts : key.k_padded, key.k_padded,
+                                           key.k_padded, ld_output, by_parts || key.wide);
     for (const auto& algorithm : library_->propose(product, kMostCandidates, true)) {
       shape.candidates.push_back({algorithm, by_parts});
     }
   };
-  propose(false);
+  if (!finished) propose(false);
   if (k_padded % (kGemmParts * kSlab) == 0) propose(true);
   ProductTrials trials(dtype, n, k_padded, wide, most_rows, workspace, stream);
   for (const CublasCandidate& candidate : shape.candidates) {
@@ -126,27 +127,23 @@ CublasShape CublasLt::tried(DType dtype, int64_t n, int64_t k_padded, bool wide,
   return shape;
 }
 
-const CublasShape* CublasLt::choose(DType dtype, int64_t n, int64_t k_padded, bool wide, int64_t most_rows,
-                                    void* workspace, cudaStream_t stream) const {
+const CublasShape* CublasLt::choose(const ProductKey& key, int64_t most_rows, void* workspace,
+                                    cudaStream_t stream) const {
   static std::mutex mutex;
-  static std::map<std::tuple<std::string, int, DType, int64_t, int64_t, bool>, CublasShape> shapes;
+  static std::map<std::tuple<std::string, int, DType, int64_t, int64_t, bool, bool>, CublasShape> shapes;
   int device = 0;
   check(cudaGetDevice(&device));
-  const std::tuple key{library_->name(), device, dtype, n, k_padded, wide};
+  const std::tuple place{library_->name(), device, key.dtype, key.n, key.k_padded, key.wide, key.finished};
   const std::lock_guard lock(mutex);
-  auto found = shapes.find(key);
-  if (found == shapes.end()) {
-    found = shapes.emplace(key, tried(dtype, n, k_padded, wide, most_rows, workspace, stream)).first;
-  }
+  auto found = shapes.find(place);
+  if (found == shapes.end()) found = shapes.emplace(place, tried(key, most_rows, workspace, stream)).first;
   return found->second.choice.trial < 0 ? nullptr : &found->second;
 }
 
 bool CublasLt::gemm(const CublasShape& chosen, const GemmCall& call, cudaStream_t stream) const {
   if (call.m < std::max<int64_t>(chosen.choice.from_rows, 1)) return false;
-  const CublasCandidate& candidate = chosen.candidates[chosen.choice.trial];
-  // A bias is added and gate and up meet in our own kernels; a matrix either always has that or never.
-  if ((call.bias != nullptr || call.gated) && !candidate.by_parts) return false;
-  return run(candidate, call, stream);
+  FS_CHECK(chosen.key.finished == (call.bias != nullptr || call.gated), "what was chosen is for other products");
+  return run(chosen.candidates[chosen.choice.trial], call, stream);
 }
 
 }  // namespace fastserve::cuda

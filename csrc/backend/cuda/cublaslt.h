@@ -18,11 +18,17 @@ struct CublasCandidate {
   bool by_parts;
 };
 
-// What was tried for products with 16-bit weights [n, k_padded], and what came of it.
-struct CublasShape {
+// Products with weights [n, k_padded] of a 16-bit type. `finished`: by a kernel of ours, which adds a bias, or has gate
+// and up meet. That takes an algorithm by parts.
+struct ProductKey {
   DType dtype;
   int64_t n, k_padded;
-  bool wide;
+  bool wide, finished;
+};
+
+// What was tried for such products, and what came of it.
+struct CublasShape {
+  ProductKey key;
   std::vector<CublasCandidate> candidates;
   std::vector<ProductTrial> trials;  // of each
   RowSeconds ours;
@@ -41,8 +47,7 @@ class CublasLt {
   // one or none: null then, and all products are ours. To be called before products of that shape are queued; waits for
   // the stream. `workspace` is that of gemm(). Once for each shape and device in a process: later calls return the
   // first one's choice, which stays where it is.
-  const CublasShape* choose(DType dtype, int64_t n, int64_t k_padded, bool wide, int64_t most_rows, void* workspace,
-                            cudaStream_t stream) const;
+  const CublasShape* choose(const ProductKey& key, int64_t most_rows, void* workspace, cudaStream_t stream) const;
 
   // Queues the product if it is one of those that the choice is for and the algorithm is made for so many rows; else
   // false, and the caller queues gemm().
@@ -52,8 +57,7 @@ class CublasLt {
  private:
   explicit CublasLt(std::unique_ptr<CublasLtLibrary> library);
 
-  CublasShape tried(DType dtype, int64_t n, int64_t k_padded, bool wide, int64_t most_rows, void* workspace,
-                    cudaStream_t stream) const;
+  CublasShape tried(const ProductKey& key, int64_t most_rows, void* workspace, cudaStream_t stream) const;
   bool run(const CublasCandidate& candidate, const GemmCall& call, cudaStream_t stream) const;
   bool add_parts(const CublasCandidate& candidate, const GemmCall& call, int64_t first, int64_t columns, float* output,
                  int64_t ld_output, cudaStream_t stream) const;

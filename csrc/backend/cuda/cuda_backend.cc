@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "backend/cuda/batch_clock.h"
-#include "backend/cuda/cublaslt.h"
 #include "backend/cuda/cuda_sampler.h"
 #include "backend/cuda/device_batch.h"
 #include "backend/cuda/early_launch.h"
@@ -18,8 +17,8 @@
 #include "backend/cuda/kernels.h"
 #include "backend/cuda/matrix.h"
 #include "backend/cuda/nccl.h"
+#include "backend/cuda/products.h"
 #include "backend/cuda/runtime_api.h"
-#include "backend/cuda/warpgroup_trial.h"
 #include "backend/device.h"
 #include "common/pause.h"
 
@@ -225,29 +224,7 @@ class CudaBackend final : public Backend {
   void rotation_table(const float* inv_freq, int64_t half, float scale, float* output) override {
     cuda::rotation_table(batch_.positions, batch_.num_tokens, inv_freq, half, scale, output, compute_);
   }
-  void gemm(const GemmArgs& args) override {
-    if (args.m == 0) return;
-    const auto& weight = static_cast<const CudaMatrix&>(*args.weight);
-    const GemmCall call{.dtype = dtype_,
-                        .input = args.input,
-                        .ld_input = args.ld_input,
-                        .weight = weight.view(),
-                        .bias = args.bias,
-                        .output = args.output,
-                        .ld_output = args.ld_output,
-                        .m = args.m,
-                        .wide = args.wide,
-                        .accumulate = args.accumulate,
-                        .gated = weight.paired(),
-                        .workspace = products_.as<void>()};
-    if (call.m >= kLeastWarpgroupRows) use_warpgroups(call);
-    std::optional<const CublasShape*>& theirs = weight.theirs[call.wide ? 1 : 0];
-    if (!theirs) theirs = find_theirs(call);  // in the first iteration, which is never recorded
-    if (*theirs == nullptr || !cublas_->gemm(**theirs, call, compute_)) cuda::gemm(call, compute_);
-    if (args.activation == nullptr || call.gated) return;
-    cuda::activate(dtype_, args.activation->kind, args.activation->gated, args.output, args.m, args.activation->width,
-                   args.ld_output, compute_);
-  }
+  void gemm(const GemmArgs& args) override { products_.run(args); }
   void norm(const NormArgs& args) override {
     if (args.rows == 0) return;
     cuda::norm({.dtype = dtype_,
@@ -329,20 +306,6 @@ class CudaBackend final : public Backend {
     graphs_.clear();
   }
 
-  // Once, and never while recording: what would be recorded has run before.
-  void use_warpgroups(const GemmCall& call) {
-    if (dtype_ == DType::kFloat32 || is_quantized(call.weight.format)) return;
-    if (!std::exchange(tried_warpgroups_, true)) try_warpgroups(dtype_, call.workspace, compute_);
-  }
-
-  const CublasShape* find_theirs(const GemmCall& call) {
-    if (dtype_ == DType::kFloat32 || is_quantized(call.weight.format)) return nullptr;
-    if (!std::exchange(sought_cublas_, true)) cublas_ = CublasLt::open();
-    if (cublas_ == nullptr) return nullptr;
-    use_warpgroups(call);  // first, since theirs must be faster than ours
-    return cublas_->choose(dtype_, call.weight.n, call.weight.k_padded, call.wide, call.m, call.workspace, compute_);
-  }
-
   void finish_queued() {
     if (nccl_.used()) {
       const Event queued;
@@ -380,13 +343,10 @@ class CudaBackend final : public Backend {
   std::deque<std::unique_ptr<Event>> queued_;  // of batches that were not waited for: each passes when all is done
   EventWatch watch_{device_};
   Nccl nccl_{device_, compute_, watch_, [this] { graphs_.clear(); }};
-  Staging staging_;                                  // of weights on their way to the device
-  Memory products_{Place::kDevice, kGemmWorkspace};  // workspaces: of products, ...
-  Memory attention_;                                 // ... and of attention, ...
-  int64_t attended_heads_ = 0;                       // ... of so many heads at most
-  bool tried_warpgroups_ = false;
-  bool sought_cublas_ = false;
-  std::unique_ptr<CublasLt> cublas_;
+  Staging staging_;  // of weights on their way to the device
+  Products products_{dtype_, compute_};
+  Memory attention_;                      // its workspace, ...
+  int64_t attended_heads_ = 0;            // ... for so many heads at most
   const CudaSampler* sampler_ = nullptr;  // the runtime's
 };
 

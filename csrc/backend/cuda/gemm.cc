@@ -28,8 +28,8 @@ void check_call(const GemmCall& call) {
            "a product of [", call.m, ", ", call.weight.k, "] and [", call.weight.n, ", ", call.weight.k,
            "] does not fit rows of ", call.ld_input, " and ", call.ld_output, " elements");
   FS_CHECK(call.wide || !call.accumulate, "a product is accumulated in float32 only");
-  FS_CHECK(!call.gated || (call.weight.paired && !call.wide && call.dtype != DType::kFloat32),
-           "a product whose outputs meet is of paired weights, in 16 bits");
+  FS_CHECK(!call.gated || (call.weight.paired && !call.wide && call.bias == nullptr && call.dtype != DType::kFloat32),
+           "a product whose outputs meet is of paired weights, in 16 bits, without a bias");
   FS_CHECK(reinterpret_cast<uintptr_t>(call.bias) % kVectorBytes == 0, "a product's bias is not at a multiple of ",
            kVectorBytes, " bytes");
 }

@@ -51,25 +51,9 @@ __device__ __forceinline__ void put(const GemmCall& call, int64_t row, int64_t c
 // What two neighbouring columns make together, in a product that is gated: activate()'s bits of what would be stored.
 template <class T>
 __device__ __forceinline__ float meet(float gate, float up) {
-  return activated<Activation::kSilu>(widen(narrow<T>(gate))) * widen(narrow<T>(up));
-}
-
-// Writes the columns `column`, which is even, and the next, if there is one.
-template <class T, bool kScaled>
-__device__ __forceinline__ void put_two(const GemmCall& call, int64_t row, int64_t column, float first, float second) {
-  OutputTerms<kScaled> terms;
-  terms.read(call, row, column);
-  first = terms.finish(first);
-  if (column + 1 < call.weight.n) {
-    terms.read(call, row, column + 1);
-    second = terms.finish(second);
-  }
-  if (call.gated) {
-    static_cast<T*>(call.output)[row * call.ld_output + column / 2] = narrow<T>(meet<T>(first, second));
-    return;
-  }
-  put<T>(call, row, column, first);
-  if (column + 1 < call.weight.n) put<T>(call, row, column + 1, second);
+  const uint32_t stored = pack<T>(gate, up);
+  return activated<Activation::kSilu>(widen(T{static_cast<uint16_t>(stored)})) *
+         widen(T{static_cast<uint16_t>(stored >> 16)});
 }
 
 struct Eight {
@@ -92,15 +76,18 @@ __device__ __forceinline__ void read_held(Eight& held, const GemmCall& call, int
   if (call.accumulate) load(held.x, static_cast<const float*>(call.output) + row * call.ld_output + column);
 }
 
-// Writes 8 neighbouring columns from one on that is a multiple of 8, or as many as there are. If all are there, `terms`
-// and `held` have been read.
+// Writes 8 neighbouring columns from one on that is a multiple of 8, or as many as there are, of a product that is not
+// gated. If all are there, `terms` and `held` have been read.
 template <class T, bool kScaled>
 __device__ __forceinline__ void put_eight(const GemmCall& call, int64_t row, int64_t column, float (&sums)[8],
                                           const ColumnTerms<kScaled>& terms, const Eight& held) {
   if (column + 8 > call.weight.n) {
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      if (column + i < call.weight.n) put_two<T, kScaled>(call, row, column + i, sums[i], sums[i + 1]);
+    for (int i = 0; i < 8; ++i) {
+      if (column + i >= call.weight.n) continue;
+      OutputTerms<kScaled> own;
+      own.read(call, row, column + i);
+      put<T>(call, row, column + i, own.finish(sums[i]));
     }
     return;
   }
@@ -108,12 +95,6 @@ __device__ __forceinline__ void put_eight(const GemmCall& call, int64_t row, int
   for (int i = 0; i < 8; ++i) {
     if constexpr (kScaled) sums[i] *= terms.scales.x[i];
     sums[i] = held.x[i] + (sums[i] + terms.biases.x[i]);
-  }
-  if (call.gated) {
-    const float outputs[4] = {meet<T>(sums[0], sums[1]), meet<T>(sums[2], sums[3]), meet<T>(sums[4], sums[5]),
-                              meet<T>(sums[6], sums[7])};
-    store(static_cast<T*>(call.output) + row * call.ld_output + column / 2, outputs);
-    return;
   }
   const int64_t index = row * call.ld_output + column;
   if (call.wide) {
@@ -139,6 +120,42 @@ __device__ __forceinline__ void put_eight(const GemmCall& call, int64_t row, int
   put_eight<T, kScaled>(call, row, column, sums, terms, held);
 }
 
+// Int8's scales of 8 neighbouring columns from a multiple of 8 on, as far as there are any.
+template <bool kScaled>
+__device__ __forceinline__ void read_scales(Eight& scales, const GemmCall& call, int64_t column) {
+  if constexpr (kScaled) {
+    const auto* from = static_cast<const float*>(call.weight.scales) + column;
+    if (column + 8 <= call.weight.n) return load(scales.x, from);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (column + i < call.weight.n) scales.x[i] = from[i];
+    }
+  }
+}
+
+// Writes what 8 neighbouring columns of a gated product make, from one on that is a multiple of 8, or as many as there
+// are.
+template <class T, bool kScaled>
+__device__ __forceinline__ void put_pairs(const GemmCall& call, int64_t row, int64_t column, const float (&sums)[8],
+                                          const Eight& scales) {
+  float outputs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float gate = sums[2 * i], up = sums[2 * i + 1];
+    if constexpr (kScaled) {
+      gate *= scales.x[2 * i];
+      up *= scales.x[2 * i + 1];
+    }
+    outputs[i] = meet<T>(gate, up);
+  }
+  T* to = static_cast<T*>(call.output) + row * call.ld_output + column / 2;
+  if (column + 8 <= call.weight.n) return store(to, outputs);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (column + 2 * i < call.weight.n) to[i] = narrow<T>(outputs[i]);
+  }
+}
+
 // A quad is matrix fragments of four tiles of 8 columns, of 16 rows. Each lane has 2 columns of each tile, of row
 // `half` times 8 and lane / 4; four lanes exchange them so that each has 8 columns of one tile, and writes are of whole
 // vectors.
@@ -162,6 +179,25 @@ __device__ __forceinline__ void exchange(float (&x)[8], const float* quad, int h
 // of them do.
 constexpr int kQuadsAhead = 3;
 
+template <class T, bool kScaled, int kQuads, int kDown, int kAcross>
+__device__ __forceinline__ void put_paired_quads(const GemmCall& call, int64_t row, int64_t column, const float* sums,
+                                                 int lane) {
+  Eight scales;
+#pragma unroll
+  for (int quad = 0; quad < kQuads; ++quad) {
+    const int64_t first = row + quad * kDown, at = column + quad * kAcross;
+    if (kAcross != 0 || quad == 0) read_scales<kScaled>(scales, call, at);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float x[8];
+      exchange(x, sums + quad * 16, half, lane);
+      if (first + half * 8 < call.m && at < call.weight.n) {
+        put_pairs<T, kScaled>(call, first + half * 8, at, x, scales);
+      }
+    }
+  }
+}
+
 // Writes the sums of a warp, 16 of a lane for each quad: the first one's rows begin at `row` and its columns at
 // `column`, those of each next one kDown and kAcross further on.
 template <class T, bool kScaled, int kQuads, int kDown, int kAcross>
@@ -169,6 +205,7 @@ __device__ __forceinline__ void put_quads(const GemmCall& call, int64_t row, int
                                           int lane) {
   row += lane / 4;
   column += lane % 4 * 8;
+  if (call.gated) return put_paired_quads<T, kScaled, kQuads, kDown, kAcross>(call, row, column, sums, lane);
   ColumnTerms<kScaled> terms[kAcross == 0 ? 1 : kQuads];
   Eight held[kQuads][2];
 #pragma unroll

@@ -17,7 +17,11 @@ __global__ void finish_product_kernel(GemmCall call, const float* sums, int64_t 
   const auto* from = reinterpret_cast<const float4*>(sums + static_cast<int64_t>(blockIdx.x) * ld_sums + at);
   const float4 low = from[0], high = from[1];
   float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-  put_eight<T, false>(call, blockIdx.x, first_column + at, x);
+  if (call.gated) {
+    put_pairs<T, false>(call, blockIdx.x, first_column + at, x, Eight());
+  } else {
+    put_eight<T, false>(call, blockIdx.x, first_column + at, x);
+  }
 }
 
 }  // namespace

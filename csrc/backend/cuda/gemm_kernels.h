@@ -20,8 +20,9 @@ void gemm_warpgroup(const GemmCall& call, GemmKernel kernel, int processors, cud
 // multiprocessors, 0: all, where the kernel goes by their number.
 void gemm_with(GemmKernel kernel, const GemmCall& call, cudaStream_t stream, int processors = 0);
 
-// Makes the call's output columns [first_column, first_column + columns) of the sums [m, ld_sums] of 16-bit
-// activations: bias, accumulation, rounding as in gemm(). The columns begin at a multiple of 8; not for int8.
+// Makes the columns [first_column, first_column + columns) of a product of 16-bit activations, or what they make if it
+// is gated, of their sums [m, ld_sums]: bias, accumulation, rounding as in gemm(). The columns begin at a multiple of
+// 8; not for int8.
 void finish_product(const GemmCall& call, const float* sums, int64_t ld_sums, int64_t first_column, int64_t columns,
                     cudaStream_t stream);
 

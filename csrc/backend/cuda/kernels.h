@@ -88,7 +88,7 @@ struct GemmCall {
   int64_t m;
   bool wide;
   bool accumulate;  // output += …; only if wide
-  // Only if the weight is paired, and then neither wide nor accumulated: the output is [m, n / 2], its column j is
+  // Only if the weight is paired, then neither wide nor with a bias: the output is [m, n / 2], and its column j is
   // silu(column 2j) · column 2j + 1, of columns that are rounded as if they had been written.
   bool gated = false;
   // kGemmWorkspace bytes that no product of another stream has, or null: then some shapes take longer. The result is

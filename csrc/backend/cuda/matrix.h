@@ -38,6 +38,7 @@ class CudaMatrix final : public Matrix {
   CudaMatrix(int64_t outputs, int64_t inputs, WeightFormat format, Staging& staging, Rows rows = Rows::kPlain);
 
   int64_t bytes() const override { return static_cast<int64_t>(data_.bytes() + scales_.bytes()); }
+  int64_t outputs() const override { return paired_ ? held_ / 2 : held_; }
   bool paired() const { return paired_; }
   DeviceMatrix view() const { return {format_, held_, k, k_padded_, data_.as<void>(), scales_.as<void>(), paired_}; }
 

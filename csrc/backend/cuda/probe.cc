@@ -92,8 +92,8 @@ class CudaProbe final : public DeviceProbe {
     return cublas_ != nullptr ? cublas_->name() : "FastServe's own";
   }
 
-  ProductRates product_rates(int64_t m, int64_t n, int64_t k, bool wide) override {
-    return times().rates(m, n, k, wide);
+  ProductRates product_rates(int64_t m, int64_t n, int64_t k, bool wide, bool gated) override {
+    return times().rates(m, n, k, wide, gated);
   }
   std::string warpgroups() override { return times().warpgroups(); }
 

@@ -42,7 +42,7 @@ double ProductTimes::library_rate(int64_t m) const {
   });
 }
 
-ProductRates ProductTimes::rates(int64_t m, int64_t n, int64_t k, bool wide) {
+ProductRates ProductTimes::rates(int64_t m, int64_t n, int64_t k, bool wide, bool gated) {
   const int64_t k_padded = round_up(k, kPad);
   const bool admitted = try_warpgroups(dtype_, workspace_.as<void>(), stream_).admitted;
   if (trials_ == nullptr || n != n_ || k_padded != k_padded_ || wide != wide_ || m > most_rows_) {
@@ -74,9 +74,9 @@ ProductRates ProductTimes::rates(int64_t m, int64_t n, int64_t k, bool wide) {
   for (const GemmKernel kernel : {GemmKernel::kWarpgroup128, GemmKernel::kWarpgroup192}) {
     if (admitted) rates.warpgroups = std::fmax(rates.warpgroups, by(kernel));
   }
-  const CublasShape* theirs =
-      cublas_ == nullptr ? nullptr
-                         : cublas_->choose(dtype_, n, k_padded, wide, most_rows_, workspace_.as<void>(), stream_);
+  const CublasShape* theirs = cublas_ == nullptr ? nullptr
+                                                 : cublas_->choose({dtype_, n, k_padded, wide, gated}, most_rows_,
+                                                                   workspace_.as<void>(), stream_);
   const bool is_theirs = theirs != nullptr && m >= std::max<int64_t>(theirs->choice.from_rows, 1);
   rates.taken = is_theirs ? "cuBLASLt" : geometry(gemm_kernel(call, admitted)).name;
   return rates;

@@ -17,7 +17,7 @@ class ProductTimes {
   explicit ProductTimes(DType dtype);
 
   // Waits until they are measured, with weights from the device's memory.
-  ProductRates rates(int64_t m, int64_t n, int64_t k, bool wide);
+  ProductRates rates(int64_t m, int64_t n, int64_t k, bool wide, bool gated);
   std::string warpgroups() const;  // whether products by them are admitted, or why not
 
  private:

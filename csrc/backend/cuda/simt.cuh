@@ -148,6 +148,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// 1/x, within 1 unit in the last place, where x and the result are normal.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- kernels that begin before the one before them on their stream has ended (LaunchConfig::early)
 
 // The first thing that every thread of such a kernel does: lets the next kernel begin as early.

@@ -21,13 +21,13 @@ namespace {
 // Products of one shape.
 class CublasProducts {
  public:
-  CublasProducts(const std::string& dtype, int64_t n, int64_t k_padded, bool wide, int64_t most_rows)
+  CublasProducts(const std::string& dtype, int64_t n, int64_t k_padded, bool wide, bool finished, int64_t most_rows)
       : workspace_(Place::kDevice, kGemmWorkspace), library_(CublasLt::open()) {
     FS_CHECK(library_ != nullptr, "there is no cuBLASLt");
-    chosen_ = library_->choose(parse_dtype(dtype), n, k_padded, wide, most_rows, workspace_.as<void>(), stream_);
-    FS_CHECK(
-        chosen_ == library_->choose(parse_dtype(dtype), n, k_padded, wide, most_rows, workspace_.as<void>(), stream_),
-        "another choice for the same shape");
+    const ProductKey key{parse_dtype(dtype), n, k_padded, wide, finished};
+    chosen_ = library_->choose(key, most_rows, workspace_.as<void>(), stream_);
+    FS_CHECK(chosen_ == library_->choose(key, most_rows, workspace_.as<void>(), stream_),
+             "another choice for the same shape");
   }
 
   std::optional<std::string> text() const { return chosen_ == nullptr ? std::nullopt : std::optional(chosen_->text()); }
@@ -37,16 +37,16 @@ class CublasProducts {
                                     const py::array& output, bool accumulate, bool gated) const {
     const DeviceArray device_input(input), device_weight(weight), device_output(output);
     const DeviceArray device_bias = DeviceArray::optional(bias);
-    const GemmCall call{.dtype = chosen_->dtype,
+    const GemmCall call{.dtype = chosen_->key.dtype,
                         .input = device_input.data(),
                         .ld_input = input.shape(1),
-                        .weight = {format_of(chosen_->dtype), weight.shape(0), weight.shape(1), weight.shape(1),
+                        .weight = {format_of(chosen_->key.dtype), weight.shape(0), weight.shape(1), weight.shape(1),
                                    device_weight.data(), nullptr, gated},
                         .bias = device_bias.as<float>(),
                         .output = device_output.data(),
                         .ld_output = output.shape(1),
                         .m = input.shape(0),
-                        .wide = chosen_->wide,
+                        .wide = chosen_->key.wide,
                         .accumulate = accumulate,
                         .gated = gated,
                         .workspace = workspace_.as<void>()};
@@ -92,8 +92,8 @@ void register_cublaslt(py::module_& module) {
   module.def("finish_product", &finish, py::arg("dtype"), py::arg("sums"), py::arg("first"), py::arg("columns"),
              py::arg("n"), py::arg("bias"), py::arg("output"), py::arg("accumulate"), py::arg("gated") = false);
   py::class_<CublasProducts>(module, "CublasProducts")
-      .def(py::init<const std::string&, int64_t, int64_t, bool, int64_t>(), py::arg("dtype"), py::arg("n"),
-           py::arg("k"), py::arg("wide"), py::arg("most_rows") = 1)
+      .def(py::init<const std::string&, int64_t, int64_t, bool, bool, int64_t>(), py::arg("dtype"), py::arg("n"),
+           py::arg("k"), py::arg("wide"), py::arg("finished") = false, py::arg("most_rows") = 1)
       .def_property_readonly("text", &CublasProducts::text)
       .def("multiply", &CublasProducts::multiply, py::arg("input"), py::arg("weight"), py::arg("bias"),
            py::arg("output"), py::arg("accumulate"), py::arg("gated") = false);

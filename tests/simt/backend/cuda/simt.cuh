@@ -103,6 +103,8 @@ inline float exp2_fast(float x) {
   return y < 0x1p-126f ? 0.0f : y;
 }
 
+inline float reciprocal_fast(float x) { return 1.0f / x; }
+
 // ---- kernels that begin early
 
 inline void let_next_begin() { simt::let_next_begin(); }
