@@ -22,7 +22,7 @@ QUICK = {
     "swap": ["--blocks", "3"],
 }
 ON_DEVICE = {
-    "gemm": ["--matrix", "qkv,out", "--weights", "bfloat16,q4_0", "--rows", "1,130"],
+    "gemm": ["--matrix", "up,out", "--weights", "bfloat16,q4_0", "--rows", "1,130"],
     "attention": ["--rows", "2", "--context", "40", "--tokens", "30"],
     "decode": ["--rows", "1,3", "--context", "20", "--steps", "3"],
     "prefill": ["--tokens", "20,33", "--chunk", "16"],
