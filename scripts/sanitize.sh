@@ -35,8 +35,8 @@ rm -f "$folder"/package/fastserve/_*.so
 cp "$folder"/module/_C*.so "$folder/package/fastserve"
 cd "$folder/package"
 
-# Into files: what pytest has captured of a process that a sanitizer ends is lost with it. A test's own processes write
-# theirs there as well.
+# Into files, where a sanitizer minds that, and past pytest, with which what it has captured would be lost. A test's own
+# processes write theirs there as well.
 report="log_path=$folder/report"
 preload=$(for name in "${runtimes[@]}"; do "${CXX:-g++}" -print-file-name="$name"; done | paste -sd' ')
 export ASAN_OPTIONS="$report detect_leaks=0"  # the interpreter itself leaks on purpose
@@ -50,7 +50,7 @@ fi
 # A process that a sanitizer ends may hang on its way out.
 tests() {
   local status=0
-  LD_PRELOAD=$preload PYTHONPATH=$PWD timeout -k 10 3600 "$python" -m pytest -q -p no:cacheprovider "$@" || status=$?
+  LD_PRELOAD=$preload PYTHONPATH=$PWD timeout -k 10 3600 "$python" -m pytest -q --capture=sys -p no:cacheprovider "$@" || status=$?
   if compgen -G "$folder/report.*" > /dev/null; then
     cat "$folder"/report.* >&2
     [ $status -ne 0 ] || status=1

@@ -74,8 +74,8 @@ class CpuBackend final : public Backend {
 
   Buffer allocate(int64_t bytes) override { return Buffer(bytes); }
   Buffer allocate_host(int64_t bytes) override { return Buffer(bytes); }
-  void upload(const void* from, void* to, int64_t bytes) override { std::memcpy(to, from, bytes); }
-  void download(const void* from, void* to, int64_t bytes) override { std::memcpy(to, from, bytes); }
+  void upload(const void* from, void* to, int64_t bytes) override { copy(from, to, bytes); }
+  void download(const void* from, void* to, int64_t bytes) override { copy(from, to, bytes); }
 
   std::unique_ptr<Matrix> make_matrix(int64_t n, int64_t k, WeightFormat format) override {
     FS_CHECK(format != WeightFormat::kFloat16, "the CPU holds no weights in float16: use bfloat16 or float32");
@@ -219,6 +219,11 @@ class CpuBackend final : public Backend {
   }
 
  private:
+  // Of no bytes from nowhere, too.
+  static void copy(const void* from, void* to, int64_t bytes) {
+    std::copy_n(static_cast<const std::byte*>(from), bytes, static_cast<std::byte*>(to));
+  }
+
   static const float* input_of(const GemmArgs& args) { return static_cast<const float*>(args.input); }
   static float* output_of(const GemmArgs& args) { return static_cast<float*>(args.output); }
 
