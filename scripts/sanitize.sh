@@ -30,7 +30,7 @@ esac
 
 rm -rf "$folder/package" "$folder"/report.*
 mkdir -p "$folder/package"
-cp -r fastserve tests pyproject.toml "$folder/package"
+cp -r fastserve tests csrc pyproject.toml "$folder/package"
 rm -f "$folder"/package/fastserve/_*.so
 cp "$folder"/module/_C*.so "$folder/package/fastserve"
 cd "$folder/package"
