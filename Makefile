@@ -37,7 +37,7 @@ demo: setup  ## A real model under FCFS and skip-join MLFQ, side by side
 test: setup-dev build-bench  ## Linters and the tests (under 15 minutes on two cores)
 	@scripts/test.sh
 
-test-all: setup-dev lint build-bench build-cuda  ## Linters, all tests, and native ones under sanitizers (an hour or two)
+test-all: setup-dev lint build-bench build-cuda  ## Linters, all tests, and native ones under sanitizers (takes long)
 	$(BIN)/python -m pytest --hypothesis-profile=thorough
 	scripts/sanitize.sh
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 PAD = 64
 DTYPES = ["bfloat16", "float16"]
 PAIRS = [(dtype, format) for dtype in DTYPES for format in [dtype, "int8", *groups.BYTES]]
-KERNELS = ["rows8", "rows16", "split32", "split64", "split128", "wide64", "large128"]
 
 
 def _random(rows: int, columns: int, seed: int) -> np.ndarray:
@@ -68,7 +67,8 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _able(kernels: ModuleType, dtype: str, format: str) -> list[str]:
-    return [*KERNELS, *(kernels.WARPGROUP_KERNELS if format == dtype and kernels.has_warpgroups() else [])]
+    refused = [] if format == dtype and kernels.has_warpgroups() else kernels.WARPGROUP_KERNELS
+    return [kernel for kernel in kernels.GEMM_KERNELS if kernel not in refused]
 
 
 @pytest.mark.parametrize(("width", "k"), [(1, 32), (4, 64), (37, 96), (132, 320)])

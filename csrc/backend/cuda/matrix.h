@@ -32,9 +32,10 @@ struct CublasShape;
 
 class CudaMatrix final : public Matrix {
  public:
-  // Zeros. Throws where a format of GGUF's groups is asked for k inputs that are no multiple of 32. `Paired`: the inner
-  // weights of a gated block (Backend::make_gated_matrix) of `outputs` each, held as pairs (DeviceMatrix).
+  // Paired: the inner weights of a gated block (Backend::make_gated_matrix), `outputs` of each, held as pairs
+  // (DeviceMatrix).
   enum class Rows { kPlain, kPaired };
+  // Zeros. Throws where a format of GGUF's groups is asked for k inputs that are no multiple of 32.
   CudaMatrix(int64_t outputs, int64_t inputs, WeightFormat format, Staging& staging, Rows rows = Rows::kPlain);
 
   int64_t bytes() const override { return static_cast<int64_t>(data_.bytes() + scales_.bytes()); }
